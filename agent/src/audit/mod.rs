@@ -1,0 +1,115 @@
+//! What was decided: one JSON line per decision in `audit.jsonl`, durable before a signature is released.
+//! When a line cannot be written there are no signatures.
+
+mod file;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+
+use self::file::AuditFile;
+use crate::config;
+use crate::identity::Identity;
+
+/// How many lines may wait to be written.
+const BACKLOG: usize = 4096;
+
+/// One decision.
+#[derive(Debug, Serialize)]
+pub struct Entry<'a> {
+    /// When the decision was made: RFC 3339, UTC, with microseconds.
+    pub time: String,
+    /// What was asked for: `sign` or `unlock`.
+    pub action: &'static str,
+    /// The caller's request id, hexadecimal.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub request_id: &'a str,
+    /// Who asked.
+    pub identity: &'a Identity,
+    /// The rule that allowed it; none when it was denied.
+    pub rule: Option<&'a str>,
+    /// The key, or the token to unlock.
+    pub key: &'a str,
+    /// How the key signs.
+    pub algorithm: Option<&'a str>,
+    /// What was signed, hexadecimal.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub digest: &'a str,
+    /// What the caller says it is. Not verified.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub claimed_context: &'a str,
+    /// `signed`, `unlocked`, `denied` or `failed`.
+    pub outcome: &'static str,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub reason: &'a str,
+}
+
+/// The audit log cannot be written: nothing may be released. Trying again helps once the disk has space.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("the audit log cannot be written: {0}")]
+pub struct AuditError(String);
+
+struct Line {
+    text: Vec<u8>,
+    durable: oneshot::Sender<Result<(), AuditError>>,
+}
+
+/// The log, shared by all requests.
+#[derive(Clone)]
+pub struct Audit {
+    lines: mpsc::Sender<Line>,
+    failing: Arc<AtomicBool>,
+}
+
+impl Audit {
+    /// Opens the log and starts its writing thread.
+    pub fn open(config: &config::Audit) -> std::io::Result<Self> {
+        let mut file = AuditFile::open(&config.directory, config.durability)?;
+        let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
+        let failing = Arc::new(AtomicBool::new(false));
+        let state = Arc::clone(&failing);
+        let write = move || {
+            let (mut batch, mut text) = (Vec::new(), Vec::new());
+            // One write and one fsync for everything that waits at this moment.
+            while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
+                text.clear();
+                batch.iter().for_each(|line| text.extend_from_slice(&line.text));
+                let written = file.append(&text).map_err(|error| AuditError(error.to_string()));
+                if let Err(error) = &written {
+                    tracing::error!(%error, "nothing is signed until it can be written again");
+                }
+                state.store(written.is_err(), Ordering::Relaxed);
+                for line in batch.drain(..) {
+                    // A receiver that is gone no longer waits for its signature.
+                    let _ = line.durable.send(written.clone());
+                }
+            }
+        };
+        std::thread::Builder::new().name("audit".into()).spawn(write)?;
+        Ok(Self { lines, failing })
+    }
+
+    /// Writes an entry. `Ok` means that it is as durable as configured.
+    pub async fn record(&self, entry: &Entry<'_>) -> Result<(), AuditError> {
+        let mut text = serde_json::to_vec(entry).map_err(|error| AuditError(error.to_string()))?;
+        text.push(b'\n');
+        let (durable, done) = oneshot::channel();
+        let stopped = || AuditError("its writer stopped".into());
+        self.lines.send(Line { text, durable }).await.map_err(|_| stopped())?;
+        done.await.map_err(|_| stopped())?
+    }
+
+    /// Whether the last write failed. Tokens are then left alone until an entry gets through again.
+    pub fn failing(&self) -> bool {
+        self.failing.load(Ordering::Relaxed)
+    }
+}
+
+/// Now, as entries give it.
+pub fn now() -> String {
+    humantime::format_rfc3339_micros(SystemTime::now()).to_string()
+}

@@ -1,0 +1,98 @@
+//! What a CKR means for the one who asked: decided here, once.
+
+use cryptoki::error::{Error, RvError};
+
+use crate::host::wire::{Class, Failure};
+
+/// What a failed C_Sign asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Recovery {
+    /// A handle is stale: a new session, find the key, sign again.
+    Reopen,
+    /// Nothing to be done within this session.
+    None,
+}
+
+/// Whether a fresh session and a fresh object handle may heal this.
+pub(super) fn recovery(error: &Error) -> Recovery {
+    match error {
+        Error::Pkcs11(
+            RvError::ObjectHandleInvalid
+            | RvError::KeyHandleInvalid
+            | RvError::SessionHandleInvalid
+            | RvError::SessionClosed
+            | RvError::OperationActive
+            | RvError::OperationNotInitialized
+            | RvError::FunctionCanceled
+            | RvError::Cancel,
+            _,
+        ) => Recovery::Reopen,
+        _ => Recovery::None,
+    }
+}
+
+/// The class of a failure to do `what`. Whatever is not known to be somebody's fault counts as gone: starting
+/// over is the one cure that works for all modules.
+pub(super) fn classify(what: &str, error: &Error) -> Failure {
+    let message = format!("cannot {what}: {error}");
+    let class = match error {
+        Error::Pkcs11(code, _) => match code {
+            RvError::PinIncorrect
+            | RvError::PinInvalid
+            | RvError::PinLenRange
+            | RvError::PinExpired
+            | RvError::PinLocked
+            | RvError::UserPinNotInitialized => Class::Locked,
+            RvError::SessionCount | RvError::HostMemory | RvError::DeviceMemory => Class::Busy,
+            RvError::DataInvalid
+            | RvError::DataLenRange
+            | RvError::KeyFunctionNotPermitted
+            | RvError::KeySizeRange
+            | RvError::KeyTypeInconsistent
+            | RvError::MechanismInvalid
+            | RvError::MechanismParamInvalid
+            | RvError::AttributeTypeInvalid
+            | RvError::AttributeValueInvalid
+            | RvError::AttributeSensitive => Class::Refused,
+            _ => Class::Gone,
+        },
+        _ => Class::Gone,
+    };
+    Failure { class, message }
+}
+
+pub(super) fn gone(message: String) -> Failure {
+    Failure { class: Class::Gone, message }
+}
+
+pub(super) fn refused(message: String) -> Failure {
+    Failure { class: Class::Refused, message }
+}
+
+pub(super) fn locked(message: String) -> Failure {
+    Failure { class: Class::Locked, message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cryptoki::context::Function;
+
+    #[test]
+    fn four_classes() {
+        let class = |code| classify("sign", &Error::Pkcs11(code, Function::Sign)).class;
+        assert_eq!(class(RvError::DeviceRemoved), Class::Gone);
+        assert_eq!(class(RvError::GeneralError), Class::Gone);
+        assert_eq!(class(RvError::UserNotLoggedIn), Class::Gone);
+        assert_eq!(class(RvError::PinIncorrect), Class::Locked);
+        assert_eq!(class(RvError::PinLocked), Class::Locked);
+        assert_eq!(class(RvError::DataLenRange), Class::Refused);
+        assert_eq!(class(RvError::SessionCount), Class::Busy);
+    }
+
+    #[test]
+    fn the_message_names_step_and_c_function() {
+        let failure = classify("sign", &Error::Pkcs11(RvError::DeviceRemoved, Function::Sign));
+        assert!(failure.message.starts_with("cannot sign: ") && failure.message.contains("C_Sign"), "{failure}");
+    }
+}

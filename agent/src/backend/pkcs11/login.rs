@@ -1,0 +1,160 @@
+//! The one login. A PIN is offered once, and never when that could block the token.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use cryptoki::error::{Error, RvError};
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::TokenInfo;
+use cryptoki::types::AuthPin;
+
+use super::errors::{classify, locked};
+use crate::config::PinSource;
+use crate::host::wire::{Failure, OpenSpec};
+use crate::secret::Pin;
+
+/// Logs in as the user, if the token asks for it, with the PIN given or else the configured one.
+pub(super) fn log_in(
+    session: &Session,
+    info: &TokenInfo,
+    spec: &OpenSpec,
+    given: Option<Pin>,
+) -> Result<(), Failure> {
+    if !info.login_required() {
+        return Ok(());
+    }
+    if !info.user_pin_initialized() {
+        return Err(locked("its user PIN was never set; initialize it with the vendor's tool".into()));
+    }
+    if info.user_pin_locked() {
+        return Err(locked("its user PIN is blocked; reset it with the security officer's PIN".into()));
+    }
+    if info.user_pin_final_try() && !spec.by_operator {
+        let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
+        return Err(locked(message.into()));
+    }
+    let pin = match given {
+        Some(pin) => pin,
+        None => read_pin(&spec.token.pin).map_err(locked)?,
+    };
+    let pin = AuthPin::new(pin.expose().into());
+    match session.login(UserType::User, Some(&pin)) {
+        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+        Err(Error::Pkcs11(RvError::PinIncorrect, _)) => {
+            Err(locked("it refused the PIN; correct the PIN, then unlock it".into()))
+        }
+        Err(error) => Err(classify("log in", &error)),
+    }
+}
+
+/// What `doctor` tells about a token's PIN and limits.
+pub(super) fn notes(info: &TokenInfo) -> Vec<String> {
+    let flags = [
+        (!info.login_required(), "needs no login"),
+        (!info.user_pin_initialized(), "its user PIN was never set"),
+        (info.user_pin_count_low(), "a wrong PIN was entered since the last login"),
+        (info.user_pin_final_try(), "one wrong PIN more blocks it"),
+        (info.user_pin_locked(), "its user PIN is blocked"),
+        (info.write_protected(), "is write-protected"),
+    ];
+    flags.into_iter().filter(|(set, _)| *set).map(|(_, note)| note.to_owned()).collect()
+}
+
+/// Reads a PIN from its source. The error says what to do and never holds any part of the PIN.
+fn read_pin(source: &PinSource) -> Result<Pin, String> {
+    let empty = |what: String| format!("{what} is empty; put the PIN there");
+    match source {
+        PinSource::File(path) => {
+            only_owner_reads(path)?;
+            pin_file(path)?.ok_or_else(|| empty(format!("the PIN file {}", path.display())))
+        }
+        PinSource::Credential(name) => {
+            let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+                format!("there is no $CREDENTIALS_DIRECTORY; add LoadCredential={name}:… to the systemd unit")
+            })?;
+            let path = Path::new(&directory).join(name);
+            pin_file(&path)?.ok_or_else(|| empty(format!("the systemd credential {name}")))
+        }
+        PinSource::Env(name) => {
+            let value = std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
+            Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
+        }
+        PinSource::Prompt => Err("it waits for its PIN".into()),
+        PinSource::None => Err("it asks for a login, but pin = \"none\" is configured".into()),
+    }
+}
+
+/// Whether a PIN source can be read, for `doctor`.
+pub(crate) fn check(source: &PinSource) -> Result<(), String> {
+    match source {
+        PinSource::Prompt | PinSource::None => Ok(()),
+        source => read_pin(source).map(drop),
+    }
+}
+
+/// Refuses a PIN file that anybody but its owner, who must be us or root, can read.
+fn only_owner_reads(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let metadata = std::fs::metadata(path).map_err(|error| format!("the PIN file {shown}: {error}"))?;
+    let own = rustix::process::geteuid().as_raw();
+    if !metadata.is_file() {
+        return Err(format!("the PIN file {shown} is not a regular file"));
+    }
+    if metadata.mode() & 0o077 != 0 {
+        return Err(format!("the PIN file {shown} can be read by others; run: chmod 600 {shown}"));
+    }
+    if metadata.uid() != own && metadata.uid() != 0 {
+        return Err(format!("the PIN file {shown} belongs to another user; run: chown {own} {shown}"));
+    }
+    Ok(())
+}
+
+/// The PIN in a file, without one trailing newline.
+fn pin_file(path: &Path) -> Result<Option<Pin>, String> {
+    let shown = path.display();
+    let mut text = match std::fs::read(path).map(String::from_utf8) {
+        Ok(Ok(text)) => text,
+        Ok(Err(_)) => return Err(format!("the PIN in {shown} is not UTF-8")),
+        Err(error) => return Err(format!("the PIN file {shown}: {error}")),
+    };
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(Pin::new(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_trailing_newline_is_not_part_of_the_pin() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pin");
+        for text in ["1234", "1234\n", "1234\r\n"] {
+            std::fs::write(&path, text).expect("written");
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).expect("set");
+            assert_eq!(read_pin(&PinSource::File(path.clone())).expect(text).expose(), "1234");
+        }
+        std::fs::write(&path, " 12\n34 \n\n").expect("written");
+        assert_eq!(read_pin(&PinSource::File(path.clone())).expect("read").expose(), " 12\n34 \n");
+        std::fs::write(&path, "\n").expect("written");
+        assert!(read_pin(&PinSource::File(path)).expect_err("empty").contains("is empty"));
+    }
+
+    #[test]
+    fn a_pin_file_that_others_can_read_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pin");
+        std::fs::write(&path, "431276").expect("written");
+        for mode in [0o640, 0o604, 0o620] {
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
+            let error = read_pin(&PinSource::File(path.clone())).expect_err("refused");
+            assert!(error.contains("chmod 600") && !error.contains("431276"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! PKCS#11 tokens: opened once, logged in once, every key checked, then signed with.
+
+mod errors;
+mod login;
+mod objects;
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::ObjectHandle;
+use cryptoki::session::Session;
+use cryptoki::slot::{Limit, Slot, TokenInfo};
+
+use self::errors::{Recovery, classify, gone, recovery, refused};
+pub(crate) use self::login::check as login_check;
+use crate::algorithm::Algorithm;
+use crate::config::{ObjectSelector, Token, TokenSelector};
+use crate::host::wire::{Failure, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
+use crate::secret::Pin;
+
+/// A token that is logged in.
+pub(crate) struct OpenToken {
+    pkcs11: Pkcs11,
+    slot: Slot,
+    keys: Vec<Option<Key>>,
+    sessions: usize,
+}
+
+/// A session that stays open so that the login outlives the others: closing the last one logs out.
+pub(crate) struct Anchor(Session);
+
+/// A key that passed its check.
+struct Key {
+    name: String,
+    object: ObjectSelector,
+    handle: ObjectHandle,
+    algorithm: Algorithm,
+}
+
+impl OpenToken {
+    /// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
+    pub(crate) fn open(spec: &OpenSpec, pin: Option<Pin>) -> Result<(Self, Anchor, Opened), Failure> {
+        let pkcs11 = load(&spec.token)?;
+        let (slot, info) = find_token(&pkcs11, &spec.token.select)?;
+        let anchor = pkcs11.open_ro_session(slot).map_err(|error| classify("open a session", &error))?;
+        login::log_in(&anchor, &info, spec, pin)?;
+        let mut keys = Vec::with_capacity(spec.keys.len());
+        let mut public = Vec::with_capacity(spec.keys.len());
+        for (name, object) in &spec.keys {
+            match objects::find_key(&anchor, object) {
+                Ok((handle, PublicKey { algorithm, spki })) => {
+                    let key = Key { name: name.clone(), object: object.clone(), handle, algorithm };
+                    keys.push(Some(key));
+                    public.push(Ok(PublicKey { algorithm, spki }));
+                }
+                // Something that the key's owner can mend must not take the other keys down.
+                Err(failure) if failure.class == crate::host::wire::Class::Refused => {
+                    tracing::warn!(key = %name, reason = %failure, "key cannot be used");
+                    keys.push(None);
+                    public.push(Err(failure.message));
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        // One session is the anchor's.
+        let limit = match info.max_session_count() {
+            Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1).max(1),
+            Limit::Infinite | Limit::Unavailable => usize::MAX,
+        };
+        let sessions = spec.token.sessions.min(limit);
+        let opened = Opened { device: describe(&info), sessions, keys: public };
+        Ok((Self { pkcs11, slot, keys, sessions }, Anchor(anchor), opened))
+    }
+
+    /// Looks at a module without logging in.
+    pub(crate) fn survey(config: &Token) -> Result<Survey, Failure> {
+        let pkcs11 = load(config)?;
+        let library = pkcs11.get_library_info().map_err(|error| classify("ask the module", &error))?;
+        let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
+        let mut tokens = Vec::new();
+        for slot in slots {
+            let Ok(info) = pkcs11.get_token_info(slot) else { continue };
+            if !info.token_initialized() {
+                continue;
+            }
+            tokens.push(SurveyedToken {
+                slot: slot.id(),
+                label: info.label().to_owned(),
+                device: describe(&info),
+                selected: selects(&config.select, slot, &info),
+                notes: login::notes(&info),
+            });
+        }
+        let library = format!(
+            "{} by {}, version {}",
+            library.library_description().trim(),
+            library.manufacturer_id().trim(),
+            library.library_version()
+        );
+        Ok(Survey { library, tokens })
+    }
+
+    /// One signer for each session.
+    pub(crate) fn signers(&self) -> Result<Vec<Signer<'_>>, Failure> {
+        (0..self.sessions).map(|_| Signer::new(self)).collect()
+    }
+
+    /// Whether the token still answers.
+    pub(crate) fn probe(&self) -> Result<(), Failure> {
+        let asked = self.pkcs11.get_token_info(self.slot);
+        asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {error}")))
+    }
+
+    /// Logs out and finalizes the module.
+    pub(crate) fn close(self, anchor: Anchor) {
+        drop(anchor.0);
+        if let Err(error) = self.pkcs11.finalize() {
+            tracing::debug!(%error, "C_Finalize");
+        }
+    }
+}
+
+/// One session with its cached key handles, for one thread.
+pub(crate) struct Signer<'a> {
+    token: &'a OpenToken,
+    session: Session,
+    handles: Vec<Option<ObjectHandle>>,
+}
+
+impl<'a> Signer<'a> {
+    fn new(token: &'a OpenToken) -> Result<Self, Failure> {
+        let session =
+            token.pkcs11.open_ro_session(token.slot).map_err(|error| classify("open a session", &error))?;
+        let handles = token.keys.iter().map(|key| key.as_ref().map(|key| key.handle)).collect();
+        Ok(Self { token, session, handles })
+    }
+
+    /// Signs a digest; the answer is DER. A stale session or handle is replaced once.
+    pub(crate) fn sign(&mut self, key: u32, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+        let index = usize::try_from(key).unwrap_or(usize::MAX);
+        let Some(Some(key)) = self.token.keys.get(index) else {
+            return Err(refused("no such key".to_owned()));
+        };
+        // SoftHSM and others sign digests of any length.
+        if digest.len() != key.algorithm.digest_len() {
+            return Err(refused(format!("a digest of {} bytes", digest.len())));
+        }
+        let mut reopened = false;
+        loop {
+            let Some(handle) = self.handles.get(index).copied().flatten() else {
+                return Err(refused("no such key".to_owned()));
+            };
+            let error = match self.session.sign(&Mechanism::Ecdsa, handle, digest) {
+                Ok(raw) => {
+                    let der = key.algorithm.der_from_raw(&raw);
+                    return der.map_err(|error| gone(format!("the token's signature is malformed: {error}")));
+                }
+                Err(error) => error,
+            };
+            tracing::debug!(key = %key.name, %error, "C_Sign failed");
+            match recovery(&error) {
+                Recovery::Reopen if !reopened => {
+                    reopened = true;
+                    self.reopen(index, key)?;
+                }
+                Recovery::Reopen => return Err(gone(format!("cannot sign: {error}"))),
+                Recovery::None => {
+                    // After a failed C_Sign the operation may still be active: the session is spent.
+                    self.renew_session()?;
+                    return Err(classify("sign", &error));
+                }
+            }
+        }
+    }
+
+    fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
+        self.renew_session()?;
+        // Objects look deleted when the login or the token is lost; only a fresh process can tell.
+        let found = objects::find_private(&self.session, &key.object)
+            .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
+        if let Some(handle) = self.handles.get_mut(index) {
+            *handle = Some(found);
+        }
+        Ok(())
+    }
+
+    fn renew_session(&mut self) -> Result<(), Failure> {
+        let opened = self.token.pkcs11.open_ro_session(self.token.slot);
+        self.session = opened.map_err(|error| match classify("open a session", &error) {
+            failure if recovery(&error) == Recovery::Reopen => gone(failure.message),
+            failure => failure,
+        })?;
+        Ok(())
+    }
+}
+
+fn load(config: &Token) -> Result<Pkcs11, Failure> {
+    let shown = config.module.display();
+    let pkcs11 = Pkcs11::new(&config.module).map_err(|error| match error {
+        cryptoki::error::Error::MissingSymbol(_) | cryptoki::error::Error::NullFunctionPointer => {
+            refused(format!("{shown} is a library but not a PKCS#11 module: it has no C_GetFunctionList"))
+        }
+        cryptoki::error::Error::LibraryLoading(error) if error.to_string().contains("C_Get") => {
+            refused(format!("{shown} is a library but not a PKCS#11 module: it has no C_GetFunctionList"))
+        }
+        cryptoki::error::Error::LibraryLoading(error) => {
+            refused(format!("{shown} cannot be loaded: {error}"))
+        }
+        error => classify("load the module", &error),
+    })?;
+    // Without this flag SoftHSM crashes when several threads sign.
+    pkcs11
+        .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
+        .map_err(|error| classify("initialize the module", &error))?;
+    Ok(pkcs11)
+}
+
+fn find_token(pkcs11: &Pkcs11, wanted: &TokenSelector) -> Result<(Slot, TokenInfo), Failure> {
+    let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
+    let mut found = None;
+    let mut others = Vec::new();
+    for slot in slots {
+        let Ok(info) = pkcs11.get_token_info(slot) else { continue };
+        if !info.token_initialized() {
+            continue;
+        }
+        if !selects(wanted, slot, &info) {
+            others.push(format!("{:?}", info.label()));
+        } else if found.replace((slot, info)).is_some() {
+            let message = format!("two tokens match {wanted}; tell them apart with token = {{ serial = \"…\" }}");
+            return Err(refused(message));
+        }
+    }
+    found.ok_or_else(|| {
+        others.sort();
+        let present = if others.is_empty() { "none".to_owned() } else { others.join(", ") };
+        gone(format!("no token with {wanted} is present; tokens present: {present}"))
+    })
+}
+
+fn selects(wanted: &TokenSelector, slot: Slot, info: &TokenInfo) -> bool {
+    let same = |wanted: &Option<String>, actual: &str| wanted.as_ref().is_none_or(|w| w == actual.trim_end());
+    same(&wanted.label, info.label())
+        && same(&wanted.serial, info.serial_number())
+        && same(&wanted.model, info.model())
+        && same(&wanted.manufacturer, info.manufacturer_id())
+        && wanted.slot.is_none_or(|id| id == slot.id())
+}
+
+fn describe(info: &TokenInfo) -> String {
+    let (label, model, serial) = (info.label().trim(), info.model().trim(), info.serial_number().trim());
+    format!("{label} ({model}, serial {serial})")
+}

@@ -1,0 +1,189 @@
+//! `[key.NAME]`, its `allow` rules, and `[[operator]]`.
+
+use std::path::Path;
+
+use nix::unistd::{Group, User};
+use x509_cert::der::Encode as _;
+
+use super::read::{Reader, Section};
+use super::uri::Pkcs11Uri;
+use super::{Key, ObjectSelector};
+use crate::policy::{Match, Rule};
+
+/// Name of the rule that lets the agent's own user in where no rule is written: the private agent of one
+/// client, and the default operators.
+pub const PRIVATE_RULE: &str = "own-user";
+
+pub(super) fn key(reader: &mut Reader<'_>, mut section: Section<'_>, tokens: &[String]) -> Option<Key> {
+    let token = section.required(reader, "token", "\"release\"");
+    if let Some(token) = token.as_ref().filter(|token| !tokens.contains(token)) {
+        let known = match tokens {
+            [] => "no [token.NAME] is configured".to_owned(),
+            names => format!("configured: {}", names.join(", ")),
+        };
+        let message = format!("there is no valid [token.{token}]; {known}");
+        reader.mistake(section.position("token"), &section.path_of("token"), message);
+    }
+    let object = object(reader, &mut section);
+    let certificate_chain = match section.path(reader, "certificate_chain") {
+        None => Some(Vec::new()),
+        Some(path) => match chain(&path) {
+            Ok(chain) => Some(chain),
+            Err(message) => {
+                let (at, key) = (section.position("certificate_chain"), section.path_of("certificate_chain"));
+                reader.mistake(at, &key, message);
+                None
+            }
+        },
+    };
+    let allow = rules(reader, &mut section, "allow");
+    if allow.is_empty() && !reader.mistakes.iter().any(|m| m.key.starts_with(&section.path_of("allow"))) {
+        let path = section.path_of("allow");
+        let message = format!("nobody may use this key; add [[{path}]] with unix = {{ user = \"…\" }}");
+        reader.mistake(section.at, &path, message);
+    }
+    section.finish(reader);
+    Some(Key { token: token?, object: object?, certificate_chain: certificate_chain?, allow })
+}
+
+/// `object = { label | id }` or `object = "pkcs11:…"`.
+fn object(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSelector> {
+    let (at, path) = (section.position("object"), section.path_of("object"));
+    let select = if let Some(mut table) = section.table("object") {
+        let label = table.string(reader, "label");
+        let id = match table.string(reader, "id") {
+            None => None,
+            Some(text) => match hex::decode(text.replace(':', "")) {
+                Ok(id) => Some(id),
+                Err(_) => {
+                    let message = format!("{text:?} is not hexadecimal; write CKA_ID as \"01ab\"");
+                    reader.mistake(table.position("id"), &table.path_of("id"), message);
+                    return None;
+                }
+            },
+        };
+        table.finish(reader);
+        ObjectSelector { label, id }
+    } else {
+        let text = section.required(reader, "object", "{ label = \"model-release\" }")?;
+        match Pkcs11Uri::parse(&text) {
+            Ok(uri) => uri.object,
+            Err(error) => {
+                reader.mistake(at, &path, error.to_string());
+                return None;
+            }
+        }
+    };
+    if select == ObjectSelector::default() {
+        let message = "names no object; write object = { label = \"…\" } or { id = \"01ab\" }".into();
+        reader.mistake(at, &path, message);
+        return None;
+    }
+    Some(select)
+}
+
+/// Reads a PEM file of certificates as DER, in order.
+fn chain(path: &Path) -> Result<Vec<Vec<u8>>, String> {
+    let shown = path.display();
+    let pem = std::fs::read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    let chain = x509_cert::Certificate::load_pem_chain(&pem)
+        .map_err(|error| format!("{shown} does not hold PEM certificates: {error}"))?;
+    if chain.is_empty() {
+        return Err(format!("{shown} holds no certificate; write the leaf first, then its issuers"));
+    }
+    let encoded: Result<Vec<_>, _> = chain.iter().map(x509_cert::Certificate::to_der).collect();
+    encoded.map_err(|error| format!("{shown}: {error}"))
+}
+
+pub(super) fn operators(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Vec<Rule> {
+    let rules = rules(reader, section, "operator");
+    if !rules.is_empty() {
+        return rules;
+    }
+    let own = rustix::process::geteuid().as_raw();
+    let rule = |uid| Rule { name: PRIVATE_RULE.to_owned(), matches: Match::Uid(uid) };
+    vec![rule(0), rule(own)]
+}
+
+fn rules(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for mut table in section.tables(reader, key) {
+        let name = table.string(reader, "name").unwrap_or_else(|| table.path.clone());
+        let found = match (table.table("unix"), table.table("certificate")) {
+            (Some(unix_table), None) => unix(reader, unix_table),
+            (None, Some(certificate_table)) => certificate(reader, certificate_table),
+            _ => {
+                let message = "give exactly one of unix = { user | uid | group } and certificate = { subject | dns | \
+                               uri | fingerprint }";
+                reader.mistake(table.at, &table.path.clone(), message.into());
+                None
+            }
+        };
+        if let Some(matches) = found {
+            rules.push(Rule { name, matches });
+        }
+        table.finish(reader);
+    }
+    rules
+}
+
+fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
+    let user = table.string(reader, "user");
+    let uid = table.integer(reader, "uid", 0..=u64::from(u32::MAX - 1));
+    let group = table.string(reader, "group");
+    let (at, path) = (table.at, table.path.clone());
+    table.finish(reader);
+    match (user, uid, group) {
+        (Some(user), None, None) => match User::from_name(&user) {
+            Ok(Some(found)) => Some(Match::Uid(found.uid.as_raw())),
+            _ => {
+                reader.mistake(at, &path, format!("this machine has no user {user:?}; create it or use uid"));
+                None
+            }
+        },
+        (None, Some(uid), None) => u32::try_from(uid).ok().map(Match::Uid),
+        (None, None, Some(group)) => match Group::from_name(&group) {
+            Ok(Some(found)) => Some(Match::Gid(found.gid.as_raw())),
+            _ => {
+                reader.mistake(at, &path, format!("this machine has no group {group:?}; create it (groupadd)"));
+                None
+            }
+        },
+        _ => {
+            let message = "give exactly one of user = \"…\", uid = 1000 and group = \"…\"".into();
+            reader.mistake(at, &path, message);
+            None
+        }
+    }
+}
+
+fn certificate(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
+    let subject = table.string(reader, "subject").map(Match::Subject);
+    let dns = table.string(reader, "dns").map(|name| Match::Dns(name.to_ascii_lowercase()));
+    let uri = table.string(reader, "uri").map(Match::Uri);
+    let fingerprint = table.string(reader, "fingerprint");
+    let (at, path) = (table.at, table.path.clone());
+    table.finish(reader);
+    let fingerprint = match fingerprint {
+        None => None,
+        Some(text) => {
+            let hexadecimal = text.replace(':', "").to_ascii_lowercase();
+            let bytes = hex::decode(hexadecimal).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+            if bytes.is_none() {
+                let message = "fingerprint is the SHA-256 of the certificate, 64 hexadecimal digits: \
+                               openssl x509 -noout -fingerprint -sha256 -in client.pem";
+                reader.mistake(at, &path, message.into());
+                return None;
+            }
+            bytes.map(Match::Fingerprint)
+        }
+    };
+    let mut given = [subject, dns, uri, fingerprint].into_iter().flatten();
+    let first = given.next();
+    if first.is_none() || given.next().is_some() {
+        let message = "give exactly one of subject, dns, uri and fingerprint".into();
+        reader.mistake(at, &path, message);
+        return None;
+    }
+    first
+}

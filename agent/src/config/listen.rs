@@ -1,0 +1,112 @@
+//! `[listen]` and `[audit]`.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::read::{Reader, Section};
+use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
+
+pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Listen {
+    let default = || UnixListen { path: default_socket(), mode: 0o660 };
+    let shutdown_timeout = Duration::from_secs(10);
+    let Some(mut section) = section else {
+        return Listen { unix: Some(default()), tls: None, shutdown_timeout };
+    };
+    let shutdown_timeout = section.duration(reader, "shutdown_timeout").unwrap_or(shutdown_timeout);
+    let unix = match section.table("unix") {
+        Some(table) => unix(reader, table),
+        None => {
+            if let Some(value) = section.take("unix") {
+                let what = "a table: unix = { path = \"/run/omsign/agent.sock\", mode = \"0660\" }";
+                section.expected::<()>(reader, "unix", value, what);
+            }
+            None
+        }
+    };
+    let tls = match section.table("tls") {
+        Some(table) => tls(reader, table),
+        None => {
+            if let Some(value) = section.take("tls") {
+                let what = "a table: tls = { address, certificate, private_key, client_ca }";
+                section.expected::<()>(reader, "tls", value, what);
+            }
+            None
+        }
+    };
+    section.finish(reader);
+    let unix = if unix.is_none() && tls.is_none() { Some(default()) } else { unix };
+    Listen { unix, tls, shutdown_timeout }
+}
+
+fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen> {
+    let path = section.path(reader, "path").unwrap_or_else(default_socket);
+    let mode = match section.string(reader, "mode") {
+        None => Some(0o660),
+        Some(text) => {
+            let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o777);
+            if mode.is_none() {
+                let message = format!("{text:?} is not an octal mode; write \"0660\" or the like");
+                reader.mistake(section.position("mode"), &section.path_of("mode"), message);
+            }
+            mode
+        }
+    };
+    if path.as_os_str().len() > 100 {
+        let message = format!(
+            "{} is too long for a Unix socket (107 bytes); choose a shorter path",
+            path.display()
+        );
+        reader.mistake(section.position("path"), &section.path_of("path"), message);
+    }
+    section.finish(reader);
+    Some(UnixListen { path, mode: mode? })
+}
+
+fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
+    let address = section.required(reader, "address", "\"0.0.0.0:7443\"");
+    let address = address.and_then(|text| {
+        let parsed: Result<SocketAddr, _> = text.parse();
+        if parsed.is_err() {
+            let message = format!("{text:?} is not an IP address and port; write \"0.0.0.0:7443\" or \"[::]:7443\"");
+            reader.mistake(section.position("address"), &section.path_of("address"), message);
+        }
+        parsed.ok()
+    });
+    let mut file = |key, example| {
+        let text = section.required(reader, key, example)?;
+        let path = reader.resolve(&text);
+        if let Err(error) = std::fs::File::open(&path) {
+            let message = format!("{} cannot be read: {error}", path.display());
+            reader.mistake(section.position(key), &section.path_of(key), message);
+        }
+        Some(path)
+    };
+    let certificate = file("certificate", "\"server.pem\"");
+    let private_key = file("private_key", "\"server.key\"");
+    let client_ca = file("client_ca", "\"clients.pem\"");
+    section.finish(reader);
+    Some(TlsListen {
+        address: address?,
+        certificate: certificate?,
+        private_key: private_key?,
+        client_ca: client_ca?,
+    })
+}
+
+pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Audit {
+    let mut audit = Audit { directory: default_audit_directory(), durability: Durability::Fsync };
+    let Some(mut section) = section else { return audit };
+    if let Some(directory) = section.path(reader, "directory") {
+        audit.directory = directory;
+    }
+    match section.string(reader, "durability").as_deref() {
+        None | Some("fsync") => {}
+        Some("os") => audit.durability = Durability::Os,
+        Some(other) => {
+            let message = format!("{other:?} is unknown; write \"fsync\" (safe) or \"os\" (fast)");
+            reader.mistake(section.position("durability"), &section.path_of("durability"), message);
+        }
+    }
+    section.finish(reader);
+    audit
+}

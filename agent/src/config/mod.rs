@@ -1,0 +1,248 @@
+//! What the operator configured: one TOML file, every value typed. Unknown keys are errors, relative paths
+//! are relative to the file, and every mistake is reported at once (see [`read`]).
+
+mod keys;
+mod listen;
+mod read;
+mod tokens;
+pub mod uri;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::keys::PRIVATE_RULE;
+use crate::policy::Rule;
+
+/// Everything in the file, checked.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: Listen,
+    /// Where and how decisions are recorded.
+    pub audit: Audit,
+    /// Where keys live: one child process each.
+    pub tokens: BTreeMap<String, Token>,
+    /// What callers name.
+    pub keys: BTreeMap<String, Key>,
+    /// Who may unlock tokens. Default: root and the agent's own user, over the Unix socket.
+    pub operators: Vec<Rule>,
+}
+
+/// `[listen]`
+#[derive(Debug, Default)]
+pub struct Listen {
+    /// `unix = { path, mode }`
+    pub unix: Option<UnixListen>,
+    /// `tls = { address, certificate, private_key, client_ca }`
+    pub tls: Option<TlsListen>,
+    /// How long requests in flight may take to finish when the agent stops.
+    pub shutdown_timeout: Duration,
+}
+
+/// A Unix socket; callers are identified by the kernel's peer credentials.
+#[derive(Clone, Debug)]
+pub struct UnixListen {
+    /// Where the socket is made.
+    pub path: PathBuf,
+    /// Its permission bits: who can connect at all. Default `0660`.
+    pub mode: u32,
+}
+
+/// TCP with mutual TLS; callers are identified by their certificate.
+#[derive(Clone, Debug)]
+pub struct TlsListen {
+    /// IP address and port.
+    pub address: SocketAddr,
+    /// The agent's certificate chain, PEM, leaf first.
+    pub certificate: PathBuf,
+    /// Its private key, PEM.
+    pub private_key: PathBuf,
+    /// The CA certificates that callers' certificates must lead to, PEM.
+    pub client_ca: PathBuf,
+}
+
+/// `[audit]`
+#[derive(Clone, Debug)]
+pub struct Audit {
+    /// Where `audit.jsonl` is kept.
+    pub directory: PathBuf,
+    /// When an entry counts as written.
+    pub durability: Durability,
+}
+
+/// When an audit entry counts as written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// After `fdatasync`: survives a power cut (default).
+    Fsync,
+    /// After `write`: survives a crash of the agent, not of the machine.
+    Os,
+}
+
+/// `[token.NAME]`: a device and how it is opened. Sent as it is to the process that owns the device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Token {
+    /// The PKCS#11 module, a shared library.
+    pub module: PathBuf,
+    /// Which of the module's tokens.
+    pub select: TokenSelector,
+    /// Where its user PIN comes from.
+    pub pin: PinSource,
+    /// Sessions, each with a signing thread of its own; clamped to the token's `ulMaxSessionCount`. Default 1.
+    pub sessions: usize,
+    /// The longest that one operation may take before the token's process is replaced. Default 10 s.
+    pub timeout: Duration,
+    /// How many requests may wait; one more is answered `RESOURCE_EXHAUSTED`. Default 256.
+    pub queue: usize,
+    /// Environment variables of the token's process, such as `SOFTHSM2_CONF`.
+    pub env: BTreeMap<String, String>,
+}
+
+/// Which token of a module. Everything that is set must match.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenSelector {
+    /// CK_TOKEN_INFO.label, without its padding.
+    pub label: Option<String>,
+    /// CK_TOKEN_INFO.serialNumber.
+    pub serial: Option<String>,
+    /// CK_TOKEN_INFO.model.
+    pub model: Option<String>,
+    /// CK_TOKEN_INFO.manufacturerID.
+    pub manufacturer: Option<String>,
+    /// CK_SLOT_ID. Some modules renumber their slots; a label or serial is safer.
+    pub slot: Option<u64>,
+}
+
+/// Which object of a token. Everything that is set must match.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectSelector {
+    /// CKA_LABEL.
+    pub label: Option<String>,
+    /// CKA_ID.
+    pub id: Option<Vec<u8>>,
+}
+
+/// Where a PIN comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PinSource {
+    /// `pin = { file = "…" }`: readable by its owner only. One trailing newline is not part of the PIN.
+    File(PathBuf),
+    /// `pin = { credential = "…" }`: a systemd credential (`LoadCredential=`).
+    Credential(String),
+    /// `pin = { env = "…" }`: an environment variable of the agent.
+    Env(String),
+    /// `pin = "prompt"`: asked at start on the agent's terminal, or given with `omsign agent unlock`.
+    Prompt,
+    /// `pin = "none"`: the token needs no login.
+    None,
+}
+
+/// `[key.NAME]`
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// The token it lives on: a name in [`Config::tokens`].
+    pub token: String,
+    /// Which object of the token.
+    pub object: ObjectSelector,
+    /// Certificates, DER, leaf first: makes it the OMS certificate method.
+    pub certificate_chain: Vec<Vec<u8>>,
+    /// Who may use it. Everything else is denied.
+    pub allow: Vec<Rule>,
+}
+
+/// One thing wrong in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The file.
+    pub file: PathBuf,
+    /// Line, from 1. 0 when it is about the file as a whole.
+    pub line: usize,
+    /// The full key, such as `token.release.module`.
+    pub key: String,
+    /// What is wrong and what to write instead.
+    pub message: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if self.line > 0 {
+            write!(f, ":{}", self.line)?;
+        }
+        if !self.key.is_empty() {
+            write!(f, ": {}", self.key)?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+impl Config {
+    /// Reads and checks the file. On failure every mistake in it, in the order of the file.
+    pub fn load(path: &Path) -> Result<Self, Vec<Mistake>> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let message = format!("cannot be read: {error}; pass the right path with --config");
+            vec![Mistake { file: path.to_owned(), line: 0, key: String::new(), message }]
+        })?;
+        read::config(path, &text)
+    }
+
+    /// Where the configuration is looked for without `--config`.
+    pub fn default_path() -> PathBuf {
+        PathBuf::from("/etc/omsign/agent.toml")
+    }
+}
+
+/// `/run/omsign/agent.sock` for root, `$XDG_RUNTIME_DIR/omsign/agent.sock` for others.
+pub fn default_socket() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(directory) if !rustix::process::geteuid().is_root() => {
+            PathBuf::from(directory).join("omsign/agent.sock")
+        }
+        _ => PathBuf::from("/run/omsign/agent.sock"),
+    }
+}
+
+/// `/var/lib/omsign/audit` for root, `$XDG_STATE_HOME/omsign/audit` (or `~/.local/state/…`) for others.
+pub fn default_audit_directory() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/lib/omsign/audit");
+    }
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or_else(|| {
+        let home = std::env::var_os("HOME")?;
+        Some(PathBuf::from(home).join(".local/state"))
+    });
+    state.unwrap_or_else(|| PathBuf::from(".")).join("omsign/audit")
+}
+
+impl fmt::Display for TokenSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slot = self.slot.map(|slot| slot.to_string());
+        list(
+            f,
+            &[
+                ("label", &self.label),
+                ("serial", &self.serial),
+                ("model", &self.model),
+                ("manufacturer", &self.manufacturer),
+                ("slot", &slot),
+            ],
+        )
+    }
+}
+
+impl fmt::Display for ObjectSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let id = self.id.as_ref().map(hex::encode);
+        list(f, &[("label", &self.label), ("id", &id)])
+    }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, fields: &[(&str, &Option<String>)]) -> fmt::Result {
+    let set = fields.iter().filter_map(|(name, value)| value.as_ref().map(|v| format!("{name} {v:?}")));
+    f.write_str(&set.collect::<Vec<_>>().join(" and "))
+}

@@ -1,0 +1,260 @@
+//! From TOML to typed values, collecting every mistake with its line instead of stopping at the first.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::{Config, Mistake, keys, listen, tokens};
+
+/// Reads the whole file.
+pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
+    let (root, syntax) = DeTable::parse_recoverable(text);
+    let base = path.parent().unwrap_or(Path::new(""));
+    let mut reader = Reader { file: path, base, text, mistakes: Vec::new() };
+    for error in syntax {
+        let at = error.span().map_or(0, |span| span.start);
+        reader.mistake(at, "", error.message().to_owned());
+    }
+    if !reader.mistakes.is_empty() {
+        // What follows a syntax error is guesswork: complaints about it would mislead.
+        return Err(reader.mistakes);
+    }
+    let mut section = Section::new("", 0, root.get_ref());
+    let listen = listen::listen(&mut reader, section.table("listen"));
+    let audit = listen::audit(&mut reader, section.table("audit"));
+    let tokens = named(&mut reader, section.table("token"), tokens::token);
+    let names: Vec<String> = tokens.keys().cloned().collect();
+    let keys = named(&mut reader, section.table("key"), |r, s| keys::key(r, s, &names));
+    let operators = keys::operators(&mut reader, &mut section);
+    if keys.is_empty() && reader.mistakes.is_empty() {
+        reader.mistake(0, "key", "no key is configured; add a section [key.NAME]".into());
+    }
+    section.finish(&mut reader);
+    if reader.mistakes.is_empty() {
+        return Ok(Config { listen, audit, tokens, keys, operators });
+    }
+    reader.mistakes.sort_by_key(|mistake| mistake.line);
+    Err(reader.mistakes)
+}
+
+/// Reads `[kind.NAME]` sections.
+fn named<T>(
+    reader: &mut Reader<'_>,
+    section: Option<Section<'_>>,
+    read: impl Fn(&mut Reader<'_>, Section<'_>) -> Option<T>,
+) -> BTreeMap<String, T> {
+    let mut found = BTreeMap::new();
+    let Some(section) = section else { return found };
+    for (name, value) in section.entries {
+        let (at, name) = (name.span().start, name.get_ref().as_ref());
+        let path = section.path_of(name);
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || name.len() > 64 || !name.chars().all(plain) {
+            let message = "names are 1 to 64 letters, digits, '-', '_' or '.'; choose another".into();
+            reader.mistake(at, &path, message);
+        } else if let Some(table) = value.get_ref().as_table() {
+            if let Some(item) = read(reader, Section::new(&path, at, table)) {
+                found.insert(name.to_owned(), item);
+            }
+        } else {
+            reader.mistake(at, &path, format!("expected a section [{path}]"));
+        }
+    }
+    found
+}
+
+/// Where mistakes are collected.
+pub(super) struct Reader<'a> {
+    file: &'a Path,
+    base: &'a Path,
+    text: &'a str,
+    pub(super) mistakes: Vec<Mistake>,
+}
+
+impl Reader<'_> {
+    /// Records a mistake at a byte offset of the text.
+    pub(super) fn mistake(&mut self, at: usize, key: &str, message: String) {
+        let before = self.text.as_bytes().get(..at).unwrap_or_default();
+        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        self.mistakes.push(Mistake { file: self.file.to_owned(), line, key: key.to_owned(), message });
+    }
+
+    /// Resolves a path of the configuration.
+    pub(super) fn resolve(&self, path: &str) -> PathBuf {
+        self.base.join(path)
+    }
+}
+
+/// One table of the file. Keys are taken out of it; what is left at the end is unknown.
+pub(super) struct Section<'a> {
+    /// Its full name, such as `token.release`.
+    pub(super) path: String,
+    /// Where it starts, as a byte offset.
+    pub(super) at: usize,
+    entries: &'a DeTable<'a>,
+    taken: Vec<&'static str>,
+}
+
+type Value<'a> = &'a Spanned<DeValue<'a>>;
+
+impl<'a> Section<'a> {
+    pub(super) fn new(path: &str, at: usize, entries: &'a DeTable<'a>) -> Self {
+        Self { path: path.to_owned(), at, entries, taken: Vec::new() }
+    }
+
+    /// The full name of one of its keys.
+    pub(super) fn path_of(&self, key: &str) -> String {
+        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+    }
+
+    /// Takes a value of any type.
+    pub(super) fn take(&mut self, key: &'static str) -> Option<Value<'a>> {
+        self.taken.push(key);
+        self.entries.get(key)
+    }
+
+    /// Takes a sub-table, if there is one under this key.
+    pub(super) fn table(&mut self, key: &'static str) -> Option<Section<'a>> {
+        let value = self.entries.get(key)?;
+        let table = value.get_ref().as_table()?;
+        self.taken.push(key);
+        Some(Section::new(&self.path_of(key), value.span().start, table))
+    }
+
+    /// Takes a string.
+    pub(super) fn string(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<String> {
+        let value = self.take(key)?;
+        match value.get_ref().as_str() {
+            Some(text) if !text.is_empty() => Some(text.to_owned()),
+            Some(_) => self.wrong(reader, key, value, "it is empty; give it a value or leave the key out"),
+            None => self.expected(reader, key, value, "a string in quotes"),
+        }
+    }
+
+    /// Takes a string that has to be there.
+    pub(super) fn required(&mut self, reader: &mut Reader<'_>, key: &'static str, example: &str) -> Option<String> {
+        if !self.entries.contains_key(key) {
+            self.taken.push(key);
+            reader.mistake(self.at, &self.path_of(key), format!("missing; write {key} = {example}"));
+            return None;
+        }
+        self.string(reader, key)
+    }
+
+    /// Takes a whole number within bounds.
+    pub(super) fn integer(
+        &mut self,
+        reader: &mut Reader<'_>,
+        key: &'static str,
+        bounds: std::ops::RangeInclusive<u64>,
+    ) -> Option<u64> {
+        let value = self.take(key)?;
+        let number = value.get_ref().as_integer();
+        match number.and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok()) {
+            Some(number) if bounds.contains(&number) => Some(number),
+            _ => {
+                let what = format!("a whole number from {} to {}", bounds.start(), bounds.end());
+                self.expected(reader, key, value, &what)
+            }
+        }
+    }
+
+    /// Takes a duration such as `"500ms"`, `"10s"` or `"2min"`.
+    pub(super) fn duration(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<Duration> {
+        let value = self.take(key)?;
+        let bounds = Duration::from_millis(1)..=Duration::from_secs(3600);
+        let parsed = value.get_ref().as_str().and_then(|text| humantime::parse_duration(text).ok());
+        match parsed.filter(|duration| bounds.contains(duration)) {
+            Some(duration) => Some(duration),
+            None => {
+                let what = "a duration from 1ms to 1h in quotes, such as \"500ms\", \"10s\" or \"2min\"";
+                self.expected(reader, key, value, what)
+            }
+        }
+    }
+
+    /// Takes an array of tables: `[[key]]`.
+    pub(super) fn tables(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Vec<Section<'a>> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let path = self.path_of(key);
+        let Some(array) = value.get_ref().as_array() else {
+            reader.mistake(value.span().start, &path, format!("expected sections [[{path}]]"));
+            return Vec::new();
+        };
+        let mut sections = Vec::new();
+        for (index, item) in array.iter().enumerate() {
+            let at = item.span().start;
+            let path = format!("{path}[{index}]");
+            match item.get_ref().as_table() {
+                Some(table) => sections.push(Section::new(&path, at, table)),
+                None => reader.mistake(at, &path, "expected a table".into()),
+            }
+        }
+        sections
+    }
+
+    /// Takes a path, resolved against the file's directory.
+    pub(super) fn path(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<PathBuf> {
+        let text = self.string(reader, key)?;
+        Some(reader.resolve(&text))
+    }
+
+    /// Where a key's value stands, for a mistake found later.
+    pub(super) fn position(&self, key: &str) -> usize {
+        self.entries.get(key).map_or(self.at, |value| value.span().start)
+    }
+
+    /// Every entry, for tables whose keys are free.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&'a str, Value<'a>)> {
+        self.entries.iter().map(|(key, value)| (key.get_ref().as_ref(), value))
+    }
+
+    /// Records "expected X" for a key.
+    pub(super) fn expected<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, what: &str) -> Option<T> {
+        let found = value.get_ref().type_str();
+        self.wrong(reader, key, value, &format!("expected {what}, found {found} that is not"))
+    }
+
+    fn wrong<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, message: &str) -> Option<T> {
+        reader.mistake(value.span().start, &self.path_of(key), message.to_owned());
+        None
+    }
+
+    /// Reports the keys that nobody took.
+    pub(super) fn finish(self, reader: &mut Reader<'_>) {
+        for key in self.entries.keys() {
+            let (at, key) = (key.span().start, key.get_ref().as_ref());
+            if self.taken.contains(&key) {
+                continue;
+            }
+            let nearest = self.taken.iter().min_by_key(|known| distance(known, key));
+            let hint = match nearest {
+                Some(known) if distance(known, key) <= 3 => format!("did you mean {known:?}?"),
+                _ => format!("known here: {}", self.taken.join(", ")),
+            };
+            reader.mistake(at, &self.path_of(key), format!("unknown key; {hint}"));
+        }
+    }
+}
+
+/// Levenshtein distance, for "did you mean".
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (slot, y) in row.iter_mut().skip(1).zip(b.bytes()) {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = *slot;
+            left = replaced.min(left + 1).min(diagonal + 1);
+            *slot = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}

@@ -1,0 +1,204 @@
+//! `omsign-agent doctor`: what works, what does not, and what to do, for everything the configuration names.
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::backend::pkcs11::login_check;
+use crate::config::{Config, Key, PinSource};
+use crate::host::wire::Survey;
+use crate::token::{State, Token, survey};
+
+/// How long a token may take to open.
+const OPEN: Duration = Duration::from_secs(60);
+
+/// One line of the report.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Finding {
+    /// Whether it works.
+    pub level: Level,
+    /// What was looked at, such as `token.release`.
+    pub subject: String,
+    /// What was found, and, when it does not work, what to do.
+    pub message: String,
+}
+
+/// Whether something works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// It works.
+    Ok,
+    /// It works, but somebody should know.
+    Warning,
+    /// It does not work.
+    Error,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let level = match self.level {
+            Level::Ok => "ok",
+            Level::Warning => "warning",
+            Level::Error => "ERROR",
+        };
+        write!(f, "{level:<8}{}: {}", self.subject, self.message)
+    }
+}
+
+#[derive(Default)]
+struct Report(Vec<Finding>);
+
+impl Report {
+    fn add(&mut self, level: Level, subject: &str, message: impl Into<String>) {
+        self.0.push(Finding { level, subject: subject.to_owned(), message: message.into() });
+    }
+}
+
+/// Looks at everything. Each token is opened once, as the agent would, unless an agent already runs.
+pub async fn examine(config: &Config) -> Vec<Finding> {
+    let mut report = Report::default();
+    let running = listeners(config, &mut report);
+    audit(config, &mut report);
+    for (name, token) in &config.tokens {
+        let subject = format!("token.{name}");
+        let surveyed = survey(name, token).await;
+        let shown = token.module.display();
+        match &surveyed {
+            Ok(found) => {
+                report.add(Level::Ok, &subject, format!("module {shown}: {}", found.library));
+                tokens_present(found, &subject, &mut report);
+            }
+            Err(reason) => report.add(Level::Error, &subject, format!("module {shown}: {reason}")),
+        }
+        match login_check(&token.pin) {
+            Ok(()) if token.pin == PinSource::Prompt => {
+                report.add(Level::Ok, &subject, "its PIN is asked for at start, or given with `omsign agent unlock`");
+            }
+            Ok(()) => report.add(Level::Ok, &subject, "its PIN source can be read"),
+            Err(reason) => report.add(Level::Error, &subject, reason),
+        }
+        if running {
+            let message = "an agent is running and owns it, so it is not opened here; see `omsign agent status`";
+            report.add(Level::Warning, &subject, message);
+        } else if token.pin != PinSource::Prompt && surveyed.is_ok() {
+            open(config, name, &subject, &mut report).await;
+        }
+    }
+    for (name, key) in &config.keys {
+        certificates(name, key, &mut report);
+    }
+    report.0
+}
+
+/// Whether an agent answers on the configured socket.
+fn listeners(config: &Config, report: &mut Report) -> bool {
+    let mut running = false;
+    if let Some(unix) = &config.listen.unix {
+        let shown = unix.path.display();
+        running = std::os::unix::net::UnixStream::connect(&unix.path).is_ok();
+        let directory = unix.path.parent().unwrap_or(Path::new("/"));
+        if running {
+            report.add(Level::Ok, "listen.unix", format!("an agent answers on {shown}"));
+        } else if unix.path.symlink_metadata().is_ok_and(|found| {
+            !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type())
+        }) {
+            report.add(Level::Error, "listen.unix", format!("{shown} is not a socket; remove it or choose another path"));
+        } else if directory.exists() && rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_err() {
+            let message = format!("no permission to make {shown}; run the agent as a user who may, or choose another path");
+            report.add(Level::Error, "listen.unix", message);
+        } else {
+            report.add(Level::Ok, "listen.unix", format!("{shown} is free"));
+        }
+        if unix.mode & 0o007 != 0 {
+            let message = format!("mode {:04o} lets every user connect; the allow rules still decide", unix.mode);
+            report.add(Level::Warning, "listen.unix", message);
+        }
+    }
+    if let Some(tls) = &config.listen.tls {
+        let message = format!("{} with certificate {}", tls.address, tls.certificate.display());
+        report.add(Level::Ok, "listen.tls", message);
+    }
+    running
+}
+
+fn audit(config: &Config, report: &mut Report) {
+    let shown = config.audit.directory.display();
+    let existing = config.audit.directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
+        Ok(()) => report.add(Level::Ok, "audit", format!("{shown} can be written")),
+        Err(error) => {
+            let message = format!("{shown} cannot be written: {error}; nothing is signed without it");
+            report.add(Level::Error, "audit", message);
+        }
+    }
+}
+
+fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
+    for token in &found.tokens {
+        let notes = if token.notes.is_empty() { String::new() } else { format!("; {}", token.notes.join("; ")) };
+        let chosen = if token.selected { "chosen" } else { "not chosen" };
+        let message = format!("slot {}: {} ({chosen}){notes}", token.slot, token.device);
+        report.add(Level::Ok, subject, message);
+    }
+    match found.tokens.iter().filter(|token| token.selected).count() {
+        1 => {}
+        0 => {
+            let labels: Vec<_> = found.tokens.iter().map(|token| format!("{:?}", token.label)).collect();
+            let present = if labels.is_empty() { "none".into() } else { labels.join(", ") };
+            let message = format!("the token is not present; tokens present: {present}; plug it in, or correct `token`");
+            report.add(Level::Error, subject, message);
+        }
+        _ => {
+            let message = "several tokens match; tell them apart with token = { serial = \"…\" }";
+            report.add(Level::Error, subject, message);
+        }
+    }
+}
+
+async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
+    let Some(token) = config.tokens.get(name) else { return };
+    let on_token = config.keys.iter().filter(|(_, key)| key.token == name);
+    let keys: Vec<_> = on_token.map(|(name, key)| (name.clone(), key.object.clone())).collect();
+    let opened = Token::start(name, token.clone(), keys.clone());
+    let deadline = Instant::now() + OPEN;
+    while matches!(opened.state(), State::Starting) {
+        if tokio::time::timeout_at(deadline, opened.watch()).await.is_err() {
+            break;
+        }
+    }
+    match opened.state() {
+        State::Ready => {
+            report.add(Level::Ok, subject, "logged in");
+            for (index, (key, object)) in keys.iter().enumerate() {
+                let subject = format!("key.{key}");
+                match opened.key(index) {
+                    Some(Ok(public)) => {
+                        let message = format!("{object}: {}, signs and verifies", public.algorithm.name());
+                        report.add(Level::Ok, &subject, message);
+                    }
+                    Some(Err(reason)) => report.add(Level::Error, &subject, reason),
+                    None => report.add(Level::Error, &subject, "the token did not say anything about it"),
+                }
+            }
+        }
+        State::Locked(reason) | State::Down(reason) => report.add(Level::Error, subject, reason),
+        State::Starting => report.add(Level::Error, subject, "it does not open in time; is the device reachable?"),
+    }
+    opened.stop().await;
+}
+
+fn certificates(name: &str, key: &Key, report: &mut Report) {
+    let subject = format!("key.{name}");
+    match key.certificate_chain.first() {
+        None => report.add(Level::Ok, &subject, "no certificate_chain: signs with the key method"),
+        Some(leaf) => {
+            let described = crate::identity::Identity::from_certificate(leaf);
+            let leaf = described.map(|identity| identity.to_string()).unwrap_or_default();
+            let message = format!("certificate_chain of {}: {leaf}", key.certificate_chain.len());
+            report.add(Level::Ok, &subject, message);
+        }
+    }
+}

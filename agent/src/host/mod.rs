@@ -1,0 +1,144 @@
+//! The process that owns one token (`omsign-agent token-host`, started by the agent). It opens the backend,
+//! logs in once, keeps handles, and signs in N threads. Whatever it cannot heal within a session it leaves to
+//! its replacement: it answers "gone" and exits, and the agent starts another.
+
+pub(crate) mod wire;
+
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
+
+use self::wire::{Answer, Class, Failure, Opening, Sign};
+use crate::backend::pkcs11::{OpenToken, Signer};
+use crate::secret::{Pin, harden_process};
+
+/// How often an idle token is asked whether it is still there.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+
+/// Answers to operations quicker than this are written together while more requests wait.
+const QUICK: Duration = Duration::from_micros(100);
+
+/// How many answers may be held back for that.
+const TOGETHER: usize = 8;
+
+/// Runs the host on the socketpair that is its standard input, until the agent closes it.
+pub fn run() -> anyhow::Result<()> {
+    // A vendor library that hangs must not outlive the agent.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    harden_process();
+    let socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned()?);
+    let mut reader = BufReader::new(socket.try_clone()?);
+    let mut open: wire::Open = wire::decode(&wire::read(&mut reader)?)?;
+    let spec: wire::OpenSpec = serde_json::from_str(&open.spec)?;
+    let pin = open.pin.take().and_then(Pin::new);
+    let opening = if spec.survey {
+        match OpenToken::survey(&spec.token) {
+            Ok(survey) => (Opening::Surveyed(survey), None),
+            Err(failure) => (Opening::Failed(failure), None),
+        }
+    } else {
+        match OpenToken::open(&spec, pin) {
+            Ok((token, anchor, opened)) => (Opening::Opened(opened), Some((token, anchor))),
+            Err(failure) => (Opening::Failed(failure), None),
+        }
+    };
+    let (answer, token) = opening;
+    let mut frame = Vec::new();
+    wire::put_bytes(&mut frame, &serde_json::to_vec(&answer)?);
+    (&socket).write_all(&frame)?;
+    let Some((token, anchor)) = token else { return Ok(()) };
+    socket.set_read_timeout(Some(PROBE_EVERY))?;
+    let signers = token.signers()?;
+    let shared = Shared { token: &token, reader: Mutex::new(reader), writer: Mutex::new((socket, Vec::new(), 0)) };
+    std::thread::scope(|scope| {
+        for signer in signers {
+            scope.spawn(|| shared.work(signer));
+        }
+    });
+    // No thread is inside the module any more, which C_Finalize asks for. A thread that hangs there keeps us
+    // from getting here; the agent then kills this process.
+    token.close(anchor);
+    Ok(())
+}
+
+struct Shared<'a> {
+    token: &'a OpenToken,
+    reader: Mutex<BufReader<UnixStream>>,
+    /// The socket, answers not yet written, and how many.
+    writer: Mutex<(UnixStream, Vec<u8>, usize)>,
+}
+
+/// What comes next.
+enum Next {
+    Sign(Sign, bool),
+    Idle,
+}
+
+impl Shared<'_> {
+    /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
+    /// so no request ever waits behind a busy one.
+    fn work(&self, mut signer: Signer<'_>) {
+        loop {
+            let (request, more) = match self.next() {
+                Ok(Next::Sign(request, more)) => (request, more),
+                Ok(Next::Idle) => match self.token.probe() {
+                    Ok(()) => continue,
+                    Err(failure) => self.die(&failure),
+                },
+                // The agent closed its end: nothing waits for us any more.
+                Err(_) => return,
+            };
+            let started = Instant::now();
+            let outcome = signer.sign(request.key, &request.digest);
+            let gone = outcome.as_ref().err().filter(|failure| failure.class == Class::Gone).cloned();
+            let hold = more && gone.is_none() && started.elapsed() < QUICK;
+            if self.answer(&Answer::new(request.id, outcome), hold).is_err() {
+                return;
+            }
+            if let Some(failure) = gone {
+                self.die(&failure);
+            }
+        }
+    }
+
+    /// The next request, and whether another is already here.
+    fn next(&self) -> io::Result<Next> {
+        let mut reader = self.reader.lock().map_err(|_| io::Error::other("a thread panicked"))?;
+        match reader.fill_buf() {
+            Ok([]) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Ok(Next::Idle);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Next::Idle),
+            Err(error) => return Err(error),
+        }
+        let request = wire::decode(&wire::read(&mut *reader)?)?;
+        Ok(Next::Sign(request, !reader.buffer().is_empty()))
+    }
+
+    fn answer(&self, answer: &Answer, hold: bool) -> io::Result<()> {
+        let mut writer = self.writer.lock().map_err(|_| io::Error::other("a thread panicked"))?;
+        let (socket, buffer, held) = &mut *writer;
+        wire::put(buffer, answer);
+        *held += 1;
+        if hold && *held < TOGETHER {
+            return Ok(());
+        }
+        socket.write_all(buffer)?;
+        buffer.clear();
+        *held = 0;
+        Ok(())
+    }
+
+    fn die(&self, failure: &Failure) -> ! {
+        tracing::warn!(reason = %failure, "the token is gone; this process ends and the agent starts another");
+        // Other threads may be inside the module, where C_Finalize or an exit handler would crash or hang.
+        let _ = kill_process(getpid(), Signal::KILL);
+        std::process::abort()
+    }
+}
+

@@ -1,0 +1,86 @@
+//! Who is calling: established once per connection, by the kernel or by TLS, never by the caller's word.
+
+use std::fmt;
+
+use nix::unistd::{Gid, Uid, User, getgrouplist};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use x509_cert::Certificate;
+use x509_cert::der::Decode as _;
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+
+/// Who is calling.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// Over the Unix socket: the kernel's peer credentials.
+    Unix {
+        /// Effective user id.
+        uid: u32,
+        /// The user's name, if the machine knows one.
+        user: Option<String>,
+        /// Process id at the time of the connection.
+        pid: Option<i32>,
+        /// Primary and supplementary groups of the user.
+        #[serde(skip)]
+        groups: Vec<u32>,
+    },
+    /// Over mutual TLS: the verified client certificate.
+    Certificate {
+        /// The subject, as RFC 4514 writes it.
+        subject: String,
+        /// DNS names of the subjectAltName, lower case.
+        dns: Vec<String>,
+        /// URIs of the subjectAltName, such as a SPIFFE id.
+        uris: Vec<String>,
+        /// SHA-256 of the certificate.
+        #[serde(serialize_with = "hex::serialize")]
+        fingerprint: [u8; 32],
+    },
+}
+
+impl Identity {
+    /// The identity behind peer credentials. Asks the user database, which may block.
+    pub fn from_unix(uid: u32, gid: u32, pid: Option<i32>) -> Self {
+        let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        let mut groups = vec![gid];
+        if let Some(user) = &user
+            && let Ok(name) = std::ffi::CString::new(user.name.clone())
+            && let Ok(found) = getgrouplist(&name, user.gid)
+        {
+            groups.extend(found.into_iter().map(Gid::as_raw));
+        }
+        Self::Unix { uid, user: user.map(|user| user.name), pid, groups }
+    }
+
+    /// The identity in a client certificate that TLS has verified. `None` when it cannot be parsed.
+    pub fn from_certificate(der: &[u8]) -> Option<Self> {
+        let certificate = Certificate::from_der(der).ok()?;
+        let tbs = certificate.tbs_certificate();
+        let (mut dns, mut uris) = (Vec::new(), Vec::new());
+        if let Ok(Some((_, names))) = tbs.get_extension::<SubjectAltName>() {
+            for name in names.0 {
+                match name {
+                    GeneralName::DnsName(name) => dns.push(name.as_str().to_ascii_lowercase()),
+                    GeneralName::UniformResourceIdentifier(uri) => uris.push(uri.as_str().to_owned()),
+                    _ => {}
+                }
+            }
+        }
+        let fingerprint = Sha256::digest(der).into();
+        Some(Self::Certificate { subject: tbs.subject().to_string(), dns, uris, fingerprint })
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix { uid, user: Some(user), .. } => write!(f, "unix user {user} (uid {uid})"),
+            Self::Unix { uid, user: None, .. } => write!(f, "unix uid {uid}"),
+            Self::Certificate { subject, fingerprint, .. } => {
+                write!(f, "certificate {subject} (sha256 {})", hex::encode(fingerprint))
+            }
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The signing daemon: owns hardware keys, lets callers in, signs their digests, and records every decision.
+//!
+//! A signature passes through [`listen`] (who?), [`policy`] (may they?), [`token`] (queue and deadline),
+//! the process in [`host`] that owns the device, and [`audit`], in this order, before it is released.
+
+pub mod algorithm;
+pub mod audit;
+mod backend;
+pub mod config;
+pub mod doctor;
+pub mod host;
+pub mod identity;
+pub mod listen;
+pub mod log;
+pub mod policy;
+mod replay;
+pub mod secret;
+pub mod serve;
+mod server;
+pub mod token;

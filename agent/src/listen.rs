@@ -1,0 +1,342 @@
+//! Where callers come in: a Unix socket, TCP with mutual TLS, or sockets that systemd hands over. Every
+//! connection carries the [`Identity`] of its caller before the first request is read from it.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tonic::transport::server::Connected;
+
+use crate::config::{Listen, TlsListen, UnixListen};
+use crate::identity::Identity;
+
+/// How many connections may be open at once.
+const CONNECTIONS: usize = 1024;
+
+/// How long a caller may take to prove who it is.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// A connection whose caller is known.
+pub struct Connection {
+    io: Box<dyn Io>,
+    identity: Arc<Identity>,
+    /// Given back, or dropped, when the connection ends.
+    _held: Held,
+}
+
+enum Held {
+    Place(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit),
+    Closed(#[expect(dead_code, reason = "held, not read")] oneshot::Sender<()>),
+}
+
+/// The sockets, bound and listening.
+pub struct Listeners {
+    unix: Vec<UnixListener>,
+    tls: Vec<(TcpListener, TlsAcceptor)>,
+    /// Socket files to remove at the end.
+    files: Vec<PathBuf>,
+}
+
+/// Why it cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another process answers there.
+    #[error("another agent is listening on {0}; stop it or choose another path")]
+    InUse(PathBuf),
+    /// Something that is not a socket is in the way. It is never removed.
+    #[error("{0} exists and is not a socket; remove it or choose another path")]
+    NotASocket(PathBuf),
+    /// The system said no.
+    #[error("cannot listen on {at}")]
+    System {
+        /// Path or address.
+        at: String,
+        /// What it said.
+        source: io::Error,
+    },
+    /// A certificate or key cannot be used.
+    #[error("{path}: {reason}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// systemd handed over a TCP socket, and there is no TLS configuration for it.
+    #[error("systemd handed over a TCP socket, but [listen] has no tls; plain TCP is never served")]
+    TcpWithoutTls,
+}
+
+impl Listeners {
+    /// Takes systemd's sockets over, if it passed any; else binds those of the configuration.
+    pub fn bind(config: &Listen) -> Result<Self, ListenError> {
+        let mut listeners = Self { unix: Vec::new(), tls: Vec::new(), files: Vec::new() };
+        let acceptor = config.tls.as_ref().map(acceptor).transpose()?;
+        let mut inherited = listenfd::ListenFd::from_env();
+        if inherited.len() > 0 {
+            for index in 0..inherited.len() {
+                let at = format!("systemd socket {index}");
+                let fail = |source| ListenError::System { at: at.clone(), source };
+                if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
+                    listeners.unix.push(unix_listener(socket).map_err(fail)?);
+                } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
+                    let acceptor = acceptor.clone().ok_or(ListenError::TcpWithoutTls)?;
+                    socket.set_nonblocking(true).map_err(fail)?;
+                    listeners.tls.push((TcpListener::from_std(socket).map_err(fail)?, acceptor));
+                }
+            }
+            return Ok(listeners);
+        }
+        if let Some(unix) = &config.unix {
+            listeners.unix.push(bind_unix(unix)?);
+            listeners.files.push(unix.path.clone());
+        }
+        if let (Some(tls), Some(acceptor)) = (&config.tls, acceptor) {
+            let fail = |source| ListenError::System { at: tls.address.to_string(), source };
+            let socket = std::net::TcpListener::bind(tls.address).map_err(fail)?;
+            socket.set_nonblocking(true).map_err(fail)?;
+            let socket = TcpListener::from_std(socket).map_err(fail)?;
+            if let Ok(address) = socket.local_addr() {
+                tracing::info!(%address, "listening with mutual TLS");
+            }
+            listeners.tls.push((socket, acceptor));
+        }
+        Ok(listeners)
+    }
+
+    /// Accepts until the returned receiver is dropped, then removes the socket files.
+    pub fn accept(self) -> mpsc::Receiver<io::Result<Connection>> {
+        let (accepted, connections) = mpsc::channel(16);
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let mut tasks = tokio::task::JoinSet::new();
+        for socket in self.unix {
+            tasks.spawn(accept_unix(socket, Arc::clone(&places), accepted.clone()));
+        }
+        for (socket, acceptor) in self.tls {
+            tasks.spawn(accept_tls(socket, acceptor, Arc::clone(&places), accepted.clone()));
+        }
+        let files = self.files;
+        tokio::spawn(async move {
+            accepted.closed().await;
+            drop(tasks);
+            for file in files {
+                let _ = std::fs::remove_file(file);
+            }
+        });
+        connections
+    }
+}
+
+impl Connection {
+    /// One end of a socketpair whose other end is our parent: the private agent of one client. `closed` is
+    /// dropped when the connection ends.
+    pub fn private(socket: std::os::unix::net::UnixStream, closed: oneshot::Sender<()>) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let socket = UnixStream::from_std(socket)?;
+        let identity = Arc::new(peer(&socket)?);
+        Ok(Self { io: Box::new(socket), identity, _held: Held::Closed(closed) })
+    }
+}
+
+async fn accept_unix(socket: UnixListener, places: Arc<Semaphore>, accepted: mpsc::Sender<io::Result<Connection>>) {
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match socket.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                pause_after(&error).await;
+                continue;
+            }
+        };
+        let accepted = accepted.clone();
+        tokio::spawn(async move {
+            // The user database may be a slow directory server: not on the event loop, not for ever.
+            let identified = tokio::task::spawn_blocking(move || peer(&stream).map(|identity| (stream, identity)));
+            if let Ok(Ok(Ok((stream, identity)))) = timeout(HANDSHAKE, identified).await {
+                let io = Box::new(stream);
+                let connection = Connection { io, identity: Arc::new(identity), _held: Held::Place(place) };
+                let _ = accepted.send(Ok(connection)).await;
+            }
+        });
+    }
+}
+
+async fn accept_tls(
+    socket: TcpListener,
+    acceptor: TlsAcceptor,
+    places: Arc<Semaphore>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
+) {
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, address) = match socket.accept().await {
+            Ok(connected) => connected,
+            Err(error) => {
+                pause_after(&error).await;
+                continue;
+            }
+        };
+        let (acceptor, accepted) = (acceptor.clone(), accepted.clone());
+        tokio::spawn(async move {
+            match timeout(HANDSHAKE, handshake(stream, acceptor)).await {
+                Ok(Ok((io, identity))) => {
+                    let connection = Connection { io, identity: Arc::new(identity), _held: Held::Place(place) };
+                    let _ = accepted.send(Ok(connection)).await;
+                }
+                Ok(Err(error)) => tracing::warn!(%address, %error, "TLS handshake refused"),
+                Err(_) => tracing::warn!(%address, "TLS handshake took too long"),
+            }
+        });
+    }
+}
+
+async fn handshake(stream: TcpStream, acceptor: TlsAcceptor) -> io::Result<(Box<dyn Io>, Identity)> {
+    // Nagle and delayed ACK together cost 40 ms a signature.
+    stream.set_nodelay(true)?;
+    let stream = acceptor.accept(stream).await?;
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let identity = certificate.and_then(|der| Identity::from_certificate(der));
+    let identity = identity.ok_or_else(|| io::Error::other("the client certificate cannot be read"))?;
+    Ok((Box::new(stream), identity))
+}
+
+/// Out of descriptors, mostly: accepting again at once would spin.
+async fn pause_after(error: &io::Error) {
+    tracing::error!(%error, "cannot accept a connection");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+fn peer(stream: &UnixStream) -> io::Result<Identity> {
+    let credentials = stream.peer_cred()?;
+    Ok(Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid()))
+}
+
+fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixListener> {
+    socket.set_nonblocking(true)?;
+    UnixListener::from_std(socket)
+}
+
+/// Binds under a temporary name, sets the mode, and renames: nobody can connect before the mode is right.
+fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
+    let path = &config.path;
+    let fail = |source| ListenError::System { at: path.display().to_string(), source };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.clone())),
+        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            return Err(ListenError::InUse(path.clone()));
+        }
+        Ok(_) => tracing::info!(path = %path.display(), "taking over the socket of an agent that has ended"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(fail(error)),
+    }
+    if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(if config.mode & 0o077 == 0 { 0o700 } else { 0o755 });
+        builder.create(directory).map_err(fail)?;
+    }
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let _ = std::fs::remove_file(&temporary);
+    let bound = (|| {
+        let socket = std::os::unix::net::UnixListener::bind(&temporary)?;
+        std::fs::set_permissions(&temporary, PermissionsExt::from_mode(config.mode))?;
+        std::fs::rename(&temporary, path)?;
+        unix_listener(socket)
+    })();
+    let bound = bound.inspect_err(|_| drop(std::fs::remove_file(&temporary))).map_err(fail)?;
+    tracing::info!(path = %path.display(), mode = format_args!("{:04o}", config.mode), "listening");
+    Ok(bound)
+}
+
+fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, ListenError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |reason: String| ListenError::Tls { path, reason }
+    };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(&config.client_ca)? {
+        roots.add(certificate).map_err(|error| at(&config.client_ca)(error.to_string()))?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .build()
+        .map_err(|error| at(&config.client_ca)(error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(&config.private_key)
+        .map_err(|error| at(&config.private_key)(format!("no private key in PEM: {error}")))?;
+    let mut server = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| at(&config.certificate)(error.to_string()))?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(certificates(&config.certificate)?, key)
+        .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
+    server.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(server)))
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ListenError> {
+    let fail = |reason| ListenError::Tls { path: path.to_owned(), reason };
+    let found: Result<Vec<_>, _> = match CertificateDer::pem_file_iter(path) {
+        Ok(found) => found.collect(),
+        Err(error) => return Err(fail(format!("no certificates in PEM: {error}"))),
+    };
+    let found = found.map_err(|error| fail(format!("no certificates in PEM: {error}")))?;
+    if found.is_empty() {
+        return Err(fail("no certificates in PEM".into()));
+    }
+    Ok(found)
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Arc<Identity>;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        Arc::clone(&self.identity)
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}

@@ -1,0 +1,87 @@
+//! `omsign-agent`: the signing daemon.
+
+mod cli;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use omsign_agent::config::Config;
+use omsign_agent::doctor::{self, Level};
+use omsign_agent::{host, log, secret, serve};
+
+use self::cli::{Cli, Command, ConfigFile};
+
+/// Threads of the event loop. The work is in the tokens' processes.
+const EVENT_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::TokenHost => {
+            log::start();
+            host::run()?;
+        }
+        Command::Serve(file) => {
+            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            log::start();
+            secret::harden_process();
+            runtime()?.block_on(serve::serve(&config))?;
+        }
+        Command::OneShot { uri } => {
+            log::start();
+            secret::harden_process();
+            let socket = rustix::stdio::stdin().try_clone_to_owned()?;
+            runtime()?.block_on(serve::one_shot(&uri, socket.into()))?;
+        }
+        Command::CheckConfig(file) => {
+            let Some(config) = load(&file) else { return Ok(ExitCode::FAILURE) };
+            let (tokens, keys) = (config.tokens.len(), config.keys.len());
+            writeln!(std::io::stdout(), "{}: no mistakes; {tokens} tokens, {keys} keys", file.config.display())?;
+        }
+        Command::Doctor { config: file, json } => {
+            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            let findings = runtime()?.block_on(doctor::examine(&config));
+            let healthy = findings.iter().all(|finding| finding.level != Level::Error);
+            let mut out = std::io::stdout().lock();
+            if json {
+                let report = serde_json::json!({ "healthy": healthy, "findings": findings });
+                writeln!(out, "{report}")?;
+            } else {
+                findings.iter().try_for_each(|finding| writeln!(out, "{finding}"))?;
+            }
+            return Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the configuration; prints every mistake in it.
+fn load(file: &ConfigFile) -> Option<Config> {
+    match Config::load(&file.config) {
+        Ok(config) => Some(config),
+        Err(mistakes) => {
+            mistakes.iter().for_each(|mistake| eprintln!("error: {mistake}"));
+            None
+        }
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(EVENT_THREADS)
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")
+}

@@ -1,0 +1,205 @@
+//! The daemon from start to stop.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omsign_proto::v1::FILE_DESCRIPTOR_SET;
+use omsign_proto::v1::agent_service_server::AgentServiceServer;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, timeout};
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::audit::Audit;
+use crate::config::uri::Pkcs11Uri;
+use crate::config::{self, Config, Key, Listen, PRIVATE_RULE, PinSource};
+use crate::listen::{Connection, ListenError, Listeners};
+use crate::policy::{Match, Rule};
+use crate::secret::Pin;
+use crate::server::{Agent, Service};
+use crate::token::{State, Token};
+
+/// Name of the service in grpc.health.v1.
+const SERVICE: &str = "omsign.v1.AgentService";
+
+/// The one key of a private agent.
+const PRIVATE_KEY: &str = "key";
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Cannot listen.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The audit log cannot be opened.
+    #[error("nothing is signed without an audit log")]
+    Audit(#[source] std::io::Error),
+    /// A URI that names no key.
+    #[error("{0}")]
+    Uri(String),
+    /// A terminal, socket or signal handler failed.
+    #[error(transparent)]
+    System(#[from] std::io::Error),
+    /// The gRPC server ended.
+    #[error("the gRPC server ended")]
+    Grpc(#[from] tonic::transport::Error),
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+pub async fn serve(config: &Config) -> Result<(), ServeError> {
+    let listeners = Listeners::bind(&config.listen)?;
+    let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
+    let agent = Arc::new(Agent::start(config, audit));
+    ask_for_pins(&agent.tokens).await?;
+    let incoming = ReceiverStream::new(listeners.accept());
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: no new requests, those in flight are finished");
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    };
+    run(agent, incoming, config.listen.shutdown_timeout, stop).await
+}
+
+/// Runs a private agent for the process at the other end of `socket`, for the key that a PKCS#11 URI names,
+/// until that process closes it.
+pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Result<(), ServeError> {
+    let config = private_config(uri)?;
+    let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
+    let agent = Arc::new(Agent::start(&config, audit));
+    let (closed, end) = tokio::sync::oneshot::channel();
+    let connection = Connection::private(socket, closed)?;
+    // Its stream of connections has this one and stays open: tonic would take its end for ours.
+    let incoming = tokio_stream::once(Ok(connection)).chain(tokio_stream::pending());
+    let stop = async { drop(end.await) };
+    run(agent, incoming, Duration::ZERO, stop).await
+}
+
+fn private_config(uri: &str) -> Result<Config, ServeError> {
+    let uri = Pkcs11Uri::parse(uri).map_err(|error| ServeError::Uri(error.to_string()))?;
+    let missing = |what: &str| ServeError::Uri(format!("PKCS#11 URI: {what}"));
+    let module = uri.module().ok_or_else(|| missing("no module; add ?module-path=/usr/lib/….so"))?;
+    if uri.token == config::TokenSelector::default() {
+        return Err(missing("names no token; add token=…, serial=… or slot-id=…"));
+    }
+    if uri.object == config::ObjectSelector::default() {
+        return Err(missing("names no key; add object=… or id=%01…"));
+    }
+    let token = config::Token {
+        module,
+        select: uri.token,
+        pin: uri.pin_source.unwrap_or(PinSource::Prompt),
+        sessions: 1,
+        timeout: Duration::from_secs(60),
+        queue: 16,
+        env: BTreeMap::new(),
+    };
+    let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
+    let key = Key {
+        token: PRIVATE_KEY.into(),
+        object: uri.object,
+        certificate_chain: Vec::new(),
+        allow: vec![own.clone()],
+    };
+    let audit =
+        config::Audit { directory: config::default_audit_directory(), durability: config::Durability::Fsync };
+    Ok(Config {
+        listen: Listen::default(),
+        audit,
+        tokens: BTreeMap::from([(PRIVATE_KEY.to_owned(), token)]),
+        keys: BTreeMap::from([(PRIVATE_KEY.to_owned(), key)]),
+        operators: vec![own],
+    })
+}
+
+async fn run(
+    agent: Arc<Agent>,
+    incoming: impl Stream<Item = std::io::Result<Connection>> + Send + 'static,
+    shutdown_timeout: Duration,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
+    for token in agent.tokens.values() {
+        tokio::spawn(report(Arc::clone(token), reporter.clone()));
+    }
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptors were compiled with this binary");
+    let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let stop = async move {
+        stop.await;
+        stopping.send_replace(true);
+    };
+    let tokens: Vec<_> = agent.tokens.values().cloned().collect();
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .max_concurrent_streams(256)
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(AgentServiceServer::new(Service(agent)))
+        .serve_with_incoming_shutdown(incoming, stop);
+    let overdue = async {
+        if stopped.wait_for(|stopping| *stopping).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(shutdown_timeout).await;
+    };
+    let ended = tokio::select! {
+        ended = server => ended,
+        () = overdue => {
+            tracing::warn!("requests were still in flight at the end of shutdown_timeout; they are dropped");
+            Ok(())
+        }
+    };
+    let close = async {
+        for token in &tokens {
+            token.stop().await;
+        }
+    };
+    let _ = timeout(Duration::from_secs(5), close).await;
+    Ok(ended?)
+}
+
+/// Tells the health service what a token is doing, each time that changes.
+async fn report(token: Arc<Token>, reporter: HealthReporter) {
+    let name = format!("token.{}", token.name);
+    loop {
+        let change = token.watch();
+        let status = match token.state() {
+            State::Ready => ServingStatus::Serving,
+            State::Starting | State::Locked(_) | State::Down(_) => ServingStatus::NotServing,
+        };
+        reporter.set_service_status(&name, status).await;
+        change.await;
+    }
+}
+
+/// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
+async fn ask_for_pins(tokens: &BTreeMap<String, Arc<Token>>) -> Result<(), ServeError> {
+    if !std::io::stdin().is_terminal() {
+        return Ok(());
+    }
+    for token in tokens.values().filter(|token| token.wants_prompt()) {
+        let text = rpassword::prompt_password(format!("PIN for token {}: ", token.name))?;
+        let Some(pin) = Pin::new(text) else { continue };
+        let deadline = Instant::now() + Duration::from_secs(120);
+        match token.unlock(Some(pin), deadline).await {
+            Ok(()) => {}
+            Err(error) => tracing::error!(token = %token.name, %error, "token is not unlocked"),
+        }
+    }
+    Ok(())
+}

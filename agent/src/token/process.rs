@@ -1,0 +1,281 @@
+//! One life of a token's process: spawned, opened, fed with requests, watched for hangs, ended.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command as Spawn};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use super::{Command, Token, TokenError};
+use crate::config;
+use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opened, Opening, Sign, Survey};
+use crate::secret::Pin;
+
+/// Requests a session may have before it: enough that it never waits for the next one.
+const AHEAD: usize = 4;
+
+/// How long a process may take to close its device when it is told to.
+const GRACE: Duration = Duration::from_secs(2);
+
+type Outcome = Result<Vec<u8>, Failure>;
+
+/// The line to a token's process.
+pub(super) struct Host {
+    pub(super) opened: Opened,
+    /// Requests that may be with the process at once. Closed when the process is being replaced.
+    pub(super) window: Semaphore,
+    requests: mpsc::UnboundedSender<Sign>,
+    pending: Mutex<Pending>,
+    next_id: AtomicU64,
+}
+
+#[derive(Default)]
+struct Pending {
+    waiting: HashMap<u64, (oneshot::Sender<Result<Outcome, String>>, Instant)>,
+    last_answer: Option<Instant>,
+    /// Why the process ended. Nothing is sent after that.
+    ended: Option<String>,
+}
+
+impl Host {
+    /// Has the process sign. The outer error says why the process was replaced before it answered.
+    pub(super) async fn sign(&self, key: usize, digest: &[u8]) -> Result<Outcome, String> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let key = u32::try_from(key).unwrap_or(u32::MAX);
+        let (done, outcome) = oneshot::channel();
+        {
+            let mut pending = self.pending();
+            if let Some(reason) = &pending.ended {
+                return Err(reason.clone());
+            }
+            pending.waiting.insert(id, (done, Instant::now()));
+        }
+        // The window bounds how many there can be.
+        let _ = self.requests.send(Sign { id, key, digest: digest.to_vec() });
+        outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
+    }
+
+    /// Frees everybody who waits for this process.
+    pub(super) fn fail_pending(&self, reason: &str) {
+        let waiting = {
+            let mut pending = self.pending();
+            pending.ended = Some(reason.to_owned());
+            std::mem::take(&mut pending.waiting)
+        };
+        for (done, _) in waiting.into_values() {
+            let _ = done.send(Err(reason.to_owned()));
+        }
+        self.window.close();
+    }
+
+    fn answered(&self, answer: Answer) {
+        let mut pending = self.pending();
+        pending.last_answer = Some(Instant::now());
+        let waiting = pending.waiting.remove(&answer.id);
+        drop(pending);
+        if let Some((done, _)) = waiting {
+            // The caller may have given up at its deadline.
+            let _ = done.send(Ok(answer.outcome()));
+        }
+    }
+
+    /// Whether an operation takes longer than `limit`. Requests are taken in order and each session has at
+    /// most [`AHEAD`] of them, so a request that is older than that many operations is stuck, and so is
+    /// everything when nothing at all was answered for one.
+    fn hangs(&self, limit: Duration) -> bool {
+        let pending = self.pending();
+        let Some(oldest) = pending.waiting.values().map(|(_, sent)| *sent).min() else { return false };
+        let ahead = u32::try_from(AHEAD).unwrap_or(u32::MAX);
+        let quiet_since = pending.last_answer.map_or(oldest, |last| last.max(oldest));
+        quiet_since.elapsed() > limit || oldest.elapsed() > limit.saturating_mul(ahead)
+    }
+
+    fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// How a process's life ended.
+pub(super) enum End {
+    Died(String),
+    Stop(oneshot::Sender<()>),
+}
+
+/// What to start.
+pub(super) struct Launch<'a> {
+    pub(super) token: &'a Token,
+    pub(super) pin: Option<Pin>,
+    pub(super) by_operator: bool,
+}
+
+/// A running process and our end of its socketpair.
+pub(super) struct Process {
+    child: Child,
+    socket: UnixStream,
+    requests: mpsc::UnboundedReceiver<Sign>,
+    timeout: Duration,
+}
+
+/// Starts the process and has it open the device.
+pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failure> {
+    let token = launch.token;
+    let spec = OpenSpec {
+        token: token.config.clone(),
+        keys: token.keys.clone(),
+        by_operator: launch.by_operator,
+        survey: false,
+    };
+    let (child, socket, opening) = start(&token.name, &spec, launch.pin).await?;
+    match opening {
+        Opening::Opened(opened) => {
+            let (requests, inbox) = mpsc::unbounded_channel();
+            let host = Host {
+                window: Semaphore::new(opened.sessions * AHEAD),
+                opened,
+                requests,
+                pending: Mutex::default(),
+                next_id: AtomicU64::new(0),
+            };
+            Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
+        }
+        Opening::Failed(failure) => Err(failure),
+        Opening::Surveyed(_) => Err(gone("its process did what was not asked".into())),
+    }
+}
+
+/// Has a process of its own look at a module without logging in.
+pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
+    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, survey: true };
+    match start(name, &spec, None).await {
+        Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
+        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
+        Ok((_, _, Opening::Opened(_))) => Err("its process did what was not asked".into()),
+    }
+}
+
+async fn start(name: &str, spec: &OpenSpec, pin: Option<Pin>) -> Result<(Child, UnixStream, Opening), Failure> {
+    // Opening takes several operations.
+    let limit = spec.token.timeout.saturating_mul(3);
+    let opening = async {
+        let (mut socket, child) = spawn(name, &spec.token)?;
+        let spec = serde_json::to_string(spec).map_err(io::Error::other)?;
+        let open = wire::Open { spec, pin: pin.map(|pin| pin.expose().to_owned()) };
+        let mut frame = zeroize::Zeroizing::new(Vec::new());
+        wire::put(&mut frame, &open);
+        drop(zeroize::Zeroizing::new(open.pin.unwrap_or_default()));
+        socket.write_all(&frame).await?;
+        let answer = wire::read_async(&mut socket).await?;
+        let opening: Opening = serde_json::from_slice(&answer).map_err(io::Error::other)?;
+        io::Result::Ok((child, socket, opening))
+    };
+    // When this future is dropped, so is the child, which kills it.
+    match timeout(limit, opening).await {
+        Ok(Ok(opened)) => Ok(opened),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(gone("its process ended while opening the device; the module may have crashed".into()))
+        }
+        Ok(Err(error)) => Err(gone(format!("its process cannot be started: {error}"))),
+        Err(_) => Err(gone(format!("the device did not open within {} s", limit.as_secs_f64()))),
+    }
+}
+
+fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    // The running binary itself, even when the file was replaced by an upgrade since.
+    let child = Spawn::new("/proc/self/exe")
+        .arg0(format!("omsign-agent: token {name}"))
+        .arg("token-host")
+        .envs(&config.env)
+        .env_remove("NOTIFY_SOCKET")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    Ok((UnixStream::from_std(ours)?, child))
+}
+
+impl Process {
+    /// Passes requests and answers until the process dies, hangs, or we are told to stop.
+    pub(super) async fn drive(mut self, host: &Host, commands: &mut mpsc::Receiver<Command>) -> End {
+        let (reader, mut writer) = self.socket.split();
+        let mut reader = BufReader::new(reader);
+        let write = async {
+            let (mut batch, mut buffer) = (Vec::new(), Vec::new());
+            while self.requests.recv_many(&mut batch, 64).await > 0 {
+                buffer.clear();
+                batch.drain(..).for_each(|request| wire::put(&mut buffer, &request));
+                writer.write_all(&buffer).await?;
+            }
+            io::Result::Ok(())
+        };
+        let read = async {
+            loop {
+                let frame = wire::read_async(&mut reader).await?;
+                host.answered(wire::decode(&frame)?);
+            }
+        };
+        let watch = async {
+            let mut tick = interval((self.timeout / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                tick.tick().await;
+                if host.hangs(self.timeout) {
+                    return format!("an operation took longer than {} s and was ended", self.timeout.as_secs_f64());
+                }
+            }
+        };
+        let told = async {
+            loop {
+                match commands.recv().await {
+                    // It is open: nothing to unlock.
+                    Some(Command::Unlock(_, done)) => drop(done.send(Ok(()))),
+                    Some(Command::Stop(stopped)) => return Some(stopped),
+                    None => return None,
+                }
+            }
+        };
+        let end = tokio::select! {
+            result = write => End::Died(ended(&result)),
+            result = read => { let result: io::Result<()> = result; End::Died(ended(&result)) }
+            reason = watch => End::Died(reason),
+            stopped = told => End::Stop(stopped.unwrap_or_else(|| oneshot::channel().0)),
+        };
+        if matches!(end, End::Stop(_)) {
+            // End of file tells it to close the device.
+            let _ = writer.shutdown().await;
+            let _ = timeout(GRACE, self.child.wait()).await;
+        }
+        let _ = self.child.kill().await;
+        end
+    }
+}
+
+fn ended(result: &io::Result<()>) -> String {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => format!("its process ended: {error}"),
+        _ => "its process ended".to_owned(),
+    }
+}
+
+fn gone(message: String) -> Failure {
+    Failure { class: Class::Gone, message }
+}
+
+impl From<Failure> for TokenError {
+    fn from(failure: Failure) -> Self {
+        match failure.class {
+            Class::Gone | Class::Busy => Self::Unavailable(failure.message),
+            Class::Locked => Self::Locked(failure.message),
+            Class::Refused => Self::Refused(failure.message),
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Keeps a token's process alive: starts it, replaces it when it dies or hangs, stops asking when an operator
+//! has to act.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+
+use super::process::{End, Launch, launch};
+use super::{Command, Status, Token, TokenError};
+use crate::host::wire::{Class, Failure, Opened};
+use crate::secret::Pin;
+
+/// The first pause after a failure, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// A process that lived this long earns an immediate replacement.
+const HEALTHY: Duration = Duration::from_secs(10);
+
+type Unlocked = oneshot::Sender<Result<(), TokenError>>;
+
+/// Runs until told to stop.
+pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
+    let mut pause = PAUSES.0;
+    let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
+    loop {
+        token.state.send_replace(Status::Starting);
+        let (pin, mut unlocked) = std::mem::take(&mut login);
+        let started = Instant::now();
+        let opening = launch(Launch { token: &token, pin, by_operator: unlocked.is_some() });
+        let failure = match opening.await {
+            Ok((host, process)) => {
+                warn_of_changed_keys(&token, &host.opened);
+                token.last_opened.send_replace(Some(host.opened.clone()));
+                tracing::info!(token = %token.name, device = %host.opened.device, sessions = host.opened.sessions, "token is ready");
+                let host = Arc::new(host);
+                token.state.send_replace(Status::Ready(Arc::clone(&host)));
+                answer(&mut unlocked, Ok(()));
+                let end = process.drive(&host, &mut commands).await;
+                // Requests that wait for this host must find the new state, so it is set before they are freed.
+                token.state.send_replace(Status::Starting);
+                match end {
+                    End::Stop(stopped) => {
+                        host.fail_pending("the agent is stopping");
+                        let _ = stopped.send(());
+                        return;
+                    }
+                    End::Died(reason) => {
+                        tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
+                        host.fail_pending(&reason);
+                    }
+                }
+                if started.elapsed() >= HEALTHY || pause == PAUSES.0 {
+                    // The first death costs nothing; a second one soon after waits.
+                    pause = if started.elapsed() >= HEALTHY { PAUSES.0 } else { PAUSES.0 * 2 };
+                    continue;
+                }
+                Failure { class: Class::Gone, message: "its process keeps ending".into() }
+            }
+            Err(failure) => failure,
+        };
+        answer(&mut unlocked, Err(failure.clone().into()));
+        let wake = if failure.class == Class::Locked {
+            tracing::warn!(token = %token.name, reason = %failure, "token is locked; no PIN is offered again until `omsign agent unlock {}`", token.name);
+            token.state.send_replace(Status::Locked(failure.message));
+            None
+        } else {
+            tracing::warn!(token = %token.name, reason = %failure, pause_ms = pause.as_millis(), "token cannot be opened");
+            token.state.send_replace(Status::Down(failure.message));
+            let wake = Instant::now() + pause;
+            pause = (pause * 2).min(PAUSES.1);
+            Some(wake)
+        };
+        match command_or_wake(&mut commands, wake).await {
+            None => {}
+            Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
+            Some(Command::Stop(stopped)) => {
+                let _ = stopped.send(());
+                return;
+            }
+        }
+    }
+}
+
+/// The next command, or `None` at the time given. A closed channel counts as a stop nobody waits for.
+async fn command_or_wake(commands: &mut mpsc::Receiver<Command>, wake: Option<Instant>) -> Option<Command> {
+    let wake = async {
+        match wake {
+            Some(at) => sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        command = commands.recv() => Some(command.unwrap_or_else(|| Command::Stop(oneshot::channel().0))),
+        () = wake => None,
+    }
+}
+
+fn answer(unlocked: &mut Option<Unlocked>, outcome: Result<(), TokenError>) {
+    if let Some(unlocked) = unlocked.take() {
+        // An operator who hung up no longer waits for it.
+        let _ = unlocked.send(outcome);
+    }
+}
+
+/// The same name with another key behind it is worth a line in the log: verifiers will notice.
+fn warn_of_changed_keys(token: &Token, opened: &Opened) {
+    let before = token.last_opened.borrow();
+    let Some(before) = before.as_ref() else { return };
+    for ((name, _), (old, new)) in token.keys.iter().zip(before.keys.iter().zip(&opened.keys)) {
+        if let (Ok(old), Ok(new)) = (old, new)
+            && old != new
+        {
+            tracing::warn!(token = %token.name, key = %name, "the key has another public half than before");
+        }
+    }
+}

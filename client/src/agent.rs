@@ -1,0 +1,309 @@
+//! The gRPC client of the agent. Blocking: there is one caller and one thing to wait for.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use omsign_proto::v1::agent_service_client::AgentServiceClient;
+use omsign_proto::v1::sign_request::Content;
+use omsign_proto::v1::sign_response::Event;
+use omsign_proto::v1::{GetKeyRequest, Key, KeyState, ListKeysRequest, SignRequest, UnlockTokenRequest};
+use tokio::net::UnixStream;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
+use tonic::{Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tower::service_fn;
+use zeroize::Zeroizing;
+
+/// How long a question about keys may take.
+const ASK: Duration = Duration::from_secs(30);
+
+/// How long a signature may take: somebody may have to touch a key.
+const SIGN: Duration = Duration::from_secs(120);
+
+/// Where an agent is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// `https://host:port`, mutual TLS.
+    Tls {
+        /// The URL.
+        url: String,
+        /// Our certificate, our key, and the CA of the agent's certificate, PEM.
+        credentials: TlsFiles,
+    },
+}
+
+/// Files for mutual TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// CA of the agent's certificate.
+    pub ca: PathBuf,
+    /// Our certificate, leaf first.
+    pub certificate: PathBuf,
+    /// Our private key.
+    pub private_key: PathBuf,
+}
+
+/// Why the agent did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Nobody answers there.
+    #[error("no agent answers at {at}: {reason}")]
+    NotRunning {
+        /// Where.
+        at: String,
+        /// What the connection said.
+        reason: String,
+    },
+    /// A file for TLS cannot be used.
+    #[error("{path}: {reason}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The address is neither a path nor an https URL.
+    #[error("{0:?} is not the address of an agent; expected a socket path or https://HOST:PORT")]
+    Address(String),
+    /// The agent said no.
+    #[error("the agent refused: {}", .0.message())]
+    Status(Status),
+    /// The key is there, but cannot sign now.
+    #[error("key {key} cannot sign: {reason}")]
+    KeyNotReady {
+        /// Its name.
+        key: String,
+        /// The name of its token.
+        token: String,
+        /// Whether an operator has to unlock the token.
+        locked: bool,
+        /// Why.
+        reason: String,
+    },
+    /// The agent ended the stream without an answer, or answered nonsense.
+    #[error("the agent answered {0}")]
+    Answer(String),
+    /// A private agent could not be started.
+    #[error("cannot start omsign-agent: {0}")]
+    Start(String),
+    /// The token asks for a PIN, and nobody is there to give it.
+    #[error("the token needs a PIN, and there is no terminal to ask at")]
+    NoPin,
+    /// A private agent could not use the key.
+    #[error("{0}")]
+    Private(String),
+    /// The system failed us.
+    #[error(transparent)]
+    System(#[from] std::io::Error),
+}
+
+impl Address {
+    /// From `--agent`, `OMSIGN_AGENT`, or the default.
+    pub fn parse(text: Option<&str>, credentials: TlsFiles) -> Result<Self, AgentError> {
+        match text {
+            None => Ok(Self::Unix(default_socket())),
+            Some(url) if url.starts_with("https://") => Ok(Self::Tls { url: url.to_owned(), credentials }),
+            Some(path) => match path.strip_prefix("unix:").unwrap_or(path) {
+                path if path.contains("://") || path.is_empty() => Err(AgentError::Address(path.to_owned())),
+                path => Ok(Self::Unix(PathBuf::from(path))),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "{}", path.display()),
+            Self::Tls { url, .. } => f.write_str(url),
+        }
+    }
+}
+
+/// The socket of an agent of the same user, or of the system: the same rule as the agent's.
+fn default_socket() -> PathBuf {
+    let own = std::env::var_os("XDG_RUNTIME_DIR").map(|directory| PathBuf::from(directory).join("omsign/agent.sock"));
+    let system = PathBuf::from("/run/omsign/agent.sock");
+    // A user's own agent comes first; without one, the machine's may let them in.
+    own.filter(|path| !rustix::process::geteuid().is_root() && (path.exists() || !system.exists())).unwrap_or(system)
+}
+
+/// A connection to an agent.
+pub struct Agent {
+    runtime: tokio::runtime::Runtime,
+    channel: Channel,
+}
+
+impl Agent {
+    /// Connects.
+    pub fn connect(address: &Address) -> Result<Self, AgentError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let not_running = |reason: String| AgentError::NotRunning { at: address.to_string(), reason };
+        let channel = match address {
+            Address::Unix(path) => {
+                // The URI is not used, but has to be one.
+                let endpoint = Endpoint::from_static("http://agent.localhost").connect_timeout(ASK);
+                let path = path.clone();
+                let connector = service_fn(move |_: Uri| {
+                    let path = path.clone();
+                    async move { UnixStream::connect(path).await.map(TokioIo::new) }
+                });
+                runtime.block_on(endpoint.connect_with_connector(connector))
+            }
+            Address::Tls { url, credentials } => {
+                let endpoint = Endpoint::from_shared(url.clone()).map_err(|_| AgentError::Address(url.clone()))?;
+                let tls = tls(credentials)?;
+                let endpoint = endpoint.tls_config(tls).map_err(|error| AgentError::Tls {
+                    path: credentials.certificate.clone(),
+                    reason: deepest(&error),
+                })?;
+                runtime.block_on(endpoint.connect_timeout(ASK).tcp_nodelay(true).connect())
+            }
+        };
+        Ok(Self { channel: channel.map_err(|error| not_running(deepest(&error)))?, runtime })
+    }
+
+    /// Talks over a socketpair whose other end is a private agent.
+    pub fn over(socket: std::os::unix::net::UnixStream) -> Result<Self, AgentError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        socket.set_nonblocking(true)?;
+        let mut socket = Some(socket);
+        let connector = service_fn(move |_: Uri| {
+            let socket = socket.take();
+            async move {
+                let socket = socket.ok_or_else(|| std::io::Error::other("the private agent is gone"))?;
+                UnixStream::from_std(socket).map(TokioIo::new)
+            }
+        });
+        let endpoint = Endpoint::from_static("http://agent.localhost");
+        let channel = runtime.block_on(endpoint.connect_with_connector(connector)).map_err(|error| AgentError::Start(deepest(&error)))?;
+        Ok(Self { channel, runtime })
+    }
+
+    /// The keys that we may use.
+    pub fn list_keys(&self) -> Result<Vec<Key>, AgentError> {
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        let answer = self.runtime.block_on(client.list_keys(within(ASK, ListKeysRequest {})))?;
+        Ok(answer.into_inner().keys)
+    }
+
+    /// One key.
+    pub fn get_key(&self, name: &str) -> Result<Key, AgentError> {
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        let request = within(ASK, GetKeyRequest { name: name.to_owned() });
+        let answer = self.runtime.block_on(client.get_key(request))?.into_inner();
+        answer.key.ok_or_else(|| AgentError::Answer("without a key".into()))
+    }
+
+    /// One key, which must be able to sign.
+    pub fn ready_key(&self, name: &str) -> Result<Key, AgentError> {
+        let key = self.get_key(name)?;
+        match key.state() {
+            KeyState::Ready | KeyState::Starting if !key.public_key.is_empty() => Ok(key),
+            state => Err(AgentError::KeyNotReady {
+                key: key.name,
+                token: key.token,
+                locked: state == KeyState::Locked,
+                reason: if state == KeyState::Starting { "its token is being opened".into() } else { key.state_detail },
+            }),
+        }
+    }
+
+    /// Has a digest signed. `waiting` is told what is waited for, if it takes a while.
+    pub fn sign(
+        &self,
+        key: &str,
+        digest: Vec<u8>,
+        context: &str,
+        mut waiting: impl FnMut(&str),
+    ) -> Result<Vec<u8>, AgentError> {
+        let mut request_id = vec![0; 16];
+        getrandom::fill(&mut request_id).map_err(|error| AgentError::System(std::io::Error::other(error)))?;
+        let context = context.chars().take(256).collect();
+        let content = Some(Content::Digest(digest));
+        let request = SignRequest { key: key.to_owned(), request_id, content, context };
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        self.runtime.block_on(async {
+            let mut events = client.sign(within(SIGN, request)).await?.into_inner();
+            while let Some(event) = events.message().await? {
+                match event.event {
+                    Some(Event::Queued(queued)) => waiting(&queued.reason),
+                    Some(Event::Signed(signed)) => return Ok(signed.signature),
+                    // An event of a later version of the contract.
+                    None => {}
+                }
+            }
+            Err(AgentError::Answer("without a signature".into()))
+        })
+    }
+
+    /// Has a token logged in, with this PIN or with its configured source.
+    pub fn unlock(&self, token: &str, pin: Option<Zeroizing<String>>) -> Result<(), AgentError> {
+        let pin = pin.map(|pin| pin.as_str().to_owned());
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        let request = within(SIGN, UnlockTokenRequest { token: token.to_owned(), pin });
+        self.runtime.block_on(client.unlock_token(request))?;
+        Ok(())
+    }
+
+    /// Whether a service of the agent is serving, by grpc.health.v1; `""` is the agent itself.
+    pub fn health(&self, service: &str) -> Result<bool, AgentError> {
+        let mut client = HealthClient::new(self.channel.clone());
+        let request = within(ASK, HealthCheckRequest { service: service.to_owned() });
+        let answer = self.runtime.block_on(client.check(request))?.into_inner();
+        Ok(answer.status() == ServingStatus::Serving)
+    }
+}
+
+/// A request with a deadline, which the agent also learns.
+fn within<T>(limit: Duration, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(limit);
+    request
+}
+
+impl From<Status> for AgentError {
+    fn from(status: Status) -> Self {
+        // tonic reports a broken connection as a status of its own making, with a cause.
+        if std::error::Error::source(&status).is_some() {
+            return Self::Answer(format!("nothing: {}", deepest(&status)));
+        }
+        Self::Status(status)
+    }
+}
+
+/// The cause at the bottom, which says most.
+fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut deepest = error;
+    while let Some(source) = deepest.source() {
+        deepest = source;
+    }
+    deepest.to_string()
+}
+
+fn tls(files: &TlsFiles) -> Result<ClientTlsConfig, AgentError> {
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|error| AgentError::Tls { path: path.clone(), reason: error.to_string() })
+    };
+    let identity = Identity::from_pem(read(&files.certificate)?, Zeroizing::new(read(&files.private_key)?));
+    Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&files.ca)?)).identity(identity))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        let parse = |text| Address::parse(Some(text), TlsFiles::default());
+        assert_eq!(parse("/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
+        assert_eq!(parse("unix:/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
+        assert!(matches!(parse("https://h:1"), Ok(Address::Tls { .. })));
+        assert!(matches!(parse("http://h:1"), Err(AgentError::Address(_))));
+    }
+}

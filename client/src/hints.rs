@@ -1,0 +1,60 @@
+//! What to do about an error, where the tool knows. Only here: the library says what is wrong.
+
+use omsign::Error;
+use omsign::agent::AgentError;
+use omsign::key::KeyError;
+use omsign::model::ModelError;
+use omsign::trust::TrustError;
+use tonic::Code;
+
+/// A sentence for the person at the terminal.
+pub(crate) fn hint(error: &Error) -> Option<String> {
+    Some(match error {
+        Error::Agent(AgentError::NotRunning { .. }) => {
+            "start it with `omsign-agent serve`, name another with --agent or OMSIGN_AGENT, or sign without one: \
+             --key-uri 'pkcs11:…'"
+                .into()
+        }
+        Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
+            format!("an operator can run `omsign agent unlock {token}`")
+        }
+        Error::Agent(AgentError::KeyNotReady { .. }) => {
+            "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()
+        }
+        Error::Agent(AgentError::Status(status)) => return status_hint(status.code()),
+        Error::Agent(AgentError::NoPin) => "add pin-source=/path/to/file to the URI's query".into(),
+        Error::Agent(AgentError::Start(_)) => "omsign-agent has to be beside omsign or on the PATH".into(),
+        Error::Model(ModelError::Symlink(_)) => {
+            "--allow-symlinks signs what links inside the model point to; `cp -rL` makes a copy without links".into()
+        }
+        Error::Model(ModelError::Outside(_)) => "make a copy with `cp -rL` and sign that".into(),
+        Error::Model(ModelError::NotUtf8(_) | ModelError::Backslash(_)) => {
+            "rename it, or leave it out with --ignore-paths".into()
+        }
+        Error::Model(ModelError::Special(_)) => "leave it out with --ignore-paths".into(),
+        Error::Hash(omsign::hash::HashError::Changed(_)) => "try again when nothing writes to the model".into(),
+        Error::Differs(differences)
+            if !differences.extra.is_empty() && differences.missing.is_empty() && differences.changed.is_empty() =>
+        {
+            "--ignore-unsigned-files accepts files that were added after signing".into()
+        }
+        Error::Trust(TrustError::Method { found: "certificate", .. }) => {
+            "verify it with --certificate-chain and the certificate of the signer's CA".into()
+        }
+        Error::Trust(TrustError::Method { .. }) => "verify it with --public-key and the signer's public key".into(),
+        Error::Key(KeyError::Password { .. }) => {
+            "give the password with --password-file or --password-env, or at a terminal".into()
+        }
+        _ => return None,
+    })
+}
+
+fn status_hint(code: Code) -> Option<String> {
+    Some(match code {
+        Code::PermissionDenied => "ask the agent's operator for an allow rule; the agent's log names the missing one".into(),
+        Code::NotFound => "`omsign keys` lists the keys that you may use".into(),
+        Code::ResourceExhausted => "try again in a moment".into(),
+        Code::Unavailable => "try again when the token is back; `omsign agent status` shows it".into(),
+        _ => return None,
+    })
+}

@@ -1,0 +1,221 @@
+//! Public keys, private keys in PEM files, and certificates, as they come from files and from the agent.
+
+use std::path::{Path, PathBuf};
+
+use openssl::ec::EcKey;
+use openssl::ecdsa::EcdsaSig;
+use openssl::hash::{MessageDigest, hash};
+use openssl::nid::Nid;
+use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
+use openssl::x509::X509;
+use zeroize::Zeroizing;
+
+use crate::dsse::Pae;
+use crate::hash::Digest;
+
+/// A file with a key or certificates cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// It cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It does not hold what it should.
+    #[error("{path} does not hold {what} in PEM")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What it should hold.
+        what: &'static str,
+    },
+    /// The private key is encrypted, and there is no password, or a wrong one.
+    #[error("{path} cannot be decrypted: {reason}")]
+    Password {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A key that OMS does not use.
+    #[error("{0}: OMS signs with ECDSA on P-256, P-384 or P-521")]
+    Unsupported(String),
+    /// A certificate that does not fit.
+    #[error("{0}")]
+    Certificate(&'static str),
+    /// OpenSSL could not sign.
+    #[error("OpenSSL could not sign: {0}")]
+    Sign(String),
+}
+
+/// Curve and hash of a key, which go together (OMS algorithm registry).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// ECDSA on NIST P-256 with SHA-256.
+    P256,
+    /// ECDSA on NIST P-384 with SHA-384.
+    P384,
+    /// ECDSA on NIST P-521 with SHA-512.
+    P521,
+}
+
+impl Algorithm {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::P256 => "ECDSA P-256 with SHA-256",
+            Self::P384 => "ECDSA P-384 with SHA-384",
+            Self::P521 => "ECDSA P-521 with SHA-512",
+        }
+    }
+
+    /// The digest that is signed.
+    pub fn digest(self, pae: &Pae) -> Vec<u8> {
+        let algorithm = match self {
+            Self::P256 => MessageDigest::sha256(),
+            Self::P384 => MessageDigest::sha384(),
+            Self::P521 => MessageDigest::sha512(),
+        };
+        hash(algorithm, pae.as_bytes()).expect("SHA-2 is always there").to_vec()
+    }
+
+    fn of(key: &PKeyRef<impl HasPublic>) -> Result<Self, KeyError> {
+        let curve = key.ec_key().ok().and_then(|key| key.group().curve_name());
+        match curve {
+            Some(Nid::X9_62_PRIME256V1) => Ok(Self::P256),
+            Some(Nid::SECP384R1) => Ok(Self::P384),
+            Some(Nid::SECP521R1) => Ok(Self::P521),
+            Some(other) => {
+                let name = other.long_name().unwrap_or("unknown");
+                Err(KeyError::Unsupported(format!("the key is on the curve {name}")))
+            }
+            None => Err(KeyError::Unsupported("the key is not an elliptic-curve key".into())),
+        }
+    }
+}
+
+/// A public key that OMS can use.
+#[derive(Clone, Debug)]
+pub struct PublicKey {
+    /// How it signs.
+    pub algorithm: Algorithm,
+    key: PKey<Public>,
+}
+
+impl PublicKey {
+    /// From PEM.
+    pub fn read(path: &Path) -> Result<Self, KeyError> {
+        let pem = read(path)?;
+        let content = || KeyError::Content { path: path.to_owned(), what: "a public key" };
+        Self::new(PKey::public_key_from_pem(&pem).map_err(|_| content())?)
+    }
+
+    /// From SubjectPublicKeyInfo, DER.
+    pub fn from_spki(der: &[u8]) -> Result<Self, KeyError> {
+        let key = PKey::public_key_from_der(der);
+        Self::new(key.map_err(|_| KeyError::Unsupported("the public key is malformed".into()))?)
+    }
+
+    /// The key that a certificate certifies.
+    pub fn of_certificate(certificate: &X509) -> Result<Self, KeyError> {
+        let key = certificate.public_key();
+        Self::new(key.map_err(|_| KeyError::Unsupported("the certificate's key is malformed".into()))?)
+    }
+
+    fn new(key: PKey<Public>) -> Result<Self, KeyError> {
+        Ok(Self { algorithm: Algorithm::of(&key)?, key })
+    }
+
+    /// SubjectPublicKeyInfo in PEM, lines of 64 characters, newline at the end.
+    pub fn to_pem(&self) -> Vec<u8> {
+        self.key.public_key_to_pem().expect("a parsed key always serializes")
+    }
+
+    /// Lower-case hexadecimal SHA-256 of the PEM: what `publicKey.hint` holds.
+    pub fn hint(&self) -> String {
+        Digest::of(&self.to_pem()).to_string()
+    }
+
+    /// Whether `signature` (DER Ecdsa-Sig-Value) is this key's over `pae`.
+    pub fn verifies(&self, pae: &Pae, signature: &[u8]) -> bool {
+        let Ok(parsed) = EcdsaSig::from_der(signature) else { return false };
+        // d2i accepts bytes after the end, and BER.
+        if parsed.to_der().ok().as_deref() != Some(signature) {
+            return false;
+        }
+        let key: Result<EcKey<Public>, _> = self.key.ec_key();
+        key.and_then(|key| parsed.verify(&self.algorithm.digest(pae), &key)).unwrap_or(false)
+    }
+
+    /// Whether two keys are the same.
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.key.public_eq(&other.key)
+    }
+}
+
+/// A private key from a PEM file.
+pub struct PrivateKey {
+    /// Its public half.
+    pub public: PublicKey,
+    key: PKey<Private>,
+}
+
+impl PrivateKey {
+    /// Reads PKCS#8 or SEC 1 PEM. `password` is asked only when the file is encrypted.
+    pub fn read(
+        path: &Path,
+        password: impl FnOnce() -> Option<Zeroizing<String>>,
+    ) -> Result<Self, KeyError> {
+        let pem = Zeroizing::new(read(path)?);
+        let mut asked = None;
+        let parsed = PKey::private_key_from_pem_callback(&pem, |buffer| {
+            let given = password();
+            asked = Some(given.is_some());
+            let Some(given) = given else { return Ok(0) };
+            match buffer.get_mut(..given.len()) {
+                Some(space) => space.copy_from_slice(given.as_bytes()),
+                None => return Ok(0),
+            }
+            Ok(given.len())
+        });
+        let key = parsed.map_err(|_| match asked {
+            None => KeyError::Content { path: path.to_owned(), what: "a private key" },
+            Some(true) => KeyError::Password { path: path.to_owned(), reason: "the password is wrong" },
+            Some(false) => KeyError::Password { path: path.to_owned(), reason: "it needs a password" },
+        })?;
+        Algorithm::of(&key)?;
+        let public = PublicKey::from_spki(&key.public_key_to_der().map_err(sign_error)?)?;
+        Ok(Self { public, key })
+    }
+
+    /// Signs; the answer is DER.
+    pub fn sign(&self, pae: &Pae) -> Result<Vec<u8>, KeyError> {
+        let key = self.key.ec_key().map_err(sign_error)?;
+        let signature = EcdsaSig::sign(&self.public.algorithm.digest(pae), &key).map_err(sign_error)?;
+        signature.to_der().map_err(sign_error)
+    }
+}
+
+fn sign_error(error: openssl::error::ErrorStack) -> KeyError {
+    KeyError::Sign(error.to_string())
+}
+
+/// Reads the certificates of PEM files, in order.
+pub fn read_certificates(paths: &[PathBuf]) -> Result<Vec<X509>, KeyError> {
+    let mut certificates = Vec::new();
+    for path in paths {
+        let found = X509::stack_from_pem(&read(path)?).unwrap_or_default();
+        if found.is_empty() {
+            return Err(KeyError::Content { path: path.clone(), what: "a certificate" });
+        }
+        certificates.extend(found);
+    }
+    Ok(certificates)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, KeyError> {
+    std::fs::read(path).map_err(|source| KeyError::Read { path: path.to_owned(), source })
+}

@@ -1,0 +1,59 @@
+//! Signs and verifies machine-learning models, and any other directory of files, in the OpenSSF Model Signing
+//! (OMS) v1.0 format. The path of a signature: [`model`] (which files) → [`hash`] → [`manifest`] →
+//! [`statement`] → [`dsse`] → [`agent`] or [`key`] (the signature) → [`trust`] (checked) → [`bundle`] (written).
+
+pub mod agent;
+pub mod bundle;
+pub mod dsse;
+pub mod hash;
+pub mod key;
+pub mod manifest;
+pub mod model;
+pub mod oneshot;
+pub mod sign;
+pub mod statement;
+pub mod trust;
+pub mod verify;
+
+/// Why something was not done, or was found wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model's files.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// Reading and hashing them.
+    #[error(transparent)]
+    Hash(#[from] hash::HashError),
+    /// The bundle file.
+    #[error(transparent)]
+    Bundle(#[from] bundle::BundleError),
+    /// The statement in it.
+    #[error(transparent)]
+    Statement(#[from] statement::StatementError),
+    /// Its signature and signer.
+    #[error(transparent)]
+    Trust(#[from] trust::TrustError),
+    /// The signed files are not the files that are there.
+    #[error(transparent)]
+    Differs(#[from] manifest::Differences),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] agent::AgentError),
+    /// A key or certificate file.
+    #[error(transparent)]
+    Key(#[from] key::KeyError),
+}
+
+impl Error {
+    /// Whether the bundle or the model was checked and found wrong, as opposed to could not be checked.
+    pub fn found_wrong(&self) -> bool {
+        match self {
+            Self::Model(error) => error.found_wrong(),
+            Self::Hash(hash::HashError::Changed(_)) | Self::Differs(_) => true,
+            Self::Bundle(error) => error.found_wrong(),
+            Self::Statement(error) => error.found_wrong(),
+            Self::Trust(error) => error.found_wrong(),
+            Self::Hash(hash::HashError::Read { .. }) | Self::Agent(_) | Self::Key(_) => false,
+        }
+    }
+}

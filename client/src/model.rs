@@ -1,0 +1,286 @@
+//! Which files a model is made of (OMS v1.0, 6.1 and 6.2).
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+/// What is left out at the model's root by default (OMS v1.0, 6.2).
+pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitignore"];
+
+/// A model: its name and its files.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Last component of its path.
+    pub name: String,
+    /// Its files, sorted by name in code-point order.
+    pub files: Vec<File>,
+}
+
+/// One regular file of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct File {
+    /// Path below the model's root, with `/`; the file's own name where the model is a single file.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// What is looked at.
+#[derive(Clone, Debug, Default)]
+pub struct Scope {
+    /// Paths below the model's root that are left out, with everything below them.
+    pub ignore_paths: BTreeSet<String>,
+    /// Whether symbolic links are followed. Otherwise they are errors.
+    pub allow_symlinks: bool,
+}
+
+/// Why a model cannot be read as one.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The path does not exist or cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nothing to sign.
+    #[error("{0} has no files to sign")]
+    Empty(PathBuf),
+    /// A symbolic link where they are not allowed.
+    #[error("{0} is a symbolic link, and symbolic links are not allowed here")]
+    Symlink(PathBuf),
+    /// A symbolic link that leads out of the model.
+    #[error("{0} is a symbolic link that leads out of the model")]
+    Outside(PathBuf),
+    /// A symbolic link to a directory that contains it.
+    #[error("{0} is a symbolic link to a directory that contains it")]
+    Cycle(PathBuf),
+    /// A name that JSON cannot carry (OMS v1.0, 6.1.2).
+    #[error("the name of {0} is not valid UTF-8 (OMS 6.1.2)")]
+    NotUtf8(PathBuf),
+    /// A name with a backslash, which other systems take for a separator.
+    #[error("the name of {0} contains a backslash, which verifiers on other systems take for a separator")]
+    Backslash(PathBuf),
+    /// A socket, pipe or device.
+    #[error("{0} is neither a file nor a directory")]
+    Special(PathBuf),
+    /// A path to ignore that is not there, or not in the model.
+    #[error("--ignore-paths {path}: {reason}")]
+    Ignore {
+        /// As given.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+}
+
+impl ModelError {
+    /// Whether the model itself is wrong.
+    pub fn found_wrong(&self) -> bool {
+        !matches!(self, Self::Read { .. } | Self::Ignore { .. })
+    }
+}
+
+impl Model {
+    /// Finds the files of a model, which is a directory or a single file.
+    pub fn walk(root: &Path, scope: &Scope) -> Result<Self, ModelError> {
+        let real = root.canonicalize().map_err(|source| read_error(root, source))?;
+        let name = match real.file_name() {
+            Some(name) => name.to_str().ok_or_else(|| ModelError::NotUtf8(root.to_owned()))?.to_owned(),
+            None => "/".to_owned(),
+        };
+        let mut walk = Walk { real_root: &real, scope, files: Vec::new() };
+        let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
+        if kind.is_file() {
+            walk.files.push(File { name: name.clone(), path: real.clone() });
+        } else if kind.is_dir() {
+            walk.directory(root, "", &mut vec![real.clone()])?;
+        } else {
+            return Err(ModelError::Special(root.to_owned()));
+        }
+        let mut files = walk.files;
+        if files.is_empty() {
+            return Err(ModelError::Empty(root.to_owned()));
+        }
+        // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { name, files })
+    }
+}
+
+struct Walk<'a> {
+    real_root: &'a Path,
+    scope: &'a Scope,
+    files: Vec<File>,
+}
+
+impl Walk<'_> {
+    /// Collects what is below a directory. `above` holds the real paths of it and the directories above it.
+    fn directory(&mut self, path: &Path, prefix: &str, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
+        let entries = std::fs::read_dir(path).map_err(|source| read_error(path, source))?;
+        for entry in entries {
+            let entry = entry.map_err(|source| read_error(path, source))?;
+            let path = entry.path();
+            let Some(own_name) = entry.file_name().to_str().map(str::to_owned) else {
+                return Err(ModelError::NotUtf8(path));
+            };
+            let name = format!("{prefix}{own_name}");
+            if self.scope.ignore_paths.contains(&name) {
+                continue;
+            }
+            if own_name.contains('\\') {
+                return Err(ModelError::Backslash(path));
+            }
+            let kind = entry.file_type().map_err(|source| read_error(&path, source))?;
+            if kind.is_file() {
+                self.files.push(File { name, path });
+            } else if kind.is_dir() {
+                let real = above.last().map_or_else(|| path.clone(), |last| last.join(&own_name));
+                self.below(&path, &name, real, above)?;
+            } else if kind.is_symlink() {
+                self.symlink(path, name, above)?;
+            } else {
+                return Err(ModelError::Special(path));
+            }
+        }
+        Ok(())
+    }
+
+    fn symlink(&mut self, path: PathBuf, name: String, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
+        if !self.scope.allow_symlinks {
+            return Err(ModelError::Symlink(path));
+        }
+        let target = path.canonicalize().map_err(|source| read_error(&path, source))?;
+        if !target.starts_with(self.real_root) {
+            return Err(ModelError::Outside(path));
+        }
+        let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
+        if kind.is_file() {
+            // The link's own name, the target's content (OMS v1.0, 6.1.1).
+            self.files.push(File { name, path: target });
+            return Ok(());
+        }
+        if !kind.is_dir() {
+            return Err(ModelError::Special(path));
+        }
+        if above.contains(&target) {
+            return Err(ModelError::Cycle(path));
+        }
+        self.below(&path, &name, target, above)
+    }
+
+    fn below(&mut self, path: &Path, name: &str, real: PathBuf, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
+        above.push(real);
+        self.directory(path, &format!("{name}/"), above)?;
+        above.pop();
+        Ok(())
+    }
+}
+
+/// What `--ignore-paths` means: a path below the model's root, given as such, or from the working directory,
+/// or absolute. One that is not there is an error: a typing mistake would sign what was to be left out.
+pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
+    let error = |reason| ModelError::Ignore { path: given.to_owned(), reason };
+    let real_root = root.canonicalize().map_err(|source| read_error(root, source))?;
+    let candidates = [real_root.join(given), given.to_owned()];
+    for candidate in candidates {
+        if std::fs::symlink_metadata(&candidate).is_err() {
+            continue;
+        }
+        if let Some(name) = name_below(&real_root, &candidate) {
+            return name.to_str().map(str::to_owned).ok_or_else(|| error("its name is not valid UTF-8"));
+        }
+    }
+    if given.to_string_lossy().contains(['*', '?', '[']) {
+        return Err(error("patterns are not part of OMS (6.2.1); name each file or directory"));
+    }
+    Err(error("there is nothing of this name in the model"))
+}
+
+/// The name of a path below a model's root, if it lies there. The path itself need not exist, and is not
+/// followed if it is a link.
+pub fn name_below(real_root: &Path, path: &Path) -> Option<PathBuf> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.canonicalize().ok()?,
+        _ => Path::new(".").canonicalize().ok()?,
+    };
+    let full = parent.join(path.file_name()?);
+    let below = full.strip_prefix(real_root).ok()?;
+    let plain = below.components().all(|part| matches!(part, Component::Normal(_)));
+    (plain && !below.as_os_str().is_empty()).then(|| below.to_owned())
+}
+
+fn read_error(path: &Path, source: io::Error) -> ModelError {
+    ModelError::Read { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::symlink;
+
+    fn model() -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a directory");
+        for name in ["sub-1/x", "sub/x", "b", "A", ".git/HEAD", "sub/.git/HEAD"] {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().expect("below the root")).expect("made");
+            fs::write(path, name).expect("written");
+        }
+        root
+    }
+
+    fn names(root: &Path, scope: &Scope) -> Result<Vec<String>, ModelError> {
+        Ok(Model::walk(root, scope)?.files.into_iter().map(|file| file.name).collect())
+    }
+
+    #[test]
+    fn sorted_by_code_point_and_ignored_at_the_root_only() {
+        let root = model();
+        let scope = Scope { ignore_paths: [".git".to_owned()].into(), allow_symlinks: false };
+        let found = names(root.path(), &scope).expect("a model");
+        assert_eq!(found, ["A", "b", "sub-1/x", "sub/.git/HEAD", "sub/x"]);
+    }
+
+    #[test]
+    fn links_are_refused_or_followed_inside_the_model() {
+        let root = model();
+        let outside = tempfile::NamedTempFile::new().expect("a file");
+        let link = root.path().join("link");
+        let follow = Scope { allow_symlinks: true, ..Scope::default() };
+        symlink("sub", &link).expect("linked");
+        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::Symlink(_))));
+        assert!(names(root.path(), &follow).expect("followed").contains(&"link/x".to_owned()));
+        fs::remove_file(&link).expect("removed");
+        symlink(outside.path(), &link).expect("linked");
+        assert!(matches!(names(root.path(), &follow), Err(ModelError::Outside(_))));
+        fs::remove_file(&link).expect("removed");
+        symlink(".", &link).expect("linked");
+        assert!(matches!(names(root.path(), &follow), Err(ModelError::Cycle(_))));
+    }
+
+    #[test]
+    fn names_that_json_cannot_carry_are_refused() {
+        let root = model();
+        fs::write(root.path().join(std::ffi::OsStr::from_bytes(b"\xff")), "x").expect("written");
+        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::NotUtf8(_))));
+        let root = model();
+        fs::write(root.path().join("a\\b"), "x").expect("written");
+        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::Backslash(_))));
+        let empty = tempfile::tempdir().expect("a directory");
+        assert!(matches!(names(empty.path(), &Scope::default()), Err(ModelError::Empty(_))));
+    }
+
+    #[test]
+    fn an_ignored_path_has_to_be_there() {
+        let root = model();
+        assert_eq!(ignored(root.path(), Path::new("sub")).expect("there"), "sub");
+        assert_eq!(ignored(root.path(), &root.path().join("sub/x")).expect("there"), "sub/x");
+        assert!(ignored(root.path(), Path::new("sbu")).is_err());
+        assert!(ignored(root.path(), Path::new("/etc/passwd")).is_err());
+        assert!(ignored(root.path(), Path::new("*.bin")).expect_err("a pattern").to_string().contains("patterns"));
+    }
+}

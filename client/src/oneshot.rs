@@ -1,0 +1,99 @@
+//! Signing with a token when no agent runs: a private `omsign-agent` for this one call, over a socketpair, so
+//! that this process never loads a vendor's library.
+
+use std::io::Read as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use percent_encoding::percent_decode_str;
+use zeroize::Zeroizing;
+
+use crate::agent::{Agent, AgentError};
+
+/// The one key that a private agent has.
+pub const KEY: &str = "key";
+
+/// A private agent. It ends with this value.
+pub struct PrivateAgent {
+    /// The line to it. Dropped first: the agent ends when it is closed.
+    agent: Option<Agent>,
+    child: Child,
+}
+
+impl PrivateAgent {
+    /// Starts an agent for the key that `uri` names, which must not hold a PIN.
+    pub fn start(uri: &str) -> Result<Self, AgentError> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let program = program();
+        let mut command = Command::new(&program);
+        command.args(["one-shot", "--uri", uri]).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        if std::env::var_os("OMSIGN_LOG").is_none() {
+            // Its log is for operators; what matters here arrives as an error.
+            command.env("OMSIGN_LOG", "off").stderr(Stdio::piped());
+        }
+        let child = command.spawn().map_err(|error| AgentError::Start(format!("{}: {error}", program.display())))?;
+        Ok(Self { agent: Some(Agent::over(ours)?), child })
+    }
+
+    /// The line to it.
+    pub fn agent(&self) -> &Agent {
+        self.agent.as_ref().expect("taken only when dropped")
+    }
+
+    /// What it said when it ended, if that explains an error better than the broken line does.
+    pub fn why(mut self, error: AgentError) -> AgentError {
+        drop(self.agent.take());
+        let mut said = String::new();
+        if let Some(mut stderr) = self.child.stderr.take() {
+            let _ = stderr.read_to_string(&mut said);
+        }
+        match said.trim().strip_prefix("error: ") {
+            Some(reason) => AgentError::Private(reason.to_owned()),
+            None => error,
+        }
+    }
+}
+
+impl Drop for PrivateAgent {
+    fn drop(&mut self) {
+        drop(self.agent.take());
+        // It closes its token in bounded time and ends.
+        let _ = self.child.wait();
+    }
+}
+
+/// The agent beside this program, or on the PATH.
+fn program() -> PathBuf {
+    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("omsign-agent"));
+    beside.filter(|path| path.is_file()).unwrap_or_else(|| PathBuf::from("omsign-agent"))
+}
+
+/// Takes `pin-value` out of a PKCS#11 URI (RFC 7512, 2.4): what is left may be seen by others.
+pub fn split_pin(uri: &str) -> (String, Option<Zeroizing<String>>) {
+    let Some((path, query)) = uri.split_once('?') else { return (uri.to_owned(), None) };
+    let (mut kept, mut pin) = (Vec::new(), None);
+    for attribute in query.split('&') {
+        match attribute.strip_prefix("pin-value=") {
+            Some(value) => pin = percent_decode_str(value).decode_utf8().ok().map(|text| Zeroizing::new(text.into_owned())),
+            None => kept.push(attribute),
+        }
+    }
+    let uri = if kept.is_empty() { path.to_owned() } else { format!("{path}?{}", kept.join("&")) };
+    (uri, pin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pin_leaves_the_uri() {
+        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=12%2034&module-path=/m.so");
+        assert_eq!((uri.as_str(), pin.as_deref().map(String::as_str)), ("pkcs11:token=t?module-path=/m.so", Some("12 34")));
+        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=1");
+        assert_eq!((uri.as_str(), pin.is_some()), ("pkcs11:token=t", true));
+        assert_eq!(split_pin("pkcs11:token=t").0, "pkcs11:token=t");
+    }
+}

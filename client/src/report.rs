@@ -1,0 +1,91 @@
+//! What people and programs see: results on standard output, everything else on standard error.
+
+use std::io::Write as _;
+
+use omsign::Error;
+use omsign::manifest::Differences;
+
+use crate::hints::hint;
+
+/// Names printed of each kind of difference; `--json` has them all.
+const SHOWN: usize = 50;
+
+/// Prints a result. A closed pipe (`omsign … | head`) is not an error.
+pub(crate) fn result(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints bytes as they are.
+pub(crate) fn raw(bytes: &[u8]) {
+    let _ = std::io::stdout().write_all(bytes);
+}
+
+/// Prints an error and what to do about it.
+pub(crate) fn failure(error: &Error) {
+    eprintln!("error: {}", with_causes(error));
+    if let Error::Differs(differences) = error {
+        show(differences);
+    }
+    if let Some(hint) = hint(error) {
+        eprintln!("hint: {hint}");
+    }
+}
+
+/// A message never repeats its cause, so the whole is the chain.
+pub(crate) fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Prints something worth knowing that is not an error.
+pub(crate) fn warning(text: &str) {
+    eprintln!("warning: {text}");
+}
+
+fn show(differences: &Differences) {
+    let kinds =
+        [("changed", &differences.changed), ("missing", &differences.missing), ("not signed", &differences.extra)];
+    for (kind, names) in kinds {
+        // A name may hold escape sequences for the terminal.
+        names.iter().take(SHOWN).for_each(|name| eprintln!("  {kind}: {}", name.escape_debug()));
+        if names.len() > SHOWN {
+            eprintln!("  {kind}: {} more", names.len() - SHOWN);
+        }
+    }
+}
+
+/// `12.3 MB`, in powers of ten as disks are sold.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
+    let (mut whole, mut rest, mut unit) = (bytes, 0, "bytes");
+    for next in units {
+        if whole < 1000 {
+            break;
+        }
+        (rest, whole, unit) = (whole % 1000 / 100, whole / 1000, next);
+    }
+    if unit == "bytes" { format!("{whole} bytes") } else { format!("{whole}.{rest} {unit}") }
+}
+
+/// `1 file`, `2 files`.
+pub(crate) fn files(count: usize) -> String {
+    if count == 1 { "1 file".into() } else { format!("{count} files") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size(999), "999 bytes");
+        assert_eq!(size(1_999), "1.9 kB");
+        assert_eq!(size(83_506_384), "83.5 MB");
+        assert_eq!(size(u64::MAX), "18.4 EB");
+    }
+}

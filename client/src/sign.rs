@@ -1,0 +1,139 @@
+//! Signing, from a model's path to a bundle file.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use openssl::asn1::Asn1Time;
+use openssl::x509::X509;
+
+use crate::Error;
+use crate::agent::{Agent, AgentError};
+use crate::bundle::{Bundle, KeyIdentifier, Material};
+use crate::dsse::Pae;
+use crate::key::{KeyError, PrivateKey, PublicKey};
+use crate::manifest::{Manifest, Serialization};
+use crate::model::{self, GIT_PATHS};
+use crate::statement;
+use crate::trust::{TrustError, check_usage};
+
+/// What to sign and how.
+pub struct Request<'a> {
+    /// The model: a directory or a file.
+    pub model: &'a Path,
+    /// The bundle to write.
+    pub signature: &'a Path,
+    /// What to leave out, as the user wrote it.
+    pub ignore_paths: &'a [PathBuf],
+    /// Whether to leave git's own files out.
+    pub ignore_git_paths: bool,
+    /// Whether to follow symbolic links.
+    pub allow_symlinks: bool,
+    /// Leaf first. Without one, the key's own chain; without that too, the key method.
+    pub certificates: Option<Vec<X509>>,
+}
+
+/// What signs.
+pub enum Signer<'a> {
+    /// A key of an agent.
+    Agent {
+        /// The line to it.
+        agent: &'a Agent,
+        /// The key's name.
+        key: &'a str,
+        /// Told what is waited for.
+        waiting: &'a dyn Fn(&str),
+    },
+    /// A private key from a file.
+    File(&'a PrivateKey),
+}
+
+/// What was signed.
+#[derive(Debug)]
+pub struct Signed {
+    /// Files in the manifest.
+    pub files: usize,
+    /// Their size in bytes.
+    pub bytes: u64,
+    /// The manifest's root digest.
+    pub root_digest: String,
+    /// The key.
+    pub public_key: PublicKey,
+    /// "key" or "certificate".
+    pub method: &'static str,
+}
+
+/// Signs a model and writes the bundle. On failure nothing is written.
+pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
+    // What can fail without reading a single model byte fails first.
+    let (public_key, own_chain) = match signer {
+        Signer::Agent { agent, key, .. } => {
+            let key = agent.ready_key(key)?;
+            let chain: Result<Vec<_>, _> = key.certificate_chain.iter().map(|der| X509::from_der(der)).collect();
+            let chain = chain.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?;
+            (PublicKey::from_spki(&key.public_key)?, chain)
+        }
+        Signer::File(key) => (key.public.clone(), Vec::new()),
+    };
+    let chain = request.certificates.clone().unwrap_or(own_chain);
+    check_chain(&chain, &public_key)?;
+    let serialization = serialization(request)?;
+
+    let (manifest, bytes) = Manifest::of_model(request.model, serialization)?;
+    let payload = statement::encode(&manifest);
+    let pae = Pae::of(&payload);
+    let signature = match signer {
+        Signer::Agent { agent, key, waiting } => {
+            let context = format!("{}: {} files", manifest.model_name, manifest.resources.len());
+            agent.sign(key, public_key.algorithm.digest(&pae), &context, waiting)?
+        }
+        Signer::File(key) => key.sign(&pae)?,
+    };
+    // Nothing is written that we could not verify ourselves.
+    if !public_key.verifies(&pae, &signature) {
+        return Err(TrustError::Signature.into());
+    }
+    let (material, method) = if chain.is_empty() {
+        (Material::PublicKey(KeyIdentifier::Hint(public_key.hint())), "key")
+    } else {
+        let der: Result<Vec<_>, _> = chain.iter().map(|certificate| certificate.to_der()).collect();
+        (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
+    };
+    Bundle { material, payload, signature }.write(request.signature)?;
+    let (files, root_digest) = (manifest.resources.len(), manifest.root_digest().to_string());
+    Ok(Signed { files, bytes, root_digest, public_key, method })
+}
+
+/// What the manifest says about how files were found: everything that is left out is recorded.
+fn serialization(request: &Request<'_>) -> Result<Serialization, Error> {
+    let mut ignore_paths = BTreeSet::new();
+    for path in request.ignore_paths {
+        ignore_paths.insert(model::ignored(request.model, path)?);
+    }
+    if request.ignore_git_paths {
+        ignore_paths.extend(GIT_PATHS.map(str::to_owned));
+    }
+    ignore_paths.extend(bundle_inside(request.model, request.signature));
+    Ok(Serialization { allow_symlinks: request.allow_symlinks, ignore_paths })
+}
+
+/// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
+pub(crate) fn bundle_inside(model: &Path, signature: &Path) -> Option<String> {
+    let root = model.canonicalize().ok().filter(|root| root.is_dir())?;
+    model::name_below(&root, signature)?.to_str().map(str::to_owned)
+}
+
+/// A chain that no verifier would accept is refused before anything is signed with it.
+fn check_chain(chain: &[X509], key: &PublicKey) -> Result<(), Error> {
+    let Some(leaf) = chain.first() else { return Ok(()) };
+    let certified = PublicKey::of_certificate(leaf).map_err(TrustError::LeafKey)?;
+    if !certified.same_as(key) {
+        let other = "the signing certificate is for another key than the one that signs";
+        return Err(KeyError::Certificate(other).into());
+    }
+    check_usage(leaf)?;
+    let now = Asn1Time::days_from_now(0).map_err(TrustError::OpenSsl)?;
+    if leaf.not_before() > now || leaf.not_after() < now {
+        return Err(KeyError::Certificate("the signing certificate is not valid now").into());
+    }
+    Ok(())
+}

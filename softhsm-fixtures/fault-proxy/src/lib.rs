@@ -1,0 +1,128 @@
+//! A PKCS#11 module that stands between an application and another module: it writes the name of each call
+//! it passes on to a file, and fails or delays calls as a control file says.
+//!
+//! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
+//! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
+//! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
+//!   that the call goes through). Read at every call, so faults come and go while the application runs.
+//!
+//! It offers only `C_GetFunctionList`, so applications use PKCS#11 2.40 through it.
+#![allow(unsafe_code, non_snake_case)] // the PKCS#11 C ABI is what this crate is for
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use cryptoki_sys::*;
+
+struct Module {
+    /// Keeps the library loaded.
+    _library: Pkcs11,
+    list: CK_FUNCTION_LIST,
+}
+
+/// A function table may be shared: it is written once and holds only pointers to code.
+struct Table(CK_FUNCTION_LIST);
+
+// SAFETY: both hold pointers to functions of a loaded library, are never changed after they were made, and the
+// library is never unloaded.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+// SAFETY: as above.
+unsafe impl Send for Table {}
+// SAFETY: as above.
+unsafe impl Sync for Table {}
+
+static MODULE: OnceLock<Option<Module>> = OnceLock::new();
+static TABLE: OnceLock<Option<Table>> = OnceLock::new();
+
+fn module() -> Option<&'static Module> {
+    let load = || {
+        let path = std::env::var_os("OMSIGN_PROXY_MODULE")?;
+        // SAFETY: the path names a PKCS#11 module, whose initializers are trusted as any module's are.
+        let library = unsafe { Pkcs11::new(path) }.ok()?;
+        let mut list: CK_FUNCTION_LIST_PTR = std::ptr::null_mut();
+        // SAFETY: the function fills in a pointer to its table, which lives as long as the library.
+        let rv = unsafe { library.C_GetFunctionList(&mut list) };
+        if rv != CKR_OK || list.is_null() {
+            return None;
+        }
+        // SAFETY: checked above; the table is plain data.
+        let list = unsafe { *list };
+        Some(Module { _library: library, list })
+    };
+    MODULE.get_or_init(load).as_ref()
+}
+
+/// Logs the call, waits as told, and returns the error that it shall fail with, if any.
+fn intercept(function: &str) -> Option<CK_RV> {
+    if let Some(path) = std::env::var_os("OMSIGN_PROXY_LOG") {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        // One write per line: several processes may log.
+        let _ = file.and_then(|mut file| file.write_all(format!("{function}\n").as_bytes()));
+    }
+    let faults = std::fs::read_to_string(std::env::var_os("OMSIGN_PROXY_FAULTS")?).ok()?;
+    let mut lines = faults.lines().map(str::split_whitespace);
+    let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
+    let rv = CK_RV::from_str_radix(fault.next()?, 16).ok()?;
+    let delay: u64 = fault.next()?.parse().ok()?;
+    std::thread::sleep(Duration::from_millis(delay));
+    (rv != CKR_OK).then_some(rv)
+}
+
+macro_rules! wrap {
+    ($($name:ident($($argument:ident: $type:ty),*);)*) => {
+        $(
+            unsafe extern "C" fn $name($($argument: $type),*) -> CK_RV {
+                if let Some(rv) = intercept(stringify!($name)) {
+                    return rv;
+                }
+                match module().and_then(|module| module.list.$name) {
+                    // SAFETY: the arguments are the caller's, for the same function of the module behind.
+                    Some(function) => unsafe { function($($argument),*) },
+                    None => CKR_FUNCTION_NOT_SUPPORTED,
+                }
+            }
+        )*
+
+        fn wrapped(mut list: CK_FUNCTION_LIST) -> CK_FUNCTION_LIST {
+            $(list.$name = Some($name);)*
+            list
+        }
+    };
+}
+
+wrap! {
+    C_Initialize(args: CK_VOID_PTR);
+    C_GetTokenInfo(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR);
+    C_OpenSession(slot: CK_SLOT_ID, flags: CK_FLAGS, application: CK_VOID_PTR, notify: CK_NOTIFY,
+        session: CK_SESSION_HANDLE_PTR);
+    C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: CK_UTF8CHAR_PTR, length: CK_ULONG);
+    C_FindObjectsInit(session: CK_SESSION_HANDLE, template: CK_ATTRIBUTE_PTR, count: CK_ULONG);
+    C_SignInit(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, key: CK_OBJECT_HANDLE);
+    C_Sign(session: CK_SESSION_HANDLE, data: CK_BYTE_PTR, length: CK_ULONG, signature: CK_BYTE_PTR,
+        signature_length: CK_ULONG_PTR);
+}
+
+/// The entry point of every PKCS#11 module (PKCS#11 2.40, 5.4).
+///
+/// # Safety
+///
+/// `list` must point to writable memory for one pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn C_GetFunctionList(list: CK_FUNCTION_LIST_PTR_PTR) -> CK_RV {
+    if list.is_null() {
+        return CKR_ARGUMENTS_BAD;
+    }
+    let table = TABLE.get_or_init(|| module().map(|module| Table(wrapped(module.list))));
+    match table {
+        Some(table) => {
+            // SAFETY: checked for null above; callers only read the table.
+            unsafe { *list = std::ptr::from_ref(&table.0).cast_mut() };
+            CKR_OK
+        }
+        None => CKR_GENERAL_ERROR,
+    }
+}

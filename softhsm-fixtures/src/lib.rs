@@ -1,0 +1,31 @@
+//! Stand-in hardware, for trying omsign and for its tests: real tokens behind the real PKCS#11 protocol, in
+//! software. Nothing here is linked into a release binary.
+
+pub mod ca;
+pub mod model;
+pub mod softhsm;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+
+/// One of this workspace's binaries or libraries, next to the running one.
+pub fn built(name: &str) -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe().context("this program's own path")?;
+    // Test binaries lie one level down, in deps/.
+    let found = own.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file());
+    match found {
+        Some(path) => Ok(path),
+        None => bail!("{name} is not built; run: cargo build --workspace"),
+    }
+}
+
+/// Writes a file that only its owner can read.
+pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let _ = std::fs::remove_file(path);
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path).context("a private file")?;
+    file.write_all(content).context("a private file")
+}

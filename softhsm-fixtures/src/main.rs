@@ -1,0 +1,96 @@
+//! `omsign-fixtures`: makes stand-in hardware, a test CA and a model to try.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use omsign_fixtures::ca::{Ca, write_chain};
+use omsign_fixtures::model;
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, keygen};
+use openssl::pkey::PKey;
+
+/// Stand-in hardware for trying and testing omsign.
+#[derive(Parser)]
+#[command(name = "omsign-fixtures", version)]
+enum Cli {
+    /// Makes a SoftHSM token with one key, a root and an intermediate CA, the key's certificate, and an agent
+    /// configuration for all that
+    Softhsm {
+        /// Where to make it
+        directory: PathBuf,
+        /// Type of the key: p256, p384 or p521
+        #[arg(long, default_value = "p384")]
+        key_type: KeyType,
+        /// Name of the token and of the key
+        #[arg(long, default_value = "release")]
+        name: String,
+    },
+    /// Makes a model directory to sign
+    Model {
+        /// Where to make it
+        directory: PathBuf,
+        /// How many safetensors shards
+        #[arg(long, default_value_t = 4)]
+        shards: usize,
+        /// Size of each shard in MiB
+        #[arg(long, default_value_t = 16)]
+        shard_mib: usize,
+    },
+    /// Makes one key on a token; a process of its own, since SoftHSM is configured by the environment
+    #[command(hide = true)]
+    Keygen { directory: PathBuf, label: String, name: String, key_type: KeyType, objects: Objects },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse() {
+        Cli::Softhsm { directory, key_type, name } => softhsm(&directory, key_type, &name),
+        Cli::Model { directory, shards, shard_mib } => model::create(&directory, shards, shard_mib << 20),
+        Cli::Keygen { directory, label, name, key_type, objects } => {
+            keygen(&directory, &label, &name, key_type, objects)
+        }
+    }
+}
+
+fn softhsm(directory: &Path, key_type: KeyType, name: &str) -> anyhow::Result<()> {
+    let token = SoftHsm::create(directory, name)?;
+    token.generate(name, key_type, Objects::Pair)?;
+    let root = Ca::create("Example Root CA")?;
+    let issuing = root.intermediate("Example Issuing CA")?;
+    let public = PKey::public_key_from_pem(&std::fs::read(token.public_key(name))?)?;
+    let leaf = issuing.code_signing("Example Model Release", &public)?;
+    write_chain(&directory.join("root.pem"), &[&root.certificate])?;
+    write_chain(&directory.join("chain.pem"), &[&leaf, &issuing.certificate])?;
+    let (uid, config) = (std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(directory)?), token.config());
+    let text = format!(
+        r#"# Made by omsign-fixtures; the commented version of this is hsm-config/softhsm.toml.
+[listen]
+unix = {{ path = "agent.sock", mode = "0600" }}
+
+[audit]
+directory = "audit"
+
+[token.{name}]
+backend = "pkcs11"
+module = "{MODULE}"
+token = {{ label = "{name}" }}
+pin = {{ file = "user.pin" }}
+env = {{ SOFTHSM2_CONF = "{}" }}
+
+[key.{name}]
+token = "{name}"
+object = {{ label = "{name}" }}
+certificate_chain = "chain.pem"
+[[key.{name}.allow]]
+unix = {{ uid = {uid} }}
+
+# The same key without its certificate: signs with the OMS key method.
+[key.{name}-plain]
+token = "{name}"
+object = {{ label = "{name}" }}
+[[key.{name}-plain.allow]]
+unix = {{ uid = {uid} }}
+"#,
+        config.display()
+    );
+    std::fs::write(directory.join("agent.toml"), text)?;
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! A SoftHSM token in a directory of its own.
+//!
+//! SoftHSM reads its configuration from the environment once per process, so every step that loads the module
+//! is a child process: `softhsm2-util` to make the token, `omsign-fixtures keygen` to make a key.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+
+use anyhow::{Context as _, bail, ensure};
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, AttributeType, CertificateType, ObjectClass, ObjectHandle};
+use cryptoki::session::{Session, UserType};
+use cryptoki::types::AuthPin;
+use openssl::bn::BigNumContext;
+use openssl::ec::{EcGroup, EcKey, EcPoint};
+use openssl::nid::Nid;
+use openssl::pkey::{PKey, Public};
+
+use crate::ca::Ca;
+use crate::{built, write_private};
+
+/// Debian's path of the module.
+pub const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
+
+/// The user PIN of every token made here. Long enough to be searched for in logs.
+pub const PIN: &str = "user-pin-5714";
+
+/// What kind of key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyType {
+    /// ECDSA on P-256.
+    P256,
+    /// ECDSA on P-384.
+    P384,
+    /// ECDSA on P-521.
+    P521,
+    /// RSA of 2048 bits, which OMS does not use.
+    Rsa,
+}
+
+/// Which objects of a key stay on the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objects {
+    /// Private and public key: as most tools leave them.
+    Pair,
+    /// Private key and certificate, no public key: as some vendors' tools leave them.
+    Certified,
+    /// Only the public key: what is left after a mistake.
+    PublicOnly,
+    /// Only the private key.
+    PrivateOnly,
+}
+
+/// A token.
+#[derive(Clone, Debug)]
+pub struct SoftHsm {
+    /// Its directory: `softhsm2.conf`, `user.pin`, `tokens/`, and `NAME.pub.pem` for each key.
+    pub directory: PathBuf,
+    /// Its CKA_LABEL.
+    pub label: String,
+}
+
+impl SoftHsm {
+    /// Makes a token without keys.
+    pub fn create(directory: &Path, label: &str) -> anyhow::Result<Self> {
+        let token = Self { directory: directory.to_owned(), label: label.to_owned() };
+        std::fs::create_dir_all(token.tokens()).context("the token directory")?;
+        let tokens = token.tokens();
+        let config = format!(
+            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+            tokens.display()
+        );
+        std::fs::write(token.config(), config).context("softhsm2.conf")?;
+        write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
+        let mut init = Command::new("softhsm2-util");
+        init.args(["--init-token", "--free", "--label", label, "--so-pin", "so-pin-2406", "--pin", PIN]);
+        let made = init.env("SOFTHSM2_CONF", token.config()).output().context("softhsm2-util (apt: softhsm2)")?;
+        ensure!(made.status.success(), "softhsm2-util: {}", String::from_utf8_lossy(&made.stderr));
+        Ok(token)
+    }
+
+    /// Makes a key. Its public half is left in [`SoftHsm::public_key`].
+    pub fn generate(&self, name: &str, key_type: KeyType, objects: Objects) -> anyhow::Result<()> {
+        let mut keygen = Command::new(built("omsign-fixtures")?);
+        keygen.arg("keygen").arg(&self.directory).args([&self.label, name]);
+        keygen.args([key_type.name(), objects.name()]);
+        let made = keygen.env("SOFTHSM2_CONF", self.config()).output().context("omsign-fixtures keygen")?;
+        ensure!(made.status.success(), "keygen: {}", String::from_utf8_lossy(&made.stderr));
+        Ok(())
+    }
+
+    /// Where SoftHSM's configuration is.
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("softhsm2.conf")
+    }
+
+    /// Where the token's objects are.
+    pub fn tokens(&self) -> PathBuf {
+        self.directory.join("tokens")
+    }
+
+    /// A file that holds the user PIN.
+    pub fn pin_file(&self) -> PathBuf {
+        self.directory.join("user.pin")
+    }
+
+    /// The public half of a key, PEM.
+    pub fn public_key(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.pub.pem"))
+    }
+}
+
+/// The inside of `omsign-fixtures keygen`: one process, one key.
+pub fn keygen(
+    directory: &Path,
+    label: &str,
+    name: &str,
+    key_type: KeyType,
+    objects: Objects,
+) -> anyhow::Result<()> {
+    let pkcs11 = Pkcs11::new(MODULE)?;
+    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+    let matching = |slot: &cryptoki::slot::Slot| pkcs11.get_token_info(*slot).is_ok_and(|t| t.label() == label);
+    let slot = pkcs11.get_slots_with_token()?.into_iter().find(matching).context("no such token")?;
+    let session = pkcs11.open_rw_session(slot)?;
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
+    let named = || vec![Attribute::Token(true), Attribute::Label(name.into()), Attribute::Id(name.into())];
+    let mut public = named();
+    public.push(Attribute::Verify(true));
+    let mechanism = match key_type.curve() {
+        Some((params, _)) => {
+            public.push(Attribute::EcParams(params.to_vec()));
+            Mechanism::EccKeyPairGen
+        }
+        None => {
+            public.extend([Attribute::ModulusBits(2048.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
+            Mechanism::RsaPkcsKeyPairGen
+        }
+    };
+    let mut private = named();
+    private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
+    private.push(Attribute::Sign(true));
+    let (public, private) = session.generate_key_pair(&mechanism, &public, &private)?;
+    if let Some((_, curve)) = key_type.curve() {
+        let key = exported(&session, public, curve)?;
+        std::fs::write(directory.join(format!("{name}.pub.pem")), key.public_key_to_pem()?)?;
+        if objects == Objects::Certified {
+            let ca = Ca::create("Token CA")?;
+            let der = ca.code_signing(name, &key)?.to_der()?;
+            let mut certificate = named();
+            certificate.extend([Attribute::Class(ObjectClass::CERTIFICATE), Attribute::Value(der)]);
+            certificate.push(Attribute::CertificateType(CertificateType::X_509));
+            session.create_object(&certificate)?;
+        }
+    }
+    match objects {
+        Objects::Pair => {}
+        Objects::Certified | Objects::PrivateOnly => session.destroy_object(public)?,
+        Objects::PublicOnly => session.destroy_object(private)?,
+    }
+    Ok(())
+}
+
+fn exported(session: &Session, public: ObjectHandle, curve: Nid) -> anyhow::Result<PKey<Public>> {
+    let attributes = session.get_attributes(public, &[AttributeType::EcPoint])?;
+    let Some(Attribute::EcPoint(point)) = attributes.into_iter().next() else { bail!("no EC point") };
+    // SoftHSM wraps the point in a DER OCTET STRING; P-521's length takes two bytes.
+    let header = if curve == Nid::SECP521R1 { 3 } else { 2 };
+    let group = EcGroup::from_curve_name(curve)?;
+    let bare = point.get(header..).context("a short EC point")?;
+    let mut context = BigNumContext::new()?;
+    let point = EcPoint::from_bytes(&group, bare, &mut context)?;
+    Ok(PKey::from_ec_key(EcKey::from_public_key(&group, &point)?)?)
+}
+
+impl KeyType {
+    fn name(self) -> &'static str {
+        match self {
+            Self::P256 => "p256",
+            Self::P384 => "p384",
+            Self::P521 => "p521",
+            Self::Rsa => "rsa",
+        }
+    }
+
+    /// DER of the curve's name (RFC 5480), and OpenSSL's number for it.
+    fn curve(self) -> Option<(&'static [u8], Nid)> {
+        match self {
+            Self::P256 => Some((&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7], Nid::X9_62_PRIME256V1)),
+            Self::P384 => Some((&[6, 5, 0x2b, 0x81, 4, 0, 0x22], Nid::SECP384R1)),
+            Self::P521 => Some((&[6, 5, 0x2b, 0x81, 4, 0, 0x23], Nid::SECP521R1)),
+            Self::Rsa => None,
+        }
+    }
+}
+
+impl Objects {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pair => "pair",
+            Self::Certified => "certified",
+            Self::PublicOnly => "public-only",
+            Self::PrivateOnly => "private-only",
+        }
+    }
+}
+
+impl FromStr for KeyType {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let all = [Self::P256, Self::P384, Self::P521, Self::Rsa];
+        all.into_iter().find(|kind| kind.name() == text).context("expected p256, p384, p521 or rsa")
+    }
+}
+
+impl FromStr for Objects {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let all = [Self::Pair, Self::Certified, Self::PublicOnly, Self::PrivateOnly];
+        all.into_iter().find(|o| o.name() == text).context("expected pair, certified, public-only or private-only")
+    }
+}

@@ -1,0 +1,166 @@
+//! A running `omsign-agent`.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use omsign_fixtures::built;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::world::World;
+
+/// Longest wait for anything that should happen at once. A test that needs it all has failed.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// A running agent. Killed when dropped.
+pub struct Agent {
+    child: Child,
+    log: PathBuf,
+    /// From start to READY=1.
+    pub started_in: Duration,
+}
+
+impl Agent {
+    /// Starts an agent with this configuration and waits until it says that it is ready.
+    pub fn start(world: &World, config: &str) -> anyhow::Result<Self> {
+        Self::start_with(world, config, |_| {})
+    }
+
+    /// The same, with changes to its command.
+    pub fn start_with(world: &World, config: &str, change: impl FnOnce(&mut Command)) -> anyhow::Result<Self> {
+        let config = world.write("agent.toml", config)?;
+        let log = world.path("agent.log");
+        // The agent tells systemd when it is ready; here we are systemd.
+        let notify = world.path("notify.sock");
+        let _ = std::fs::remove_file(&notify);
+        let ready = UnixDatagram::bind(&notify)?;
+        ready.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let mut command = Command::new(built("omsign-agent")?);
+        command.arg("serve").arg("--config").arg(config);
+        world.without_surprises(&mut command);
+        command.env("NOTIFY_SOCKET", &notify).stderr(File::create(&log)?);
+        change(&mut command);
+        let started = Instant::now();
+        let child = command.spawn().context("omsign-agent")?;
+        let mut agent = Self { child, log, started_in: Duration::ZERO };
+        let mut message = [0; 64];
+        loop {
+            match ready.recv(&mut message) {
+                Ok(length) if message.get(..length) == Some(b"READY=1\n") || message.starts_with(b"READY=1") => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(status) = agent.child.try_wait()? {
+                bail!("the agent ended with {status}: {}", agent.log()?);
+            }
+            ensure!(started.elapsed() < SOON, "the agent is not ready: {}", agent.log()?);
+        }
+        agent.started_in = started.elapsed();
+        Ok(agent)
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(std::fs::read_to_string(&self.log)?)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The processes of its tokens.
+    pub fn hosts(&self) -> anyhow::Result<Vec<u32>> {
+        children(self.pid())
+    }
+
+    /// Stops it and waits for its end.
+    pub fn stop(mut self) -> anyhow::Result<ExitStatus> {
+        signal(self.pid(), Signal::TERM)?;
+        Ok(self.child.wait()?)
+    }
+
+    /// CPU seconds that it and its tokens have used.
+    pub fn cpu_seconds(&self) -> anyhow::Result<f64> {
+        let mut total = cpu_seconds(self.pid())?;
+        for host in self.hosts()? {
+            total += cpu_seconds(host)?;
+        }
+        Ok(total)
+    }
+
+    /// Memory in bytes that only it and its tokens use (proportional set size).
+    pub fn memory_bytes(&self) -> anyhow::Result<u64> {
+        let mut total = memory_bytes(self.pid())?;
+        for host in self.hosts()? {
+            total += memory_bytes(host)?;
+        }
+        Ok(total)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts an agent that must not come up; returns its exit status and what it printed.
+pub fn refused(world: &World, config: &str) -> anyhow::Result<(Option<i32>, String)> {
+    let config = world.write("agent.toml", config)?;
+    let mut command = Command::new(built("omsign-agent")?);
+    command.arg("serve").arg("--config").arg(config).stderr(Stdio::piped());
+    world.without_surprises(&mut command);
+    let mut child = command.stderr(Stdio::piped()).spawn()?;
+    let mut errors = String::new();
+    child.stderr.take().context("stderr")?.read_to_string(&mut errors)?;
+    Ok((child.wait()?.code(), errors))
+}
+
+/// Sends a signal.
+pub fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("a process id")?;
+    kill_process(pid, signal).context("kill")
+}
+
+fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for thread in Path::new(&format!("/proc/{pid}/task")).read_dir()? {
+        let text = std::fs::read_to_string(thread?.path().join("children"))?;
+        found.extend(text.split_whitespace().filter_map(|word| word.parse::<u32>().ok()));
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // utime and stime are fields 14 and 15; the name in field 2 may contain spaces but ends with ')'.
+    let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).context("stat");
+    let per_second = 100.0; // USER_HZ is 100 on every Linux that Debian runs on
+    Ok((ticks(11)? + ticks(12)?) / per_second)
+}
+
+fn memory_bytes(pid: u32) -> anyhow::Result<u64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("Pss")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib << 10)
+}
+
+/// Waits until something holds. Polls the outside world: only for what no event tells.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let started = Instant::now();
+    while !holds()? {
+        ensure!(started.elapsed() < SOON, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -1,0 +1,7 @@
+//! The harness: real agents, real clients and stand-in hardware, each test in a directory of its own.
+
+pub mod agent;
+pub mod bench;
+pub mod client;
+pub mod proxy;
+pub mod world;

@@ -1,0 +1,48 @@
+//! The PKCS#11 module in between: counts calls and injects faults.
+
+use std::path::PathBuf;
+
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::{MODULE, SoftHsm};
+
+use crate::world::World;
+
+/// A fault proxy in front of SoftHSM.
+pub struct Proxy {
+    log: PathBuf,
+    faults: PathBuf,
+    module: PathBuf,
+}
+
+impl Proxy {
+    /// Makes one.
+    pub fn new(world: &World) -> anyhow::Result<Self> {
+        let module = built("libomsign_fault_proxy.so")?;
+        Ok(Self { log: world.path("calls.log"), faults: world.path("faults"), module })
+    }
+
+    /// `[token.NAME]` for a SoftHSM token behind the proxy.
+    pub fn token_section(&self, name: &str, token: &SoftHsm, more: &str) -> String {
+        let section = crate::world::token_section(name, token, more);
+        let section = section.replace(MODULE, &self.module.display().to_string());
+        format!(
+            "{section}env.OMSIGN_PROXY_MODULE = \"{MODULE}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
+            self.log.display(),
+            self.faults.display()
+        )
+    }
+
+    /// How often a function was called.
+    pub fn calls(&self, function: &str) -> usize {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        log.lines().filter(|line| *line == function).count()
+    }
+
+    /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds.
+    pub fn set(&self, faults: &str) -> anyhow::Result<()> {
+        // Renamed into place: the module may read at any moment.
+        let new = self.faults.with_extension("new");
+        std::fs::write(&new, faults)?;
+        Ok(std::fs::rename(new, &self.faults)?)
+    }
+}

@@ -1,0 +1,128 @@
+//! A directory with a token, keys, a CA and a configuration, and what to start in it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::ca::{Ca, write_chain, write_key};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm};
+
+/// A directory that is removed at the end.
+pub struct World {
+    directory: tempfile::TempDir,
+}
+
+impl World {
+    /// An empty one.
+    pub fn new() -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("omsign-").tempdir().context("a directory")?;
+        Ok(Self { directory })
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Writes a file in it.
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> anyhow::Result<PathBuf> {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().context("a parent")?)?;
+        std::fs::write(&path, content).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
+    /// A small model in it.
+    pub fn model(&self) -> anyhow::Result<PathBuf> {
+        let path = self.path("model");
+        omsign_fixtures::model::create(&path, 2, 64 << 10)?;
+        Ok(path)
+    }
+
+    /// A SoftHSM token named like its directory, with one key of this type and name.
+    pub fn token(&self, name: &str, key: &str, key_type: KeyType) -> anyhow::Result<SoftHsm> {
+        let token = SoftHsm::create(&self.path(name), name)?;
+        token.generate(key, key_type, Objects::Pair)?;
+        Ok(token)
+    }
+
+    /// A TLS CA with a server and a client `ci`: `NAME-ca.pem`, `NAME-server.pem`, `NAME-client.pem` and keys.
+    pub fn tls(&self, name: &str) -> anyhow::Result<()> {
+        let ca = Ca::create(name)?;
+        write_chain(&self.path(&format!("{name}-ca.pem")), &[&ca.certificate])?;
+        for (role, (certificate, key)) in [("server", ca.server("server")?), ("client", ca.client("ci")?)] {
+            write_chain(&self.path(&format!("{name}-{role}.pem")), &[&certificate])?;
+            write_key(&self.path(&format!("{name}-{role}.key")), &key)?;
+        }
+        Ok(())
+    }
+
+    /// Runs `omsign` in it, with the agent's socket at `agent.sock`.
+    pub fn omsign(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        let mut command = Command::new(built("omsign")?);
+        command.args(arguments).current_dir(self.directory.path());
+        self.without_surprises(&mut command);
+        command.output().context("omsign")
+    }
+
+    /// Runs `omsign`, which must succeed; returns what it printed.
+    pub fn omsign_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.omsign(arguments)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "omsign {arguments:?}: {:?}: {errors}", output.status.code());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Runs `omsign`, which must end with this status; returns its errors.
+    pub fn omsign_fails(&self, status: i32, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.omsign(arguments)?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(status), "omsign {arguments:?}: {:?}: {errors}", output.status);
+        ensure!(!errors.contains("panicked"), "{errors}");
+        Ok(errors)
+    }
+
+    /// Environment of everything started here: this directory's sockets and state, nobody else's.
+    pub fn without_surprises(&self, command: &mut Command) {
+        command.env("OMSIGN_AGENT", self.path("agent.sock"));
+        command.env("XDG_STATE_HOME", self.path("state")).env("HOME", self.directory.path());
+        command.env_remove("OMSIGN_LOG").env_remove("RUST_BACKTRACE");
+        command.stdin(std::process::Stdio::null());
+    }
+
+    /// The start of every configuration.
+    pub fn listen(&self) -> String {
+        "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n".into()
+    }
+
+    /// The lines of the audit log.
+    pub fn audit(&self) -> anyhow::Result<Vec<serde_json::Value>> {
+        let text = std::fs::read_to_string(self.path("audit/audit.jsonl"))?;
+        text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    }
+}
+
+/// `[token.NAME]` for a SoftHSM token. `more` are further lines.
+pub fn token_section(name: &str, token: &SoftHsm, more: &str) -> String {
+    let (label, pin, config) = (&token.label, token.pin_file(), token.config());
+    let (pin, config) = (pin.display(), config.display());
+    format!(
+        "\n[token.{name}]\nbackend = \"pkcs11\"\nmodule = \"{MODULE}\"\ntoken = {{ label = \"{label}\" }}\n\
+         pin = {{ file = \"{pin}\" }}\nenv.SOFTHSM2_CONF = \"{config}\"\n{more}\n"
+    )
+}
+
+/// `[key.NAME]` that this user may use.
+pub fn key_section(name: &str, token: &str, object: &str) -> String {
+    let uid = rustix::process::geteuid().as_raw();
+    format!(
+        "\n[key.{name}]\ntoken = \"{token}\"\nobject = {{ label = \"{object}\" }}\n\
+         [[key.{name}.allow]]\nunix = {{ uid = {uid} }}\n"
+    )
+}
+
+/// A file's path as text for a command line.
+pub fn text(path: &Path) -> String {
+    path.display().to_string()
+}
