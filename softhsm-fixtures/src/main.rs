@@ -1,11 +1,13 @@
 //! `omsign-fixtures`: makes stand-in hardware, a test CA and a model to try.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Parser;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::model;
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, keygen};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, keygen, raw_speed};
 use openssl::pkey::PKey;
 
 /// Stand-in hardware for trying and testing omsign.
@@ -35,6 +37,9 @@ enum Cli {
         #[arg(long, default_value_t = 16)]
         shard_mib: usize,
     },
+    /// Signs with a SoftHSM token as fast as one thread can; prints signatures per second and the median in µs
+    #[command(hide = true)]
+    RawSpeed { label: String, name: String, milliseconds: u64 },
     /// Makes one key on a token; a process of its own, since SoftHSM is configured by the environment
     #[command(hide = true)]
     Keygen { directory: PathBuf, label: String, name: String, key_type: KeyType, objects: Objects },
@@ -44,6 +49,11 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse() {
         Cli::Softhsm { directory, key_type, name } => softhsm(&directory, key_type, &name),
         Cli::Model { directory, shards, shard_mib } => model::create(&directory, shards, shard_mib << 20),
+        Cli::RawSpeed { label, name, milliseconds } => {
+            let speed = raw_speed(&label, &name, Duration::from_millis(milliseconds))?;
+            writeln!(std::io::stdout(), "{} {}", speed.per_second, speed.p50_us)?;
+            Ok(())
+        }
         Cli::Keygen { directory, label, name, key_type, objects } => {
             keygen(&directory, &label, &name, key_type, objects)
         }

@@ -6,12 +6,14 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, CertificateType, ObjectClass, ObjectHandle};
 use cryptoki::session::{Session, UserType};
+use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
 use openssl::bn::BigNumContext;
 use openssl::ec::{EcGroup, EcKey, EcPoint};
@@ -122,9 +124,7 @@ pub fn keygen(
 ) -> anyhow::Result<()> {
     let pkcs11 = Pkcs11::new(MODULE)?;
     pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
-    let matching = |slot: &cryptoki::slot::Slot| pkcs11.get_token_info(*slot).is_ok_and(|t| t.label() == label);
-    let slot = pkcs11.get_slots_with_token()?.into_iter().find(matching).context("no such token")?;
-    let session = pkcs11.open_rw_session(slot)?;
+    let session = pkcs11.open_rw_session(slot(&pkcs11, label)?)?;
     session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
     let named = || vec![Attribute::Token(true), Attribute::Label(name.into()), Attribute::Id(name.into())];
     let mut public = named();
@@ -161,6 +161,40 @@ pub fn keygen(
         Objects::PublicOnly => session.destroy_object(private)?,
     }
     Ok(())
+}
+
+/// The token itself, as fast as one thread can: logged in once, key found once.
+#[derive(Debug)]
+pub struct RawSpeed {
+    /// Signatures per second.
+    pub per_second: f64,
+    /// Median time of one signature in microseconds.
+    pub p50_us: f64,
+}
+
+/// The inside of `omsign-fixtures raw-speed`: signs for a while with ECDSA over a 32-byte digest.
+pub fn raw_speed(label: &str, name: &str, duration: Duration) -> anyhow::Result<RawSpeed> {
+    let pkcs11 = Pkcs11::new(MODULE)?;
+    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+    let session = pkcs11.open_ro_session(slot(&pkcs11, label)?)?;
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
+    let private = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Label(name.into())];
+    let key = *session.find_objects(&private)?.first().context("no such key")?;
+    let (started, mut times) = (Instant::now(), Vec::new());
+    while started.elapsed() < duration {
+        let one = Instant::now();
+        session.sign(&Mechanism::Ecdsa, key, &[7; 32])?;
+        times.push(one.elapsed());
+    }
+    let elapsed = started.elapsed().as_secs_f64();
+    times.sort_unstable();
+    let median = times.get(times.len() / 2).context("nothing was signed")?;
+    Ok(RawSpeed { per_second: times.len() as f64 / elapsed, p50_us: median.as_secs_f64() * 1e6 })
+}
+
+fn slot(pkcs11: &Pkcs11, label: &str) -> anyhow::Result<Slot> {
+    let matching = |slot: &Slot| pkcs11.get_token_info(*slot).is_ok_and(|token| token.label() == label);
+    pkcs11.get_slots_with_token()?.into_iter().find(matching).context("no such token")
 }
 
 fn exported(session: &Session, public: ObjectHandle, curve: Nid) -> anyhow::Result<PKey<Public>> {

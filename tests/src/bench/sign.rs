@@ -1,0 +1,133 @@
+//! Signatures per second through the daemon, beside the raw token.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::{KeyType, SoftHsm};
+
+use super::{Limit, Row};
+use crate::agent::Agent;
+use crate::client::{Client, connect, request, sign};
+use crate::world::{World, key_section, token_section};
+
+/// One load, as it was seen by its clients.
+struct Load {
+    per_second: f64,
+    p50_us: f64,
+    p99_us: f64,
+    cpu_us: f64,
+}
+
+/// Runs all rows; each measurement takes `duration`, `rounds` times, and the median round counts.
+pub fn run(duration: Duration, rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let world = World::new()?;
+    let token = world.token("bench", "bench", KeyType::P256)?;
+    let mut rows = Vec::new();
+    for durability in ["os", "fsync"] {
+        let config = format!("{}durability = \"{durability}\"\n", world.listen());
+        let config = config + &token_section("bench", &token, "") + &key_section("bench", "bench", "bench");
+        let agent = Agent::start(&world, &config)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        if durability == "os" {
+            rows.extend(start_up(&world, &config, &token)?);
+        }
+        for clients in [1, 8, 64] {
+            let mut seen = Vec::new();
+            for _ in 0..rounds {
+                let (raw, raw_p50) = raw(&token, duration)?;
+                let load = runtime.block_on(load(&world, &agent, clients, duration))?;
+                seen.push((load.per_second / raw, load, raw, raw_p50));
+            }
+            seen.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let (ratio, load, raw, raw_p50) = seen.swap_remove(seen.len() / 2);
+            let what = |figure: &str| format!("{figure}, {clients} clients, audit {durability}");
+            rows.push(Row::plain(what("signatures"), load.per_second, "/s"));
+            rows.push(Row::plain(what("raw token beside it, 1 thread"), raw, "/s"));
+            let limit = (clients == 64).then_some(Limit::AtLeast(0.6));
+            rows.push(Row { limit, ..Row::plain(what("signatures ÷ raw token"), ratio, "") });
+            rows.push(Row::plain(what("p50"), load.p50_us, "µs"));
+            rows.push(Row::plain(what("p99"), load.p99_us, "µs"));
+            if clients == 1 && durability == "os" {
+                rows.push(Row::limited(what("p50 added to the raw token's"), load.p50_us - raw_p50, "µs", Limit::AtMost(100.0)));
+            }
+            let limit = Limit::AtMost(100.0);
+            rows.push(Row::limited(what("CPU per signature, agent and host"), load.cpu_us, "µs", limit));
+        }
+        let memory = agent.memory_bytes()? as f64 / 1e6;
+        rows.push(Row::plain(format!("memory after the load, audit {durability}"), memory, "MB"));
+    }
+    Ok(rows)
+}
+
+/// Time from start to the first signature, and memory when idle.
+fn start_up(world: &World, config: &str, token: &SoftHsm) -> anyhow::Result<Vec<Row>> {
+    let other = World::new()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    ensure!(token.directory.starts_with(world.path("")), "the token outlives this agent");
+    let started = Instant::now();
+    let agent = Agent::start(&other, config)?;
+    let mut client = runtime.block_on(connect(other.path("agent.sock")))?;
+    runtime.block_on(sign(&mut client, request("bench", 1, &[7; 32]), Duration::from_secs(10)))?;
+    let first = started.elapsed().as_secs_f64() * 1e3;
+    let memory = agent.memory_bytes()? as f64 / 1e6;
+    Ok(vec![
+        Row::limited("start to first signature", first, "ms", Limit::AtMost(150.0)),
+        Row::limited("memory of agent and idle host (PSS)", memory, "MB", Limit::AtMost(30.0)),
+    ])
+}
+
+/// The token without us, in a process of its own.
+fn raw(token: &SoftHsm, duration: Duration) -> anyhow::Result<(f64, f64)> {
+    let mut command = Command::new(built("omsign-fixtures")?);
+    command.args(["raw-speed", &token.label, "bench", &duration.as_millis().to_string()]);
+    let output = command.env("SOFTHSM2_CONF", token.config()).output()?;
+    ensure!(output.status.success(), "raw-speed: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout)?;
+    let (per_second, p50) = text.trim().split_once(' ').context("raw-speed")?;
+    Ok((per_second.parse()?, p50.parse()?))
+}
+
+/// Clients with a connection each, every one sending its next request when the last was answered.
+async fn load(world: &World, agent: &Agent, clients: usize, duration: Duration) -> anyhow::Result<Load> {
+    let mut connections: Vec<Client> = Vec::new();
+    for _ in 0..clients {
+        connections.push(connect(world.path("agent.sock")).await?);
+    }
+    // Ids are new in every load, or answers would come from the agent's memory.
+    static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    let next = Arc::new(&NEXT_ID);
+    let (cpu, started) = (agent.cpu_seconds()?, Instant::now());
+    let mut tasks = Vec::new();
+    for mut client in connections {
+        let next = Arc::clone(&next);
+        tasks.push(tokio::spawn(async move {
+            let mut times = Vec::new();
+            while started.elapsed() < duration {
+                let id = u128::from(next.fetch_add(1, Ordering::Relaxed)) << 64 | u128::from(std::process::id());
+                let one = Instant::now();
+                sign(&mut client, request("bench", id, &[7; 32]), Duration::from_secs(10)).await?;
+                times.push(one.elapsed());
+            }
+            Ok::<_, tonic::Status>(times)
+        }));
+    }
+    let mut times = Vec::new();
+    for task in tasks {
+        times.extend(task.await??);
+    }
+    let elapsed = started.elapsed().as_secs_f64();
+    let cpu = agent.cpu_seconds()? - cpu;
+    times.sort_unstable();
+    let at = |part: usize| times.get(times.len() * part / 100).map(|time| time.as_secs_f64() * 1e6);
+    let count = times.len() as f64;
+    Ok(Load {
+        per_second: count / elapsed,
+        p50_us: at(50).context("nothing was signed")?,
+        p99_us: at(99).context("nothing was signed")?,
+        cpu_us: cpu * 1e6 / count,
+    })
+}

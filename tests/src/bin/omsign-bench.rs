@@ -1,0 +1,25 @@
+//! `./tests/bench NAME [--json]`
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use omsign_tests::bench::{json, sign, table};
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let name = arguments.iter().find(|argument| !argument.starts_with("--"));
+    // --quick only shows that the benchmark runs; its figures mean little.
+    let (duration, rounds) = if quick { (Duration::from_millis(200), 1) } else { (Duration::from_secs(3), 5) };
+    let rows = match name.map(String::as_str) {
+        Some("sign") => sign::run(duration, rounds)?,
+        _ => anyhow::bail!("usage: ./tests/bench sign [--json] [--quick]"),
+    };
+    let mut out = std::io::stdout().lock();
+    if arguments.iter().any(|argument| argument == "--json") {
+        writeln!(out, "{}", json("sign", &rows))?;
+    } else {
+        write!(out, "{}", table(&rows))?;
+    }
+    Ok(())
+}
