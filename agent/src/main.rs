@@ -13,9 +13,6 @@ use omsign_agent::{host, log, secret, serve};
 
 use self::cli::{Cli, Command, ConfigFile};
 
-/// Threads of the event loop. The work is in the tokens' processes.
-const EVENT_THREADS: usize = 2;
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli.command) {
@@ -78,9 +75,11 @@ fn load(file: &ConfigFile) -> Option<Config> {
     }
 }
 
+/// One thread runs the event loop: the work is in the tokens' processes, and handing requests from thread to
+/// thread costs more than it brings (./tests/bench sign). The others ask the user database.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(EVENT_THREADS)
+    tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(2)
         .enable_all()
         .build()
         .context("cannot start the event loop")

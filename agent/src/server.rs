@@ -12,8 +12,8 @@ use omsign_proto::v1::{
     GetKeyRequest, GetKeyResponse, Key, KeyState, ListKeysRequest, ListKeysResponse, Queued, SignRequest, SignResponse,
     Signed, UnlockTokenRequest, UnlockTokenResponse,
 };
-use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
@@ -30,8 +30,12 @@ use crate::token::{State, Token, TokenError};
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// After this long a caller is told what it waits for.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// A caller that waits for two of these ticks is told what for. One clock serves all requests: a timer for
+/// each would wake the event loop once more per signature.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The longest that questions about keys wait for a token that starts.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
@@ -43,6 +47,7 @@ pub(crate) struct Agent {
     operators: Vec<Rule>,
     audit: Audit,
     replay: Replay,
+    ticks: watch::Sender<u64>,
 }
 
 struct KeyEntry {
@@ -81,7 +86,18 @@ impl Agent {
             Some((Arc::clone(&name), KeyEntry { name, token, index, certificate_chain, allow: key.allow.clone() }))
         };
         let keys = config.keys.iter().filter_map(entry).collect();
-        Self { tokens, keys, operators: config.operators.clone(), audit, replay: Replay::default() }
+        let ticks = watch::Sender::new(0);
+        tokio::spawn(tick(ticks.clone()));
+        Self { tokens, keys, operators: config.operators.clone(), audit, replay: Replay::default(), ticks }
+    }
+
+    /// Ends between one and two ticks from now.
+    async fn patience(&self) {
+        let mut ticks = self.ticks.subscribe();
+        let now = *ticks.borrow();
+        if ticks.wait_for(|tick| *tick >= now + 2).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Signs after the caller was let in: the token, then the audit log, then the answer.
@@ -108,6 +124,14 @@ impl Agent {
 }
 
 impl KeyEntry {
+    /// A caller that comes while the token starts wants the key, not the news that it starts.
+    async fn settled(&self, deadline: Instant) {
+        let change = self.token.watch();
+        if matches!(self.token.state(), State::Starting) {
+            let _ = tokio::time::timeout_at(deadline.min(Instant::now() + SETTLE), change).await;
+        }
+    }
+
     fn public(&self) -> Option<crate::host::wire::PublicKey> {
         self.token.key(self.index).and_then(Result::ok)
     }
@@ -174,8 +198,12 @@ impl AgentService for Service {
 
     async fn list_keys(&self, request: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
         let caller = identity(&request)?;
-        let usable = self.0.keys.values().filter(|key| allowed(&key.allow, &caller).is_some());
-        Ok(Response::new(ListKeysResponse { keys: usable.map(KeyEntry::to_proto).collect() }))
+        let deadline = deadline(request.metadata());
+        let usable: Vec<_> = self.0.keys.values().filter(|key| allowed(&key.allow, &caller).is_some()).collect();
+        for key in &usable {
+            key.settled(deadline).await;
+        }
+        Ok(Response::new(ListKeysResponse { keys: usable.into_iter().map(KeyEntry::to_proto).collect() }))
     }
 
     async fn get_key(&self, request: Request<GetKeyRequest>) -> Result<Response<GetKeyResponse>, Status> {
@@ -185,10 +213,7 @@ impl AgentService for Service {
         if allowed(&key.allow, &caller).is_none() {
             return Err(denied(&caller, "look at", &key.name, &format!("key.{}.allow", key.name)));
         }
-        // A caller that comes while the token starts wants the key, not the news that it starts.
-        if matches!(key.token.state(), State::Starting) {
-            let _ = tokio::time::timeout_at(deadline, key.token.watch()).await;
-        }
+        key.settled(deadline).await;
         Ok(Response::new(GetKeyResponse { key: Some(key.to_proto()) }))
     }
 
@@ -245,9 +270,13 @@ impl AgentService for Service {
                 follow
             }
         };
-        if let Ok(outcome) = timeout(PATIENCE, outcome(&mut follow)).await {
-            let event = outcome.map(signed)?;
-            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
+        tokio::select! {
+            biased;
+            outcome = outcome(&mut follow) => {
+                let event = outcome.map(signed)?;
+                return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
+            }
+            () = self.0.patience() => {}
         }
         let reason = match key.token.state() {
             State::Starting => "the token is being opened",
@@ -295,6 +324,15 @@ impl AgentService for Service {
         self.0.audit.record(&entry(outcome, &reason)).await.map_err(unwritten)?;
         unlocked.map_err(|error| status(&name, &error))?;
         Ok(Response::new(UnlockTokenResponse {}))
+    }
+}
+
+async fn tick(ticks: watch::Sender<u64>) {
+    let mut clock = tokio::time::interval(TICK);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        clock.tick().await;
+        ticks.send_modify(|tick| *tick += 1);
     }
 }
 

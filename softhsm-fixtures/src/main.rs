@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::model;
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, keygen, raw_speed};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, delete_key, keygen, raw_speed};
 use openssl::pkey::PKey;
 
 /// Stand-in hardware for trying and testing omsign.
@@ -40,6 +40,9 @@ enum Cli {
     /// Signs with a SoftHSM token as fast as one thread can; prints signatures per second and the median in µs
     #[command(hide = true)]
     RawSpeed { label: String, name: String, milliseconds: u64 },
+    /// Deletes a key
+    #[command(hide = true)]
+    DeleteKey { label: String, name: String },
     /// Makes one key on a token; a process of its own, since SoftHSM is configured by the environment
     #[command(hide = true)]
     Keygen { directory: PathBuf, label: String, name: String, key_type: KeyType, objects: Objects },
@@ -54,6 +57,7 @@ fn main() -> anyhow::Result<()> {
             writeln!(std::io::stdout(), "{} {}", speed.per_second, speed.p50_us)?;
             Ok(())
         }
+        Cli::DeleteKey { label, name } => delete_key(&label, &name),
         Cli::Keygen { directory, label, name, key_type, objects } => {
             keygen(&directory, &label, &name, key_type, objects)
         }

@@ -93,6 +93,15 @@ impl SoftHsm {
         Ok(())
     }
 
+    /// Deletes a key's objects, behind the back of whoever uses it.
+    pub fn delete(&self, name: &str) -> anyhow::Result<()> {
+        let mut delete = Command::new(built("omsign-fixtures")?);
+        delete.args(["delete-key", &self.label, name]);
+        let done = delete.env("SOFTHSM2_CONF", self.config()).output().context("omsign-fixtures delete-key")?;
+        ensure!(done.status.success(), "delete-key: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(())
+    }
+
     /// Where SoftHSM's configuration is.
     pub fn config(&self) -> PathBuf {
         self.directory.join("softhsm2.conf")
@@ -159,6 +168,18 @@ pub fn keygen(
         Objects::Pair => {}
         Objects::Certified | Objects::PrivateOnly => session.destroy_object(public)?,
         Objects::PublicOnly => session.destroy_object(private)?,
+    }
+    Ok(())
+}
+
+/// The inside of `omsign-fixtures delete-key`.
+pub fn delete_key(label: &str, name: &str) -> anyhow::Result<()> {
+    let pkcs11 = Pkcs11::new(MODULE)?;
+    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+    let session = pkcs11.open_rw_session(slot(&pkcs11, label)?)?;
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
+    for object in session.find_objects(&[Attribute::Label(name.into())])? {
+        session.destroy_object(object)?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 mod file;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use self::file::AuditFile;
-use crate::config;
+use crate::config::{self, Durability};
 use crate::identity::Identity;
 
 /// How many lines may wait to be written.
@@ -59,18 +59,28 @@ struct Line {
 }
 
 /// The log, shared by all requests.
-#[derive(Clone)]
 pub struct Audit {
-    lines: mpsc::Sender<Line>,
+    writer: Writer,
     failing: Arc<AtomicBool>,
+}
+
+/// How lines get into the file.
+enum Writer {
+    /// By a thread that syncs: one fsync for all lines that wait.
+    Thread(mpsc::Sender<Line>),
+    /// At once, into the page cache: a thread would cost more than the write.
+    Direct(Mutex<AuditFile>),
 }
 
 impl Audit {
     /// Opens the log and starts its writing thread.
     pub fn open(config: &config::Audit) -> std::io::Result<Self> {
         let mut file = AuditFile::open(&config.directory, config.durability)?;
-        let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
         let failing = Arc::new(AtomicBool::new(false));
+        if config.durability == Durability::Os {
+            return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
+        }
+        let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
         let state = Arc::clone(&failing);
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
@@ -78,11 +88,7 @@ impl Audit {
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
-                let written = file.append(&text).map_err(|error| AuditError(error.to_string()));
-                if let Err(error) = &written {
-                    tracing::error!(%error, "nothing is signed until it can be written again");
-                }
-                state.store(written.is_err(), Ordering::Relaxed);
+                let written = append(&mut file, &text, &state);
                 for line in batch.drain(..) {
                     // A receiver that is gone no longer waits for its signature.
                     let _ = line.durable.send(written.clone());
@@ -90,23 +96,37 @@ impl Audit {
             }
         };
         std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { lines, failing })
+        Ok(Self { writer: Writer::Thread(lines), failing })
     }
 
     /// Writes an entry. `Ok` means that it is as durable as configured.
     pub async fn record(&self, entry: &Entry<'_>) -> Result<(), AuditError> {
         let mut text = serde_json::to_vec(entry).map_err(|error| AuditError(error.to_string()))?;
         text.push(b'\n');
-        let (durable, done) = oneshot::channel();
         let stopped = || AuditError("its writer stopped".into());
-        self.lines.send(Line { text, durable }).await.map_err(|_| stopped())?;
-        done.await.map_err(|_| stopped())?
+        match &self.writer {
+            Writer::Direct(file) => append(&mut *file.lock().map_err(|_| stopped())?, &text, &self.failing),
+            Writer::Thread(lines) => {
+                let (durable, done) = oneshot::channel();
+                lines.send(Line { text, durable }).await.map_err(|_| stopped())?;
+                done.await.map_err(|_| stopped())?
+            }
+        }
     }
 
     /// Whether the last write failed. Tokens are then left alone until an entry gets through again.
     pub fn failing(&self) -> bool {
         self.failing.load(Ordering::Relaxed)
     }
+}
+
+fn append(file: &mut AuditFile, text: &[u8], failing: &AtomicBool) -> Result<(), AuditError> {
+    let written = file.append(text).map_err(|error| AuditError(error.to_string()));
+    if let Err(error) = &written {
+        tracing::error!(%error, "nothing is signed until it can be written again");
+    }
+    failing.store(written.is_err(), Ordering::Relaxed);
+    written
 }
 
 /// Now, as entries give it.

@@ -34,7 +34,7 @@ pub(super) fn recovery(error: &Error) -> Recovery {
 /// The class of a failure to do `what`. Whatever is not known to be somebody's fault counts as gone: starting
 /// over is the one cure that works for all modules.
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
-    let message = format!("cannot {what}: {error}");
+    let message = format!("cannot {what}: {}", describe(error));
     let class = match error {
         Error::Pkcs11(code, _) => match code {
             RvError::PinIncorrect
@@ -59,6 +59,19 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         _ => Class::Gone,
     };
     Failure { class, message }
+}
+
+/// The C function and the name of its CKR, as vendors' documents and search engines know them.
+pub(super) fn describe(error: &Error) -> String {
+    let Error::Pkcs11(code, function) = error else { return error.to_string() };
+    let mut name = String::from("CKR");
+    for letter in format!("{code:?}").chars() {
+        if letter.is_ascii_uppercase() {
+            name.push('_');
+        }
+        name.push(letter.to_ascii_uppercase());
+    }
+    format!("C_{function:?} answered {name}")
 }
 
 pub(super) fn gone(message: String) -> Failure {
@@ -93,6 +106,6 @@ mod tests {
     #[test]
     fn the_message_names_step_and_c_function() {
         let failure = classify("sign", &Error::Pkcs11(RvError::DeviceRemoved, Function::Sign));
-        assert!(failure.message.starts_with("cannot sign: ") && failure.message.contains("C_Sign"), "{failure}");
+        assert_eq!(failure.message, "cannot sign: C_Sign answered CKR_DEVICE_REMOVED");
     }
 }

@@ -129,7 +129,7 @@ fn pin_file(path: &Path) -> Result<Option<Pin>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_trailing_newline_is_not_part_of_the_pin() {

@@ -10,7 +10,7 @@ use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use cryptoki::slot::{Limit, Slot, TokenInfo};
 
-use self::errors::{Recovery, classify, gone, recovery, refused};
+use self::errors::{Recovery, classify, describe, gone, recovery, refused};
 pub(crate) use self::login::check as login_check;
 use crate::algorithm::Algorithm;
 use crate::config::{ObjectSelector, Token, TokenSelector};
@@ -67,7 +67,7 @@ impl OpenToken {
             Limit::Infinite | Limit::Unavailable => usize::MAX,
         };
         let sessions = spec.token.sessions.min(limit);
-        let opened = Opened { device: describe(&info), sessions, keys: public };
+        let opened = Opened { device: device(&info), sessions, keys: public };
         Ok((Self { pkcs11, slot, keys, sessions }, Anchor(anchor), opened))
     }
 
@@ -85,7 +85,7 @@ impl OpenToken {
             tokens.push(SurveyedToken {
                 slot: slot.id(),
                 label: info.label().to_owned(),
-                device: describe(&info),
+                device: device(&info),
                 selected: selects(&config.select, slot, &info),
                 notes: login::notes(&info),
             });
@@ -107,7 +107,7 @@ impl OpenToken {
     /// Whether the token still answers.
     pub(crate) fn probe(&self) -> Result<(), Failure> {
         let asked = self.pkcs11.get_token_info(self.slot);
-        asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {error}")))
+        asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
     }
 
     /// Logs out and finalizes the module.
@@ -162,7 +162,7 @@ impl<'a> Signer<'a> {
                     reopened = true;
                     self.reopen(index, key)?;
                 }
-                Recovery::Reopen => return Err(gone(format!("cannot sign: {error}"))),
+                Recovery::Reopen => return Err(gone(format!("cannot sign: {}", describe(&error)))),
                 Recovery::None => {
                     // After a failed C_Sign the operation may still be active: the session is spent.
                     self.renew_session()?;
@@ -246,7 +246,7 @@ fn selects(wanted: &TokenSelector, slot: Slot, info: &TokenInfo) -> bool {
         && wanted.slot.is_none_or(|id| id == slot.id())
 }
 
-fn describe(info: &TokenInfo) -> String {
+fn device(info: &TokenInfo) -> String {
     let (label, model, serial) = (info.label().trim(), info.model().trim(), info.serial_number().trim());
     format!("{label} ({model}, serial {serial})")
 }

@@ -1,0 +1,229 @@
+//! Who is let in: Unix users, client certificates, and what is recorded of it.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::KeyType;
+use omsign_proto::v1::sign_request::Content;
+use omsign_tests::agent::{Agent, SOON};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::world::{World, key_section, text, token_section};
+use tonic::Code;
+
+/// A user that is not us and owns nothing: Debian's `nobody`.
+const NOBODY: u32 = 65534;
+
+fn with_rule(rule: &str) -> String {
+    format!("\n[key.k]\ntoken = \"t\"\nobject = {{ label = \"k\" }}\n[[key.k.allow]]\n{rule}\n")
+}
+
+#[test]
+fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &with_rule(&format!("unix = {{ uid = {NOBODY} }}"));
+    let agent = Agent::start(&world, &config)?;
+    world.model()?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+    ensure!(errors.contains("error: the agent refused: you are not allowed to look at k"), "{errors}");
+    ensure!(errors.contains("hint: ask the agent's operator") && !errors.contains("key.k.allow"), "{errors}");
+    ensure!(world.omsign_ok(&["keys"])?.is_empty(), "a key that may not be used is not listed");
+    // Somebody who does not ask first gets no further, and is recorded.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let denied = runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        anyhow::Ok(sign(&mut client, request("k", 1, &[7; 32]), SOON).await)
+    })?;
+    ensure!(denied.is_err_and(|status| status.code() == Code::PermissionDenied));
+    let audit = world.audit()?;
+    let entry = audit.last().context("an entry")?;
+    ensure!(entry["outcome"] == "denied" && entry["rule"].is_null() && entry["key"] == "k", "{entry}");
+    ensure!(agent.log()?.contains("key.k.allow"), "the operator is told which rule is missing");
+    Ok(())
+}
+
+/// Needs root, as CI and the quickstart's container are: only root can become somebody else.
+#[test]
+fn users_and_groups_are_told_apart() -> anyhow::Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test becomes another user; run it as root");
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let runtime = tempfile::Builder::new().prefix("omsign-run-").tempdir()?;
+    std::fs::set_permissions(runtime.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let socket = runtime.path().join("agent.sock");
+    // The test's binaries may lie where nobody else can read: a copy beside the socket.
+    let omsign = runtime.path().join("omsign");
+    std::fs::copy(built("omsign")?, &omsign)?;
+    let listen = world.listen().replace("agent.sock", &text(&socket)).replace("0600", "0666");
+    for (rule, users, groups) in [
+        (format!("unix = {{ uid = {NOBODY} }}"), true, false),
+        ("unix = { user = \"nobody\" }".to_owned(), true, false),
+        ("unix = { group = \"nogroup\" }".to_owned(), true, true),
+        ("unix = { group = \"daemon\" }".to_owned(), false, true),
+    ] {
+        let agent = Agent::start(&world, &(listen.clone() + &token_section("t", &token, "") + &with_rule(&rule)))?;
+        for (uid, gid, expected) in [(NOBODY, 65534, users), (1, 65534, groups)] {
+            let mut command = Command::new(&omsign);
+            command.args(["keys", "export", "k"]).uid(uid).gid(gid).env("OMSIGN_AGENT", &socket).current_dir("/");
+            let output = command.output()?;
+            let errors = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success() == expected, "{rule} for uid {uid}: {errors}");
+        }
+        drop(agent);
+    }
+    Ok(())
+}
+
+#[test]
+fn client_certificates() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    world.tls("ours")?;
+    world.tls("other")?;
+    let model = world.model()?;
+    // A port that was free a moment ago.
+    let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let listen = format!(
+        "[listen]\nunix = {{ path = \"agent.sock\", mode = \"0600\" }}\ntls = {{ address = \"{address}\", \
+         certificate = \"ours-server.pem\", private_key = \"ours-server.key\", client_ca = \"ours-ca.pem\" }}\n\
+         [audit]\ndirectory = \"audit\"\n"
+    );
+    let fingerprint = fingerprint(&world, "ours-client.pem")?;
+    let url = format!("https://{address}");
+    let signs = |client: &str, ca: &str| {
+        let (ca, pem, key) = (format!("{ca}-ca.pem"), format!("{client}-client.pem"), format!("{client}-client.key"));
+        let tls = ["--agent", &url, "--agent-ca", &ca, "--agent-certificate", &pem, "--agent-key", &key];
+        world.omsign(&[&["sign", &text(&model), "--key", "k", "--signature", "tls.sig"], &tls[..]].concat())
+    };
+    for (rule, allowed) in [
+        ("certificate = { subject = \"CN=ci\" }".to_owned(), true),
+        ("certificate = { dns = \"ci.example\" }".to_owned(), true),
+        ("certificate = { uri = \"spiffe://example/ci\" }".to_owned(), true),
+        (format!("certificate = {{ fingerprint = \"{fingerprint}\" }}"), true),
+        ("certificate = { subject = \"CN=cd\" }".to_owned(), false),
+        ("unix = { uid = 0 }".to_owned(), false),
+    ] {
+        let config = listen.clone() + &token_section("t", &token, "") + &with_rule(&rule);
+        let agent = Agent::start(&world, &config)?;
+        let output = signs("ours", "ours")?;
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success() == allowed, "{rule}: {errors}");
+        if !allowed {
+            ensure!(errors.contains("you are not allowed"), "{errors}");
+            continue;
+        }
+        world.omsign_ok(&["verify", "model", "--signature", "tls.sig", "--public-key", &text(&token.public_key("k"))])?;
+        let entry = world.audit()?.pop().context("an entry")?;
+        ensure!(entry["identity"]["certificate"]["subject"] == "CN=ci", "{entry}");
+        ensure!(entry["identity"]["certificate"]["fingerprint"] == fingerprint.as_str(), "{entry}");
+        // A certificate of another CA does not get as far as a rule.
+        let stranger = signs("other", "ours")?;
+        ensure!(stranger.status.code() == Some(2), "{stranger:?}");
+        ensure!(agent.log()?.contains("TLS handshake refused"));
+        // And we do not talk to an agent that we cannot recognise.
+        ensure!(signs("ours", "other")?.status.code() == Some(2));
+    }
+    Ok(())
+}
+
+fn fingerprint(world: &World, name: &str) -> anyhow::Result<String> {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["x509", "-noout", "-fingerprint", "-sha256", "-in"]).arg(world.path(name));
+    let output = String::from_utf8(openssl.output().context("openssl")?.stdout)?;
+    Ok(output.trim().rsplit('=').next().context("a fingerprint")?.replace(':', "").to_lowercase())
+}
+
+#[test]
+fn malformed_requests_are_refused_before_the_token_sees_them() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let _agent = Agent::start(&world, &config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let good = request("k", 1, &[7; 32]);
+        sign(&mut client, good.clone(), SOON).await?;
+        let mut cases = Vec::new();
+        for length in [0, 8, 31, 33, 48, 64, 65] {
+            cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest {
+                content: Some(Content::Digest(vec![7; length])),
+                request_id: vec![u8::try_from(length)?; 16],
+                ..good.clone()
+            }));
+        }
+        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { content: None, ..good.clone() }));
+        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { request_id: vec![1; 15], ..good.clone() }));
+        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { context: "x".repeat(2000), ..good.clone() }));
+        cases.push((Code::NotFound, omsign_proto::v1::SignRequest { key: "nothing".into(), ..good.clone() }));
+        cases.push((Code::AlreadyExists, request("k", 1, &[8; 32])));
+        for (expected, case) in cases {
+            let answer = sign(&mut client, case.clone(), SOON).await;
+            ensure!(answer.as_ref().is_err_and(|status| status.code() == expected), "{case:?}: {answer:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_same_request_gets_the_same_answer() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let _agent = Agent::start(&world, &config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let first = sign(&mut client, request("k", 5, &[7; 32]), SOON).await?;
+        // ECDSA is randomised: an equal signature is the recorded one.
+        let mut again = connect(world.path("agent.sock")).await?;
+        ensure!(sign(&mut again, request("k", 5, &[7; 32]), SOON).await? == first);
+        ensure!(sign(&mut again, request("k", 6, &[7; 32]), SOON).await? != first);
+        ensure!(world.audit()?.len() == 2, "one entry for each signature, none for the repetition");
+        Ok(())
+    })
+}
+
+/// 10,000 requests from 64 clients: every answer is for its own request.
+#[test]
+fn no_answer_is_lost_doubled_or_swapped() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + "durability = \"os\"\n" + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let _agent = Agent::start(&world, &config)?;
+    let key = openssl::pkey::PKey::public_key_from_pem(&std::fs::read(token.public_key("k"))?)?.ec_key()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let answers = runtime.block_on(async {
+        let mut clients = tokio::task::JoinSet::new();
+        for number in 0..64_u128 {
+            let mut client = connect(world.path("agent.sock")).await?;
+            clients.spawn(async move {
+                let mut answers = Vec::new();
+                for round in 0..157_u128 {
+                    let id = number << 32 | round;
+                    let digest: Vec<u8> = id.to_be_bytes().repeat(2);
+                    let signed = sign(&mut client, request("k", id, &digest), Duration::from_secs(60)).await?;
+                    answers.push((digest, signed.signature));
+                }
+                Ok::<_, tonic::Status>(answers)
+            });
+        }
+        let mut answers = Vec::new();
+        while let Some(client) = clients.join_next().await {
+            answers.extend(client??);
+        }
+        anyhow::Ok(answers)
+    })?;
+    ensure!(answers.len() == 64 * 157);
+    let mut signatures = std::collections::BTreeSet::new();
+    for (digest, signature) in &answers {
+        let parsed = openssl::ecdsa::EcdsaSig::from_der(signature)?;
+        ensure!(parsed.verify(digest, &key)?, "an answer to another request");
+        ensure!(signatures.insert(signature), "an answer given twice");
+    }
+    ensure!(world.audit()?.len() == answers.len(), "each signature is recorded once");
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! What callers see when tokens fail, and that the agent heals.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
+use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::proxy::Proxy;
+use omsign_tests::world::{World, key_section, token_section};
+use rustix::process::Signal;
+use tonic::Code;
+
+const SECOND: Duration = Duration::from_secs(1);
+const DIGEST: [u8; 32] = [7; 32];
+
+/// A test of one thread.
+fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
+}
+
+#[test]
+fn a_wrong_pin_is_offered_once() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        for id in 0..20 {
+            let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
+            ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
+        }
+        ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
+        // Still wrong: an operator's word is worth one more try, and no more.
+        let errors = world.omsign_fails(2, &["agent", "unlock", "t"])?;
+        ensure!(errors.contains("it refused the PIN"), "{errors}");
+        let refused = sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await;
+        ensure!(refused.is_err_and(|s| s.code() == Code::FailedPrecondition));
+        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
+        // The right one heals it.
+        omsign_fixtures::write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
+        world.omsign_ok(&["agent", "unlock", "t"])?;
+        sign(&mut client, request("k", 101, &DIGEST), SECOND * 10).await?;
+        ensure!(proxy.calls("C_Login") == 3, "{} logins", proxy.calls("C_Login"));
+        Ok(())
+    })?;
+    let log = agent.log()?;
+    ensure!(!log.contains(PIN) && !log.contains("wrong-pin-8142"), "a PIN in the log: {log}");
+    let audit = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
+    ensure!(audit.contains(r#""action":"unlock""#) && !audit.contains(PIN), "{audit}");
+    Ok(())
+}
+
+#[test]
+fn a_refusal_survives_the_respawn_of_the_process() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        // Somebody changes the PIN file; the running process does not care, its replacement does.
+        omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
+        sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
+        for host in agent.hosts()? {
+            signal(host, Signal::KILL)?;
+        }
+        eventually("the refusal", || Ok(proxy.calls("C_Login") == 2))?;
+        for id in 10..30 {
+            let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
+            ensure!(refused.is_err());
+        }
+        ensure!(agent.hosts()?.is_empty(), "a locked token needs no process");
+        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_removed_token_directory_comes_back_under_a_running_agent() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        let away = world.path("away");
+        std::fs::rename(token.tokens(), &away)?;
+        let gone = sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await;
+        ensure!(gone.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{gone:?}");
+        std::fs::rename(&away, token.tokens())?;
+        let started = Instant::now();
+        let mut id = 10;
+        while sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await.is_err() {
+            ensure!(started.elapsed() < SECOND * 15, "it does not heal: {}", agent.log()?);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            id += 1;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_key_deleted_and_made_again_signs_again() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    token.generate("other", KeyType::P256, Objects::Pair)?;
+    let sections = key_section("k", "t", "k") + &key_section("other", "t", "other");
+    let config = world.listen() + &token_section("t", &token, "") + &sections;
+    let _agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let before = sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        token.delete("k")?;
+        let gone = sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await;
+        ensure!(gone.is_err());
+        sign(&mut client, request("other", 3, &DIGEST), SECOND * 10).await?;
+        token.generate("k", KeyType::P256, Objects::Pair)?;
+        world.omsign_ok(&["agent", "status"])?;
+        let mut id = 10;
+        let after = loop {
+            match sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await {
+                Ok(signed) => break signed,
+                Err(error) if id < 400 => ensure!(!error.message().is_empty()),
+                Err(error) => return Err(error.into()),
+            }
+            // The process that found no key does not look again by itself: a replacement does.
+            for host in _agent.hosts()? {
+                signal(host, Signal::KILL)?;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            id += 1;
+        };
+        ensure!(before.public_key != after.public_key, "a new key");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_process_costs_its_requests_and_nothing_else() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (slow, fast) = (world.token("slow", "k", KeyType::P256)?, world.token("fast", "k", KeyType::P256)?);
+    let proxy = Proxy::new(&world)?;
+    let tokens = proxy.token_section("slow", &slow, "timeout = \"30s\"") + &token_section("fast", &fast, "");
+    let keys = key_section("slow", "slow", "k") + &key_section("fast", "fast", "k");
+    let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("slow", 1, &DIGEST), SECOND * 10).await?;
+        sign(&mut client, request("fast", 2, &DIGEST), SECOND * 10).await?;
+        let before = agent.hosts()?;
+        ensure!(before.len() == 2, "two tokens, two processes: {before:?}");
+        proxy.set("C_Sign 0 20000\n")?;
+        let mut waiting = tokio::task::JoinSet::new();
+        for id in 10..20 {
+            let mut client = client.clone();
+            waiting.spawn(async move { sign(&mut client, request("slow", id, &DIGEST), SECOND * 15).await });
+        }
+        eventually_async("the operation", || proxy.calls("C_Sign") > 2).await?;
+        // The other token is served all the while.
+        for id in 30..40 {
+            sign(&mut client, request("fast", id, &DIGEST), SECOND).await?;
+        }
+        proxy.set("")?;
+        let victim = hanging(&before)?;
+        signal(victim, Signal::KILL)?;
+        let mut codes = Vec::new();
+        while let Some(result) = waiting.join_next().await {
+            codes.push(result?.err().map(|status| status.code()));
+        }
+        // Those that the process had are told; those that still queued in the agent may be served by its
+        // replacement.
+        ensure!(codes.contains(&Some(Code::Unavailable)), "{codes:?}");
+        ensure!(codes.iter().all(|code| matches!(code, None | Some(Code::Unavailable))), "{codes:?}");
+        sign(&mut client, request("slow", 50, &DIGEST), SECOND * 10).await?;
+        let after = agent.hosts()?;
+        ensure!(after.len() == 2 && before.iter().filter(|pid| after.contains(pid)).count() == 1);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (stuck, fast) = (world.token("stuck", "k", KeyType::P256)?, world.token("fast", "k", KeyType::P256)?);
+    let tokens = token_section("stuck", &stuck, "timeout = \"1s\"") + &token_section("fast", &fast, "");
+    let keys = key_section("stuck", "stuck", "k") + &key_section("fast", "fast", "k");
+    let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("stuck", 1, &DIGEST), SECOND * 10).await?;
+        sign(&mut client, request("fast", 2, &DIGEST), SECOND * 10).await?;
+        let before = agent.hosts()?;
+        // Which process is whose shows in what it has open.
+        let victim = owner(&before, &stuck)?;
+        signal(victim, Signal::STOP)?;
+        let started = Instant::now();
+        let (mut a, mut b) = (client.clone(), client.clone());
+        let (patient, hasty) = tokio::join!(
+            sign(&mut a, request("stuck", 10, &DIGEST), SECOND * 10),
+            sign(&mut b, request("stuck", 11, &DIGEST), Duration::from_millis(300)),
+        );
+        let code = patient.as_ref().err().map(tonic::Status::code);
+        ensure!(code == Some(Code::Unavailable), "{patient:?}");
+        let code = hasty.as_ref().err().map(tonic::Status::code);
+        ensure!(matches!(code, Some(Code::DeadlineExceeded | Code::Cancelled)), "{hasty:?}");
+        ensure!(started.elapsed() < SECOND * 5, "{:?}", started.elapsed());
+        sign(&mut client, request("fast", 20, &DIGEST), SECOND).await?;
+        sign(&mut client, request("stuck", 21, &DIGEST), SECOND * 10).await?;
+        ensure!(!agent.hosts()?.contains(&victim), "the stopped process was left behind");
+        Ok(())
+    })
+}
+
+#[test]
+fn device_errors_heal_within_one_request() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "timeout = \"2s\"") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        // CKR_DEVICE_REMOVED, CKR_GENERAL_ERROR, CKR_SESSION_HANDLE_INVALID, CKR_USER_NOT_LOGGED_IN,
+        // CKR_OBJECT_HANDLE_INVALID, CKR_DEVICE_ERROR: while they last callers are told, afterwards all is well.
+        for (number, ckr) in (0_u128..).zip(["32", "5", "b3", "101", "82", "30"]) {
+            proxy.set(&format!("C_SignInit {ckr} 0\n"))?;
+            let failed = sign(&mut client, request("k", 100 + number, &DIGEST), SECOND * 10).await;
+            ensure!(failed.as_ref().is_err_and(|s| s.code() == Code::Unavailable), "{ckr}: {failed:?}");
+            proxy.set("")?;
+            let started = Instant::now();
+            let mut id = 1000 + number * 1000;
+            while sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await.is_err() {
+                ensure!(started.elapsed() < SECOND * 15, "{ckr} does not heal: {}", agent.log()?);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                id += 1;
+            }
+        }
+        // CKR_DATA_LEN_RANGE is nobody's fault but the request's: no process is replaced for it.
+        let before = agent.hosts()?;
+        proxy.set("C_SignInit 21 0\n")?;
+        let refused = sign(&mut client, request("k", 500_000, &DIGEST), SECOND * 10).await;
+        ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
+        ensure!(agent.hosts()? == before);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "queue = 4") + &key_section("k", "t", "k");
+    let _agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        proxy.set("C_Sign 0 700\n")?;
+        let mut waiting = tokio::task::JoinSet::new();
+        for id in 10..20 {
+            let mut client = client.clone();
+            waiting.spawn(async move { sign(&mut client, request("k", id, &DIGEST), SECOND * 20).await });
+        }
+        let mut codes = Vec::new();
+        while let Some(result) = waiting.join_next().await {
+            codes.push(result?.err().map(|status| status.code()));
+        }
+        let full = codes.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count();
+        let served = codes.iter().filter(|code| code.is_none()).count();
+        ensure!((full, served) == (6, 4), "{codes:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn two_softhsm_configurations_in_one_agent() -> anyhow::Result<()> {
+    let world = World::new()?;
+    // Same label, same key name, different stores: only separate processes keep them apart.
+    let (a, b) = (SoftHsm::create(&world.path("a"), "same")?, SoftHsm::create(&world.path("b"), "same")?);
+    a.generate("k", KeyType::P256, Objects::Pair)?;
+    b.generate("k", KeyType::P384, Objects::Pair)?;
+    let tokens = token_section("a", &a, "") + &token_section("b", &b, "");
+    let keys = key_section("a", "a", "k") + &key_section("b", "b", "k");
+    let _agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    let keys = world.omsign_ok(&["keys"])?;
+    ensure!(keys.contains("ecdsa-p256-sha256") && keys.contains("ecdsa-p384-sha384"), "{keys}");
+    for (name, token) in [("a", &a), ("b", &b)] {
+        let exported = world.omsign_ok(&["keys", "export", name])?;
+        ensure!(exported == std::fs::read_to_string(token.public_key("k"))?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_that_is_down_does_not_keep_the_agent_from_starting() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let absent = token_section("absent", &token, "").replace("label = \"t\"", "label = \"nowhere\"");
+    let keys = key_section("k", "t", "k") + &key_section("a", "absent", "k");
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &absent + &keys))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "a"])?;
+    ensure!(errors.contains("no token with label \"nowhere\" is present; tokens present: \"t\""), "{errors}");
+    let status = world.omsign_ok(&["agent", "status"])?;
+    ensure!(status.contains("token t: serving") && status.contains("token absent: not serving"), "{status}");
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
+async fn eventually_async(what: &str, holds: impl Fn() -> bool) -> anyhow::Result<()> {
+    let started = Instant::now();
+    while !holds() {
+        ensure!(started.elapsed() < SECOND * 15, "{what} did not happen");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
+/// The process that has the fault proxy loaded.
+fn hanging(pids: &[u32]) -> anyhow::Result<u32> {
+    find(pids, "libomsign_fault_proxy.so", "maps")
+}
+
+/// The process that was started with this token's SoftHSM configuration.
+fn owner(pids: &[u32], token: &SoftHsm) -> anyhow::Result<u32> {
+    find(pids, &token.config().display().to_string(), "environ")
+}
+
+fn find(pids: &[u32], needle: &str, file: &str) -> anyhow::Result<u32> {
+    for pid in pids {
+        let bytes = std::fs::read(format!("/proc/{pid}/{file}"))?;
+        if String::from_utf8_lossy(&bytes).contains(needle) {
+            return Ok(*pid);
+        }
+    }
+    anyhow::bail!("no process has {needle} in {file}")
+}
