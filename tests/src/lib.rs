@@ -3,5 +3,6 @@
 pub mod agent;
 pub mod bench;
 pub mod client;
+pub mod peer;
 pub mod proxy;
 pub mod world;
