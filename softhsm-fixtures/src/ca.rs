@@ -44,6 +44,24 @@ impl Ca {
         signed(builder, &self.key)
     }
 
+    /// Certifies a key for TLS servers, not for signing.
+    pub fn tls_server_for(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509> {
+        let mut builder = self.leaf(name, key)?;
+        builder.append_extension(ExtendedKeyUsage::new().server_auth().build()?)?;
+        signed(builder, &self.key)
+    }
+
+    /// Certifies a key for signing models until yesterday.
+    pub fn expired(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509> {
+        let mut builder = self.leaf(name, key)?;
+        let day = 24 * 60 * 60;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+        let now = i64::try_from(now)?;
+        builder.set_not_before(Asn1Time::from_unix(now - 2 * day)?.as_ref())?;
+        builder.set_not_after(Asn1Time::from_unix(now - day)?.as_ref())?;
+        signed(builder, &self.key)
+    }
+
     /// Makes and certifies a key for a TLS server at 127.0.0.1 and localhost.
     pub fn server(&self, name: &str) -> anyhow::Result<(X509, PKey<Private>)> {
         let key = new_key()?;

@@ -157,8 +157,10 @@ pub fn keygen(
         std::fs::write(directory.join(format!("{name}.pub.pem")), key.public_key_to_pem()?)?;
         if objects == Objects::Certified {
             let ca = Ca::create("Token CA")?;
-            let der = ca.code_signing(name, &key)?.to_der()?;
+            let leaf = ca.code_signing(name, &key)?;
+            let (der, subject) = (leaf.to_der()?, leaf.subject_name().to_der()?);
             let mut certificate = named();
+            certificate.push(Attribute::Subject(subject));
             certificate.extend([Attribute::Class(ObjectClass::CERTIFICATE), Attribute::Value(der)]);
             certificate.push(Attribute::CertificateType(CertificateType::X_509));
             session.create_object(&certificate)?;
