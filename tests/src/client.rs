@@ -18,12 +18,16 @@ pub type Client = AgentServiceClient<Channel>;
 
 /// Connects to a Unix socket.
 pub async fn connect(path: PathBuf) -> anyhow::Result<Client> {
+    Ok(Client::new(channel(path).await?))
+}
+
+/// The connection alone, for other services.
+pub async fn channel(path: PathBuf) -> anyhow::Result<Channel> {
     let connector = service_fn(move |_: Uri| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    let channel = Endpoint::from_static("http://agent.localhost").connect_with_connector(connector).await?;
-    Ok(Client::new(channel))
+    Ok(Endpoint::from_static("http://agent.localhost").connect_with_connector(connector).await?)
 }
 
 /// A request with a given id.

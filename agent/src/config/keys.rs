@@ -21,7 +21,7 @@ pub(super) fn key(reader: &mut Reader<'_>, mut section: Section<'_>, tokens: &[S
             [] => "no [token.NAME] is configured".to_owned(),
             names => format!("configured: {}", names.join(", ")),
         };
-        let message = format!("there is no valid [token.{token}]; {known}");
+        let message = format!("there is no [token.{token}]; {known}");
         reader.mistake(section.position("token"), &section.path_of("token"), message);
     }
     let object = object(reader, &mut section);
@@ -109,7 +109,7 @@ fn rules(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) 
     let mut rules = Vec::new();
     for mut table in section.tables(reader, key) {
         let name = table.string(reader, "name").unwrap_or_else(|| table.path.clone());
-        let found = match (table.table("unix"), table.table("certificate")) {
+        let found = match (table.only_table(reader, "unix"), table.only_table(reader, "certificate")) {
             (Some(unix_table), None) => unix(reader, unix_table),
             (None, Some(certificate_table)) => certificate(reader, certificate_table),
             _ => {

@@ -13,26 +13,8 @@ pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> L
         return Listen { unix: Some(default()), tls: None, shutdown_timeout };
     };
     let shutdown_timeout = section.duration(reader, "shutdown_timeout").unwrap_or(shutdown_timeout);
-    let unix = match section.table("unix") {
-        Some(table) => unix(reader, table),
-        None => {
-            if let Some(value) = section.take("unix") {
-                let what = "a table: unix = { path = \"/run/omsign/agent.sock\", mode = \"0660\" }";
-                section.expected::<()>(reader, "unix", value, what);
-            }
-            None
-        }
-    };
-    let tls = match section.table("tls") {
-        Some(table) => tls(reader, table),
-        None => {
-            if let Some(value) = section.take("tls") {
-                let what = "a table: tls = { address, certificate, private_key, client_ca }";
-                section.expected::<()>(reader, "tls", value, what);
-            }
-            None
-        }
-    };
+    let unix = section.only_table(reader, "unix").and_then(|table| unix(reader, table));
+    let tls = section.only_table(reader, "tls").and_then(|table| tls(reader, table));
     section.finish(reader);
     let unix = if unix.is_none() && tls.is_none() { Some(default()) } else { unix };
     Listen { unix, tls, shutdown_timeout }

@@ -23,11 +23,16 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
         return Err(reader.mistakes);
     }
     let mut section = Section::new("", 0, root.get_ref());
-    let listen = listen::listen(&mut reader, section.table("listen"));
-    let audit = listen::audit(&mut reader, section.table("audit"));
-    let tokens = named(&mut reader, section.table("token"), tokens::token);
-    let names: Vec<String> = tokens.keys().cloned().collect();
-    let keys = named(&mut reader, section.table("key"), |r, s| keys::key(r, s, &names));
+    let listen = section.only_table(&mut reader, "listen");
+    let listen = listen::listen(&mut reader, listen);
+    let audit = section.only_table(&mut reader, "audit");
+    let audit = listen::audit(&mut reader, audit);
+    let tokens = section.only_table(&mut reader, "token");
+    // A token with a mistake in it is still there to be named.
+    let names: Vec<String> = tokens.iter().flat_map(|t| t.entries().map(|(name, _)| name.to_owned())).collect();
+    let tokens = named(&mut reader, tokens, tokens::token);
+    let keys = section.only_table(&mut reader, "key");
+    let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names));
     let operators = keys::operators(&mut reader, &mut section);
     if keys.is_empty() && reader.mistakes.is_empty() {
         reader.mistake(0, "key", "no key is configured; add a section [key.NAME]".into());
@@ -118,10 +123,22 @@ impl<'a> Section<'a> {
 
     /// Takes a sub-table, if there is one under this key.
     pub(super) fn table(&mut self, key: &'static str) -> Option<Section<'a>> {
+        self.taken.push(key);
         let value = self.entries.get(key)?;
         let table = value.get_ref().as_table()?;
-        self.taken.push(key);
         Some(Section::new(&self.path_of(key), value.span().start, table))
+    }
+
+    /// Takes a sub-table; anything else under this key is a mistake.
+    pub(super) fn only_table(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<Section<'a>> {
+        let table = self.table(key);
+        if table.is_none()
+            && let Some(value) = self.entries.get(key)
+        {
+            let path = self.path_of(key);
+            self.wrong::<()>(reader, key, value, &format!("expected a table; write [{path}] or {key} = {{ … }}"));
+        }
+        table
     }
 
     /// Takes a string.
@@ -214,8 +231,7 @@ impl<'a> Section<'a> {
 
     /// Records "expected X" for a key.
     pub(super) fn expected<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, what: &str) -> Option<T> {
-        let found = value.get_ref().type_str();
-        self.wrong(reader, key, value, &format!("expected {what}, found {found} that is not"))
+        self.wrong(reader, key, value, &format!("expected {what}"))
     }
 
     fn wrong<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, message: &str) -> Option<T> {
@@ -225,15 +241,17 @@ impl<'a> Section<'a> {
 
     /// Reports the keys that nobody took.
     pub(super) fn finish(self, reader: &mut Reader<'_>) {
+        let mut known = self.taken.clone();
+        known.dedup();
         for key in self.entries.keys() {
             let (at, key) = (key.span().start, key.get_ref().as_ref());
-            if self.taken.contains(&key) {
+            if known.contains(&key) {
                 continue;
             }
-            let nearest = self.taken.iter().min_by_key(|known| distance(known, key));
+            let nearest = known.iter().min_by_key(|known| distance(known, key));
             let hint = match nearest {
                 Some(known) if distance(known, key) <= 3 => format!("did you mean {known:?}?"),
-                _ => format!("known here: {}", self.taken.join(", ")),
+                _ => format!("known here: {}", known.join(", ")),
             };
             reader.mistake(at, &self.path_of(key), format!("unknown key; {hint}"));
         }

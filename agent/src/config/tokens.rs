@@ -119,12 +119,7 @@ fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> 
 
 fn environment(reader: &mut Reader<'_>, section: &mut Section<'_>) -> BTreeMap<String, String> {
     let mut variables = BTreeMap::new();
-    let Some(table) = section.table("env") else {
-        if let Some(value) = section.take("env") {
-            section.expected::<()>(reader, "env", value, "a table: env = { SOFTHSM2_CONF = \"…\" }");
-        }
-        return variables;
-    };
+    let Some(table) = section.only_table(reader, "env") else { return variables };
     for (name, value) in table.entries() {
         match value.get_ref().as_str() {
             Some(text) => {

@@ -1,0 +1,119 @@
+//! What the documents show is what happens.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::{built, model};
+use omsign_tests::agent::Agent;
+use omsign_tests::world::World;
+
+fn project(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(name)
+}
+
+/// A command of a transcript and what it prints; a last line `? N` is its exit status.
+struct Step {
+    command: String,
+    output: Vec<String>,
+    status: i32,
+}
+
+/// The steps of all console blocks.
+fn steps(markdown: &str) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    let mut inside = false;
+    for line in markdown.lines() {
+        if line.starts_with("```") {
+            inside = line == "```console";
+        } else if let Some(command) = line.strip_prefix("$ ").filter(|_| inside) {
+            steps.push(Step { command: command.to_owned(), output: Vec::new(), status: 0 });
+        } else if let Some(step) = steps.last_mut().filter(|_| inside) {
+            match line.strip_prefix("? ").and_then(|status| status.parse().ok()) {
+                Some(status) => step.status = status,
+                None => step.output.push(line.to_owned()),
+            }
+        }
+    }
+    steps
+}
+
+/// Whether a line is as shown; `…` stands for anything.
+fn matches(shown: &str, actual: &str) -> bool {
+    let mut parts = shown.split('…');
+    let Some(mut rest) = parts.next().and_then(|first| actual.strip_prefix(first)) else { return false };
+    let mut open = false;
+    for part in parts {
+        open = true;
+        match rest.find(part) {
+            Some(_) if part.is_empty() => rest = "",
+            Some(at) => rest = rest.get(at + part.len()..).unwrap_or_default(),
+            None => return false,
+        }
+    }
+    rest.is_empty() || (open && shown.ends_with('…'))
+}
+
+#[test]
+fn the_transcripts_of_the_readme() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let mut fixtures = Command::new(built("omsign-fixtures")?);
+    ensure!(fixtures.arg("softhsm").arg(world.path("")).status()?.success());
+    model::create(&world.path("my-model"), 4, 16 << 20)?;
+    let config = std::fs::read_to_string(world.path("agent.toml"))?;
+    let _agent = Agent::start(&world, &config)?;
+    let binaries = built("omsign")?;
+    let binaries = binaries.parent().context("a directory")?;
+    let steps = steps(&std::fs::read_to_string(project("README.md"))?);
+    ensure!(steps.len() >= 10, "only {} steps found", steps.len());
+    for step in steps {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &step.command]).current_dir(world.path(""));
+        world.without_surprises(&mut shell);
+        let path = format!("{}:{}", binaries.display(), std::env::var("PATH")?);
+        let output = shell.env("PATH", path).output()?;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8(said)?;
+        ensure!(output.status.code() == Some(step.status), "{}: {:?}: {said}", step.command, output.status);
+        let actual: Vec<&str> = said.lines().collect();
+        let same = actual.len() == step.output.len() && step.output.iter().zip(&actual).all(|(s, a)| matches(s, a));
+        ensure!(same, "{}\nshown:\n{}\nactual:\n{said}", step.command, step.output.join("\n"));
+    }
+    Ok(())
+}
+
+#[test]
+fn every_example_configuration_is_valid() -> anyhow::Result<()> {
+    let mut count = 0;
+    for entry in std::fs::read_dir(project("hsm-config"))? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let output = Command::new(built("omsign-agent")?).args(["check-config", "--config"]).arg(&path).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        count += 1;
+    }
+    ensure!(count > 0, "no example found");
+    Ok(())
+}
+
+/// The golden file is what `check-config` prints; every line of it was read by a person.
+#[test]
+fn every_mistake_in_a_configuration_is_reported() -> anyhow::Result<()> {
+    let golden = project("tests/golden");
+    let mut check = Command::new(built("omsign-agent")?);
+    let output = check.args(["check-config", "--config", "config-mistakes.toml"]).current_dir(&golden).output()?;
+    ensure!(output.status.code() == Some(1) && output.stdout.is_empty());
+    let expected = std::fs::read_to_string(golden.join("config-mistakes.stderr"))?;
+    let actual = String::from_utf8(output.stderr)?;
+    ensure!(actual == expected, "expected:\n{expected}\nactual:\n{actual}");
+    ensure!(!actual.contains("1234"), "a PIN is never repeated");
+    Ok(())
+}
+
+#[test]
+fn wildcards_match_what_they_should() {
+    assert!(matches("a … c", "a b c") && matches("a…", "abc") && matches("…", "") && matches("abc", "abc"));
+    assert!(!matches("a … c", "a b d") && !matches("abc", "abcd") && !matches("a…c", "ab"));
+}

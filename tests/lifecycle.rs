@@ -1,0 +1,183 @@
+//! The agent as a service: sockets handed over by systemd, health, a stop that loses nothing.
+
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::KeyType;
+use omsign_tests::agent::{Agent, SOON, eventually, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::proxy::Proxy;
+use omsign_tests::world::{World, key_section, token_section};
+use rustix::process::Signal;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
+}
+
+/// systemd passes sockets as descriptors from 3 on; here a shell does, and has the agent become itself.
+#[test]
+fn a_socket_handed_over_by_systemd() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"))?;
+    let socket = UnixListener::bind(world.path("activated.sock"))?;
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve --config \"$1\" 3<&0 0</dev/null"]);
+    shell.arg(built("omsign-agent")?).arg(config);
+    world.without_surprises(&mut shell);
+    let mut agent = shell.stdin(std::os::fd::OwnedFd::from(socket)).spawn()?;
+    let tested = run(async {
+        let mut client = connect(world.path("activated.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        Ok(())
+    });
+    signal(agent.id(), Signal::TERM)?;
+    ensure!(agent.wait()?.success());
+    tested?;
+    // What systemd made, systemd removes; and the configured path was left alone.
+    ensure!(world.path("activated.sock").exists() && !world.path("agent.sock").exists());
+    Ok(())
+}
+
+#[test]
+fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        proxy.set("C_Sign 0 800\n")?;
+        let before = proxy.calls("C_Sign");
+        let mut waiting = client.clone();
+        let waiting = tokio::spawn(async move { sign(&mut waiting, request("k", 2, &[7; 32]), SOON).await });
+        while proxy.calls("C_Sign") == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        signal(agent.pid(), Signal::TERM)?;
+        ensure!(waiting.await?.is_ok(), "the request in flight was answered");
+        Ok(())
+    })?;
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
+#[test]
+fn a_stop_is_bounded() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let listen = world.listen().replace("[listen]\n", "[listen]\nshutdown_timeout = \"300ms\"\n");
+    let config = listen + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    let hosts = run_hanging(&world, &proxy, &agent)?;
+    let started = std::time::Instant::now();
+    ensure!(agent.stop()?.success());
+    ensure!(started.elapsed() < SOON, "{:?}", started.elapsed());
+    eventually("the end of the token's process", || {
+        Ok(hosts.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()))
+    })
+}
+
+/// Leaves a request inside the module; returns the token's process.
+fn run_hanging(world: &World, proxy: &Proxy, agent: &Agent) -> anyhow::Result<Vec<u32>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        proxy.set("C_Sign 0 600000\n")?;
+        let before = proxy.calls("C_Sign");
+        let hanging = tokio::spawn(async move { sign(&mut client, request("k", 2, &[7; 32]), SOON * 10).await });
+        while proxy.calls("C_Sign") == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        hanging.abort();
+        agent.hosts()
+    })
+}
+
+#[test]
+fn no_process_outlives_a_killed_agent() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    let hosts = run_hanging(&world, &proxy, &agent)?;
+    ensure!(hosts.len() == 1);
+    // Killed, with a thread of the token's process inside the module.
+    drop(agent);
+    eventually("the end of the token's process", || {
+        let gone = |pid: &u32| match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(stat) => stat.contains(") Z "),
+            Err(_) => true,
+        };
+        Ok(hosts.iter().all(gone))
+    })
+}
+
+#[test]
+fn health_says_which_token_is_down() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let absent = token_section("absent", &token, "").replace("label = \"t\"", "label = \"nowhere\"");
+    let keys = key_section("k", "t", "k") + &key_section("a", "absent", "k");
+    let _agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &absent + &keys))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        let channel = omsign_tests::client::channel(world.path("agent.sock")).await?;
+        let mut health = HealthClient::new(channel);
+        for (service, expected) in [
+            ("", ServingStatus::Serving),
+            ("omsign.v1.AgentService", ServingStatus::Serving),
+            ("token.t", ServingStatus::Serving),
+            ("token.absent", ServingStatus::NotServing),
+        ] {
+            let answer = health.check(HealthCheckRequest { service: service.into() }).await?.into_inner();
+            ensure!(answer.status() == expected, "{service}: {answer:?}");
+        }
+        let unknown = health.check(HealthCheckRequest { service: "token.nobody".into() }).await;
+        ensure!(unknown.is_err_and(|status| status.code() == tonic::Code::NotFound));
+        Ok(())
+    })
+}
+
+/// No core dumps and no reading of its memory: whoever runs as the same user learns no PIN.
+#[test]
+fn the_processes_cannot_be_dumped() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    world.omsign_ok(&["keys"])?;
+    for pid in agent.hosts()?.into_iter().chain([agent.pid()]) {
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).context("the limit")?;
+        ensure!(core.split_whitespace().nth(4) == Some("0"), "{core}");
+        let arguments = std::fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
+        ensure!(!arguments.contains(omsign_fixtures::softhsm::PIN), "{arguments}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_idle_agent_is_idle() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    world.omsign_ok(&["keys"])?;
+    let descriptors = |pid: u32| anyhow::Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+    let before = descriptors(agent.pid())?;
+    for _ in 0..50 {
+        world.omsign_ok(&["keys"])?;
+    }
+    eventually("the end of old connections", || Ok(descriptors(agent.pid())? <= before + 1))
+}
