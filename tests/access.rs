@@ -24,7 +24,9 @@ fn with_rule(rule: &str) -> String {
 fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.listen() + &token_section("t", &token, "") + &with_rule(&format!("unix = {{ uid = {NOBODY} }}"));
+    let config = world.listen()
+        + &token_section("t", &token, "")
+        + &with_rule(&format!("unix = {{ uid = {NOBODY} }}"));
     let agent = Agent::start(&world, &config)?;
     world.model()?;
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
@@ -64,10 +66,16 @@ fn users_and_groups_are_told_apart() -> anyhow::Result<()> {
         ("unix = { group = \"nogroup\" }".to_owned(), true, true),
         ("unix = { group = \"daemon\" }".to_owned(), false, true),
     ] {
-        let agent = Agent::start(&world, &(listen.clone() + &token_section("t", &token, "") + &with_rule(&rule)))?;
+        let agent =
+            Agent::start(&world, &(listen.clone() + &token_section("t", &token, "") + &with_rule(&rule)))?;
         for (uid, gid, expected) in [(NOBODY, 65534, users), (1, 65534, groups)] {
             let mut command = Command::new(&omsign);
-            command.args(["keys", "export", "k"]).uid(uid).gid(gid).env("OMSIGN_AGENT", &socket).current_dir("/");
+            command
+                .args(["keys", "export", "k"])
+                .uid(uid)
+                .gid(gid)
+                .env("OMSIGN_AGENT", &socket)
+                .current_dir("/");
             let output = command.output()?;
             let errors = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.success() == expected, "{rule} for uid {uid}: {errors}");
@@ -84,18 +92,14 @@ fn client_certificates() -> anyhow::Result<()> {
     world.tls("ours")?;
     world.tls("other")?;
     let model = world.model()?;
-    // A port that was free a moment ago.
-    let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let listen = format!(
-        "[listen]\nunix = {{ path = \"agent.sock\", mode = \"0600\" }}\ntls = {{ address = \"{address}\", \
-         certificate = \"ours-server.pem\", private_key = \"ours-server.key\", client_ca = \"ours-ca.pem\" }}\n\
-         [audit]\ndirectory = \"audit\"\n"
-    );
+    let listen = "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\ntls = { address = \"127.0.0.1:0\", \
+         certificate = \"ours-server.pem\", private_key = \"ours-server.key\", client_ca = \"ours-ca.pem\" }\n\
+         [audit]\ndirectory = \"audit\"\n";
     let fingerprint = fingerprint(&world, "ours-client.pem")?;
-    let url = format!("https://{address}");
-    let signs = |client: &str, ca: &str| {
-        let (ca, pem, key) = (format!("{ca}-ca.pem"), format!("{client}-client.pem"), format!("{client}-client.key"));
-        let tls = ["--agent", &url, "--agent-ca", &ca, "--agent-certificate", &pem, "--agent-key", &key];
+    let signs = |url: &str, client: &str, ca: &str| {
+        let (ca, pem, key) =
+            (format!("{ca}-ca.pem"), format!("{client}-client.pem"), format!("{client}-client.key"));
+        let tls = ["--agent", url, "--agent-ca", &ca, "--agent-certificate", &pem, "--agent-key", &key];
         world.omsign(&[&["sign", &text(&model), "--key", "k", "--signature", "tls.sig"], &tls[..]].concat())
     };
     for (rule, allowed) in [
@@ -106,25 +110,38 @@ fn client_certificates() -> anyhow::Result<()> {
         ("certificate = { subject = \"CN=cd\" }".to_owned(), false),
         ("unix = { uid = 0 }".to_owned(), false),
     ] {
-        let config = listen.clone() + &token_section("t", &token, "") + &with_rule(&rule);
+        let config = listen.to_owned() + &token_section("t", &token, "") + &with_rule(&rule);
         let agent = Agent::start(&world, &config)?;
-        let output = signs("ours", "ours")?;
+        // The port is the system's choice; the log says which.
+        let log = agent.log()?;
+        let line =
+            log.lines().find(|line| line.contains("listening with mutual TLS")).context("its address")?;
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        let url = format!("https://{}", line["address"].as_str().context("its address")?);
+        let output = signs(&url, "ours", "ours")?;
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.success() == allowed, "{rule}: {errors}");
         if !allowed {
             ensure!(errors.contains("you are not allowed"), "{errors}");
             continue;
         }
-        world.omsign_ok(&["verify", "model", "--signature", "tls.sig", "--public-key", &text(&token.public_key("k"))])?;
+        world.omsign_ok(&[
+            "verify",
+            "model",
+            "--signature",
+            "tls.sig",
+            "--public-key",
+            &text(&token.public_key("k")),
+        ])?;
         let entry = world.audit()?.pop().context("an entry")?;
         ensure!(entry["identity"]["certificate"]["subject"] == "CN=ci", "{entry}");
         ensure!(entry["identity"]["certificate"]["fingerprint"] == fingerprint.as_str(), "{entry}");
         // A certificate of another CA does not get as far as a rule.
-        let stranger = signs("other", "ours")?;
+        let stranger = signs(&url, "other", "ours")?;
         ensure!(stranger.status.code() == Some(2), "{stranger:?}");
         ensure!(agent.log()?.contains("TLS handshake refused"));
         // And we do not talk to an agent that we cannot recognise.
-        ensure!(signs("ours", "other")?.status.code() == Some(2));
+        ensure!(signs(&url, "ours", "other")?.status.code() == Some(2));
     }
     Ok(())
 }
@@ -149,15 +166,24 @@ fn malformed_requests_are_refused_before_the_token_sees_them() -> anyhow::Result
         sign(&mut client, good.clone(), SOON).await?;
         let mut cases = Vec::new();
         for length in [0, 8, 31, 33, 48, 64, 65] {
-            cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest {
-                content: Some(Content::Digest(vec![7; length])),
-                request_id: vec![u8::try_from(length)?; 16],
-                ..good.clone()
-            }));
+            cases.push((
+                Code::InvalidArgument,
+                omsign_proto::v1::SignRequest {
+                    content: Some(Content::Digest(vec![7; length])),
+                    request_id: vec![u8::try_from(length)?; 16],
+                    ..good.clone()
+                },
+            ));
         }
         cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { content: None, ..good.clone() }));
-        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { request_id: vec![1; 15], ..good.clone() }));
-        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { context: "x".repeat(2000), ..good.clone() }));
+        cases.push((
+            Code::InvalidArgument,
+            omsign_proto::v1::SignRequest { request_id: vec![1; 15], ..good.clone() },
+        ));
+        cases.push((
+            Code::InvalidArgument,
+            omsign_proto::v1::SignRequest { context: "x".repeat(2000), ..good.clone() },
+        ));
         cases.push((Code::NotFound, omsign_proto::v1::SignRequest { key: "nothing".into(), ..good.clone() }));
         cases.push((Code::AlreadyExists, request("k", 1, &[8; 32])));
         for (expected, case) in cases {
@@ -192,7 +218,10 @@ fn the_same_request_gets_the_same_answer() -> anyhow::Result<()> {
 fn no_answer_is_lost_doubled_or_swapped() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.listen() + "durability = \"os\"\n" + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let config = world.listen()
+        + "durability = \"os\"\n"
+        + &token_section("t", &token, "")
+        + &key_section("k", "t", "k");
     let _agent = Agent::start(&world, &config)?;
     let key = openssl::pkey::PKey::public_key_from_pem(&std::fs::read(token.public_key("k"))?)?.ec_key()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -205,7 +234,8 @@ fn no_answer_is_lost_doubled_or_swapped() -> anyhow::Result<()> {
                 for round in 0..157_u128 {
                     let id = number << 32 | round;
                     let digest: Vec<u8> = id.to_be_bytes().repeat(2);
-                    let signed = sign(&mut client, request("k", id, &digest), Duration::from_secs(60)).await?;
+                    let signed =
+                        sign(&mut client, request("k", id, &digest), Duration::from_secs(60)).await?;
                     answers.push((digest, signed.signature));
                 }
                 Ok::<_, tonic::Status>(answers)

@@ -76,7 +76,8 @@ fn the_transcripts_of_the_readme() -> anyhow::Result<()> {
         let said = String::from_utf8(said)?;
         ensure!(output.status.code() == Some(step.status), "{}: {:?}: {said}", step.command, output.status);
         let actual: Vec<&str> = said.lines().collect();
-        let same = actual.len() == step.output.len() && step.output.iter().zip(&actual).all(|(s, a)| matches(s, a));
+        let same =
+            actual.len() == step.output.len() && step.output.iter().zip(&actual).all(|(s, a)| matches(s, a));
         ensure!(same, "{}\nshown:\n{}\nactual:\n{said}", step.command, step.output.join("\n"));
     }
     Ok(())
@@ -90,7 +91,8 @@ fn every_example_configuration_is_valid() -> anyhow::Result<()> {
         if path.extension().is_none_or(|extension| extension != "toml") {
             continue;
         }
-        let output = Command::new(built("omsign-agent")?).args(["check-config", "--config"]).arg(&path).output()?;
+        let output =
+            Command::new(built("omsign-agent")?).args(["check-config", "--config"]).arg(&path).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         count += 1;
     }
@@ -103,7 +105,8 @@ fn every_example_configuration_is_valid() -> anyhow::Result<()> {
 fn every_mistake_in_a_configuration_is_reported() -> anyhow::Result<()> {
     let golden = project("tests/golden");
     let mut check = Command::new(built("omsign-agent")?);
-    let output = check.args(["check-config", "--config", "config-mistakes.toml"]).current_dir(&golden).output()?;
+    let output =
+        check.args(["check-config", "--config", "config-mistakes.toml"]).current_dir(&golden).output()?;
     ensure!(output.status.code() == Some(1) && output.stdout.is_empty());
     let expected = std::fs::read_to_string(golden.join("config-mistakes.stderr"))?;
     let actual = String::from_utf8(output.stderr)?;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
+use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
@@ -81,6 +82,96 @@ fn a_refusal_survives_the_respawn_of_the_process() -> anyhow::Result<()> {
     })
 }
 
+/// A module that hangs in C_Login, or answers it with an error of its own, may have counted a try.
+#[test]
+fn a_login_without_a_clear_answer_is_not_tried_again() -> anyhow::Result<()> {
+    for (fault, reason) in
+        [("C_Login 0 60000\n", "did not open within"), ("C_Login 80000123 0\n", "cannot log in")]
+    {
+        let world = World::new()?;
+        let token = world.token("t", "k", KeyType::P256)?;
+        let proxy = Proxy::new(&world)?;
+        proxy.set(fault)?;
+        let section = proxy.token_section("t", &token, "timeout = \"300ms\"");
+        let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+        run(async {
+            let mut client = connect(world.path("agent.sock")).await?;
+            for id in 0..10 {
+                let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
+                ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
+                ensure!(refused.is_err_and(|s| s.message().contains(reason)));
+            }
+            ensure!(proxy.calls("C_Login") == 1, "{} logins: {}", proxy.calls("C_Login"), agent.log()?);
+            proxy.set("")?;
+            world.omsign_ok(&["agent", "unlock", "t"])?;
+            sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// What a PIN file holds was refused; that an operator typed the right PIN does not make the file right.
+#[test]
+fn a_refused_pin_file_is_not_read_again_after_a_typed_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
+    let proxy = Proxy::new(&world)?;
+    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        ensure!(sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await.is_err());
+        let typed = UnlockTokenRequest { token: "t".into(), pin: Some(PIN.into()) };
+        client.unlock_token(typed).await?;
+        sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
+        ensure!(proxy.calls("C_Login") == 2);
+        for host in agent.hosts()? {
+            signal(host, Signal::KILL)?;
+        }
+        let locked = sign(&mut client, request("k", 3, &DIGEST), SECOND * 10).await;
+        let locked = match locked {
+            // Sent before the death was noticed.
+            Err(status) if status.code() == Code::Unavailable => {
+                sign(&mut client, request("k", 4, &DIGEST), SECOND * 10).await
+            }
+            other => other,
+        };
+        ensure!(locked.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{locked:?}");
+        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
+        Ok(())
+    })
+}
+
+/// Callers in a hurry give up; what they left behind still counts, and the token is not killed for it.
+#[test]
+fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let section = proxy.token_section("t", &token, "queue = 4\ntimeout = \"1s\"");
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        let before = agent.hosts()?;
+        proxy.set("C_Sign 0 400\n")?;
+        let mut full = 0;
+        for id in 10..40 {
+            let hasty = sign(&mut client, request("k", id, &DIGEST), Duration::from_millis(50)).await;
+            full += usize::from(hasty.is_err_and(|status| status.code() == Code::ResourceExhausted));
+        }
+        ensure!(full > 15, "{full} were told that the queue is full");
+        proxy.set("")?;
+        eventually_async("the end of the queue", || proxy.calls("C_Sign") >= 5).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await?;
+        ensure!(agent.hosts()? == before, "a healthy process was killed: {}", agent.log()?);
+        Ok(())
+    })
+}
+
 #[test]
 fn a_removed_token_directory_comes_back_under_a_running_agent() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -116,27 +207,17 @@ fn a_key_deleted_and_made_again_signs_again() -> anyhow::Result<()> {
     let _agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
+        let errors = world.omsign_fails(2, &["agent", "unlock", "t"])?;
+        ensure!(errors.contains("it is not locked"), "{errors}");
         let before = sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
         token.delete("k")?;
         let gone = sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await;
         ensure!(gone.is_err());
         sign(&mut client, request("other", 3, &DIGEST), SECOND * 10).await?;
         token.generate("k", KeyType::P256, Objects::Pair)?;
-        world.omsign_ok(&["agent", "status"])?;
-        let mut id = 10;
-        let after = loop {
-            match sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await {
-                Ok(signed) => break signed,
-                Err(error) if id < 400 => ensure!(!error.message().is_empty()),
-                Err(error) => return Err(error.into()),
-            }
-            // The process that found no key does not look again by itself: a replacement does.
-            for host in _agent.hosts()? {
-                signal(host, Signal::KILL)?;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            id += 1;
-        };
+        // The process that found no key does not look again by itself; an operator has it do so.
+        world.omsign_ok(&["agent", "unlock", "t"])?;
+        let after = sign(&mut client, request("k", 10, &DIGEST), SECOND * 10).await?;
         ensure!(before.public_key != after.public_key, "a new key");
         Ok(())
     })
@@ -209,7 +290,7 @@ fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
         let code = patient.as_ref().err().map(tonic::Status::code);
         ensure!(code == Some(Code::Unavailable), "{patient:?}");
         let code = hasty.as_ref().err().map(tonic::Status::code);
-        ensure!(matches!(code, Some(Code::DeadlineExceeded | Code::Cancelled)), "{hasty:?}");
+        ensure!(code == Some(Code::DeadlineExceeded), "{hasty:?}");
         ensure!(started.elapsed() < SECOND * 5, "{:?}", started.elapsed());
         sign(&mut client, request("fast", 20, &DIGEST), SECOND).await?;
         sign(&mut client, request("stuck", 21, &DIGEST), SECOND * 10).await?;
@@ -223,7 +304,8 @@ fn device_errors_heal_within_one_request() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "timeout = \"2s\"") + &key_section("k", "t", "k");
+    let config =
+        world.listen() + &proxy.token_section("t", &token, "timeout = \"2s\"") + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -258,7 +340,8 @@ fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "queue = 4") + &key_section("k", "t", "k");
+    let config =
+        world.listen() + &proxy.token_section("t", &token, "queue = 4") + &key_section("k", "t", "k");
     let _agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;

@@ -25,7 +25,10 @@ fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
 fn a_socket_handed_over_by_systemd() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"))?;
+    let config = world.write(
+        "agent.toml",
+        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
+    )?;
     let socket = UnixListener::bind(world.path("activated.sock"))?;
     let mut shell = Command::new("sh");
     shell.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve --config \"$1\" 3<&0 0</dev/null"]);
@@ -76,7 +79,8 @@ fn a_stop_is_bounded() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
     let listen = world.listen().replace("[listen]\n", "[listen]\nshutdown_timeout = \"300ms\"\n");
-    let config = listen + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
+    let config =
+        listen + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     let hosts = run_hanging(&world, &proxy, &agent)?;
     let started = std::time::Instant::now();
@@ -95,7 +99,8 @@ fn run_hanging(world: &World, proxy: &Proxy, agent: &Agent) -> anyhow::Result<Ve
         sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
         proxy.set("C_Sign 0 600000\n")?;
         let before = proxy.calls("C_Sign");
-        let hanging = tokio::spawn(async move { sign(&mut client, request("k", 2, &[7; 32]), SOON * 10).await });
+        let hanging =
+            tokio::spawn(async move { sign(&mut client, request("k", 2, &[7; 32]), SOON * 10).await });
         while proxy.calls("C_Sign") == before {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -109,7 +114,9 @@ fn no_process_outlives_a_killed_agent() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
+    let config = world.listen()
+        + &proxy.token_section("t", &token, "timeout = \"10min\"")
+        + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     let hosts = run_hanging(&world, &proxy, &agent)?;
     ensure!(hosts.len() == 1);
@@ -156,7 +163,10 @@ fn health_says_which_token_is_down() -> anyhow::Result<()> {
 fn the_processes_cannot_be_dumped() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    let agent = Agent::start(
+        &world,
+        &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")),
+    )?;
     world.omsign_ok(&["keys"])?;
     for pid in agent.hosts()?.into_iter().chain([agent.pid()]) {
         let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
@@ -172,7 +182,10 @@ fn the_processes_cannot_be_dumped() -> anyhow::Result<()> {
 fn an_idle_agent_is_idle() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    let agent = Agent::start(
+        &world,
+        &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")),
+    )?;
     world.omsign_ok(&["keys"])?;
     let descriptors = |pid: u32| anyhow::Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count());
     let before = descriptors(agent.pid())?;

@@ -66,7 +66,11 @@ fn models_that_cannot_be_signed() -> anyhow::Result<()> {
     fs::write(world.path("empty/.gitignore"), "")?;
     sign("empty", &[], &["empty has no files to sign"])?;
     sign("model", &["--key", "x"], &["error: the argument '--key <NAME>' cannot be used multiple times"])?;
-    sign("model", &["--ignore-paths", "nothing"], &["--ignore-paths nothing: there is nothing of this name"])?;
+    sign(
+        "model",
+        &["--ignore-paths", "nothing"],
+        &["--ignore-paths nothing: there is nothing of this name"],
+    )?;
     sign("model", &["--ignore-paths", "*.json"], &["patterns are not part of OMS"])?;
     sign("model", &["--signature", "no/such/dir.sig"], &["cannot write no/such/dir.sig"])?;
     symlink("config.json", world.path("model/link"))?;
@@ -83,6 +87,17 @@ fn models_that_cannot_be_signed() -> anyhow::Result<()> {
     ensure!(mkfifo.arg(world.path("model/pipe")).status()?.success());
     sign("model", &[], &["model/pipe is neither a file nor a directory"])?;
     fs::remove_file(world.path("model/pipe"))?;
+    // A typing mistake does not cost a model, a key or anything else that is no bundle.
+    for precious in ["model/config.json", "agent.toml", "model"] {
+        let before = fs::read(world.path(precious)).unwrap_or_default();
+        sign(
+            "model",
+            &["--signature", precious],
+            &["exists and is not a bundle", "hint: choose another --signature"],
+        )?;
+        ensure!(fs::read(world.path(precious)).unwrap_or_default() == before);
+    }
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
     world.omsign_ok(&["sign", "model", "--key", "k"])?;
     Ok(())
 }
@@ -98,7 +113,8 @@ fn an_unreadable_file_is_named() -> anyhow::Result<()> {
     fs::set_permissions(world.path("model/config.json"), PermissionsExt::from_mode(0))?;
     fs::copy(built("omsign")?, world.path("omsign"))?;
     let mut command = Command::new(world.path("omsign"));
-    let output = command.args(["digest", "model"]).current_dir(world.path("")).uid(65534).gid(65534).output()?;
+    let output =
+        command.args(["digest", "model"]).current_dir(world.path("")).uid(65534).gid(65534).output()?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(2), "{output:?}");
     ensure!(errors.contains("cannot read model/config.json: Permission denied"), "{errors}");
@@ -149,14 +165,14 @@ fn a_full_disk_while_the_bundle_is_written() -> anyhow::Result<()> {
     }
     let script = r#"
         head -c 32768 /dev/zero > disk/filler
-        echo old > disk/model.sig
+        echo '{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","old":1}' > disk/model.sig
         "$OMSIGN" sign model --private-key k.pem --signature disk/model.sig || echo "status $?"
         ls -A disk; cat disk/model.sig
     "#;
     let output = on_a_small_disk(&world, &script.replace("$OMSIGN", &text(&built("omsign")?)))?;
     let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(errors.contains("cannot write disk/model.sig: No space left on device"), "{out}{errors}");
-    ensure!(out.ends_with("status 2\nfiller\nmodel.sig\nold\n"), "{out}{errors}");
+    ensure!(out.contains("status 2\nfiller\nmodel.sig\n{") && out.ends_with("\"old\":1}\n"), "{out}{errors}");
     Ok(())
 }
 
@@ -180,7 +196,8 @@ fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
         "$OMSIGN" sign model --key k --signature 2.sig
         ls ?.sig; cat disk/audit/audit.jsonl > audit.jsonl
     "#;
-    let script = script.replace("$AGENT", &text(&built("omsign-agent")?)).replace("$OMSIGN", &text(&built("omsign")?));
+    let script =
+        script.replace("$AGENT", &text(&built("omsign-agent")?)).replace("$OMSIGN", &text(&built("omsign")?));
     let output = on_a_small_disk(&world, &script)?;
     let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(out.matches("status 2").count() > 5 && out.contains("1.sig\n2.sig\n"), "{out}{errors}");
@@ -217,7 +234,12 @@ fn keys_that_cannot_be_used() -> anyhow::Result<()> {
     ] {
         fails(&world, 2, &["sign", "model", "--key", name], &["cannot sign", reason])?;
     }
-    fails(&world, 2, &["sign", "model", "--key", "nobody"], &["no key \"nobody\" is configured", "`omsign keys` lists"])?;
+    fails(
+        &world,
+        2,
+        &["sign", "model", "--key", "nobody"],
+        &["no key \"nobody\" is configured", "`omsign keys` lists"],
+    )?;
     // What one key lacks does not take the others down; a certificate does for a public key.
     for name in ["good", "certified"] {
         world.omsign_ok(&["sign", "model", "--key", name, "--signature", "s.sig"])?;
@@ -227,7 +249,8 @@ fn keys_that_cannot_be_used() -> anyhow::Result<()> {
     }
     let listed = world.omsign_ok(&["keys", "--json"])?;
     let listed: serde_json::Value = serde_json::from_str(&listed)?;
-    let states: Vec<_> = listed["keys"].as_array().context("keys")?.iter().map(|key| key["state"].clone()).collect();
+    let states: Vec<_> =
+        listed["keys"].as_array().context("keys")?.iter().map(|key| key["state"].clone()).collect();
     ensure!(states.iter().filter(|state| *state == "unusable").count() == 5, "{states:?}");
     drop(agent);
 
@@ -237,7 +260,10 @@ fn keys_that_cannot_be_used() -> anyhow::Result<()> {
     let output = doctor.args(["doctor", "--config"]).arg(world.path("agent.toml")).output()?;
     let report = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.code() == Some(1), "{output:?}");
-    ensure!(report.contains("ok      key.good: label \"good\": ecdsa-p256-sha256, signs and verifies"), "{report}");
+    ensure!(
+        report.contains("ok      key.good: label \"good\": ecdsa-p256-sha256, signs and verifies"),
+        "{report}"
+    );
     ensure!(report.contains("ERROR   key.rsa: the key with label \"rsa\" is of type CKK_RSA"), "{report}");
     ensure!(report.contains("ok      token.t: its PIN source can be read"), "{report}");
     ensure!(!report.contains(PIN));
@@ -255,7 +281,12 @@ fn certificates_that_do_not_fit() -> anyhow::Result<()> {
     let (server, _) = root.server("k")?;
     write_chain(&world.path("server.pem"), &[&server])?;
     let sign = ["sign", "model", "--key", "k", "--signing-certificate"];
-    fails(&world, 2, &[&sign[..], &["server.pem"]].concat(), &["the signing certificate is for another key"])?;
+    fails(
+        &world,
+        2,
+        &[&sign[..], &["server.pem"]].concat(),
+        &["the signing certificate is for another key"],
+    )?;
     fails(&world, 2, &[&sign[..], &["t/k.pub.pem"]].concat(), &["does not hold a certificate in PEM"])?;
     let usage = root.tls_server_for("k", &public)?;
     write_chain(&world.path("usage.pem"), &[&usage])?;
@@ -273,7 +304,12 @@ fn certificates_that_do_not_fit() -> anyhow::Result<()> {
         &["the signing certificate does not lead to a trusted one (RFC 5280, 6.1)"],
     )?;
     let by_key = [&verify[..], &["--public-key", "t/k.pub.pem"]].concat();
-    fails(&world, 1, &by_key, &["was signed with the certificate method", "hint: verify it with --certificate-chain"])?;
+    fails(
+        &world,
+        1,
+        &by_key,
+        &["was signed with the certificate method", "hint: verify it with --certificate-chain"],
+    )?;
     Ok(())
 }
 
@@ -302,7 +338,9 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     symlink("config.json", world.path("model/link"))?;
     fails(&world, 1, &verify, &["model/link is a symbolic link"])?;
     // Not a bundle, not there, another key.
-    let with = |signature: &str, key: &str| ["verify", "model", "--signature", signature, "--public-key", key].map(str::to_owned);
+    let with = |signature: &str, key: &str| {
+        ["verify", "model", "--signature", signature, "--public-key", key].map(str::to_owned)
+    };
     for (status, signature, key, expected) in [
         (1, "model/tokenizer.json", "t/k.pub.pem", "the bundle is malformed (OMS 4)"),
         (2, "nowhere.sig", "t/k.pub.pem", "cannot read nowhere.sig"),
@@ -337,9 +375,18 @@ fn pem_keys_and_their_passwords() -> anyhow::Result<()> {
     }
     let wrong = [&sign[..], &["pkcs8.pem", "--password-file", "wrong"]].concat();
     fails(&world, 2, &wrong, &["pkcs8.pem cannot be decrypted: the password is wrong"])?;
+    let nowhere = [&sign[..], &["pkcs8.pem", "--password-file", "nowhere"]].concat();
+    fails(&world, 2, &nowhere, &["cannot read nowhere: No such file"])?;
+    let unset = [&sign[..], &["pkcs8.pem", "--password-env", "OMSIGN_TEST_UNSET"]].concat();
+    fails(&world, 2, &unset, &["the environment variable OMSIGN_TEST_UNSET is not set"])?;
     let none = [&sign[..], &["pkcs8.pem"]].concat();
     fails(&world, 2, &none, &["it needs a password", "hint: give the password with --password-file"])?;
-    fails(&world, 2, &[&sign[..], &["rsa.pem"]].concat(), &["the key is not an elliptic-curve key: OMS signs with"])?;
+    fails(
+        &world,
+        2,
+        &[&sign[..], &["rsa.pem"]].concat(),
+        &["the key is not an elliptic-curve key: OMS signs with"],
+    )?;
     fails(&world, 2, &[&sign[..], &["pub.pem"]].concat(), &["pub.pem does not hold a private key in PEM"])?;
     Ok(())
 }
@@ -349,7 +396,12 @@ fn without_an_agent() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P384)?;
     world.model()?;
-    fails(&world, 2, &["sign", "model", "--key", "k"], &["no agent answers at", "hint: start it with `omsign-agent serve`"])?;
+    fails(
+        &world,
+        2,
+        &["sign", "model", "--key", "k"],
+        &["no agent answers at", "hint: start it with `omsign-agent serve`"],
+    )?;
     let uri = format!("pkcs11:token=t;object=k?module-path={MODULE}");
     let sign = |query: &str, option: &str| {
         let uri = format!("{uri}{query}");
@@ -359,7 +411,8 @@ fn without_an_agent() -> anyhow::Result<()> {
         Ok::<_, anyhow::Error>(command.env("SOFTHSM2_CONF", token.config()).output()?)
     };
     let pin_source = format!("&pin-source=file:{}", text(&token.pin_file()));
-    for (query, option) in [(pin_source.clone(), "--key-uri"), (format!("&pin-value={PIN}"), "--pkcs11-uri")] {
+    for (query, option) in [(pin_source.clone(), "--key-uri"), (format!("&pin-value={PIN}"), "--pkcs11-uri")]
+    {
         let output = sign(&query, option)?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{errors}");
@@ -369,7 +422,10 @@ fn without_an_agent() -> anyhow::Result<()> {
         world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", &public])?;
         fs::remove_file(world.path("model.sig"))?;
     }
-    ensure!(world.path("state/omsign/audit/audit.jsonl").exists() || rustix::process::geteuid().is_root());
+    {
+        let both = sign(&format!("{pin_source}&pin-value={PIN}"), "--key-uri")?;
+        ensure!(String::from_utf8_lossy(&both.stderr).contains("give pin-source or pin-value, not both"));
+    }
     for (query, expected) in [
         ("&pin-value=wrong-pin-8142".to_owned(), "it refused the PIN"),
         (String::new(), "the token needs a PIN, and there is no terminal to ask at"),
@@ -397,16 +453,24 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
     };
     let agent = Agent::start(&world, &config)?;
     starts(&config, 2, "another agent is listening on")?;
+    let elsewhere = config.replace("agent.sock", "other.sock");
+    starts(&elsewhere, 2, "nothing is signed without an audit log: audit log ")?;
+    ensure!(!world.path("other.sock").exists(), "a socket of an agent that did not start");
     drop(agent);
     // A socket whose agent was killed is taken over; a file is not.
     Agent::start(&world, &config)?.stop()?;
     ensure!(!world.path("agent.sock").exists(), "a clean stop removes the socket");
     world.write("agent.sock", "precious")?;
-    starts(&config, 2, "exists and is not a socket; remove it or choose another path")?;
+    starts(&config, 2, "agent.sock exists and is not a socket; remove it or choose another path")?;
     ensure!(fs::read_to_string(world.path("agent.sock"))? == "precious");
     fs::remove_file(world.path("agent.sock"))?;
     world.write("file", "")?;
-    starts(&config.replace("directory = \"audit\"", "directory = \"file\""), 2, "nothing is signed without an audit log")?;
+    starts(&config.replace("agent.sock", "file"), 2, "listen.unix.path: ")?;
+    starts(
+        &config.replace("directory = \"audit\"", "directory = \"file\""),
+        2,
+        "nothing is signed without an audit log",
+    )?;
     starts(&config.replace("module", "modul"), 2, "token.t.modul: unknown key; did you mean \"module\"?")?;
     Ok(())
 }
@@ -418,7 +482,10 @@ fn modules_that_are_none() -> anyhow::Result<()> {
     let text_file = text(&world.write("text.so", "not a library")?);
     for (module, expected) in [
         (text_file.as_str(), "cannot be loaded"),
-        ("/lib/x86_64-linux-gnu/libc.so.6", "is a library but not a PKCS#11 module: it has no C_GetFunctionList"),
+        (
+            "/lib/x86_64-linux-gnu/libc.so.6",
+            "is a library but not a PKCS#11 module: it has no C_GetFunctionList",
+        ),
     ] {
         let section = token_section("t", &token, "").replace(MODULE, module);
         let _agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;

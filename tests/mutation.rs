@@ -56,10 +56,22 @@ fn any_bit_of_a_bundle_or_a_model_file() -> anyhow::Result<()> {
     let public = PKey::public_key_from_pem(&std::fs::read(token.public_key("k"))?)?;
     write_chain(&world.path("root.pem"), &[&root.certificate])?;
     write_chain(&world.path("chain.pem"), &[&issuing.code_signing("k", &public)?, &issuing.certificate])?;
-    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    let agent = Agent::start(
+        &world,
+        &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")),
+    )?;
     let model = world.model()?;
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "key.sig"])?;
-    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "cert.sig", "--certificate-chain", "chain.pem"])?;
+    world.omsign_ok(&[
+        "sign",
+        "model",
+        "--key",
+        "k",
+        "--signature",
+        "cert.sig",
+        "--certificate-chain",
+        "chain.pem",
+    ])?;
     drop(agent);
     let public = text(&token.public_key("k"));
     let by_key = ["verify", "model", "--signature", "key.sig", "--public-key", &public];

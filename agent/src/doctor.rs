@@ -2,10 +2,13 @@
 
 use std::fmt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
+use x509_cert::Certificate;
+use x509_cert::der::{Decode as _, Encode as _};
 
+use crate::algorithm::SpkiDer;
 use crate::backend::pkcs11::login_check;
 use crate::config::{Config, Key, PinSource};
 use crate::host::wire::Survey;
@@ -75,13 +78,18 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         }
         match login_check(&token.pin) {
             Ok(()) if token.pin == PinSource::Prompt => {
-                report.add(Level::Ok, &subject, "its PIN is asked for at start, or given with `omsign agent unlock`");
+                report.add(
+                    Level::Ok,
+                    &subject,
+                    "its PIN is asked for at start, or given with `omsign agent unlock`",
+                );
             }
             Ok(()) => report.add(Level::Ok, &subject, "its PIN source can be read"),
             Err(reason) => report.add(Level::Error, &subject, reason),
         }
         if running {
-            let message = "an agent is running and owns it, so it is not opened here; see `omsign agent status`";
+            let message =
+                "an agent is running and owns it, so it is not opened here; see `omsign agent status`";
             report.add(Level::Warning, &subject, message);
         } else if token.pin != PinSource::Prompt && surveyed.is_ok() {
             open(config, name, &subject, &mut report).await;
@@ -102,18 +110,27 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
         let directory = unix.path.parent().unwrap_or(Path::new("/"));
         if running {
             report.add(Level::Ok, "listen.unix", format!("an agent answers on {shown}"));
-        } else if unix.path.symlink_metadata().is_ok_and(|found| {
-            !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type())
-        }) {
-            report.add(Level::Error, "listen.unix", format!("{shown} is not a socket; remove it or choose another path"));
+        } else if unix
+            .path
+            .symlink_metadata()
+            .is_ok_and(|found| !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()))
+        {
+            report.add(
+                Level::Error,
+                "listen.unix",
+                format!("{shown} is not a socket; remove it or choose another path"),
+            );
         } else if directory.exists() && rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_err() {
-            let message = format!("no permission to make {shown}; run the agent as a user who may, or choose another path");
+            let message = format!(
+                "no permission to make {shown}; run the agent as a user who may, or choose another path"
+            );
             report.add(Level::Error, "listen.unix", message);
         } else {
             report.add(Level::Ok, "listen.unix", format!("{shown} is free"));
         }
         if unix.mode & 0o007 != 0 {
-            let message = format!("mode {:04o} lets every user connect; the allow rules still decide", unix.mode);
+            let message =
+                format!("mode {:04o} lets every user connect; the allow rules still decide", unix.mode);
             report.add(Level::Warning, "listen.unix", message);
         }
     }
@@ -138,7 +155,8 @@ fn audit(config: &Config, report: &mut Report) {
 
 fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
     for token in &found.tokens {
-        let notes = if token.notes.is_empty() { String::new() } else { format!("; {}", token.notes.join("; ")) };
+        let notes =
+            if token.notes.is_empty() { String::new() } else { format!("; {}", token.notes.join("; ")) };
         let chosen = if token.selected { "chosen" } else { "not chosen" };
         let message = format!("slot {}: {} ({chosen}){notes}", token.slot, token.device);
         report.add(Level::Ok, subject, message);
@@ -148,7 +166,9 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
         0 => {
             let labels: Vec<_> = found.tokens.iter().map(|token| format!("{:?}", token.label)).collect();
             let present = if labels.is_empty() { "none".into() } else { labels.join(", ") };
-            let message = format!("the token is not present; tokens present: {present}; plug it in, or correct `token`");
+            let message = format!(
+                "the token is not present; tokens present: {present}; plug it in, or correct `token`"
+            );
             report.add(Level::Error, subject, message);
         }
         _ => {
@@ -176,6 +196,11 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
                 let subject = format!("key.{key}");
                 match opened.key(index) {
                     Some(Ok(public)) => {
+                        if let Some(problem) =
+                            config.keys.get(key).and_then(|key| mismatch(key, &public.spki))
+                        {
+                            report.add(Level::Error, &subject, problem);
+                        }
                         let message = format!("{object}: {}, signs and verifies", public.algorithm.name());
                         report.add(Level::Ok, &subject, message);
                     }
@@ -185,9 +210,28 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
             }
         }
         State::Locked(reason) | State::Down(reason) => report.add(Level::Error, subject, reason),
-        State::Starting => report.add(Level::Error, subject, "it does not open in time; is the device reachable?"),
+        State::Starting => {
+            report.add(Level::Error, subject, "it does not open in time; is the device reachable?")
+        }
     }
     opened.stop().await;
+}
+
+/// What is wrong with a key's certificate, as seen from the key.
+fn mismatch(key: &Key, spki: &SpkiDer) -> Option<String> {
+    let leaf = Certificate::from_der(key.certificate_chain.first()?).ok()?;
+    let tbs = leaf.tbs_certificate();
+    let certified = tbs.subject_public_key_info().to_der().ok()?;
+    if certified != spki.0 {
+        return Some(
+            "its certificate is for another key; write the one that was issued for it, leaf first".into(),
+        );
+    }
+    let (now, validity) = (SystemTime::now(), tbs.validity());
+    if now < validity.not_before.to_system_time() || now > validity.not_after.to_system_time() {
+        return Some("its certificate is not valid now; have it renewed".into());
+    }
+    None
 }
 
 fn certificates(name: &str, key: &Key, report: &mut Report) {

@@ -16,14 +16,14 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
 use crate::config::{Listen, TlsListen, UnixListen};
 use crate::identity::Identity;
 
-/// How many connections may be open at once.
+/// How many connections each socket may have open at once.
 const CONNECTIONS: usize = 1024;
 
 /// How long a caller may take to prove who it is.
@@ -36,6 +36,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 pub struct Connection {
     io: Box<dyn Io>,
     identity: Arc<Identity>,
+    /// Ends a connection that says nothing: it would hold its place for ever. Gone after the first bytes.
+    silence: Option<Pin<Box<Sleep>>>,
     /// Given back, or dropped, when the connection ends.
     _held: Held,
 }
@@ -49,8 +51,19 @@ enum Held {
 pub struct Listeners {
     unix: Vec<UnixListener>,
     tls: Vec<(TcpListener, TlsAcceptor)>,
-    /// Socket files to remove at the end.
-    files: Vec<PathBuf>,
+    files: SocketFiles,
+}
+
+/// Socket files that we made, removed with this value.
+#[derive(Default)]
+struct SocketFiles(Vec<PathBuf>);
+
+impl Drop for SocketFiles {
+    fn drop(&mut self) {
+        for file in &self.0 {
+            let _ = std::fs::remove_file(file);
+        }
+    }
 }
 
 /// Why it cannot listen.
@@ -84,30 +97,28 @@ pub enum ListenError {
 }
 
 impl Listeners {
-    /// Takes systemd's sockets over, if it passed any; else binds those of the configuration.
+    /// Takes over the sockets that systemd passed, and binds those of the configuration that it did not.
     pub fn bind(config: &Listen) -> Result<Self, ListenError> {
-        let mut listeners = Self { unix: Vec::new(), tls: Vec::new(), files: Vec::new() };
+        let mut listeners = Self { unix: Vec::new(), tls: Vec::new(), files: SocketFiles::default() };
         let acceptor = config.tls.as_ref().map(acceptor).transpose()?;
         let mut inherited = listenfd::ListenFd::from_env();
-        if inherited.len() > 0 {
-            for index in 0..inherited.len() {
-                let at = format!("systemd socket {index}");
-                let fail = |source| ListenError::System { at: at.clone(), source };
-                if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
-                    listeners.unix.push(unix_listener(socket).map_err(fail)?);
-                } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
-                    let acceptor = acceptor.clone().ok_or(ListenError::TcpWithoutTls)?;
-                    socket.set_nonblocking(true).map_err(fail)?;
-                    listeners.tls.push((TcpListener::from_std(socket).map_err(fail)?, acceptor));
-                }
+        for index in 0..inherited.len() {
+            let at = format!("systemd socket {index}");
+            let fail = |source| ListenError::System { at: at.clone(), source };
+            if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
+                listeners.unix.push(unix_listener(socket).map_err(fail)?);
+            } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
+                let acceptor = acceptor.clone().ok_or(ListenError::TcpWithoutTls)?;
+                socket.set_nonblocking(true).map_err(fail)?;
+                listeners.tls.push((TcpListener::from_std(socket).map_err(fail)?, acceptor));
             }
-            return Ok(listeners);
         }
-        if let Some(unix) = &config.unix {
+        // What systemd did not hand over is bound here.
+        if let Some(unix) = config.unix.as_ref().filter(|_| listeners.unix.is_empty()) {
             listeners.unix.push(bind_unix(unix)?);
-            listeners.files.push(unix.path.clone());
+            listeners.files.0.push(unix.path.clone());
         }
-        if let (Some(tls), Some(acceptor)) = (&config.tls, acceptor) {
+        if let (Some(tls), Some(acceptor)) = (&config.tls, acceptor.filter(|_| listeners.tls.is_empty())) {
             let fail = |source| ListenError::System { at: tls.address.to_string(), source };
             let socket = std::net::TcpListener::bind(tls.address).map_err(fail)?;
             socket.set_nonblocking(true).map_err(fail)?;
@@ -123,21 +134,20 @@ impl Listeners {
     /// Accepts until the returned receiver is dropped, then removes the socket files.
     pub fn accept(self) -> mpsc::Receiver<io::Result<Connection>> {
         let (accepted, connections) = mpsc::channel(16);
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        // Each has places of its own: strangers on the network do not keep local callers out.
+        let places = || Arc::new(Semaphore::new(CONNECTIONS));
         let mut tasks = tokio::task::JoinSet::new();
         for socket in self.unix {
-            tasks.spawn(accept_unix(socket, Arc::clone(&places), accepted.clone()));
+            tasks.spawn(accept_unix(socket, places(), accepted.clone()));
         }
         for (socket, acceptor) in self.tls {
-            tasks.spawn(accept_tls(socket, acceptor, Arc::clone(&places), accepted.clone()));
+            tasks.spawn(accept_tls(socket, acceptor, places(), accepted.clone()));
         }
         let files = self.files;
         tokio::spawn(async move {
             accepted.closed().await;
             drop(tasks);
-            for file in files {
-                let _ = std::fs::remove_file(file);
-            }
+            drop(files);
         });
         connections
     }
@@ -149,12 +159,21 @@ impl Connection {
     pub fn private(socket: std::os::unix::net::UnixStream, closed: oneshot::Sender<()>) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = UnixStream::from_std(socket)?;
-        let identity = Arc::new(peer(&socket)?);
-        Ok(Self { io: Box::new(socket), identity, _held: Held::Closed(closed) })
+        let identity = peer(&socket)?;
+        Ok(Self::new(Box::new(socket), identity, Held::Closed(closed)))
+    }
+
+    fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
+        let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
+        Self { io, identity: Arc::new(identity), silence, _held: held }
     }
 }
 
-async fn accept_unix(socket: UnixListener, places: Arc<Semaphore>, accepted: mpsc::Sender<io::Result<Connection>>) {
+async fn accept_unix(
+    socket: UnixListener,
+    places: Arc<Semaphore>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
+) {
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match socket.accept().await {
@@ -167,10 +186,10 @@ async fn accept_unix(socket: UnixListener, places: Arc<Semaphore>, accepted: mps
         let accepted = accepted.clone();
         tokio::spawn(async move {
             // The user database may be a slow directory server: not on the event loop, not for ever.
-            let identified = tokio::task::spawn_blocking(move || peer(&stream).map(|identity| (stream, identity)));
+            let identified =
+                tokio::task::spawn_blocking(move || peer(&stream).map(|identity| (stream, identity)));
             if let Ok(Ok(Ok((stream, identity)))) = timeout(HANDSHAKE, identified).await {
-                let io = Box::new(stream);
-                let connection = Connection { io, identity: Arc::new(identity), _held: Held::Place(place) };
+                let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                 let _ = accepted.send(Ok(connection)).await;
             }
         });
@@ -196,7 +215,7 @@ async fn accept_tls(
         tokio::spawn(async move {
             match timeout(HANDSHAKE, handshake(stream, acceptor)).await {
                 Ok(Ok((io, identity))) => {
-                    let connection = Connection { io, identity: Arc::new(identity), _held: Held::Place(place) };
+                    let connection = Connection::new(io, identity, Held::Place(place));
                     let _ = accepted.send(Ok(connection)).await;
                 }
                 Ok(Err(error)) => tracing::warn!(%address, %error, "TLS handshake refused"),
@@ -263,6 +282,11 @@ fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
     Ok(bound)
 }
 
+/// Whether the files of `tls` can be used, for `check-config` and `doctor`.
+pub fn check_tls(config: &TlsListen) -> Result<(), ListenError> {
+    acceptor(config).map(drop)
+}
+
 fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, ListenError> {
     let at = |path: &Path| {
         let path = path.to_owned();
@@ -310,8 +334,20 @@ impl Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.io).poll_read(cx, buf);
+        if read.is_ready() {
+            self.silence = None;
+        } else if let Some(silence) = &mut self.silence
+            && silence.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        read
     }
 }
 

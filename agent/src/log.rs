@@ -12,6 +12,7 @@ pub fn start() {
     for directive in quiet.iter().filter_map(|text| text.parse().ok()) {
         filter = filter.add_directive(directive);
     }
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if std::io::stderr().is_terminal() { builder.init() } else { builder.json().flatten_event(true).init() }
 }

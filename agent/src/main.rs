@@ -43,11 +43,19 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(serve::one_shot(&uri, socket.into()))?;
         }
         Command::CheckConfig(file) => {
-            let Some(config) = load(&file) else { return Ok(ExitCode::FAILURE) };
+            let Some(config) = load(&file) else {
+                // Found wrong, unless there is nothing to look at.
+                return Ok(if file.config.is_file() { ExitCode::FAILURE } else { ExitCode::from(2) });
+            };
             let (tokens, keys) = (config.tokens.len(), config.keys.len());
-            writeln!(std::io::stdout(), "{}: no mistakes; {tokens} tokens, {keys} keys", file.config.display())?;
+            writeln!(
+                std::io::stdout(),
+                "{}: no mistakes; {tokens} tokens, {keys} keys",
+                file.config.display()
+            )?;
         }
         Command::Doctor { config: file, json } => {
+            secret::harden_process();
             let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
             let findings = runtime()?.block_on(doctor::examine(&config));
             let healthy = findings.iter().all(|finding| finding.level != Level::Error);

@@ -54,7 +54,13 @@ pub(crate) struct Replay {
 
 impl Replay {
     /// Looks a request up, and remembers it when it is new.
-    pub(crate) fn begin(&self, identity: &Identity, request: [u8; 16], key: &Arc<str>, digest: &[u8]) -> Begin {
+    pub(crate) fn begin(
+        &self,
+        identity: &Identity,
+        request: [u8; 16],
+        key: &Arc<str>,
+        digest: &[u8],
+    ) -> Begin {
         let caller = match identity {
             Identity::Unix { uid, .. } => Caller::Uid(*uid),
             Identity::Certificate { fingerprint, .. } => Caller::Certificate(*fingerprint),
@@ -76,9 +82,14 @@ impl Replay {
         let (tell, follow) = watch::channel(None);
         seen.insert(id, Seen { key: Arc::clone(key), digest: digest.to_vec(), follow: follow.clone() });
         while order.len() > REMEMBERED {
-            if let Some(oldest) = order.pop_front() {
-                seen.remove(&oldest);
+            let Some(oldest) = order.pop_front() else { break };
+            let in_flight = |seen: &Seen| seen.follow.borrow().is_none() && seen.follow.has_changed().is_ok();
+            if seen.get(&oldest).is_some_and(in_flight) {
+                // Still in flight: its repetition must find it. There are never more of these than queues hold.
+                order.push_back(oldest);
+                break;
             }
+            seen.remove(&oldest);
         }
         Begin::New(tell, follow)
     }
@@ -116,7 +127,8 @@ mod tests {
         for n in 0..REMEMBERED {
             let mut id = [1; 16];
             id[..8].copy_from_slice(&n.to_be_bytes());
-            replay.begin(&caller(1), id, &key, b"d");
+            let Begin::New(tell, _) = replay.begin(&caller(1), id, &key, b"d") else { panic!("new") };
+            tell.send_replace(Some(Ok(Signed { signature: vec![1], public_key: vec![2] })));
         }
         assert_eq!(replay.seen.lock().expect("not poisoned").0.len(), REMEMBERED);
         assert!(matches!(replay.begin(&caller(1), [0; 16], &key, b"d"), Begin::New(..)));

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, timeout};
-use tokio_stream::{Stream, StreamExt as _};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -53,13 +53,13 @@ pub enum ServeError {
 /// Runs the daemon until SIGTERM or SIGINT.
 pub async fn serve(config: &Config) -> Result<(), ServeError> {
     let listeners = Listeners::bind(&config.listen)?;
-    let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
+    let audit = Audit::open(&config.audit, "audit.jsonl").map_err(ServeError::Audit)?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let agent = Arc::new(Agent::start(config, audit));
-    ask_for_pins(&agent.tokens).await?;
+    tokio::spawn(ask_for_pins(agent.tokens.values().cloned().collect()));
     let incoming = ReceiverStream::new(listeners.accept());
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -75,7 +75,13 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
 /// until that process closes it.
 pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Result<(), ServeError> {
     let config = private_config(uri)?;
-    let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
+    // A file for each call: private agents of one user may run side by side.
+    let name = format!(
+        "one-shot-{}-{}.jsonl",
+        humantime::format_rfc3339_micros(SystemTime::now()),
+        std::process::id()
+    );
+    let audit = Audit::open(&config.audit, &name).map_err(ServeError::Audit)?;
     let agent = Arc::new(Agent::start(&config, audit));
     let (closed, end) = tokio::sync::oneshot::channel();
     let connection = Connection::private(socket, closed)?;
@@ -188,18 +194,16 @@ async fn report(token: Arc<Token>, reporter: HealthReporter) {
 }
 
 /// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
-async fn ask_for_pins(tokens: &BTreeMap<String, Arc<Token>>) -> Result<(), ServeError> {
+async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
     if !std::io::stdin().is_terminal() {
-        return Ok(());
+        return;
     }
-    for token in tokens.values().filter(|token| token.wants_prompt()) {
-        let text = rpassword::prompt_password(format!("PIN for token {}: ", token.name))?;
-        let Some(pin) = Pin::new(text) else { continue };
-        let deadline = Instant::now() + Duration::from_secs(120);
-        match token.unlock(Some(pin), deadline).await {
-            Ok(()) => {}
-            Err(error) => tracing::error!(token = %token.name, %error, "token is not unlocked"),
+    for token in tokens.iter().filter(|token| token.wants_prompt()) {
+        let question = format!("PIN for token {}: ", token.name);
+        let asked = tokio::task::spawn_blocking(move || rpassword::prompt_password(question)).await;
+        let Ok(Ok(Some(pin))) = asked.map(|asked| asked.map(Pin::new)) else { continue };
+        if let Err(error) = token.unlock(Some(pin), Instant::now() + Duration::from_secs(120)).await {
+            tracing::error!(token = %token.name, %error, "token is not unlocked");
         }
     }
-    Ok(())
 }

@@ -9,11 +9,11 @@ use omsign_proto::v1::agent_service_server::AgentService;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, GetKeyResponse, Key, KeyState, ListKeysRequest, ListKeysResponse, Queued, SignRequest, SignResponse,
-    Signed, UnlockTokenRequest, UnlockTokenResponse,
+    GetKeyRequest, GetKeyResponse, Key, KeyState, ListKeysRequest, ListKeysResponse, Queued, SignRequest,
+    SignResponse, Signed, UnlockTokenRequest, UnlockTokenResponse,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::{Instant, MissedTickBehavior, timeout, timeout_at};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
@@ -36,6 +36,9 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// The longest that questions about keys wait for a token that starts.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// The least time that the audit log gets.
+const RECORD: Duration = Duration::from_secs(5);
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
@@ -83,7 +86,10 @@ impl Agent {
             let name: Arc<str> = name.as_str().into();
             let index = places.get(&name.to_string()).copied()?;
             let certificate_chain = key.certificate_chain.clone();
-            Some((Arc::clone(&name), KeyEntry { name, token, index, certificate_chain, allow: key.allow.clone() }))
+            Some((
+                Arc::clone(&name),
+                KeyEntry { name, token, index, certificate_chain, allow: key.allow.clone() },
+            ))
         };
         let keys = config.keys.iter().filter_map(entry).collect();
         let ticks = watch::Sender::new(0);
@@ -103,19 +109,46 @@ impl Agent {
     /// Signs after the caller was let in: the token, then the audit log, then the answer.
     async fn sign(&self, authorised: &Authorised, deadline: Instant) -> Outcome {
         if self.audit.failing() {
-            // Let an entry through: the log may work again. Until one does, no token is touched.
-            let entry = authorised.entry("failed", "the audit log cannot be written", None);
-            self.audit.record(&entry).await.map_err(|error| Status::unavailable(error.to_string()))?;
+            // The log may work again: this line says so, if it gets through. Until it does, no token is touched.
+            let reason = "entries before this one could not be written, and nothing was signed";
+            self.record(&Entry { action: "audit", ..authorised.entry("resumed", reason, None) }, deadline)
+                .await?;
         }
         let key = self.key(&authorised.key)?;
         let signed = key.token.sign(key.index, &authorised.digest, deadline).await;
         let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if signed.is_ok() { "signed" } else { "failed" };
         let algorithm = key.public().map(|public| public.algorithm.name());
-        let written = self.audit.record(&authorised.entry(outcome, &reason, algorithm)).await;
+        // The token's answer may have taken all of the caller's time; the record gets some of its own.
+        let deadline = deadline.max(Instant::now() + RECORD);
+        let written = self.record(&authorised.entry(outcome, &reason, algorithm), deadline).await;
         let signed = signed.map_err(|error| status(&key.token.name, &error))?;
-        written.map_err(|error| Status::unavailable(error.to_string()))?;
+        written?;
         Ok(signed)
+    }
+
+    /// Records a decision. Without the record nothing is released.
+    async fn record(&self, entry: &Entry<'_>, deadline: Instant) -> Result<(), Status> {
+        match timeout_at(deadline, self.audit.record(entry)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Status::unavailable(error.to_string())),
+            Err(_) => Err(Status::unavailable("the audit log does not answer")),
+        }
+    }
+
+    /// Has a token logged in for an operator, and records it.
+    async fn unlock(
+        &self,
+        token: &Token,
+        pin: Option<Pin>,
+        entry: UnlockEntry,
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        let unlocked = token.unlock(pin, deadline).await;
+        let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
+        self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + RECORD)).await?;
+        unlocked.map_err(|error| status(&token.name, &error))
     }
 
     fn key(&self, name: &str) -> Result<&KeyEntry, Status> {
@@ -128,7 +161,7 @@ impl KeyEntry {
     async fn settled(&self, deadline: Instant) {
         let change = self.token.watch();
         if matches!(self.token.state(), State::Starting) {
-            let _ = tokio::time::timeout_at(deadline.min(Instant::now() + SETTLE), change).await;
+            let _ = timeout_at(deadline.min(Instant::now() + SETTLE), change).await;
         }
     }
 
@@ -190,19 +223,52 @@ impl Authorised {
     }
 }
 
+/// What is recorded of an unlock, whoever waits for it.
+struct UnlockEntry {
+    identity: Arc<Identity>,
+    rule: Option<String>,
+    token: String,
+}
+
+impl UnlockEntry {
+    fn with<'a>(&'a self, outcome: &'static str, reason: &'a str) -> Entry<'a> {
+        Entry {
+            time: audit::now(),
+            action: "unlock",
+            request_id: "",
+            identity: &self.identity,
+            rule: self.rule.as_deref(),
+            key: &self.token,
+            algorithm: None,
+            digest: "",
+            claimed_context: "",
+            outcome,
+            reason,
+        }
+    }
+}
+
 type Events = Pinned<Box<dyn Stream<Item = Result<SignResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl AgentService for Service {
     type SignStream = Events;
 
-    async fn list_keys(&self, request: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
+    async fn list_keys(
+        &self,
+        request: Request<ListKeysRequest>,
+    ) -> Result<Response<ListKeysResponse>, Status> {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
-        let usable: Vec<_> = self.0.keys.values().filter(|key| allowed(&key.allow, &caller).is_some()).collect();
-        for key in &usable {
-            key.settled(deadline).await;
-        }
+        let usable: Vec<_> =
+            self.0.keys.values().filter(|key| allowed(&key.allow, &caller).is_some()).collect();
+        let settled = async {
+            for key in &usable {
+                key.settled(deadline).await;
+            }
+        };
+        // All of them together may take no longer than one.
+        let _ = timeout(SETTLE, settled).await;
         Ok(Response::new(ListKeysResponse { keys: usable.into_iter().map(KeyEntry::to_proto).collect() }))
     }
 
@@ -232,7 +298,10 @@ impl AgentService for Service {
             return Err(Status::invalid_argument("content is missing: set digest"));
         };
         if !matches!(digest.len(), 32 | 48 | 64) {
-            return Err(Status::invalid_argument(format!("a digest of {} bytes; expected 32, 48 or 64", digest.len())));
+            return Err(Status::invalid_argument(format!(
+                "a digest of {} bytes; expected 32, 48 or 64",
+                digest.len()
+            )));
         }
         let rule = allowed(&key.allow, &caller).map(|rule| rule.name.clone());
         let authorised = Authorised {
@@ -248,7 +317,7 @@ impl AgentService for Service {
             let missing = format!("key.{}.allow", key.name);
             let algorithm = key.public().map(|public| public.algorithm.name());
             let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
-            self.0.audit.record(&entry).await.map_err(|error| Status::unavailable(error.to_string()))?;
+            self.0.record(&entry, deadline).await?;
             return Err(denied(&caller, "sign with", &key.name, &missing));
         }
         if let Some(public) = key.public().filter(|p| p.algorithm.digest_len() != authorised.digest.len()) {
@@ -257,7 +326,9 @@ impl AgentService for Service {
         }
         let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest) {
             Begin::Conflict => {
-                return Err(Status::already_exists("this request_id was used for another key or digest; choose a new one"));
+                return Err(Status::already_exists(
+                    "this request_id was used for another key or digest; choose a new one",
+                ));
             }
             Begin::Again(follow) => follow,
             Begin::New(tell, follow) => {
@@ -292,37 +363,26 @@ impl AgentService for Service {
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
-    async fn unlock_token(&self, request: Request<UnlockTokenRequest>) -> Result<Response<UnlockTokenResponse>, Status> {
+    async fn unlock_token(
+        &self,
+        request: Request<UnlockTokenRequest>,
+    ) -> Result<Response<UnlockTokenResponse>, Status> {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let pin = pin.and_then(Pin::new);
         let token = self.0.tokens.get(&name);
         let token = token.ok_or_else(|| Status::not_found(format!("no token {name:?} is configured")))?;
-        let rule = allowed(&self.0.operators, &caller).map(|rule| rule.name.as_str());
-        let entry = |outcome, reason| Entry {
-            time: audit::now(),
-            action: "unlock",
-            request_id: "",
-            identity: &caller,
-            rule,
-            key: &name,
-            algorithm: None,
-            digest: "",
-            claimed_context: "",
-            outcome,
-            reason,
-        };
-        let unwritten = |error: audit::AuditError| Status::unavailable(error.to_string());
-        if rule.is_none() {
-            self.0.audit.record(&entry("denied", "operator")).await.map_err(unwritten)?;
+        let rule = allowed(&self.0.operators, &caller).map(|rule| rule.name.clone());
+        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: name.clone() };
+        if entry.rule.is_none() {
+            self.0.record(&entry.with("denied", "operator"), deadline).await?;
             return Err(denied(&caller, "unlock", &name, "operator"));
         }
-        let unlocked = token.unlock(pin, deadline).await;
-        let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
-        let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
-        self.0.audit.record(&entry(outcome, &reason)).await.map_err(unwritten)?;
-        unlocked.map_err(|error| status(&name, &error))?;
+        let (agent, token) = (Arc::clone(&self.0), Arc::clone(token));
+        // A task of its own: a PIN that was offered is recorded even when the operator hangs up.
+        let unlocking = tokio::spawn(async move { agent.unlock(&token, pin, entry, deadline).await });
+        unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
         Ok(Response::new(UnlockTokenResponse {}))
     }
 }
@@ -372,7 +432,9 @@ fn status(token: &str, error: &TokenError) -> Status {
 /// When the caller stops waiting (`grpc-timeout`, gRPC over HTTP/2), or ours.
 fn deadline(metadata: &MetadataMap) -> Instant {
     let header = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
-    Instant::now() + header.and_then(grpc_timeout).map_or(DEADLINE, |asked| asked.min(DEADLINE))
+    let asked = header.and_then(grpc_timeout).map_or(DEADLINE, |asked| asked.min(DEADLINE));
+    // A little earlier than the caller's own clock and tonic's, which would call it CANCELLED.
+    Instant::now() + asked.mul_f64(0.9)
 }
 
 fn grpc_timeout(text: &str) -> Option<Duration> {

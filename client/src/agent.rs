@@ -1,7 +1,7 @@
 //! The gRPC client of the agent. Blocking: there is one caller and one thing to wait for.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use omsign_proto::v1::agent_service_client::AgentServiceClient;
@@ -9,6 +9,7 @@ use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{GetKeyRequest, Key, KeyState, ListKeysRequest, SignRequest, UnlockTokenRequest};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 use tonic::{Request, Status};
 use tonic_health::pb::HealthCheckRequest;
@@ -70,6 +71,9 @@ pub enum AgentError {
     /// The address is neither a path nor an https URL.
     #[error("{0:?} is not the address of an agent; expected a socket path or https://HOST:PORT")]
     Address(String),
+    /// An https address without the files that it needs.
+    #[error("an agent at an https address needs --agent-ca, --agent-certificate and --agent-key")]
+    Credentials,
     /// The agent said no.
     #[error("the agent refused: {}", .0.message())]
     Status(Status),
@@ -107,7 +111,13 @@ impl Address {
     pub fn parse(text: Option<&str>, credentials: TlsFiles) -> Result<Self, AgentError> {
         match text {
             None => Ok(Self::Unix(default_socket())),
-            Some(url) if url.starts_with("https://") => Ok(Self::Tls { url: url.to_owned(), credentials }),
+            Some(url) if url.starts_with("https://") => {
+                let TlsFiles { ca, certificate, private_key } = &credentials;
+                if [ca, certificate, private_key].iter().any(|path| path.as_os_str().is_empty()) {
+                    return Err(AgentError::Credentials);
+                }
+                Ok(Self::Tls { url: url.to_owned(), credentials })
+            }
             Some(path) => match path.strip_prefix("unix:").unwrap_or(path) {
                 path if path.contains("://") || path.is_empty() => Err(AgentError::Address(path.to_owned())),
                 path => Ok(Self::Unix(PathBuf::from(path))),
@@ -127,10 +137,12 @@ impl std::fmt::Display for Address {
 
 /// The socket of an agent of the same user, or of the system: the same rule as the agent's.
 fn default_socket() -> PathBuf {
-    let own = std::env::var_os("XDG_RUNTIME_DIR").map(|directory| PathBuf::from(directory).join("omsign/agent.sock"));
+    let own = std::env::var_os("XDG_RUNTIME_DIR")
+        .map(|directory| PathBuf::from(directory).join("omsign/agent.sock"));
     let system = PathBuf::from("/run/omsign/agent.sock");
     // A user's own agent comes first; without one, the machine's may let them in.
-    own.filter(|path| !rustix::process::geteuid().is_root() && (path.exists() || !system.exists())).unwrap_or(system)
+    own.filter(|path| !rustix::process::geteuid().is_root() && (path.exists() || !system.exists()))
+        .unwrap_or(system)
 }
 
 /// A connection to an agent.
@@ -156,7 +168,8 @@ impl Agent {
                 runtime.block_on(endpoint.connect_with_connector(connector))
             }
             Address::Tls { url, credentials } => {
-                let endpoint = Endpoint::from_shared(url.clone()).map_err(|_| AgentError::Address(url.clone()))?;
+                let endpoint =
+                    Endpoint::from_shared(url.clone()).map_err(|_| AgentError::Address(url.clone()))?;
                 let tls = tls(credentials)?;
                 let endpoint = endpoint.tls_config(tls).map_err(|error| AgentError::Tls {
                     path: credentials.certificate.clone(),
@@ -181,7 +194,9 @@ impl Agent {
             }
         });
         let endpoint = Endpoint::from_static("http://agent.localhost");
-        let channel = runtime.block_on(endpoint.connect_with_connector(connector)).map_err(|error| AgentError::Start(deepest(&error)))?;
+        let channel = runtime
+            .block_on(endpoint.connect_with_connector(connector))
+            .map_err(|error| AgentError::Start(deepest(&error)))?;
         Ok(Self { channel, runtime })
     }
 
@@ -192,8 +207,19 @@ impl Agent {
         Ok(answer.into_inner().keys)
     }
 
-    /// One key.
+    /// One key. Waits for a token that is being opened.
     pub fn get_key(&self, name: &str) -> Result<Key, AgentError> {
+        let started = Instant::now();
+        loop {
+            // The agent answers when the token's state changes, or after a few seconds.
+            let key = self.ask_for_key(name)?;
+            if key.state() != KeyState::Starting || started.elapsed() > SIGN {
+                return Ok(key);
+            }
+        }
+    }
+
+    fn ask_for_key(&self, name: &str) -> Result<Key, AgentError> {
         let mut client = AgentServiceClient::new(self.channel.clone());
         let request = within(ASK, GetKeyRequest { name: name.to_owned() });
         let answer = self.runtime.block_on(client.get_key(request))?.into_inner();
@@ -204,12 +230,16 @@ impl Agent {
     pub fn ready_key(&self, name: &str) -> Result<Key, AgentError> {
         let key = self.get_key(name)?;
         match key.state() {
-            KeyState::Ready | KeyState::Starting if !key.public_key.is_empty() => Ok(key),
+            KeyState::Ready if !key.public_key.is_empty() => Ok(key),
             state => Err(AgentError::KeyNotReady {
                 key: key.name,
                 token: key.token,
                 locked: state == KeyState::Locked,
-                reason: if state == KeyState::Starting { "its token is being opened".into() } else { key.state_detail },
+                reason: if state == KeyState::Starting {
+                    "its token is being opened".into()
+                } else {
+                    key.state_detail
+                },
             }),
         }
     }
@@ -228,7 +258,7 @@ impl Agent {
         let content = Some(Content::Digest(digest));
         let request = SignRequest { key: key.to_owned(), request_id, content, context };
         let mut client = AgentServiceClient::new(self.channel.clone());
-        self.runtime.block_on(async {
+        let signing = async {
             let mut events = client.sign(within(SIGN, request)).await?.into_inner();
             while let Some(event) = events.message().await? {
                 match event.event {
@@ -239,7 +269,10 @@ impl Agent {
                 }
             }
             Err(AgentError::Answer("without a signature".into()))
-        })
+        };
+        // tonic's own clock stops at the first event, and an agent that was stopped sends no other.
+        let late = || AgentError::Answer(format!("nothing within {} s", SIGN.as_secs()));
+        self.runtime.block_on(async { timeout(SIGN, signing).await.unwrap_or_else(|_| Err(late())) })
     }
 
     /// Has a token logged in, with this PIN or with its configured source.
@@ -300,10 +333,14 @@ mod tests {
 
     #[test]
     fn addresses() {
-        let parse = |text| Address::parse(Some(text), TlsFiles::default());
+        let file = || PathBuf::from("x.pem");
+        let files = || TlsFiles { ca: file(), certificate: file(), private_key: file() };
+        let parse = |text| Address::parse(Some(text), files());
         assert_eq!(parse("/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
         assert_eq!(parse("unix:/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
         assert!(matches!(parse("https://h:1"), Ok(Address::Tls { .. })));
         assert!(matches!(parse("http://h:1"), Err(AgentError::Address(_))));
+        let without = Address::parse(Some("https://h:1"), TlsFiles { ca: PathBuf::new(), ..files() });
+        assert!(matches!(without, Err(AgentError::Credentials)));
     }
 }

@@ -69,6 +69,9 @@ pub enum BundleError {
     /// Not JSON, a field missing, doubled or unknown, or of the wrong type.
     #[error("the bundle is malformed (OMS 4): {0}")]
     Malformed(String),
+    /// Something else is where the bundle is to be written. It stays.
+    #[error("{0} exists and is not a bundle")]
+    Occupied(PathBuf),
     /// Larger than any bundle.
     #[error("the bundle is larger than {} MiB", LARGEST_BYTES >> 20)]
     TooLarge,
@@ -95,7 +98,7 @@ pub enum BundleError {
 impl BundleError {
     /// Whether the bundle itself is wrong.
     pub fn found_wrong(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Write { .. })
+        !matches!(self, Self::Read { .. } | Self::Write { .. } | Self::Occupied(_))
     }
 }
 
@@ -215,7 +218,8 @@ impl Bundle {
             }
             Material::CertificateChain(chain) => {
                 let certificate = |der: &Vec<u8>| CertificateJson { raw_bytes: STANDARD.encode(der) };
-                material.certificate_chain = Some(ChainJson { certificates: chain.iter().map(certificate).collect() });
+                material.certificate_chain =
+                    Some(ChainJson { certificates: chain.iter().map(certificate).collect() });
             }
             Material::PublicKey(KeyIdentifier::Pem(_)) | Material::Sigstore => {
                 unreachable!("bundles of these kinds are only read")
@@ -227,12 +231,37 @@ impl Bundle {
             dsse_envelope: EnvelopeJson {
                 payload: STANDARD.encode(&self.payload),
                 payload_type: PAYLOAD_TYPE.into(),
-                signatures: vec![SignatureJson { sig: STANDARD.encode(&self.signature), keyid: Some(String::new()) }],
+                signatures: vec![SignatureJson {
+                    sig: STANDARD.encode(&self.signature),
+                    keyid: Some(String::new()),
+                }],
             },
         };
         let mut json = serde_json::to_vec(&bundle).expect("strings and lists always serialize");
         json.push(b'\n');
         json
+    }
+
+    /// Whether a bundle may be written here: there is nothing yet, or an older bundle. A model, a key or a device
+    /// must not be replaced because of a typing mistake.
+    pub fn may_replace(path: &Path) -> Result<(), BundleError> {
+        let io = |source| BundleError::Read { path: path.to_owned(), source };
+        let occupied = || BundleError::Occupied(path.to_owned());
+        match std::fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(io(error)),
+            Ok(found) if !found.is_file() => return Err(occupied()),
+            Ok(_) => {}
+        }
+        // Every writer puts the media type near the start; the whole may be large.
+        let mut start = Vec::new();
+        let file = std::fs::File::open(path).map_err(io)?;
+        file.take(4096).read_to_end(&mut start).map_err(io)?;
+        let start = String::from_utf8_lossy(&start);
+        if start.starts_with('{') && start.contains("application/vnd.dev.sigstore.bundle") {
+            return Ok(());
+        }
+        Err(occupied())
     }
 
     /// Writes the bundle: a temporary file beside it, synced, then renamed. On failure nothing is left and what
@@ -295,13 +324,25 @@ mod tests {
             (|b| b["mediaType"] = "text/plain".into(), "(OMS 8.1)"),
             (|b| b["dsseEnvelope"]["payloadType"] = "text/plain".into(), "(OMS 6.7)"),
             (|b| b["dsseEnvelope"]["signatures"] = serde_json::json!([]), "0 signatures"),
-            (|b| b["dsseEnvelope"]["signatures"] = serde_json::json!([{"sig": ""}, {"sig": ""}]), "2 signatures"),
+            (
+                |b| b["dsseEnvelope"]["signatures"] = serde_json::json!([{"sig": ""}, {"sig": ""}]),
+                "2 signatures",
+            ),
             (|b| b["dsseEnvelope"]["payload"] = "e30".into(), "payload is not base64"),
             (|b| b["dsseEnvelope"]["payload"] = "e31=".into(), "payload is not base64"),
             (|b| b["verificationMaterial"] = serde_json::json!({"tlogEntries": []}), "0 signing methods"),
-            (|b| b["verificationMaterial"]["certificate"] = serde_json::json!({"rawBytes": ""}), "2 signing methods"),
+            (
+                |b| b["verificationMaterial"]["certificate"] = serde_json::json!({"rawBytes": ""}),
+                "2 signing methods",
+            ),
             (|b| b["verificationMaterial"]["publicKey"] = serde_json::json!({}), "exactly one of hint"),
-            (|b| b["verificationMaterial"] = serde_json::json!({"x509CertificateChain": {"certificates": []}}), "empty"),
+            (
+                |b| {
+                    b["verificationMaterial"] =
+                        serde_json::json!({"x509CertificateChain": {"certificates": []}})
+                },
+                "empty",
+            ),
             (|b| b["more"] = 1.into(), "unknown field `more`"),
             (|b| b["dsseEnvelope"]["signatures"][0]["more"] = 1.into(), "unknown field `more`"),
         ];

@@ -133,6 +133,7 @@ pub(crate) struct Digest {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Keys {
     #[command(subcommand)]
     pub(crate) command: Option<KeysCommand>,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use omsign::agent::{Address, Agent, AgentError, TlsFiles};
 use omsign::bundle::{Bundle, KeyIdentifier, Material};
+use omsign::hash::Digest;
 use omsign::key::{KeyError, PrivateKey, PublicKey, read_certificates};
 use omsign::manifest::{Manifest, Serialization};
 use omsign::oneshot::{self, PrivateAgent, split_pin};
@@ -61,7 +62,9 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     } else {
         // clap asks for one of the three.
         let path = arguments.private_key.clone().unwrap_or_default();
-        let key = PrivateKey::read(&path, || password(arguments))?;
+        let given = given_password(arguments)?;
+        let asked = || rpassword::prompt_password("Password of the private key: ").ok().map(Zeroizing::new);
+        let key = PrivateKey::read(&path, || given.or_else(asked))?;
         omsign::sign::sign(&request, &Signer::File(&key))?
     };
     if arguments.json {
@@ -78,38 +81,48 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
         let (files, size) = (files(signed.files), size(signed.bytes));
         let (method, algorithm) = (signed.method, signed.public_key.algorithm.name());
         let signature = arguments.signature.display();
-        report::result(format_args!("signed {files}, {size}, with {algorithm} ({method} method): {signature}"));
+        report::result(format_args!(
+            "signed {files}, {size}, with {algorithm} ({method} method): {signature}"
+        ));
     }
     Ok(())
 }
 
 /// The chain on the command line: leaf first.
 fn certificates(arguments: &cli::Sign) -> Result<Option<Vec<X509>>, KeyError> {
-    let paths: Vec<PathBuf> = arguments.signing_certificate.iter().chain(&arguments.certificate_chain).cloned().collect();
+    let paths: Vec<PathBuf> =
+        arguments.signing_certificate.iter().chain(&arguments.certificate_chain).cloned().collect();
     if paths.is_empty() {
         return Ok(None);
     }
     read_certificates(&paths).map(Some)
 }
 
-fn password(arguments: &cli::Sign) -> Option<Zeroizing<String>> {
+/// The password from a file, without one trailing newline, or from the environment.
+fn given_password(arguments: &cli::Sign) -> Result<Option<Zeroizing<String>>, KeyError> {
     if let Some(path) = &arguments.password_file {
-        let mut text = Zeroizing::new(std::fs::read_to_string(path).ok()?);
-        let length = text.trim_end_matches(['\n', '\r']).len();
+        let read = std::fs::read_to_string(path);
+        let mut text = Zeroizing::new(read.map_err(|source| KeyError::Read { path: path.clone(), source })?);
+        let length = text.strip_suffix('\n').map_or(text.len(), |line| line.trim_end_matches('\r').len());
         text.truncate(length);
-        return Some(text);
+        return Ok(Some(text));
     }
-    if let Some(name) = &arguments.password_env {
-        return std::env::var(name).ok().map(Zeroizing::new);
-    }
-    rpassword::prompt_password("Password of the private key: ").ok().map(Zeroizing::new)
+    let Some(name) = &arguments.password_env else { return Ok(None) };
+    let value = std::env::var(name).map_err(|_| KeyError::Variable(name.clone()))?;
+    Ok(Some(Zeroizing::new(value)))
 }
 
 /// Starts a private agent and sees to its PIN: from the URI, or from the person at the terminal.
 fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
     let (uri, pin) = split_pin(uri);
+    if pin.is_some() && uri.contains("pin-source=") {
+        // RFC 7512, 2.4; and one call must not offer two PINs.
+        return Err(AgentError::Private("PKCS#11 URI: give pin-source or pin-value, not both".into()));
+    }
     if pin.is_some() {
-        report::warning("pin-value in a URI is seen by everybody who sees the command line; use pin-source=/path/to/file");
+        report::warning(
+            "pin-value in a URI is seen by everybody who sees the command line; use pin-source=/path/to/file",
+        );
     }
     let private = PrivateAgent::start(&uri)?;
     let agent = private.agent();
@@ -125,7 +138,9 @@ fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
             None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
         };
         agent.unlock(&key.token, Some(pin)).map_err(|error| match error {
-            AgentError::Status(status) => AgentError::Private(status.message().replace("token key: ", "the token: ")),
+            AgentError::Status(status) => {
+                AgentError::Private(status.message().replace("token key: ", "the token: "))
+            }
             error => error,
         })?;
     }
@@ -171,7 +186,10 @@ pub(crate) fn verify(arguments: &cli::Verify) -> Done {
         };
         report::result(format_args!("verified {files}, {size}, signed by {signer}"));
         if !verified.ignored.is_empty() {
-            report::warning(&format!("{} not signed and ignored", crate::report::files(verified.ignored.len())));
+            report::warning(&format!(
+                "{} not signed and ignored",
+                crate::report::files(verified.ignored.len())
+            ));
         }
     }
     Ok(())
@@ -190,9 +208,14 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let (manifest, bytes) = Manifest::of_model(&files.model, serialization)?;
     let root = format!("sha256:{}", manifest.root_digest());
     if arguments.json {
-        let digests: BTreeMap<&str, String> =
-            manifest.resources.iter().map(|resource| (resource.name.as_str(), resource.digest.to_string())).collect();
-        report::result(json!({ "root_digest": root, "bytes": bytes, "algorithm": "sha256", "files": digests }));
+        let digests: BTreeMap<&str, String> = manifest
+            .resources
+            .iter()
+            .map(|resource| (resource.name.as_str(), resource.digest.to_string()))
+            .collect();
+        report::result(
+            json!({ "root_digest": root, "bytes": bytes, "algorithm": "sha256", "files": digests }),
+        );
     } else {
         report::result(root);
     }
@@ -235,7 +258,10 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
         let (state, algorithm) = (state(&key), algorithm(&key));
         let method = if key.certificate_chain.is_empty() { "key" } else { "certificate" };
         let detail = if key.state_detail.is_empty() { key.device } else { key.state_detail };
-        report::result(format_args!("{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}", key.name));
+        report::result(format_args!(
+            "{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}",
+            key.name
+        ));
     }
     Ok(())
 }
@@ -272,8 +298,10 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
     let bundle = Bundle::read(&arguments.bundle).map_err(|error| checked(error.into()))?;
     let manifest = statement::decode(&bundle.payload).map_err(|error| checked(error.into()))?;
     let (method, signer) = match &bundle.material {
-        Material::PublicKey(KeyIdentifier::Hint(hint)) => ("key", format!("key sha256:{hint}")),
-        Material::PublicKey(KeyIdentifier::Pem(pem)) => ("key", String::from_utf8_lossy(pem).trim().to_owned()),
+        Material::PublicKey(KeyIdentifier::Hint(hint)) => {
+            ("key", format!("key sha256:{}", hint.escape_debug()))
+        }
+        Material::PublicKey(KeyIdentifier::Pem(pem)) => ("key", format!("key sha256:{}", Digest::of(pem))),
         Material::CertificateChain(chain) => {
             let subject = |der: &Vec<u8>| match X509::from_der(der) {
                 Ok(certificate) => name(certificate.subject_name()),
@@ -285,8 +313,11 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
     };
     let root = format!("sha256:{}", manifest.root_digest());
     if arguments.json {
-        let digests: BTreeMap<&str, String> =
-            manifest.resources.iter().map(|resource| (resource.name.as_str(), resource.digest.to_string())).collect();
+        let digests: BTreeMap<&str, String> = manifest
+            .resources
+            .iter()
+            .map(|resource| (resource.name.as_str(), resource.digest.to_string()))
+            .collect();
         report::result(json!({
             "verified": false,
             "method": method,
@@ -343,7 +374,8 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
     }
     if as_json {
         let keys: Vec<_> = keys.iter().map(key_json).collect();
-        let state = json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys });
+        let state =
+            json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys });
         report::result(state);
         return Ok(());
     }
@@ -352,7 +384,8 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
     for (name, serving) in &tokens {
         report::result(format_args!("token {name}: {}", word(*serving)));
         for key in keys.iter().filter(|key| key.token == *name) {
-            let detail = if key.state_detail.is_empty() { String::new() } else { format!(": {}", key.state_detail) };
+            let detail =
+                if key.state_detail.is_empty() { String::new() } else { format!(": {}", key.state_detail) };
             report::result(format_args!("  key {}: {}{detail}", key.name, state(key)));
         }
     }

@@ -9,7 +9,8 @@ pub struct Pae(Vec<u8>);
 impl Pae {
     /// `DSSEv1 LEN(type) type LEN(payload) payload` (DSSE protocol, "PAE").
     pub fn of(payload: &[u8]) -> Self {
-        let mut bytes = format!("DSSEv1 {} {PAYLOAD_TYPE} {} ", PAYLOAD_TYPE.len(), payload.len()).into_bytes();
+        let mut bytes =
+            format!("DSSEv1 {} {PAYLOAD_TYPE} {} ", PAYLOAD_TYPE.len(), payload.len()).into_bytes();
         bytes.extend_from_slice(payload);
         Self(bytes)
     }

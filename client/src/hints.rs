@@ -2,6 +2,7 @@
 
 use omsign::Error;
 use omsign::agent::AgentError;
+use omsign::bundle::BundleError;
 use omsign::key::KeyError;
 use omsign::model::ModelError;
 use omsign::trust::TrustError;
@@ -29,8 +30,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Model(ModelError::Outside(_)) => "make a copy with `cp -rL` and sign that".into(),
         Error::Model(ModelError::NotUtf8(_) | ModelError::Backslash(_)) => {
-            "rename it, or leave it out with --ignore-paths".into()
+            "rename it, or leave the directory that it is in out with --ignore-paths".into()
         }
+        Error::Bundle(BundleError::Occupied(_)) => "choose another --signature, or remove it first".into(),
         Error::Model(ModelError::Special(_)) => "leave it out with --ignore-paths".into(),
         Error::Hash(omsign::hash::HashError::Changed(_)) => "try again when nothing writes to the model".into(),
         Error::Differs(differences)
@@ -51,7 +53,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
 
 fn status_hint(code: Code) -> Option<String> {
     Some(match code {
-        Code::PermissionDenied => "ask the agent's operator for an allow rule; the agent's log names the missing one".into(),
+        Code::PermissionDenied => {
+            "ask the agent's operator for an allow rule; the agent's log names the missing one".into()
+        }
         Code::NotFound => "`omsign keys` lists the keys that you may use".into(),
         Code::ResourceExhausted => "try again in a moment".into(),
         Code::Unavailable => "try again when the token is back; `omsign agent status` shows it".into(),

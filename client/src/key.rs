@@ -40,6 +40,9 @@ pub enum KeyError {
         /// Why.
         reason: &'static str,
     },
+    /// The environment variable with the password is not set.
+    #[error("the environment variable {0} is not set")]
+    Variable(String),
     /// A key that OMS does not use.
     #[error("{0}: OMS signs with ECDSA on P-256, P-384 or P-521")]
     Unsupported(String),
@@ -165,10 +168,7 @@ pub struct PrivateKey {
 
 impl PrivateKey {
     /// Reads PKCS#8 or SEC 1 PEM. `password` is asked only when the file is encrypted.
-    pub fn read(
-        path: &Path,
-        password: impl FnOnce() -> Option<Zeroizing<String>>,
-    ) -> Result<Self, KeyError> {
+    pub fn read(path: &Path, password: impl FnOnce() -> Option<Zeroizing<String>>) -> Result<Self, KeyError> {
         let pem = Zeroizing::new(read(path)?);
         let mut asked = None;
         let parsed = PKey::private_key_from_pem_callback(&pem, |buffer| {

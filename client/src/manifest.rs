@@ -61,7 +61,8 @@ impl Manifest {
 
     /// Compares what was signed with what is there.
     pub fn compare(&self, actual: &Self) -> Result<(), Differences> {
-        let signed: BTreeMap<&str, Digest> = self.resources.iter().map(|r| (r.name.as_str(), r.digest)).collect();
+        let signed: BTreeMap<&str, Digest> =
+            self.resources.iter().map(|r| (r.name.as_str(), r.digest)).collect();
         let mut differences = Differences::default();
         let mut seen = BTreeSet::new();
         for resource in &actual.resources {
@@ -128,7 +129,10 @@ mod tests {
         assert_eq!(differences.missing, ["c"]);
         assert_eq!(differences.extra, ["d"]);
         assert_eq!(differences.changed, ["b"]);
-        assert_eq!(differences.to_string(), "the model is not what was signed: 1 changed, 1 missing, 1 not signed");
+        assert_eq!(
+            differences.to_string(),
+            "the model is not what was signed: 1 changed, 1 missing, 1 not signed"
+        );
         let reordered = manifest(&[("c", b"3"), ("a", b"1"), ("b", b"2")]);
         signed.compare(&reordered).expect("order does not matter");
     }

@@ -171,7 +171,13 @@ impl Walk<'_> {
         self.below(&path, &name, target, above)
     }
 
-    fn below(&mut self, path: &Path, name: &str, real: PathBuf, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
+    fn below(
+        &mut self,
+        path: &Path,
+        name: &str,
+        real: PathBuf,
+        above: &mut Vec<PathBuf>,
+    ) -> Result<(), ModelError> {
         above.push(real);
         self.directory(path, &format!("{name}/"), above)?;
         above.pop();
@@ -190,7 +196,13 @@ pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
             continue;
         }
         if let Some(name) = name_below(&real_root, &candidate) {
-            return name.to_str().map(str::to_owned).ok_or_else(|| error("its name is not valid UTF-8"));
+            let name = name.to_str().ok_or_else(|| error("its name is not valid UTF-8; rename it"))?;
+            // Verifiers refuse such a name in the manifest.
+            return if name.contains('\\') {
+                Err(error("its name contains a backslash; rename it"))
+            } else {
+                Ok(name.into())
+            };
         }
     }
     if given.to_string_lossy().contains(['*', '?', '[']) {
@@ -281,6 +293,8 @@ mod tests {
         assert_eq!(ignored(root.path(), &root.path().join("sub/x")).expect("there"), "sub/x");
         assert!(ignored(root.path(), Path::new("sbu")).is_err());
         assert!(ignored(root.path(), Path::new("/etc/passwd")).is_err());
-        assert!(ignored(root.path(), Path::new("*.bin")).expect_err("a pattern").to_string().contains("patterns"));
+        assert!(
+            ignored(root.path(), Path::new("*.bin")).expect_err("a pattern").to_string().contains("patterns")
+        );
     }
 }

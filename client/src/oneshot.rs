@@ -5,7 +5,8 @@ use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::thread::JoinHandle;
 
 use percent_encoding::percent_decode_str;
 use zeroize::Zeroizing;
@@ -20,6 +21,8 @@ pub struct PrivateAgent {
     /// The line to it. Dropped first: the agent ends when it is closed.
     agent: Option<Agent>,
     child: Child,
+    /// Collects what it says on standard error, so that a chatty library never blocks on a full pipe.
+    said: Option<JoinHandle<String>>,
 }
 
 impl PrivateAgent {
@@ -28,13 +31,18 @@ impl PrivateAgent {
         let (ours, theirs) = UnixStream::pair()?;
         let program = program();
         let mut command = Command::new(&program);
-        command.args(["one-shot", "--uri", uri]).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        command
+            .args(["one-shot", "--uri", uri])
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
         if std::env::var_os("OMSIGN_LOG").is_none() {
             // Its log is for operators; what matters here arrives as an error.
             command.env("OMSIGN_LOG", "off").stderr(Stdio::piped());
         }
-        let child = command.spawn().map_err(|error| AgentError::Start(format!("{}: {error}", program.display())))?;
-        Ok(Self { agent: Some(Agent::over(ours)?), child })
+        let start = |error| AgentError::Start(format!("{}: {error}", program.display()));
+        let mut child = command.spawn().map_err(start)?;
+        let said = child.stderr.take().map(|stderr| std::thread::spawn(|| collect(stderr)));
+        Ok(Self { agent: Some(Agent::over(ours)?), child, said })
     }
 
     /// The line to it.
@@ -45,15 +53,20 @@ impl PrivateAgent {
     /// What it said when it ended, if that explains an error better than the broken line does.
     pub fn why(mut self, error: AgentError) -> AgentError {
         drop(self.agent.take());
-        let mut said = String::new();
-        if let Some(mut stderr) = self.child.stderr.take() {
-            let _ = stderr.read_to_string(&mut said);
-        }
-        match said.trim().strip_prefix("error: ") {
+        let said = self.said.take().and_then(|said| said.join().ok()).unwrap_or_default();
+        match said.lines().find_map(|line| line.strip_prefix("error: ")) {
             Some(reason) => AgentError::Private(reason.to_owned()),
             None => error,
         }
     }
+}
+
+/// Reads to the end and keeps the start.
+fn collect(mut from: ChildStderr) -> String {
+    let mut start = Vec::new();
+    let _ = from.by_ref().take(16 << 10).read_to_end(&mut start);
+    let _ = std::io::copy(&mut from, &mut std::io::sink());
+    String::from_utf8_lossy(&start).into_owned()
 }
 
 impl Drop for PrivateAgent {
@@ -76,7 +89,10 @@ pub fn split_pin(uri: &str) -> (String, Option<Zeroizing<String>>) {
     let (mut kept, mut pin) = (Vec::new(), None);
     for attribute in query.split('&') {
         match attribute.strip_prefix("pin-value=") {
-            Some(value) => pin = percent_decode_str(value).decode_utf8().ok().map(|text| Zeroizing::new(text.into_owned())),
+            Some(value) => {
+                pin =
+                    percent_decode_str(value).decode_utf8().ok().map(|text| Zeroizing::new(text.into_owned()))
+            }
             None => kept.push(attribute),
         }
     }
@@ -91,7 +107,10 @@ mod tests {
     #[test]
     fn the_pin_leaves_the_uri() {
         let (uri, pin) = split_pin("pkcs11:token=t?pin-value=12%2034&module-path=/m.so");
-        assert_eq!((uri.as_str(), pin.as_deref().map(String::as_str)), ("pkcs11:token=t?module-path=/m.so", Some("12 34")));
+        assert_eq!(
+            (uri.as_str(), pin.as_deref().map(String::as_str)),
+            ("pkcs11:token=t?module-path=/m.so", Some("12 34"))
+        );
         let (uri, pin) = split_pin("pkcs11:token=t?pin-value=1");
         assert_eq!((uri.as_str(), pin.is_some()), ("pkcs11:token=t", true));
         assert_eq!(split_pin("pkcs11:token=t").0, "pkcs11:token=t");

@@ -48,8 +48,11 @@ pub(crate) fn warning(text: &str) {
 }
 
 fn show(differences: &Differences) {
-    let kinds =
-        [("changed", &differences.changed), ("missing", &differences.missing), ("not signed", &differences.extra)];
+    let kinds = [
+        ("changed", &differences.changed),
+        ("missing", &differences.missing),
+        ("not signed", &differences.extra),
+    ];
     for (kind, names) in kinds {
         // A name may hold escape sequences for the terminal.
         names.iter().take(SHOWN).for_each(|name| eprintln!("  {kind}: {}", name.escape_debug()));

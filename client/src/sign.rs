@@ -65,10 +65,12 @@ pub struct Signed {
 /// Signs a model and writes the bundle. On failure nothing is written.
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
+    Bundle::may_replace(request.signature)?;
     let (public_key, own_chain) = match signer {
         Signer::Agent { agent, key, .. } => {
             let key = agent.ready_key(key)?;
-            let chain: Result<Vec<_>, _> = key.certificate_chain.iter().map(|der| X509::from_der(der)).collect();
+            let chain: Result<Vec<_>, _> =
+                key.certificate_chain.iter().map(|der| X509::from_der(der)).collect();
             let chain = chain.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?;
             (PublicKey::from_spki(&key.public_key)?, chain)
         }

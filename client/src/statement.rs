@@ -154,7 +154,9 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
     drop(value);
     let Statement { mut subject, predicate, .. } = serde_json::from_slice(bytes).map_err(malformed)?;
     let subjects = subject.len();
-    let (Some(subject), 1) = (subject.pop(), subjects) else { return Err(StatementError::Subjects(subjects)) };
+    let (Some(subject), 1) = (subject.pop(), subjects) else {
+        return Err(StatementError::Subjects(subjects));
+    };
     let Predicate { resources, serialization } = predicate;
     let Parameters { method, hash_type, shard_size, allow_symlinks, ignore_paths } = serialization;
     match method.as_str() {
@@ -237,7 +239,10 @@ mod tests {
             (|s| s["_type"] = "https://in-toto.io/Statement/v0.1".into(), "(OMS 6.6)"),
             (|s| s["predicateType"] = "https://slsa.dev/provenance/v1".into(), "(OMS 5.1)"),
             (|s| drop(s.as_object_mut().expect("an object").remove("subject")), "missing field `subject`"),
-            (|s| drop(s.as_object_mut().expect("an object").remove("predicate")), "missing field `predicate`"),
+            (
+                |s| drop(s.as_object_mut().expect("an object").remove("predicate")),
+                "missing field `predicate`",
+            ),
             (|s| s["more"] = 1.into(), "unknown field `more`"),
             (|s| s["subject"] = serde_json::json!([]), "0 subjects"),
             (|s| s["subject"] = serde_json::json!([s["subject"][0], s["subject"][0]]), "2 subjects"),
@@ -259,7 +264,10 @@ mod tests {
             (|s| s["predicate"]["serialization"]["method"] = "zip".into(), "unknown serialization method"),
             (|s| s["predicate"]["serialization"]["shard_size"] = 5.into(), "(OMS 5.2.2)"),
             (|s| s["predicate"]["serialization"]["allow_symlinks"] = "no".into(), "malformed"),
-            (|s| s["predicate"]["serialization"]["ignore_paths"] = serde_json::json!(["../x"]), "(OMS 6.2.1)"),
+            (
+                |s| s["predicate"]["serialization"]["ignore_paths"] = serde_json::json!(["../x"]),
+                "(OMS 6.2.1)",
+            ),
         ];
         for (change, expected) in cases {
             let mut statement = serde_json::from_slice(&encode(&manifest())).expect("JSON");
@@ -267,7 +275,8 @@ mod tests {
             let error = decode(statement.to_string().as_bytes()).expect_err(expected).to_string();
             assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
         }
-        let doubled = String::from_utf8(encode(&manifest())).expect("text").replacen('{', r#"{"subject":[],"#, 1);
+        let doubled =
+            String::from_utf8(encode(&manifest())).expect("text").replacen('{', r#"{"subject":[],"#, 1);
         assert!(decode(doubled.as_bytes()).expect_err("doubled").to_string().contains("duplicate field"));
     }
 }

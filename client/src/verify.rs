@@ -25,7 +25,12 @@ pub struct Verified {
 }
 
 /// Verifies a model against a bundle. `Ok` only if the signature, the signer and every file are right.
-pub fn verify(model: &Path, signature: &Path, trust: &Trust, ignore_unsigned_files: bool) -> Result<Verified, Error> {
+pub fn verify(
+    model: &Path,
+    signature: &Path,
+    trust: &Trust,
+    ignore_unsigned_files: bool,
+) -> Result<Verified, Error> {
     let bundle = Bundle::read(signature)?;
     let verified = trust.verify(&bundle)?;
     let mut signed = verified.manifest;
@@ -57,7 +62,9 @@ fn what_to_look_at(signed: &Manifest, model: &Path, signature: &Path) -> Seriali
     let mut ignore_paths = signed.serialization.ignore_paths.clone();
     ignore_paths.extend(GIT_PATHS.map(str::to_owned));
     ignore_paths.retain(|path| {
-        let below = |name: &str| name.strip_prefix(path.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let below = |name: &str| {
+            name.strip_prefix(path.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
         !signed.resources.iter().any(|resource| below(&resource.name))
     });
     ignore_paths.extend(bundle_inside(model, signature));

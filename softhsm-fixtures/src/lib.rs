@@ -13,7 +13,8 @@ use anyhow::{Context as _, bail};
 pub fn built(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("this program's own path")?;
     // Test binaries lie one level down, in deps/.
-    let found = own.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file());
+    let found =
+        own.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file());
     match found {
         Some(path) => Ok(path),
         None => bail!("{name} is not built; run: cargo build --workspace"),

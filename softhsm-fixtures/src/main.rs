@@ -65,6 +65,9 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn softhsm(directory: &Path, key_type: KeyType, name: &str) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    // The configurations made here name it from wherever they are read.
+    let directory = &directory.canonicalize()?;
     let token = SoftHsm::create(directory, name)?;
     token.generate(name, key_type, Objects::Pair)?;
     let root = Ca::create("Example Root CA")?;

@@ -13,7 +13,10 @@ pub fn create(directory: &Path, shards: usize, shard_bytes: usize) -> anyhow::Re
         ("config.json", r#"{"architectures":["LlamaForCausalLM"],"hidden_size":512,"num_hidden_layers":8}"#),
         ("generation_config.json", r#"{"do_sample":true,"temperature":0.6}"#),
         ("tokenizer_config.json", r#"{"model_max_length":4096,"tokenizer_class":"PreTrainedTokenizerFast"}"#),
-        ("tokenizer.json", r#"{"version":"1.0","model":{"type":"BPE","vocab":{"<s>":0,"</s>":1},"merges":[]}}"#),
+        (
+            "tokenizer.json",
+            r#"{"version":"1.0","model":{"type":"BPE","vocab":{"<s>":0,"</s>":1},"merges":[]}}"#,
+        ),
         ("1_Pooling/config.json", r#"{"pooling_mode_mean_tokens":true}"#),
         ("README.md", "# A model to try omsign with\n\nIts weights are random numbers.\n"),
     ];
@@ -27,7 +30,8 @@ pub fn create(directory: &Path, shards: usize, shard_bytes: usize) -> anyhow::Re
         let tensor = format!("model.layers.{shard}.mlp.weight");
         // safetensors: a little-endian length, a JSON header of that length, then the tensors' bytes.
         let bytes = shard_bytes / 8 * 8;
-        let header = format!(r#"{{"{tensor}":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{bytes}]}}}}"#, bytes / 4);
+        let header =
+            format!(r#"{{"{tensor}":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{bytes}]}}}}"#, bytes / 4);
         let mut file = BufWriter::new(fs::File::create(directory.join(&name)).with_context(|| name.clone())?);
         file.write_all(&u64::try_from(header.len())?.to_le_bytes())?;
         file.write_all(header.as_bytes())?;
@@ -41,6 +45,10 @@ pub fn create(directory: &Path, shards: usize, shard_bytes: usize) -> anyhow::Re
         file.flush()?;
         map.push(format!(r#""{tensor}":"{name}""#));
     }
-    let index = format!(r#"{{"metadata":{{"total_size":{}}},"weight_map":{{{}}}}}"#, shards * shard_bytes, map.join(","));
+    let index = format!(
+        r#"{{"metadata":{{"total_size":{}}},"weight_map":{{{}}}}}"#,
+        shards * shard_bytes,
+        map.join(",")
+    );
     fs::write(directory.join("model.safetensors.index.json"), index).context("the index")
 }

@@ -78,7 +78,8 @@ impl SoftHsm {
         write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
         let mut init = Command::new("softhsm2-util");
         init.args(["--init-token", "--free", "--label", label, "--so-pin", "so-pin-2406", "--pin", PIN]);
-        let made = init.env("SOFTHSM2_CONF", token.config()).output().context("softhsm2-util (apt: softhsm2)")?;
+        let made =
+            init.env("SOFTHSM2_CONF", token.config()).output().context("softhsm2-util (apt: softhsm2)")?;
         ensure!(made.status.success(), "softhsm2-util: {}", String::from_utf8_lossy(&made.stderr));
         Ok(token)
     }
@@ -97,7 +98,8 @@ impl SoftHsm {
     pub fn delete(&self, name: &str) -> anyhow::Result<()> {
         let mut delete = Command::new(built("omsign-fixtures")?);
         delete.args(["delete-key", &self.label, name]);
-        let done = delete.env("SOFTHSM2_CONF", self.config()).output().context("omsign-fixtures delete-key")?;
+        let done =
+            delete.env("SOFTHSM2_CONF", self.config()).output().context("omsign-fixtures delete-key")?;
         ensure!(done.status.success(), "delete-key: {}", String::from_utf8_lossy(&done.stderr));
         Ok(())
     }
@@ -278,6 +280,8 @@ impl FromStr for Objects {
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
         let all = [Self::Pair, Self::Certified, Self::PublicOnly, Self::PrivateOnly];
-        all.into_iter().find(|o| o.name() == text).context("expected pair, certified, public-only or private-only")
+        all.into_iter()
+            .find(|o| o.name() == text)
+            .context("expected pair, certified, public-only or private-only")
     }
 }

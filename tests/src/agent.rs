@@ -31,7 +31,11 @@ impl Agent {
     }
 
     /// The same, with changes to its command.
-    pub fn start_with(world: &World, config: &str, change: impl FnOnce(&mut Command)) -> anyhow::Result<Self> {
+    pub fn start_with(
+        world: &World,
+        config: &str,
+        change: impl FnOnce(&mut Command),
+    ) -> anyhow::Result<Self> {
         let config = world.write("agent.toml", config)?;
         let log = world.path("agent.log");
         // The agent tells systemd when it is ready; here we are systemd.
@@ -50,7 +54,11 @@ impl Agent {
         let mut message = [0; 64];
         loop {
             match ready.recv(&mut message) {
-                Ok(length) if message.get(..length) == Some(b"READY=1\n") || message.starts_with(b"READY=1") => break,
+                Ok(length)
+                    if message.get(..length) == Some(b"READY=1\n") || message.starts_with(b"READY=1") =>
+                {
+                    break;
+                }
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),

@@ -46,7 +46,8 @@ pub fn historical(world: &World, release: &str, arguments: &[&str]) -> anyhow::R
 
 /// Checks that a peer says that it did it.
 pub fn succeeded(what: &str, output: &Output) -> anyhow::Result<()> {
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success() && said.contains("succeeded"), "{what}: {said}");
     Ok(())
 }

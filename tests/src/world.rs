@@ -93,7 +93,8 @@ impl World {
 
     /// The start of every configuration.
     pub fn listen(&self) -> String {
-        "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n".into()
+        "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n"
+            .into()
     }
 
     /// The lines of the audit log.

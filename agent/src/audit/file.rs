@@ -1,6 +1,6 @@
 //! The file behind the log: whole lines or nothing.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -15,7 +15,8 @@ pub(super) struct AuditFile {
 }
 
 impl AuditFile {
-    pub(super) fn open(directory: &Path, durability: Durability) -> io::Result<Self> {
+    /// Opens `directory/name`, which belongs to one process at a time.
+    pub(super) fn open(directory: &Path, name: &str, durability: Durability) -> io::Result<Self> {
         let with_path = |error: io::Error, path: &Path| {
             io::Error::new(error.kind(), format!("audit log {}: {error}", path.display()))
         };
@@ -24,7 +25,7 @@ impl AuditFile {
             .mode(0o700)
             .create(directory)
             .map_err(|error| with_path(error, directory))?;
-        let path = directory.join("audit.jsonl");
+        let path = directory.join(name);
         let file = OpenOptions::new()
             .read(true)
             .append(true)
@@ -32,6 +33,10 @@ impl AuditFile {
             .mode(0o600)
             .open(&path)
             .map_err(|error| with_path(error, &path))?;
+        file.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => with_path(io::Error::other("another agent writes to it"), &path),
+            TryLockError::Error(error) => with_path(error, &path),
+        })?;
         // The directory entry has to survive a power cut as well as the lines do.
         File::open(directory)?.sync_all()?;
         let mut file = Self { file, durability, lost: None };
@@ -59,14 +64,6 @@ impl AuditFile {
         if let Some(reason) = &self.lost {
             return Err(io::Error::other(format!("fsync failed before ({reason}); restart the agent")));
         }
-        // Agents of several users' one-shot calls may share the file: one batch at a time.
-        self.file.lock()?;
-        let result = self.append_locked(text);
-        self.file.unlock()?;
-        result
-    }
-
-    fn append_locked(&mut self, text: &[u8]) -> io::Result<()> {
         let start = self.file.metadata()?.len();
         if let Err(error) = self.file.write_all(text) {
             self.file.set_len(start)?;
@@ -91,18 +88,16 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("audit.jsonl");
         std::fs::write(&path, b"{\"whole\":1}\n{\"torn").expect("written");
-        let mut file = AuditFile::open(directory.path(), Durability::Fsync).expect("opened");
+        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Fsync).expect("opened");
         file.append(b"{\"next\":1}\n").expect("appended");
         let text = std::fs::read_to_string(&path).expect("read");
         assert_eq!(text, "{\"whole\":1}\n{\"torn\n{\"next\":1}\n");
     }
 
     #[test]
-    fn a_full_disk_leaves_no_half_line() {
-        // /dev/full cannot be truncated or locked like a file; a size limit on a real one can be had by
-        // resource limit only, so the end-to-end suite fills a real file system. Here: the lost state.
+    fn after_a_failed_fsync_nothing_is_written() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut file = AuditFile::open(directory.path(), Durability::Fsync).expect("opened");
+        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Fsync).expect("opened");
         file.lost = Some("input/output error".into());
         let error = file.append(b"{}\n").expect_err("refused");
         assert!(error.to_string().contains("restart the agent"));

@@ -3,8 +3,8 @@
 
 mod file;
 
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -22,7 +22,7 @@ const BACKLOG: usize = 4096;
 pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
-    /// What was asked for: `sign` or `unlock`.
+    /// What it is about: `sign`, `unlock`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -41,7 +41,7 @@ pub struct Entry<'a> {
     /// What the caller says it is. Not verified.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub claimed_context: &'a str,
-    /// `signed`, `unlocked`, `denied` or `failed`.
+    /// `signed`, `unlocked`, `denied`, `failed`, or, of the log, `resumed`.
     pub outcome: &'static str,
     /// Why it failed.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -73,9 +73,9 @@ enum Writer {
 }
 
 impl Audit {
-    /// Opens the log and starts its writing thread.
-    pub fn open(config: &config::Audit) -> std::io::Result<Self> {
-        let mut file = AuditFile::open(&config.directory, config.durability)?;
+    /// Opens the file `name` of the log, which belongs to one agent at a time, and starts its writing thread.
+    pub fn open(config: &config::Audit, name: &str) -> std::io::Result<Self> {
+        let mut file = AuditFile::open(&config.directory, name, config.durability)?;
         let failing = Arc::new(AtomicBool::new(false));
         if config.durability == Durability::Os {
             return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });

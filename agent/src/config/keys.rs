@@ -67,6 +67,11 @@ fn object(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSe
     } else {
         let text = section.required(reader, "object", "{ label = \"model-release\" }")?;
         match Pkcs11Uri::parse(&text) {
+            Ok(uri) if uri.names_more_than_an_object() => {
+                let message = "only object=… and id=… belong here; the rest is for [token.NAME]".into();
+                reader.mistake(at, &path, message);
+                return None;
+            }
             Ok(uri) => uri.object,
             Err(error) => {
                 reader.mistake(at, &path, error.to_string());
@@ -145,7 +150,11 @@ fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
         (None, None, Some(group)) => match Group::from_name(&group) {
             Ok(Some(found)) => Some(Match::Gid(found.gid.as_raw())),
             _ => {
-                reader.mistake(at, &path, format!("this machine has no group {group:?}; create it (groupadd)"));
+                reader.mistake(
+                    at,
+                    &path,
+                    format!("this machine has no group {group:?}; create it (groupadd)"),
+                );
                 None
             }
         },

@@ -1,9 +1,12 @@
 //! `[listen]` and `[audit]`.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::time::Duration;
 
 use super::read::{Reader, Section};
+use crate::listen::check_tls;
+
 use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
 
 pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Listen {
@@ -34,10 +37,13 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
         }
     };
     if path.as_os_str().len() > 100 {
-        let message = format!(
-            "{} is too long for a Unix socket (107 bytes); choose a shorter path",
-            path.display()
-        );
+        let message =
+            format!("{} is too long for a Unix socket (107 bytes); choose a shorter path", path.display());
+        reader.mistake(section.position("path"), &section.path_of("path"), message);
+    }
+    if path.symlink_metadata().is_ok_and(|found| !found.file_type().is_socket()) {
+        let message =
+            format!("{} exists and is not a socket; remove it or choose another path", path.display());
         reader.mistake(section.position("path"), &section.path_of("path"), message);
     }
     section.finish(reader);
@@ -49,7 +55,8 @@ fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
     let address = address.and_then(|text| {
         let parsed: Result<SocketAddr, _> = text.parse();
         if parsed.is_err() {
-            let message = format!("{text:?} is not an IP address and port; write \"0.0.0.0:7443\" or \"[::]:7443\"");
+            let message =
+                format!("{text:?} is not an IP address and port; write \"0.0.0.0:7443\" or \"[::]:7443\"");
             reader.mistake(section.position("address"), &section.path_of("address"), message);
         }
         parsed.ok()
@@ -66,13 +73,18 @@ fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
     let certificate = file("certificate", "\"server.pem\"");
     let private_key = file("private_key", "\"server.key\"");
     let client_ca = file("client_ca", "\"clients.pem\"");
+    let at = section.at;
     section.finish(reader);
-    Some(TlsListen {
+    let tls = TlsListen {
         address: address?,
         certificate: certificate?,
         private_key: private_key?,
         client_ca: client_ca?,
-    })
+    };
+    if let Err(error) = check_tls(&tls) {
+        reader.mistake(at, "listen.tls", error.to_string());
+    }
+    Some(tls)
 }
 
 pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Audit {

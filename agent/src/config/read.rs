@@ -29,7 +29,8 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let audit = listen::audit(&mut reader, audit);
     let tokens = section.only_table(&mut reader, "token");
     // A token with a mistake in it is still there to be named.
-    let names: Vec<String> = tokens.iter().flat_map(|t| t.entries().map(|(name, _)| name.to_owned())).collect();
+    let names: Vec<String> =
+        tokens.iter().flat_map(|t| t.entries().map(|(name, _)| name.to_owned())).collect();
     let tokens = named(&mut reader, tokens, tokens::token);
     let keys = section.only_table(&mut reader, "key");
     let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names));
@@ -87,6 +88,11 @@ impl Reader<'_> {
         self.mistakes.push(Mistake { file: self.file.to_owned(), line, key: key.to_owned(), message });
     }
 
+    /// The directory that relative paths are relative to.
+    pub(super) fn base(&self) -> &Path {
+        self.base
+    }
+
     /// Resolves a path of the configuration.
     pub(super) fn resolve(&self, path: &str) -> PathBuf {
         self.base.join(path)
@@ -136,7 +142,12 @@ impl<'a> Section<'a> {
             && let Some(value) = self.entries.get(key)
         {
             let path = self.path_of(key);
-            self.wrong::<()>(reader, key, value, &format!("expected a table; write [{path}] or {key} = {{ … }}"));
+            self.wrong::<()>(
+                reader,
+                key,
+                value,
+                &format!("expected a table; write [{path}] or {key} = {{ … }}"),
+            );
         }
         table
     }
@@ -152,7 +163,12 @@ impl<'a> Section<'a> {
     }
 
     /// Takes a string that has to be there.
-    pub(super) fn required(&mut self, reader: &mut Reader<'_>, key: &'static str, example: &str) -> Option<String> {
+    pub(super) fn required(
+        &mut self,
+        reader: &mut Reader<'_>,
+        key: &'static str,
+        example: &str,
+    ) -> Option<String> {
         if !self.entries.contains_key(key) {
             self.taken.push(key);
             reader.mistake(self.at, &self.path_of(key), format!("missing; write {key} = {example}"));
@@ -230,7 +246,13 @@ impl<'a> Section<'a> {
     }
 
     /// Records "expected X" for a key.
-    pub(super) fn expected<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, what: &str) -> Option<T> {
+    pub(super) fn expected<T>(
+        &self,
+        reader: &mut Reader<'_>,
+        key: &str,
+        value: Value<'_>,
+        what: &str,
+    ) -> Option<T> {
         self.wrong(reader, key, value, &format!("expected {what}"))
     }
 

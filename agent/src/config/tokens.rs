@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::read::{Reader, Section};
 use super::uri::Pkcs11Uri;
-use super::{PinSource, Token, TokenSelector};
+use super::{ObjectSelector, PinSource, Token, TokenSelector};
 
 pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<Token> {
     let backend = section.required(reader, "backend", "\"pkcs11\"");
@@ -49,7 +49,10 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
 }
 
 /// `token = { label | serial | model | manufacturer | slot }` or `token = "pkcs11:…"`.
-fn selector(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<TokenSelector>, Option<Pkcs11Uri>) {
+fn selector(
+    reader: &mut Reader<'_>,
+    section: &mut Section<'_>,
+) -> (Option<TokenSelector>, Option<Pkcs11Uri>) {
     if let Some(mut table) = section.table("token") {
         let select = TokenSelector {
             label: table.string(reader, "label"),
@@ -76,12 +79,17 @@ fn selector(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Token
             reader.mistake(at, &path, message.into());
             (None, None)
         }
+        Ok(uri) if uri.object != ObjectSelector::default() => {
+            let message = "the URI names an object; objects are named by [key.NAME] object = …";
+            reader.mistake(at, &path, message.into());
+            (None, None)
+        }
         Ok(uri) if uri.token == TokenSelector::default() => {
             let message = "the URI names no token; add token=…, serial=… or slot-id=…";
             reader.mistake(at, &path, message.into());
             (None, None)
         }
-        Ok(uri) => (Some(uri.token.clone()), Some(uri)),
+        Ok(uri) => (Some(uri.token.clone()), Some(uri.relative_to(reader.base()))),
         Err(error) => {
             reader.mistake(at, &path, error.to_string());
             (None, None)

@@ -31,6 +31,7 @@ pub struct Pkcs11Uri {
     pub has_pin_value: bool,
     module_path: Option<PathBuf>,
     module_name: Option<String>,
+    relative_to: PathBuf,
 }
 
 /// What is wrong with a URI. It does not repeat the URI, which may hold a PIN.
@@ -54,6 +55,15 @@ pub enum UriError {
 }
 
 impl Pkcs11Uri {
+    /// Resolves relative paths against a directory.
+    pub fn relative_to(mut self, base: &Path) -> Self {
+        self.relative_to = base.to_owned();
+        if let Some(PinSource::File(path)) = &mut self.pin_source {
+            *path = base.join(&*path);
+        }
+        self
+    }
+
     /// Parses a URI.
     pub fn parse(text: &str) -> Result<Self, UriError> {
         let rest = text.strip_prefix("pkcs11:").ok_or(UriError::Scheme)?;
@@ -116,10 +126,20 @@ impl Pkcs11Uri {
         Ok(())
     }
 
+    /// Whether there is anything besides `object` and `id`.
+    pub fn names_more_than_an_object(&self) -> bool {
+        self.token != TokenSelector::default()
+            || self.pin_source.is_some()
+            || self.has_pin_value
+            || self.module_path.is_some()
+            || self.module_name.is_some()
+    }
+
     /// The module: `module-path`, if it is a file; else `module-name`, looked up in that directory or in the
     /// usual ones.
     pub fn module(&self) -> Option<PathBuf> {
-        match (&self.module_path, &self.module_name) {
+        let module_path = self.module_path.as_ref().map(|path| self.relative_to.join(path));
+        match (&module_path, &self.module_name) {
             (Some(path), None) => Some(path.clone()),
             (Some(path), Some(_)) if path.is_file() => Some(path.clone()),
             (Some(path), Some(name)) => find_module(&[path.as_path()], name),
@@ -157,7 +177,10 @@ mod tests {
         .expect("valid");
         assert_eq!(uri.token.label.as_deref(), Some("My token;"));
         assert_eq!((uri.token.serial.as_deref(), uri.token.slot), (Some("ab"), Some(7)));
-        assert_eq!((uri.object.label.as_deref(), uri.object.id.as_deref()), (Some("k"), Some(&[1, 0xab][..])));
+        assert_eq!(
+            (uri.object.label.as_deref(), uri.object.id.as_deref()),
+            (Some("k"), Some(&[1, 0xab][..]))
+        );
         assert_eq!(uri.pin_source, Some(PinSource::File("/x y".into())));
         assert_eq!(uri.module(), Some("/m.so".into()));
     }

@@ -31,7 +31,9 @@ pub fn run() -> anyhow::Result<()> {
     harden_process();
     let socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned()?);
     let mut reader = BufReader::new(socket.try_clone()?);
-    let mut open: wire::Open = wire::decode(&wire::read(&mut reader)?)?;
+    let frame = zeroize::Zeroizing::new(wire::read(&mut reader)?);
+    let mut open: wire::Open = wire::decode(&frame)?;
+    drop(frame);
     let spec: wire::OpenSpec = serde_json::from_str(&open.spec)?;
     let pin = open.pin.take().and_then(Pin::new);
     let opening = if spec.survey {
@@ -40,19 +42,19 @@ pub fn run() -> anyhow::Result<()> {
             Err(failure) => (Opening::Failed(failure), None),
         }
     } else {
-        match OpenToken::open(&spec, pin) {
+        let say = |opening| wire::say(&mut &socket, &opening);
+        match OpenToken::open(&spec, pin, &say) {
             Ok((token, anchor, opened)) => (Opening::Opened(opened), Some((token, anchor))),
             Err(failure) => (Opening::Failed(failure), None),
         }
     };
     let (answer, token) = opening;
-    let mut frame = Vec::new();
-    wire::put_bytes(&mut frame, &serde_json::to_vec(&answer)?);
-    (&socket).write_all(&frame)?;
+    wire::say(&mut &socket, &answer)?;
     let Some((token, anchor)) = token else { return Ok(()) };
     socket.set_read_timeout(Some(PROBE_EVERY))?;
     let signers = token.signers()?;
-    let shared = Shared { token: &token, reader: Mutex::new(reader), writer: Mutex::new((socket, Vec::new(), 0)) };
+    let shared =
+        Shared { token: &token, reader: Mutex::new(reader), writer: Mutex::new((socket, Vec::new(), 0)) };
     std::thread::scope(|scope| {
         for signer in signers {
             scope.spawn(|| shared.work(signer));
@@ -141,4 +143,3 @@ impl Shared<'_> {
         std::process::abort()
     }
 }
-

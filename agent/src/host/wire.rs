@@ -37,9 +37,13 @@ pub(crate) struct OpenSpec {
     pub(crate) survey: bool,
 }
 
-/// The host's answer to [`Open`], as JSON in a frame of its own.
+/// What the host says on [`Open`], each as JSON in a frame of its own. The last three end the conversation.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Opening {
+    /// The PIN is offered now. Whatever happens before `LoggedIn` may have cost a try.
+    LoggingIn,
+    /// The PIN was right.
+    LoggedIn,
     Opened(Opened),
     Surveyed(Survey),
     Failed(Failure),
@@ -147,6 +151,13 @@ impl Answer {
         }
         Err(Failure { class: self.class(), message: self.message })
     }
+}
+
+/// Writes a frame with what the host says while it opens its token.
+pub(crate) fn say(to: &mut impl io::Write, opening: &Opening) -> io::Result<()> {
+    let mut frame = Vec::new();
+    put_bytes(&mut frame, &serde_json::to_vec(opening)?);
+    to.write_all(&frame)
 }
 
 /// Appends a message as a frame.

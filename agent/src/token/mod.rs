@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-use self::process::Host;
 pub(crate) use self::process::survey;
+use self::process::{Held, Host};
 use crate::config::{self, ObjectSelector};
 use crate::host::wire::{Class, Opened, PublicKey};
 use crate::secret::Pin;
@@ -72,7 +72,7 @@ pub struct Token {
     /// How the device answered when it was last open. Kept while it is away.
     last_opened: watch::Sender<Option<Opened>>,
     commands: mpsc::Sender<Command>,
-    waiting: AtomicUsize,
+    waiting: Arc<AtomicUsize>,
 }
 
 #[derive(Clone)]
@@ -83,9 +83,12 @@ enum Status {
     Down(String),
 }
 
+/// Where the outcome of an unlock goes.
+type Unlocked = oneshot::Sender<Result<(), TokenError>>;
+
 /// What the supervisor can be told.
 enum Command {
-    Unlock(Option<Pin>, oneshot::Sender<Result<(), TokenError>>),
+    Unlock(Option<Pin>, Unlocked),
     Stop(oneshot::Sender<()>),
 }
 
@@ -100,7 +103,7 @@ impl Token {
             state: watch::Sender::new(Status::Starting),
             last_opened: watch::Sender::new(None),
             commands,
-            waiting: AtomicUsize::new(0),
+            waiting: Arc::default(),
         });
         tokio::spawn(supervise::supervise(Arc::clone(&token), inbox));
         token
@@ -108,25 +111,32 @@ impl Token {
 
     /// Signs a digest with the key of this index. Waits while the token starts or is busy, until the deadline.
     pub async fn sign(&self, key: usize, digest: &[u8], deadline: Instant) -> Result<Signed, TokenError> {
-        let _place = self.queue()?;
         let mut retried = false;
         loop {
+            let place = self.queue()?;
             let host = self.ready(deadline).await?;
             let public_key = match host.opened.keys.get(key) {
-                Some(Ok(PublicKey { algorithm, spki })) if algorithm.digest_len() == digest.len() => spki.0.clone(),
+                Some(Ok(PublicKey { algorithm, spki })) if algorithm.digest_len() == digest.len() => {
+                    spki.0.clone()
+                }
                 Some(Ok(PublicKey { algorithm, .. })) => {
-                    return Err(TokenError::Refused(format!("{} does not sign a digest of this length", algorithm.name())));
+                    return Err(TokenError::Refused(format!(
+                        "{} does not sign a digest of this length",
+                        algorithm.name()
+                    )));
                 }
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
                 None => return Err(TokenError::Refused("no such key".into())),
             };
             // A closed window means that this process is being replaced: wait for the next one.
-            let turn = timeout_at(deadline, host.window.acquire()).await.map_err(|_| TokenError::Deadline)?;
-            let Ok(_turn) = turn else {
+            let turn = timeout_at(deadline, Arc::clone(&host.window).acquire_owned());
+            let Ok(turn) = turn.await.map_err(|_| TokenError::Deadline)? else {
                 self.replaced(&host, deadline).await?;
                 continue;
             };
-            let answer = timeout_at(deadline, host.sign(key, digest)).await.map_err(|_| TokenError::Deadline)?;
+            let held = Held { _turn: turn, _place: place };
+            let answer = timeout_at(deadline, host.sign(key, digest, held)).await;
+            let answer = answer.map_err(|_| TokenError::Deadline)?;
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),
                 Ok(Err(failure)) => failure,
@@ -223,17 +233,17 @@ impl Token {
         }
     }
 
-    fn queue(&self) -> Result<Place<'_>, TokenError> {
+    fn queue(&self) -> Result<Place, TokenError> {
         let waiting = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let place = Place(&self.waiting);
+        let place = Place(Arc::clone(&self.waiting));
         if waiting >= self.config.queue { Err(TokenError::Full { waiting }) } else { Ok(place) }
     }
 }
 
 /// A place in the queue, given back when dropped.
-struct Place<'a>(&'a AtomicUsize);
+struct Place(Arc<AtomicUsize>);
 
-impl Drop for Place<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -4,17 +4,19 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use prost::Message as _;
 use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command as Spawn};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use zeroize::Zeroizing;
 
-use super::{Command, Token, TokenError};
+use super::{Command, Place, Token, TokenError, Unlocked};
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opened, Opening, Sign, Survey};
 use crate::secret::Pin;
@@ -31,7 +33,7 @@ type Outcome = Result<Vec<u8>, Failure>;
 pub(super) struct Host {
     pub(super) opened: Opened,
     /// Requests that may be with the process at once. Closed when the process is being replaced.
-    pub(super) window: Semaphore,
+    pub(super) window: Arc<Semaphore>,
     requests: mpsc::UnboundedSender<Sign>,
     pending: Mutex<Pending>,
     next_id: AtomicU64,
@@ -39,15 +41,30 @@ pub(super) struct Host {
 
 #[derive(Default)]
 struct Pending {
-    waiting: HashMap<u64, (oneshot::Sender<Result<Outcome, String>>, Instant)>,
+    waiting: HashMap<u64, Waiting>,
     last_answer: Option<Instant>,
     /// Why the process ended. Nothing is sent after that.
     ended: Option<String>,
 }
 
+/// A request that is with the process, whether or not its caller still waits.
+struct Waiting {
+    done: oneshot::Sender<Result<Outcome, String>>,
+    sent: Instant,
+    /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
+    /// pile up work without bound.
+    _held: Held,
+}
+
+/// What a request holds while it is with the process.
+pub(super) struct Held {
+    pub(super) _turn: OwnedSemaphorePermit,
+    pub(super) _place: Place,
+}
+
 impl Host {
     /// Has the process sign. The outer error says why the process was replaced before it answered.
-    pub(super) async fn sign(&self, key: usize, digest: &[u8]) -> Result<Outcome, String> {
+    pub(super) async fn sign(&self, key: usize, digest: &[u8], held: Held) -> Result<Outcome, String> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let (done, outcome) = oneshot::channel();
@@ -56,7 +73,7 @@ impl Host {
             if let Some(reason) = &pending.ended {
                 return Err(reason.clone());
             }
-            pending.waiting.insert(id, (done, Instant::now()));
+            pending.waiting.insert(id, Waiting { done, sent: Instant::now(), _held: held });
         }
         // The window bounds how many there can be.
         let _ = self.requests.send(Sign { id, key, digest: digest.to_vec() });
@@ -70,8 +87,8 @@ impl Host {
             pending.ended = Some(reason.to_owned());
             std::mem::take(&mut pending.waiting)
         };
-        for (done, _) in waiting.into_values() {
-            let _ = done.send(Err(reason.to_owned()));
+        for waiting in waiting.into_values() {
+            let _ = waiting.done.send(Err(reason.to_owned()));
         }
         self.window.close();
     }
@@ -81,9 +98,9 @@ impl Host {
         pending.last_answer = Some(Instant::now());
         let waiting = pending.waiting.remove(&answer.id);
         drop(pending);
-        if let Some((done, _)) = waiting {
+        if let Some(waiting) = waiting {
             // The caller may have given up at its deadline.
-            let _ = done.send(Ok(answer.outcome()));
+            let _ = waiting.done.send(Ok(answer.outcome()));
         }
     }
 
@@ -92,7 +109,7 @@ impl Host {
     /// everything when nothing at all was answered for one.
     fn hangs(&self, limit: Duration) -> bool {
         let pending = self.pending();
-        let Some(oldest) = pending.waiting.values().map(|(_, sent)| *sent).min() else { return false };
+        let Some(oldest) = pending.waiting.values().map(|waiting| waiting.sent).min() else { return false };
         let ahead = u32::try_from(AHEAD).unwrap_or(u32::MAX);
         let quiet_since = pending.last_answer.map_or(oldest, |last| last.max(oldest));
         quiet_since.elapsed() > limit || oldest.elapsed() > limit.saturating_mul(ahead)
@@ -106,6 +123,8 @@ impl Host {
 /// How a process's life ended.
 pub(super) enum End {
     Died(String),
+    /// An operator wants it opened again, since some keys were not usable.
+    Reopen(Option<Pin>, Unlocked),
     Stop(oneshot::Sender<()>),
 }
 
@@ -138,7 +157,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         Opening::Opened(opened) => {
             let (requests, inbox) = mpsc::unbounded_channel();
             let host = Host {
-                window: Semaphore::new(opened.sessions * AHEAD),
+                window: Arc::new(Semaphore::new(opened.sessions * AHEAD)),
                 opened,
                 requests,
                 pending: Mutex::default(),
@@ -147,7 +166,9 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
             Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
         }
         Opening::Failed(failure) => Err(failure),
-        Opening::Surveyed(_) => Err(gone("its process did what was not asked".into())),
+        Opening::Surveyed(_) | Opening::LoggingIn | Opening::LoggedIn => {
+            Err(gone("its process did what was not asked".into()))
+        }
     }
 }
 
@@ -157,33 +178,49 @@ pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, 
     match start(name, &spec, None).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
-        Ok((_, _, Opening::Opened(_))) => Err("its process did what was not asked".into()),
+        Ok(_) => Err("its process did what was not asked".into()),
     }
 }
 
-async fn start(name: &str, spec: &OpenSpec, pin: Option<Pin>) -> Result<(Child, UnixStream, Opening), Failure> {
+async fn start(
+    name: &str,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+) -> Result<(Child, UnixStream, Opening), Failure> {
     // Opening takes several operations.
     let limit = spec.token.timeout.saturating_mul(3);
+    let logging_in = AtomicBool::new(false);
     let opening = async {
         let (mut socket, child) = spawn(name, &spec.token)?;
         let spec = serde_json::to_string(spec).map_err(io::Error::other)?;
         let open = wire::Open { spec, pin: pin.map(|pin| pin.expose().to_owned()) };
-        let mut frame = zeroize::Zeroizing::new(Vec::new());
-        wire::put(&mut frame, &open);
-        drop(zeroize::Zeroizing::new(open.pin.unwrap_or_default()));
+        let message = Zeroizing::new(open.encode_to_vec());
+        drop(Zeroizing::new(open.pin.unwrap_or_default()));
+        let mut frame = Zeroizing::new(Vec::with_capacity(message.len() + 4));
+        wire::put_bytes(&mut frame, &message);
         socket.write_all(&frame).await?;
-        let answer = wire::read_async(&mut socket).await?;
-        let opening: Opening = serde_json::from_slice(&answer).map_err(io::Error::other)?;
-        io::Result::Ok((child, socket, opening))
+        loop {
+            let answer = wire::read_async(&mut socket).await?;
+            match serde_json::from_slice(&answer).map_err(io::Error::other)? {
+                Opening::LoggingIn => logging_in.store(true, Ordering::Relaxed),
+                Opening::LoggedIn => logging_in.store(false, Ordering::Relaxed),
+                opening => return io::Result::Ok((child, socket, opening)),
+            }
+        }
+    };
+    let failure = |message: String| match logging_in.load(Ordering::Relaxed) {
+        // The PIN was offered and nobody knows what became of it: no second try without an operator.
+        true => Failure { class: Class::Locked, message: format!("while logging in: {message}") },
+        false => gone(message),
     };
     // When this future is dropped, so is the child, which kills it.
     match timeout(limit, opening).await {
         Ok(Ok(opened)) => Ok(opened),
         Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(gone("its process ended while opening the device; the module may have crashed".into()))
+            Err(failure("its process ended while opening the device; the module may have crashed".into()))
         }
-        Ok(Err(error)) => Err(gone(format!("its process cannot be started: {error}"))),
-        Err(_) => Err(gone(format!("the device did not open within {} s", limit.as_secs_f64()))),
+        Ok(Err(error)) => Err(failure(format!("its process cannot be started: {error}"))),
+        Err(_) => Err(failure(format!("the device did not open within {} s", limit.as_secs_f64()))),
     }
 }
 
@@ -205,7 +242,7 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
 
 impl Process {
     /// Passes requests and answers until the process dies, hangs, or we are told to stop.
-    pub(super) async fn drive(mut self, host: &Host, commands: &mut mpsc::Receiver<Command>) -> End {
+    pub(super) async fn drive(&mut self, host: &Host, commands: &mut mpsc::Receiver<Command>) -> End {
         let (reader, mut writer) = self.socket.split();
         let mut reader = BufReader::new(reader);
         let write = async {
@@ -224,22 +261,30 @@ impl Process {
             }
         };
         let watch = async {
-            let mut tick = interval((self.timeout / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
+            let mut tick =
+                interval((self.timeout / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
                 if host.hangs(self.timeout) {
-                    return format!("an operation took longer than {} s and was ended", self.timeout.as_secs_f64());
+                    return format!(
+                        "an operation took longer than {} s and was ended",
+                        self.timeout.as_secs_f64()
+                    );
                 }
             }
         };
         let told = async {
             loop {
                 match commands.recv().await {
-                    // It is open: nothing to unlock.
-                    Some(Command::Unlock(_, done)) => drop(done.send(Ok(()))),
-                    Some(Command::Stop(stopped)) => return Some(stopped),
-                    None => return None,
+                    Some(Command::Unlock(pin, done)) if host.opened.keys.iter().any(Result::is_err) => {
+                        return End::Reopen(pin, done);
+                    }
+                    Some(Command::Unlock(_, done)) => {
+                        let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
+                    }
+                    Some(Command::Stop(stopped)) => return End::Stop(stopped),
+                    None => return End::Stop(oneshot::channel().0),
                 }
             }
         };
@@ -247,15 +292,22 @@ impl Process {
             result = write => End::Died(ended(&result)),
             result = read => { let result: io::Result<()> = result; End::Died(ended(&result)) }
             reason = watch => End::Died(reason),
-            stopped = told => End::Stop(stopped.unwrap_or_else(|| oneshot::channel().0)),
+            end = told => end,
         };
-        if matches!(end, End::Stop(_)) {
+        if matches!(end, End::Stop(_) | End::Reopen(..)) {
             // End of file tells it to close the device.
             let _ = writer.shutdown().await;
+        }
+        end
+    }
+
+    /// Sees the process off: in peace if it was told to end, by force otherwise. One that does not die even so
+    /// (a driver in the kernel) is left to the system.
+    pub(super) async fn bury(mut self, end: &End) {
+        if !matches!(end, End::Died(_)) {
             let _ = timeout(GRACE, self.child.wait()).await;
         }
-        let _ = self.child.kill().await;
-        end
+        let _ = timeout(GRACE, self.child.kill()).await;
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::process::{End, Launch, launch};
-use super::{Command, Status, Token, TokenError};
+use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
 
@@ -18,38 +18,54 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// A process that lived this long earns an immediate replacement.
 const HEALTHY: Duration = Duration::from_secs(10);
 
-type Unlocked = oneshot::Sender<Result<(), TokenError>>;
-
 /// Runs until told to stop.
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
     let mut pause = PAUSES.0;
     let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
+    // Why the configured PIN source may not be used again: what it holds was refused once. Only an operator who
+    // has it read anew clears this.
+    let mut refused_source: Option<String> = None;
     loop {
         token.state.send_replace(Status::Starting);
         let (pin, mut unlocked) = std::mem::take(&mut login);
+        let from_source = pin.is_none();
+        if from_source && unlocked.is_some() {
+            refused_source = None;
+        }
         let started = Instant::now();
-        let opening = launch(Launch { token: &token, pin, by_operator: unlocked.is_some() });
-        let failure = match opening.await {
-            Ok((host, process)) => {
+        let opening = match refused_source.clone().filter(|_| from_source) {
+            Some(message) => Err(Failure { class: Class::Locked, message }),
+            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some() }).await,
+        };
+        let failure = match opening {
+            Ok((host, mut process)) => {
                 warn_of_changed_keys(&token, &host.opened);
                 token.last_opened.send_replace(Some(host.opened.clone()));
-                tracing::info!(token = %token.name, device = %host.opened.device, sessions = host.opened.sessions, "token is ready");
+                let (device, sessions) = (&host.opened.device, host.opened.sessions);
+                tracing::info!(token = %token.name, %device, sessions, "token is ready");
                 let host = Arc::new(host);
                 token.state.send_replace(Status::Ready(Arc::clone(&host)));
                 answer(&mut unlocked, Ok(()));
                 let end = process.drive(&host, &mut commands).await;
                 // Requests that wait for this host must find the new state, so it is set before they are freed.
                 token.state.send_replace(Status::Starting);
+                if let End::Died(reason) = &end {
+                    tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
+                    host.fail_pending(reason);
+                } else {
+                    host.fail_pending("the token is being closed");
+                }
+                process.bury(&end).await;
                 match end {
                     End::Stop(stopped) => {
-                        host.fail_pending("the agent is stopping");
                         let _ = stopped.send(());
                         return;
                     }
-                    End::Died(reason) => {
-                        tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
-                        host.fail_pending(&reason);
+                    End::Reopen(pin, unlocked) => {
+                        login = (pin, Some(unlocked));
+                        continue;
                     }
+                    End::Died(_) => {}
                 }
                 if started.elapsed() >= HEALTHY || pause == PAUSES.0 {
                     // The first death costs nothing; a second one soon after waits.
@@ -62,11 +78,18 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         };
         answer(&mut unlocked, Err(failure.clone().into()));
         let wake = if failure.class == Class::Locked {
-            tracing::warn!(token = %token.name, reason = %failure, "token is locked; no PIN is offered again until `omsign agent unlock {}`", token.name);
+            tracing::warn!(
+                token = %token.name, reason = %failure,
+                "token is locked; no PIN is offered again until `omsign agent unlock {}`", token.name
+            );
+            if from_source {
+                refused_source = Some(failure.message.clone());
+            }
             token.state.send_replace(Status::Locked(failure.message));
             None
         } else {
-            tracing::warn!(token = %token.name, reason = %failure, pause_ms = pause.as_millis(), "token cannot be opened");
+            let pause_ms = pause.as_millis();
+            tracing::warn!(token = %token.name, reason = %failure, pause_ms, "token cannot be opened");
             token.state.send_replace(Status::Down(failure.message));
             let wake = Instant::now() + pause;
             pause = (pause * 2).min(PAUSES.1);
@@ -91,9 +114,17 @@ async fn command_or_wake(commands: &mut mpsc::Receiver<Command>, wake: Option<In
             None => std::future::pending().await,
         }
     };
-    tokio::select! {
-        command = commands.recv() => Some(command.unwrap_or_else(|| Command::Stop(oneshot::channel().0))),
-        () = wake => None,
+    tokio::pin!(wake);
+    loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                // Nobody waits for this one any more: no PIN try is spent for them.
+                Some(Command::Unlock(_, unlocked)) if unlocked.is_closed() => {}
+                Some(command) => return Some(command),
+                None => return Some(Command::Stop(oneshot::channel().0)),
+            },
+            () = &mut wake => return None,
+        }
     }
 }
 

@@ -51,8 +51,12 @@ pub fn table(rows: &[Row]) -> String {
     let mut text = String::new();
     for row in rows {
         let limit = match (row.limit, row.kept()) {
-            (Some(Limit::AtLeast(least)), Some(kept)) => format!("≥ {least} {}", if kept { "yes" } else { "NO" }),
-            (Some(Limit::AtMost(most)), Some(kept)) => format!("≤ {most} {}", if kept { "yes" } else { "NO" }),
+            (Some(Limit::AtLeast(least)), Some(kept)) => {
+                format!("≥ {least} {}", if kept { "yes" } else { "NO" })
+            }
+            (Some(Limit::AtMost(most)), Some(kept)) => {
+                format!("≤ {most} {}", if kept { "yes" } else { "NO" })
+            }
             _ => String::new(),
         };
         let padding = " ".repeat(width - row.what.chars().count());

@@ -52,7 +52,12 @@ pub fn run(duration: Duration, rounds: usize) -> anyhow::Result<Vec<Row>> {
             rows.push(Row::plain(what("p50"), load.p50_us, "µs"));
             rows.push(Row::plain(what("p99"), load.p99_us, "µs"));
             if clients == 1 && durability == "os" {
-                rows.push(Row::limited(what("p50 added to the raw token's"), load.p50_us - raw_p50, "µs", Limit::AtMost(100.0)));
+                rows.push(Row::limited(
+                    what("p50 added to the raw token's"),
+                    load.p50_us - raw_p50,
+                    "µs",
+                    Limit::AtMost(100.0),
+                ));
             }
             let limit = Limit::AtMost(100.0);
             rows.push(Row::limited(what("CPU per signature, agent and host"), load.cpu_us, "µs", limit));
@@ -107,7 +112,8 @@ async fn load(world: &World, agent: &Agent, clients: usize, duration: Duration) 
         tasks.push(tokio::spawn(async move {
             let mut times = Vec::new();
             while started.elapsed() < duration {
-                let id = u128::from(next.fetch_add(1, Ordering::Relaxed)) << 64 | u128::from(std::process::id());
+                let id =
+                    u128::from(next.fetch_add(1, Ordering::Relaxed)) << 64 | u128::from(std::process::id());
                 let one = Instant::now();
                 sign(&mut client, request("bench", id, &[7; 32]), Duration::from_secs(10)).await?;
                 times.push(one.elapsed());

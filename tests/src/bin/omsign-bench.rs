@@ -10,7 +10,8 @@ fn main() -> anyhow::Result<()> {
     let quick = arguments.iter().any(|argument| argument == "--quick");
     let name = arguments.iter().find(|argument| !argument.starts_with("--"));
     // --quick only shows that the benchmark runs; its figures mean little.
-    let (duration, rounds) = if quick { (Duration::from_millis(200), 1) } else { (Duration::from_secs(2), 3) };
+    let (duration, rounds) =
+        if quick { (Duration::from_millis(200), 1) } else { (Duration::from_secs(2), 3) };
     let rows = match name.map(String::as_str) {
         Some("sign") => sign::run(duration, rounds)?,
         _ => anyhow::bail!("usage: ./tests/bench sign [--json] [--quick]"),

@@ -1,5 +1,7 @@
 //! The one login. A PIN is offered once, and never when that could block the token.
 
+use std::fs::Metadata;
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -8,9 +10,9 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::TokenInfo;
 use cryptoki::types::AuthPin;
 
-use super::errors::{classify, locked};
+use super::errors::{classify, gone, locked};
 use crate::config::PinSource;
-use crate::host::wire::{Failure, OpenSpec};
+use crate::host::wire::{Failure, OpenSpec, Opening};
 use crate::secret::Pin;
 
 /// Logs in as the user, if the token asks for it, with the PIN given or else the configured one.
@@ -19,6 +21,7 @@ pub(super) fn log_in(
     info: &TokenInfo,
     spec: &OpenSpec,
     given: Option<Pin>,
+    say: &dyn Fn(Opening) -> std::io::Result<()>,
 ) -> Result<(), Failure> {
     if !info.login_required() {
         return Ok(());
@@ -38,13 +41,21 @@ pub(super) fn log_in(
         None => read_pin(&spec.token.pin).map_err(locked)?,
     };
     let pin = AuthPin::new(pin.expose().into());
+    // The agent has to know before the token does: a module that hangs or crashes now may have counted a try.
+    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     match session.login(UserType::User, Some(&pin)) {
-        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
         Err(Error::Pkcs11(RvError::PinIncorrect, _)) => {
-            Err(locked("it refused the PIN; correct the PIN, then unlock it".into()))
+            return Err(locked("it refused the PIN; correct the PIN, then unlock it".into()));
         }
-        Err(error) => Err(classify("log in", &error)),
+        // The PIN did not get as far as the token.
+        Err(error @ Error::Pkcs11(RvError::DeviceRemoved | RvError::TokenNotPresent, _)) => {
+            return Err(classify("log in", &error));
+        }
+        // Whether this counted as a try only the vendor knows, so there is no second one.
+        Err(error) => return Err(locked(classify("log in", &error).message)),
     }
+    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))
 }
 
 /// What `doctor` tells about a token's PIN and limits.
@@ -65,18 +76,19 @@ fn read_pin(source: &PinSource) -> Result<Pin, String> {
     let empty = |what: String| format!("{what} is empty; put the PIN there");
     match source {
         PinSource::File(path) => {
-            only_owner_reads(path)?;
-            pin_file(path)?.ok_or_else(|| empty(format!("the PIN file {}", path.display())))
+            let pin = pin_file(path, only_owner_reads)?;
+            pin.ok_or_else(|| empty(format!("the PIN file {}", path.display())))
         }
         PinSource::Credential(name) => {
             let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
                 format!("there is no $CREDENTIALS_DIRECTORY; add LoadCredential={name}:… to the systemd unit")
             })?;
             let path = Path::new(&directory).join(name);
-            pin_file(&path)?.ok_or_else(|| empty(format!("the systemd credential {name}")))
+            pin_file(&path, |_, _| Ok(()))?.ok_or_else(|| empty(format!("the systemd credential {name}")))
         }
         PinSource::Env(name) => {
-            let value = std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
+            let value =
+                std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
             Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
         }
         PinSource::Prompt => Err("it waits for its PIN".into()),
@@ -93,9 +105,8 @@ pub(crate) fn check(source: &PinSource) -> Result<(), String> {
 }
 
 /// Refuses a PIN file that anybody but its owner, who must be us or root, can read.
-fn only_owner_reads(path: &Path) -> Result<(), String> {
+fn only_owner_reads(path: &Path, metadata: &Metadata) -> Result<(), String> {
     let shown = path.display();
-    let metadata = std::fs::metadata(path).map_err(|error| format!("the PIN file {shown}: {error}"))?;
     let own = rustix::process::geteuid().as_raw();
     if !metadata.is_file() {
         return Err(format!("the PIN file {shown} is not a regular file"));
@@ -109,14 +120,18 @@ fn only_owner_reads(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The PIN in a file, without one trailing newline.
-fn pin_file(path: &Path) -> Result<Option<Pin>, String> {
+/// The PIN in a file that passes a check, without one trailing newline.
+fn pin_file(path: &Path, check: fn(&Path, &Metadata) -> Result<(), String>) -> Result<Option<Pin>, String> {
     let shown = path.display();
-    let mut text = match std::fs::read(path).map(String::from_utf8) {
-        Ok(Ok(text)) => text,
-        Ok(Err(_)) => return Err(format!("the PIN in {shown} is not UTF-8")),
-        Err(error) => return Err(format!("the PIN file {shown}: {error}")),
+    let fail = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::InvalidData => format!("the PIN in {shown} is not UTF-8"),
+        _ => format!("the PIN file {shown}: {error}"),
     };
+    // What is checked is what is read, whoever renames files meanwhile.
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    check(path, &file.metadata().map_err(fail)?)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(fail)?;
     if text.ends_with('\n') {
         text.pop();
         if text.ends_with('\r') {

@@ -14,7 +14,7 @@ use self::errors::{Recovery, classify, describe, gone, recovery, refused};
 pub(crate) use self::login::check as login_check;
 use crate::algorithm::Algorithm;
 use crate::config::{ObjectSelector, Token, TokenSelector};
-use crate::host::wire::{Failure, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -38,13 +38,29 @@ struct Key {
 
 impl OpenToken {
     /// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
-    pub(crate) fn open(spec: &OpenSpec, pin: Option<Pin>) -> Result<(Self, Anchor, Opened), Failure> {
+    ///
+    /// `say` is told when the PIN is about to be offered, and when it was accepted.
+    pub(crate) fn open(
+        spec: &OpenSpec,
+        pin: Option<Pin>,
+        say: &dyn Fn(Opening) -> std::io::Result<()>,
+    ) -> Result<(Self, Anchor, Opened), Failure> {
         let pkcs11 = load(&spec.token)?;
         let (slot, info) = find_token(&pkcs11, &spec.token.select)?;
         let anchor = pkcs11.open_ro_session(slot).map_err(|error| classify("open a session", &error))?;
-        login::log_in(&anchor, &info, spec, pin)?;
+        // One session is the anchor's.
+        let limit = match info.max_session_count() {
+            Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1),
+            Limit::Infinite | Limit::Unavailable => usize::MAX,
+        };
+        if limit == 0 {
+            return Err(refused("the token allows one session at a time; two are needed".into()));
+        }
+        let sessions = spec.token.sessions.min(limit);
+        login::log_in(&anchor, &info, spec, pin, say)?;
         let mut keys = Vec::with_capacity(spec.keys.len());
         let mut public = Vec::with_capacity(spec.keys.len());
+        let mut token_failure = None;
         for (name, object) in &spec.keys {
             match objects::find_key(&anchor, object) {
                 Ok((handle, PublicKey { algorithm, spki })) => {
@@ -52,21 +68,20 @@ impl OpenToken {
                     keys.push(Some(key));
                     public.push(Ok(PublicKey { algorithm, spki }));
                 }
-                // Something that the key's owner can mend must not take the other keys down.
-                Err(failure) if failure.class == crate::host::wire::Class::Refused => {
+                Err(failure) => {
                     tracing::warn!(key = %name, reason = %failure, "key cannot be used");
                     keys.push(None);
-                    public.push(Err(failure.message));
+                    public.push(Err(failure.message.clone()));
+                    token_failure = token_failure.or(Some(failure).filter(|f| f.class != Class::Refused));
                 }
-                Err(failure) => return Err(failure),
             }
         }
-        // One session is the anchor's.
-        let limit = match info.max_session_count() {
-            Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1).max(1),
-            Limit::Infinite | Limit::Unavailable => usize::MAX,
-        };
-        let sessions = spec.token.sessions.min(limit);
+        // A key that fails while others pass is that key's own affair; when none passes, the token's.
+        if public.iter().all(Result::is_err)
+            && let Some(failure) = token_failure
+        {
+            return Err(failure);
+        }
         let opened = Opened { device: device(&info), sessions, keys: public };
         Ok((Self { pkcs11, slot, keys, sessions }, Anchor(anchor), opened))
     }
@@ -122,7 +137,8 @@ impl OpenToken {
 /// One session with its cached key handles, for one thread.
 pub(crate) struct Signer<'a> {
     token: &'a OpenToken,
-    session: Session,
+    /// Absent only while it is replaced.
+    session: Option<Session>,
     handles: Vec<Option<ObjectHandle>>,
 }
 
@@ -131,7 +147,7 @@ impl<'a> Signer<'a> {
         let session =
             token.pkcs11.open_ro_session(token.slot).map_err(|error| classify("open a session", &error))?;
         let handles = token.keys.iter().map(|key| key.as_ref().map(|key| key.handle)).collect();
-        Ok(Self { token, session, handles })
+        Ok(Self { token, session: Some(session), handles })
     }
 
     /// Signs a digest; the answer is DER. A stale session or handle is replaced once.
@@ -149,7 +165,8 @@ impl<'a> Signer<'a> {
             let Some(handle) = self.handles.get(index).copied().flatten() else {
                 return Err(refused("no such key".to_owned()));
             };
-            let error = match self.session.sign(&Mechanism::Ecdsa, handle, digest) {
+            let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
+            let error = match session.sign(&Mechanism::Ecdsa, handle, digest) {
                 Ok(raw) => {
                     let der = key.algorithm.der_from_raw(&raw);
                     return der.map_err(|error| gone(format!("the token's signature is malformed: {error}")));
@@ -173,9 +190,9 @@ impl<'a> Signer<'a> {
     }
 
     fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
-        self.renew_session()?;
+        let session = self.renew_session()?;
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
-        let found = objects::find_private(&self.session, &key.object)
+        let found = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
         if let Some(handle) = self.handles.get_mut(index) {
             *handle = Some(found);
@@ -183,13 +200,12 @@ impl<'a> Signer<'a> {
         Ok(())
     }
 
-    fn renew_session(&mut self) -> Result<(), Failure> {
+    /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
+    fn renew_session(&mut self) -> Result<&Session, Failure> {
+        drop(self.session.take());
         let opened = self.token.pkcs11.open_ro_session(self.token.slot);
-        self.session = opened.map_err(|error| match classify("open a session", &error) {
-            failure if recovery(&error) == Recovery::Reopen => gone(failure.message),
-            failure => failure,
-        })?;
-        Ok(())
+        let opened = opened.map_err(|error| gone(classify("open a session", &error).message))?;
+        Ok(self.session.insert(opened))
     }
 }
 
@@ -226,7 +242,8 @@ fn find_token(pkcs11: &Pkcs11, wanted: &TokenSelector) -> Result<(Slot, TokenInf
         if !selects(wanted, slot, &info) {
             others.push(format!("{:?}", info.label()));
         } else if found.replace((slot, info)).is_some() {
-            let message = format!("two tokens match {wanted}; tell them apart with token = {{ serial = \"…\" }}");
+            let message =
+                format!("two tokens match {wanted}; tell them apart with token = {{ serial = \"…\" }}");
             return Err(refused(message));
         }
     }

@@ -43,7 +43,8 @@ pub(super) fn find_key(
         return Err(refused(format!("the key with {wanted} may not sign: its CKA_SIGN is false")));
     }
     if details.always_authenticate == Some(true) {
-        let message = format!("the key with {wanted} asks for the PIN at every signature, which is not supported yet");
+        let message =
+            format!("the key with {wanted} asks for the PIN at every signature, which is not supported yet");
         return Err(refused(message));
     }
     let mut candidates = public_halves(session, wanted, &details)?;
@@ -61,7 +62,9 @@ pub(super) fn find_key(
         }
     }
     let why = match reasons.as_slice() {
-        [] => "no public-key object, EC point or certificate of it is on the token; import one of them".into(),
+        [] => {
+            "no public-key object, EC point or certificate of it is on the token; import one of them".into()
+        }
         reasons => reasons.join("; "),
     };
     Err(refused(format!("the key with {wanted} cannot be used: {why}")))
@@ -83,7 +86,9 @@ pub(super) fn find_private(session: &Session, wanted: &ObjectSelector) -> Result
         }
         found => {
             let count = found.len();
-            Err(refused(format!("{count} private keys match {wanted}; tell them apart with object = {{ id = \"…\" }}")))
+            Err(refused(format!(
+                "{count} private keys match {wanted}; tell them apart with object = {{ id = \"…\" }}"
+            )))
         }
     }
 }
@@ -99,11 +104,7 @@ fn find(
     session.find_objects(&template).map_err(|error| classify("find objects", &error))
 }
 
-fn read(
-    session: &Session,
-    object: ObjectHandle,
-    types: &[AttributeType],
-) -> Result<Vec<Attribute>, Failure> {
+fn read(session: &Session, object: ObjectHandle, types: &[AttributeType]) -> Result<Vec<Attribute>, Failure> {
     session.get_attributes(object, types).map_err(|error| classify("read attributes", &error))
 }
 
