@@ -110,7 +110,7 @@ fn an_unreadable_file_is_named() -> anyhow::Result<()> {
     let world = World::new()?;
     world.model()?;
     fs::set_permissions(world.path(""), PermissionsExt::from_mode(0o755))?;
-    fs::set_permissions(world.path("model/config.json"), PermissionsExt::from_mode(0))?;
+    fs::set_permissions(world.path("model/config.json"), PermissionsExt::from_mode(0o000))?;
     fs::copy(built("omsign")?, world.path("omsign"))?;
     let mut command = Command::new(world.path("omsign"));
     let output =

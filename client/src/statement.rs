@@ -184,7 +184,8 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
             return Err(StatementError::Algorithm(name, algorithm, hash_type));
         }
         // The reference calls the only file of a single-file model ".".
-        if !canonical(&name) && !(single && name == ".") {
+        let only_file = single && name == ".";
+        if !canonical(&name) && !only_file {
             return Err(StatementError::Name(name));
         }
         let Some(digest) = Digest::from_hex(&digest) else { return Err(StatementError::Digest(name)) };

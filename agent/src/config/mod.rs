@@ -1,5 +1,5 @@
 //! What the operator configured: one TOML file, every value typed. Unknown keys are errors, relative paths
-//! are relative to the file, and every mistake is reported at once (see [`read`]).
+//! are relative to the file, and every mistake is reported at once.
 
 mod keys;
 mod listen;

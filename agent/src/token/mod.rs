@@ -1,5 +1,5 @@
 //! The front half of a token: a bounded queue, deadlines, and what callers are told. The process that owns the
-//! device is started, watched and replaced in [`supervise`].
+//! device is started, watched and replaced in `supervise.rs`.
 
 mod process;
 mod supervise;
