@@ -115,6 +115,7 @@ impl Agent {
                 .await?;
         }
         let key = self.key(&authorised.key)?;
+        let _announced = self.audit.announce();
         let signed = key.token.sign(key.index, &authorised.digest, deadline).await;
         let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if signed.is_ok() { "signed" } else { "failed" };

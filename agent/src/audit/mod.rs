@@ -3,9 +3,9 @@
 
 mod file;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -13,6 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use self::file::AuditFile;
 use crate::config::{self, Durability};
 use crate::identity::Identity;
+
+/// The longest that a line waits for others to share its fsync.
+const LONGEST_GATHER: Duration = Duration::from_millis(2);
 
 /// How many lines may wait to be written.
 const BACKLOG: usize = 4096;
@@ -62,6 +65,16 @@ struct Line {
 pub struct Audit {
     writer: Writer,
     failing: Arc<AtomicBool>,
+    in_flight: Arc<AtomicUsize>,
+}
+
+/// Something that will be recorded soon. Ends when dropped.
+pub struct Announced<'a>(&'a AtomicUsize);
+
+impl Drop for Announced<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// How lines get into the file.
@@ -77,18 +90,30 @@ impl Audit {
     pub fn open(config: &config::Audit, name: &str) -> std::io::Result<Self> {
         let mut file = AuditFile::open(&config.directory, name, config.durability)?;
         let failing = Arc::new(AtomicBool::new(false));
+        let announced = Arc::new(AtomicUsize::new(0));
+        let in_flight = Arc::clone(&announced);
         if config.durability == Durability::Os {
-            return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
+            return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing, in_flight: announced });
         }
         let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
         let state = Arc::clone(&failing);
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
+            let mut last_sync = Duration::ZERO;
             // One write and one fsync for everything that waits at this moment.
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
+                // Others are being signed right now: the time of one more fsync lets them share this one.
+                if in_flight.load(Ordering::Relaxed) > batch.len() {
+                    std::thread::sleep(last_sync.min(LONGEST_GATHER));
+                    while let Ok(line) = waiting.try_recv() {
+                        batch.push(line);
+                    }
+                }
+                let started = Instant::now();
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
+                last_sync = started.elapsed();
                 for line in batch.drain(..) {
                     // A receiver that is gone no longer waits for its signature.
                     let _ = line.durable.send(written.clone());
@@ -96,7 +121,13 @@ impl Audit {
             }
         };
         std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { writer: Writer::Thread(lines), failing })
+        Ok(Self { writer: Writer::Thread(lines), failing, in_flight: announced })
+    }
+
+    /// Says that an entry is on its way.
+    pub fn announce(&self) -> Announced<'_> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Announced(&self.in_flight)
     }
 
     /// Writes an entry. `Ok` means that it is as durable as configured.

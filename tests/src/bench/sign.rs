@@ -71,6 +71,7 @@ pub fn run(duration: Duration, rounds: usize) -> anyhow::Result<Vec<Row>> {
             }
             let limit = Limit::AtMost(100.0);
             rows.push(Row::limited(what("CPU per signature, agent and host"), load.cpu_us, "µs", limit));
+            rows.push(Row::plain(what("the same ÷ the raw token's"), load.cpu_us * raw / 1e6, ""));
         }
         let memory = agent.memory_bytes()? as f64 / 1e6;
         rows.push(Row::plain(format!("memory after the load, audit {durability}"), memory, "MB"));
