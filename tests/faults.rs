@@ -3,9 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
-use omsign_proto::v1::UnlockTokenRequest;
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
+use omsign_tests::agent::{Agent, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key_section, token_section};
@@ -18,130 +17,6 @@ const DIGEST: [u8; 32] = [7; 32];
 /// A test of one thread.
 fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
-
-#[test]
-fn a_wrong_pin_is_offered_once() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
-    let agent = Agent::start(&world, &config)?;
-    run(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        for id in 0..20 {
-            let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
-            ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
-        }
-        ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
-        // Still wrong: an operator's word is worth one more try, and no more.
-        let errors = world.omsign_fails(2, &["agent", "unlock", "t"])?;
-        ensure!(errors.contains("it refused the PIN"), "{errors}");
-        let refused = sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await;
-        ensure!(refused.is_err_and(|s| s.code() == Code::FailedPrecondition));
-        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
-        // The right one heals it.
-        omsign_fixtures::write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
-        world.omsign_ok(&["agent", "unlock", "t"])?;
-        sign(&mut client, request("k", 101, &DIGEST), SECOND * 10).await?;
-        ensure!(proxy.calls("C_Login") == 3, "{} logins", proxy.calls("C_Login"));
-        Ok(())
-    })?;
-    let log = agent.log()?;
-    ensure!(!log.contains(PIN) && !log.contains("wrong-pin-8142"), "a PIN in the log: {log}");
-    let audit = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
-    ensure!(audit.contains(r#""action":"unlock""#) && !audit.contains(PIN), "{audit}");
-    Ok(())
-}
-
-#[test]
-fn a_refusal_survives_the_respawn_of_the_process() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
-    let agent = Agent::start(&world, &config)?;
-    run(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
-        // Somebody changes the PIN file; the running process does not care, its replacement does.
-        omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-        sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
-        for host in agent.hosts()? {
-            signal(host, Signal::KILL)?;
-        }
-        eventually("the refusal", || Ok(proxy.calls("C_Login") == 2))?;
-        for id in 10..30 {
-            let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
-            ensure!(refused.is_err());
-        }
-        ensure!(agent.hosts()?.is_empty(), "a locked token needs no process");
-        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
-        Ok(())
-    })
-}
-
-/// A module that hangs in C_Login, or answers it with an error of its own, may have counted a try.
-#[test]
-fn a_login_without_a_clear_answer_is_not_tried_again() -> anyhow::Result<()> {
-    for (fault, reason) in
-        [("C_Login 0 60000\n", "did not open within"), ("C_Login 80000123 0\n", "cannot log in")]
-    {
-        let world = World::new()?;
-        let token = world.token("t", "k", KeyType::P256)?;
-        let proxy = Proxy::new(&world)?;
-        proxy.set(fault)?;
-        let section = proxy.token_section("t", &token, "timeout = \"300ms\"");
-        let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
-        run(async {
-            let mut client = connect(world.path("agent.sock")).await?;
-            for id in 0..10 {
-                let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
-                ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
-                ensure!(refused.is_err_and(|s| s.message().contains(reason)));
-            }
-            ensure!(proxy.calls("C_Login") == 1, "{} logins: {}", proxy.calls("C_Login"), agent.log()?);
-            proxy.set("")?;
-            world.omsign_ok(&["agent", "unlock", "t"])?;
-            sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await?;
-            Ok(())
-        })?;
-    }
-    Ok(())
-}
-
-/// What a PIN file holds was refused; that an operator typed the right PIN does not make the file right.
-#[test]
-fn a_refused_pin_file_is_not_read_again_after_a_typed_pin() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
-    let agent = Agent::start(&world, &config)?;
-    run(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        ensure!(sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await.is_err());
-        let typed = UnlockTokenRequest { token: "t".into(), pin: Some(PIN.into()) };
-        client.unlock_token(typed).await?;
-        sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
-        ensure!(proxy.calls("C_Login") == 2);
-        for host in agent.hosts()? {
-            signal(host, Signal::KILL)?;
-        }
-        let locked = sign(&mut client, request("k", 3, &DIGEST), SECOND * 10).await;
-        let locked = match locked {
-            // Sent before the death was noticed.
-            Err(status) if status.code() == Code::Unavailable => {
-                sign(&mut client, request("k", 4, &DIGEST), SECOND * 10).await
-            }
-            other => other,
-        };
-        ensure!(locked.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{locked:?}");
-        ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
-        Ok(())
-    })
 }
 
 /// Callers in a hurry give up; what they left behind still counts, and the token is not killed for it.

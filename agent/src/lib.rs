@@ -3,6 +3,7 @@
 //! A signature passes through [`listen`] (who?), [`policy`] (may they?), [`token`] (queue and deadline),
 //! the process in [`host`] that owns the device, and [`audit`], in this order, before it is released.
 
+mod agent;
 pub mod algorithm;
 pub mod audit;
 mod backend;

@@ -15,13 +15,14 @@ use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::agent::Agent;
 use crate::audit::Audit;
 use crate::config::uri::Pkcs11Uri;
 use crate::config::{self, Config, Key, Listen, PRIVATE_RULE, PinSource};
 use crate::listen::{Connection, ListenError, Listeners};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
-use crate::server::{Agent, Service};
+use crate::server::Service;
 use crate::token::{State, Token};
 
 /// Name of the service in grpc.health.v1.

@@ -1,5 +1,6 @@
 //! A directory with a token, keys, a CA and a configuration, and what to start in it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -7,6 +8,8 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain, write_key};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm};
+
+use crate::agent::Agent;
 
 /// A directory that is removed at the end.
 pub struct World {
@@ -83,6 +86,29 @@ impl World {
         Ok(errors)
     }
 
+    /// Runs `omsign`, which has to fail with this status and these words, and to leave nothing behind.
+    pub fn omsign_refuses(&self, status: i32, arguments: &[&str], expected: &[&str]) -> anyhow::Result<()> {
+        let before = listing(&self.path(""))?;
+        let errors = self.omsign_fails(status, arguments)?;
+        for part in expected {
+            ensure!(errors.contains(part), "{arguments:?}: {errors:?} does not contain {part:?}");
+        }
+        ensure!(errors.starts_with("error: "), "{errors}");
+        let after = listing(&self.path(""))?;
+        // The agent's own audit entries are not what a failing client leaves.
+        let left: Vec<_> = after.difference(&before).filter(|path| !path.ends_with("audit.jsonl")).collect();
+        ensure!(left.is_empty(), "{arguments:?} left {left:?}");
+        Ok(())
+    }
+
+    /// Starts an agent with a P-256 key `k` on the token `t`, and makes a model.
+    pub fn agent_and_model(&self) -> anyhow::Result<Agent> {
+        let token = self.token("t", "k", KeyType::P256)?;
+        let config = self.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+        self.model()?;
+        Agent::start(self, &config)
+    }
+
     /// Environment of everything started here: this directory's sockets and state, nobody else's.
     pub fn without_surprises(&self, command: &mut Command) {
         command.env("OMSIGN_AGENT", self.path("agent.sock"));
@@ -102,6 +128,22 @@ impl World {
         let text = std::fs::read_to_string(self.path("audit/audit.jsonl"))?;
         text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
     }
+}
+
+/// Every path below a directory.
+fn listing(root: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    let mut todo = vec![root.to_owned()];
+    while let Some(directory) = todo.pop() {
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                todo.push(entry.path());
+            }
+            found.insert(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 /// `[token.NAME]` for a SoftHSM token. `more` are further lines.

@@ -1,0 +1,261 @@
+//! What the agent does once a caller is known: its tokens and keys, a signature and its record.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omsign_proto::v1::{Key, KeyState};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, timeout_at};
+use tonic::Status;
+
+use crate::audit::{self, Audit, Entry};
+use crate::config::{Config, ObjectSelector};
+use crate::host::wire::PublicKey;
+use crate::identity::Identity;
+use crate::policy::Rule;
+use crate::replay::{Outcome, Replay};
+use crate::secret::Pin;
+use crate::token::{State, Token, TokenError};
+
+/// A caller that waits for two of these ticks is told what for. One clock serves all requests: a timer for
+/// each would wake the event loop once more per signature.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The longest that questions about keys wait for a token that starts.
+pub(crate) const SETTLE: Duration = Duration::from_secs(5);
+
+/// The least time that the audit log gets.
+const RECORD: Duration = Duration::from_secs(5);
+
+/// Everything that requests share.
+pub(crate) struct Agent {
+    pub(crate) tokens: BTreeMap<String, Arc<Token>>,
+    pub(crate) keys: BTreeMap<Arc<str>, KeyEntry>,
+    pub(crate) operators: Vec<Rule>,
+    pub(crate) replay: Replay,
+    audit: Audit,
+    ticks: watch::Sender<u64>,
+}
+
+/// A key that callers can name.
+pub(crate) struct KeyEntry {
+    pub(crate) name: Arc<str>,
+    pub(crate) token: Arc<Token>,
+    pub(crate) allow: Vec<Rule>,
+    /// Index among the token's keys.
+    index: usize,
+    certificate_chain: Vec<Vec<u8>>,
+}
+
+impl Agent {
+    /// Starts every token.
+    pub(crate) fn start(config: &Config, audit: Audit) -> Self {
+        let mut objects: BTreeMap<&str, Vec<(String, ObjectSelector)>> = BTreeMap::new();
+        let mut places = BTreeMap::new();
+        for (name, key) in &config.keys {
+            let on_token = objects.entry(&key.token).or_default();
+            places.insert(name, on_token.len());
+            on_token.push((name.clone(), key.object.clone()));
+        }
+        let start = |(name, token): (&String, &crate::config::Token)| {
+            let keys = objects.remove(name.as_str()).unwrap_or_default();
+            (name.clone(), Token::start(name, token.clone(), keys))
+        };
+        let tokens: BTreeMap<_, _> = config.tokens.iter().map(start).collect();
+        let entry = |(name, key): (&String, &crate::config::Key)| {
+            let token = Arc::clone(tokens.get(&key.token)?);
+            let name: Arc<str> = name.as_str().into();
+            let index = places.get(&name.to_string()).copied()?;
+            let certificate_chain = key.certificate_chain.clone();
+            Some((
+                Arc::clone(&name),
+                KeyEntry { name, token, index, certificate_chain, allow: key.allow.clone() },
+            ))
+        };
+        let keys = config.keys.iter().filter_map(entry).collect();
+        let ticks = watch::Sender::new(0);
+        tokio::spawn(tick(ticks.clone()));
+        Self { tokens, keys, operators: config.operators.clone(), audit, replay: Replay::default(), ticks }
+    }
+
+    /// Ends between one and two ticks from now.
+    pub(crate) async fn patience(&self) {
+        let mut ticks = self.ticks.subscribe();
+        let now = *ticks.borrow();
+        if ticks.wait_for(|tick| *tick >= now + 2).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Signs after the caller was let in: the token, then the audit log, then the answer.
+    pub(crate) async fn sign(&self, authorised: &Authorised, deadline: Instant) -> Outcome {
+        if self.audit.failing() {
+            // The log may work again: this line says so, if it gets through. Until it does, no token is touched.
+            let reason = "entries before this one could not be written, and nothing was signed";
+            self.record(&Entry { action: "audit", ..authorised.entry("resumed", reason, None) }, deadline)
+                .await?;
+        }
+        let key = self.key(&authorised.key)?;
+        let _announced = self.audit.announce();
+        let signed = key.token.sign(key.index, &authorised.digest, deadline).await;
+        let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let outcome = if signed.is_ok() { "signed" } else { "failed" };
+        let algorithm = key.public().map(|public| public.algorithm.name());
+        // The token's answer may have taken all of the caller's time; the record gets some of its own.
+        let deadline = deadline.max(Instant::now() + RECORD);
+        let written = self.record(&authorised.entry(outcome, &reason, algorithm), deadline).await;
+        let signed = signed.map_err(|error| status(&key.token.name, &error))?;
+        written?;
+        Ok(signed)
+    }
+
+    /// Records a decision. Without the record nothing is released.
+    pub(crate) async fn record(&self, entry: &Entry<'_>, deadline: Instant) -> Result<(), Status> {
+        match timeout_at(deadline, self.audit.record(entry)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Status::unavailable(error.to_string())),
+            Err(_) => Err(Status::unavailable("the audit log does not answer")),
+        }
+    }
+
+    /// Has a token logged in for an operator, and records it.
+    pub(crate) async fn unlock(
+        &self,
+        token: &Token,
+        pin: Option<Pin>,
+        entry: UnlockEntry,
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        let unlocked = token.unlock(pin, deadline).await;
+        let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
+        self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + RECORD)).await?;
+        unlocked.map_err(|error| status(&token.name, &error))
+    }
+
+    /// A key by its name.
+    pub(crate) fn key(&self, name: &str) -> Result<&KeyEntry, Status> {
+        self.keys.get(name).ok_or_else(|| Status::not_found(format!("no key {name:?} is configured")))
+    }
+}
+
+impl KeyEntry {
+    /// A caller that comes while the token starts wants the key, not the news that it starts.
+    pub(crate) async fn settled(&self, deadline: Instant) {
+        let change = self.token.watch();
+        if matches!(self.token.state(), State::Starting) {
+            let _ = timeout_at(deadline.min(Instant::now() + SETTLE), change).await;
+        }
+    }
+
+    /// Its public half, once the token was open.
+    pub(crate) fn public(&self) -> Option<PublicKey> {
+        self.token.key(self.index).and_then(Result::ok)
+    }
+
+    /// As its callers see it.
+    pub(crate) fn to_proto(&self) -> Key {
+        let public = self.token.key(self.index);
+        let (state, detail) = match (self.token.state(), &public) {
+            (State::Ready, Some(Err(reason))) => (KeyState::Unusable, reason.clone()),
+            (State::Ready, _) => (KeyState::Ready, String::new()),
+            (State::Starting, _) => (KeyState::Starting, String::new()),
+            (State::Locked(reason), _) => (KeyState::Locked, reason),
+            (State::Down(reason), _) => (KeyState::Unavailable, reason),
+        };
+        let public = public.and_then(Result::ok);
+        let algorithm = public.as_ref().map(|public| public.algorithm.to_proto()).unwrap_or_default();
+        Key {
+            name: self.name.to_string(),
+            token: self.token.name.clone(),
+            backend: "pkcs11".into(),
+            device: self.token.device(),
+            state: state.into(),
+            state_detail: detail,
+            algorithm: algorithm.into(),
+            public_key: public.map(|public| public.spki.0).unwrap_or_default(),
+            certificate_chain: self.certificate_chain.clone(),
+        }
+    }
+}
+
+/// A request whose caller was let in.
+pub(crate) struct Authorised {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) rule: String,
+    pub(crate) key: Arc<str>,
+    pub(crate) request_id: String,
+    pub(crate) digest: Vec<u8>,
+    pub(crate) digest_hex: String,
+    pub(crate) context: String,
+}
+
+impl Authorised {
+    /// What is recorded of it.
+    pub(crate) fn entry<'a>(
+        &'a self,
+        outcome: &'static str,
+        reason: &'a str,
+        algorithm: Option<&'a str>,
+    ) -> Entry<'a> {
+        Entry {
+            time: audit::now(),
+            action: "sign",
+            request_id: &self.request_id,
+            identity: &self.identity,
+            rule: Some(&self.rule),
+            key: &self.key,
+            algorithm,
+            digest: &self.digest_hex,
+            claimed_context: &self.context,
+            outcome,
+            reason,
+        }
+    }
+}
+
+/// What is recorded of an unlock, whoever waits for it.
+pub(crate) struct UnlockEntry {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) rule: Option<String>,
+    pub(crate) token: String,
+}
+
+impl UnlockEntry {
+    /// The record of how it ended.
+    pub(crate) fn with<'a>(&'a self, outcome: &'static str, reason: &'a str) -> Entry<'a> {
+        Entry {
+            time: audit::now(),
+            action: "unlock",
+            request_id: "",
+            identity: &self.identity,
+            rule: self.rule.as_deref(),
+            key: &self.token,
+            algorithm: None,
+            digest: "",
+            claimed_context: "",
+            outcome,
+            reason,
+        }
+    }
+}
+
+async fn tick(ticks: watch::Sender<u64>) {
+    let mut clock = tokio::time::interval(TICK);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        clock.tick().await;
+        ticks.send_modify(|tick| *tick += 1);
+    }
+}
+
+fn status(token: &str, error: &TokenError) -> Status {
+    let message = format!("token {token}: {error}");
+    match error {
+        TokenError::Full { .. } => Status::resource_exhausted(message),
+        TokenError::Locked(_) | TokenError::Refused(_) => Status::failed_precondition(message),
+        TokenError::Unavailable(_) => Status::unavailable(message),
+        TokenError::Deadline => Status::deadline_exceeded(message),
+    }
+}
