@@ -208,3 +208,34 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_a_bundle_says_is_shown_and_not_trusted() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--ignore-paths", "model/README.md"])?;
+    let shown = world.omsign_ok(&["inspect", "model.sig"])?;
+    ensure!(shown.starts_with("NOT VERIFIED") && shown.contains("  config.json\n"), "{shown}");
+    ensure!(shown.contains("left out        .git .gitattributes .github .gitignore README.md\n"), "{shown}");
+    let json: serde_json::Value =
+        serde_json::from_str(&world.omsign_ok(&["inspect", "model.sig", "--json"])?)?;
+    ensure!(
+        json["verified"] == false && json["method"] == "key" && json["files"]["README.md"].is_null(),
+        "{json}"
+    );
+    // The digest alone is the one that is signed, and what was left out may change.
+    let digest = world.omsign_ok(&["digest", "model", "--ignore-paths", "README.md"])?;
+    ensure!(json["root_digest"] == digest.trim(), "{digest}");
+    fs::write(world.path("model/README.md"), "rewritten")?;
+    world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", "t/k.pub.pem"])?;
+    // The same model gives the same payload, byte for byte; a bundle inside the model is not part of it.
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "model/a.sig"])?;
+    let first = fs::read_to_string(world.path("model/a.sig"))?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "model/a.sig"])?;
+    let payload = |text: &str| {
+        serde_json::from_str(text).map(|b: serde_json::Value| b["dsseEnvelope"]["payload"].clone())
+    };
+    ensure!(payload(&first)? == payload(&fs::read_to_string(world.path("model/a.sig"))?)?);
+    world.omsign_ok(&["verify", "model", "--signature", "model/a.sig", "--public-key", "t/k.pub.pem"])?;
+    Ok(())
+}

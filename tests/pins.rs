@@ -8,7 +8,7 @@ use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
-use omsign_tests::world::{World, key_section};
+use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -142,4 +142,41 @@ fn a_refused_pin_file_is_not_read_again_after_a_typed_pin() -> anyhow::Result<()
         ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
         Ok(())
     })
+}
+
+/// Each source of a PIN, and PKCS#11 URIs instead of tables.
+#[test]
+fn a_pin_from_every_source() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    world.write("credentials/release", format!("{PIN}\n"))?;
+    let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
+    let selector = "token = { label = \"t\" }";
+    let uri = format!("token = \"pkcs11:token=t?pin-source={}\"", token.pin_file().display());
+    let section = token_section("t", &token, "");
+    for (section, prompted) in [
+        (section.replace(&file, "pin = { credential = \"release\" }"), false),
+        (section.replace(&file, "pin = { env = \"OMSIGN_TEST_PIN\" }"), false),
+        (section.replace(&file, "").replace(selector, &uri), false),
+        (section.replace(&file, "pin = \"prompt\""), true),
+    ] {
+        let key =
+            key_section("k", "t", "k").replace("{ label = \"k\" }", "\"pkcs11:object=k;id=k;type=private\"");
+        let agent = Agent::start_with(&world, &(world.listen() + &section + &key), |command| {
+            command.env("CREDENTIALS_DIRECTORY", world.path("credentials")).env("OMSIGN_TEST_PIN", PIN);
+        })?;
+        run(async {
+            let mut client = connect(world.path("agent.sock")).await?;
+            if prompted {
+                let waits = sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await;
+                ensure!(waits.is_err_and(|status| status.message().contains("it waits for its PIN")));
+                let typed = UnlockTokenRequest { token: "t".into(), pin: Some(PIN.into()) };
+                client.unlock_token(typed).await?;
+            }
+            sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
+            Ok(())
+        })?;
+        ensure!(!agent.log()?.contains(PIN));
+    }
+    Ok(())
 }

@@ -102,9 +102,9 @@ impl Audit {
             let mut last_sync = Duration::ZERO;
             // One write and one fsync for everything that waits at this moment.
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
-                // Others are being signed right now: the time of one more fsync lets them share this one.
+                // Others are being signed right now: the time of a few fsyncs lets them share this one.
                 if in_flight.load(Ordering::Relaxed) > batch.len() {
-                    std::thread::sleep(last_sync.min(LONGEST_GATHER));
+                    std::thread::sleep((last_sync * 3).min(LONGEST_GATHER));
                     while let Ok(line) = waiting.try_recv() {
                         batch.push(line);
                     }
