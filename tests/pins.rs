@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::ensure;
-use omsign_fixtures::softhsm::{KeyType, PIN};
+use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
@@ -177,6 +177,30 @@ fn a_pin_from_every_source() -> anyhow::Result<()> {
             Ok(())
         })?;
         ensure!(!agent.log()?.contains(PIN));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_sees_no_pin_but_its_own() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (a, b) = (world.token("a", "k", KeyType::P256)?, world.token("b", "k", KeyType::P256)?);
+    let section = |name: &str, token: &SoftHsm| {
+        let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
+        token_section(name, token, "")
+            .replace(&file, &format!("pin = {{ env = \"OMSIGN_TEST_PIN_{name}\" }}"))
+    };
+    let config = world.listen() + &section("a", &a) + &section("b", &b);
+    let keys = key_section("a", "a", "k") + &key_section("b", "b", "k");
+    let agent = Agent::start_with(&world, &(config + &keys), |command| {
+        command.env("OMSIGN_TEST_PIN_a", PIN).env("OMSIGN_TEST_PIN_b", PIN);
+    })?;
+    let listed = world.omsign_ok(&["keys"])?;
+    ensure!(listed.matches(" ready ").count() == 2, "{listed}");
+    for host in agent.hosts()? {
+        let environment = std::fs::read(format!("/proc/{host}/environ"))?;
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        ensure!(environment.matches("OMSIGN_TEST_PIN_").count() == 1, "{environment}");
     }
     Ok(())
 }

@@ -110,6 +110,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         timeout: Duration::from_secs(60),
         queue: 16,
         env: BTreeMap::new(),
+        hidden_env: Vec::new(),
     };
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
     let key = Key {

@@ -101,6 +101,8 @@ pub struct Token {
     pub queue: usize,
     /// Environment variables of the token's process, such as `SOFTHSM2_CONF`.
     pub env: BTreeMap<String, String>,
+    /// Environment variables that hold the PINs of other tokens: its process does not get them.
+    pub hidden_env: Vec<String>,
 }
 
 /// Which token of a module. Everything that is set must match.

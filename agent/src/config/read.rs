@@ -31,7 +31,8 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     // A token with a mistake in it is still there to be named.
     let names: Vec<String> =
         tokens.iter().flat_map(|t| t.entries().map(|(name, _)| name.to_owned())).collect();
-    let tokens = named(&mut reader, tokens, tokens::token);
+    let mut tokens = named(&mut reader, tokens, tokens::token);
+    tokens::hide_pins(&mut tokens);
     let keys = section.only_table(&mut reader, "key");
     let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names));
     let operators = keys::operators(&mut reader, &mut section);

@@ -45,7 +45,22 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         timeout,
         queue: usize::try_from(queue).ok()?,
         env,
+        hidden_env: Vec::new(),
     })
+}
+
+/// A vendor's library sees the PIN of its own token, and of no other.
+pub(super) fn hide_pins(tokens: &mut BTreeMap<String, Token>) {
+    let variables: Vec<PinSource> = tokens
+        .values()
+        .map(|token| token.pin.clone())
+        .filter(|pin| matches!(pin, PinSource::Env(_)))
+        .collect();
+    for token in tokens.values_mut() {
+        let others = variables.iter().filter(|pin| **pin != token.pin);
+        let name = |pin: &PinSource| if let PinSource::Env(name) = pin { Some(name.clone()) } else { None };
+        token.hidden_env = others.filter_map(name).collect();
+    }
 }
 
 /// `token = { label | serial | model | manufacturer | slot }` or `token = "pkcs11:…"`.

@@ -228,7 +228,11 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     // The running binary itself, even when the file was replaced by an upgrade since.
-    let child = Spawn::new("/proc/self/exe")
+    let mut command = Spawn::new("/proc/self/exe");
+    for name in &config.hidden_env {
+        command.env_remove(name);
+    }
+    let child = command
         .arg0(format!("omsign-agent: token {name}"))
         .arg("token-host")
         .envs(&config.env)
