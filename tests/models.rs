@@ -143,7 +143,8 @@ fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
     // Started in the namespace that has the small disk; asked from the same shell.
     let script = r#"
         "$AGENT" serve --config agent.toml > /dev/null 2> agent.log &
-        trap 'kill %1; wait' EXIT
+        agent=$!
+        trap 'kill $agent; wait' EXIT
         while ! [ -S agent.sock ]; do :; done
         "$OMSIGN" sign model --key k --signature 1.sig
         head -c 70000 /dev/zero > disk/filler || true
@@ -159,6 +160,8 @@ fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
     let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(out.matches("status 2").count() > 5 && out.contains("1.sig\n2.sig\n"), "{out}{errors}");
     ensure!(errors.contains("the audit log cannot be written: No space left on device"), "{out}{errors}");
+    // The agent in that shell ended with it, and removed its socket.
+    ensure!(!world.path("agent.sock").exists(), "{out}{errors}");
     for line in fs::read_to_string(world.path("audit.jsonl"))?.lines() {
         serde_json::from_str::<serde_json::Value>(line).with_context(|| format!("half a line: {line}"))?;
     }
