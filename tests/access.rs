@@ -33,6 +33,9 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
     ensure!(errors.contains("error: the agent refused: you are not allowed to look at k"), "{errors}");
     ensure!(errors.contains("hint: ask the agent's operator") && !errors.contains("key.k.allow"), "{errors}");
     ensure!(world.omsign_ok(&["keys"])?.is_empty(), "a key that may not be used is not listed");
+    // Its token is: this user may unlock it.
+    let status = world.omsign_ok(&["agent", "status"])?;
+    ensure!(status.contains("token t: ready") && !status.contains("key k"), "{status}");
     // Somebody who does not ask first gets no further, and is recorded.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let denied = runtime.block_on(async {
@@ -44,6 +47,46 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
     let entry = audit.last().context("an entry")?;
     ensure!(entry["outcome"] == "denied" && entry["rule"].is_null() && entry["key"] == "k", "{entry}");
     ensure!(agent.log()?.contains("key.k.allow"), "the operator is told which rule is missing");
+    Ok(())
+}
+
+/// Needs root: it gives the socket to a group and becomes a member of it.
+#[test]
+fn a_socket_for_a_group() -> anyhow::Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test becomes another user; run it as root");
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let runtime = tempfile::Builder::new().prefix("omsign-run-").tempdir()?;
+    std::fs::set_permissions(runtime.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let socket = runtime.path().join("agent.sock");
+    let omsign = runtime.path().join("omsign");
+    std::fs::copy(built("omsign")?, &omsign)?;
+    let unix = |more: &str| {
+        let listen = format!("unix = {{ path = \"{}\", mode = \"0660\"{more} }}", text(&socket));
+        let config = world.listen().replace("unix = { path = \"agent.sock\", mode = \"0600\" }", &listen);
+        config + &token_section("t", &token, "") + &with_rule("unix = { group = \"nogroup\" }")
+    };
+    let keys = |address: &str| {
+        let mut command = Command::new(&omsign);
+        command.arg("keys").uid(NOBODY).gid(65534).env("OMSIGN_AGENT", address).current_dir("/").output()
+    };
+    let agent = Agent::start(&world, &unix(", group = \"nogroup\""))?;
+    let output = keys(&text(&socket))?;
+    ensure!(output.status.success() && !output.stdout.is_empty(), "{output:?}");
+    drop(agent);
+    let agent = Agent::start(&world, &unix(""))?;
+    let errors = String::from_utf8(keys(&text(&socket))?.stderr)?;
+    ensure!(errors.contains("error: no permission to connect to "), "{errors}");
+    ensure!(errors.contains("hint: ask the agent's operator to let your group connect"), "{errors}");
+    let errors = String::from_utf8(keys("signer.example:7443")?.stderr)?;
+    ensure!(errors.contains("expected a socket path or https://HOST:PORT"), "{errors}");
+    drop(agent);
+    let mut doctor = Command::new(built("omsign-agent")?);
+    world.without_surprises(&mut doctor);
+    let report = doctor.args(["doctor", "--config"]).arg(world.path("agent.toml")).output()?;
+    let report = String::from_utf8_lossy(&report.stdout);
+    let expected = "listen.unix: key.k.allow[0] lets a group in that cannot open";
+    ensure!(report.contains(expected), "{report}");
     Ok(())
 }
 

@@ -269,7 +269,7 @@ fn a_token_that_is_down_does_not_keep_the_agent_from_starting() -> anyhow::Resul
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "a"])?;
     ensure!(errors.contains("no token with label \"nowhere\" is present; tokens present: \"t\""), "{errors}");
     let status = world.omsign_ok(&["agent", "status"])?;
-    ensure!(status.contains("token t: serving") && status.contains("token absent: not serving"), "{status}");
+    ensure!(status.contains("token t: ready") && status.contains("token absent: unavailable: "), "{status}");
     ensure!(agent.stop()?.success());
     Ok(())
 }

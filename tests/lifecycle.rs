@@ -49,6 +49,18 @@ fn a_socket_handed_over_by_systemd() -> anyhow::Result<()> {
 }
 
 #[test]
+fn paths_in_env_are_relative_to_the_file() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let relative = token.config().strip_prefix(world.path(""))?.display().to_string();
+    let section = token_section("t", &token, "").replace(&token.config().display().to_string(), &relative);
+    let _agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    Ok(())
+}
+
+#[test]
 fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;

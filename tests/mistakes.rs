@@ -41,7 +41,7 @@ fn keys_that_cannot_be_used() -> anyhow::Result<()> {
     world.omsign_refuses(
         2,
         &["sign", "model", "--key", "nobody"],
-        &["no key \"nobody\" is configured", "`omsign keys` lists"],
+        &["no key \"nobody\" is configured", "`omsign keys` and `omsign agent status` list"],
     )?;
     // What one key lacks does not take the others down; a certificate does for a public key.
     for name in ["good", "certified"] {
@@ -252,6 +252,28 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
         "nothing is signed without an audit log",
     )?;
     starts(&config.replace("module", "modul"), 2, "token.t.modul: unknown key; did you mean \"module\"?")?;
+    Ok(())
+}
+
+#[test]
+fn results_that_cannot_be_written() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    for arguments in [&["keys", "export", "k"][..], &["digest", "model"], &["agent", "status", "--json"]] {
+        let mut command = Command::new(built("omsign")?);
+        world.without_surprises(command.args(arguments).current_dir(world.path("")));
+        let output = command.stdout(fs::File::create("/dev/full")?).output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2), "{arguments:?}: {:?}: {errors}", output.status);
+        ensure!(
+            errors.contains("error: the result could not be written to standard output: No space"),
+            "{errors}"
+        );
+        // Somebody who has seen enough is not an error.
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        ensure!(command.stdout(writer).output()?.status.success(), "{arguments:?}");
+    }
     Ok(())
 }
 

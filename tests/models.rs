@@ -229,6 +229,11 @@ fn what_a_bundle_says_is_shown_and_not_trusted() -> anyhow::Result<()> {
     // The digest alone is the one that is signed, and what was left out may change.
     let digest = world.omsign_ok(&["digest", "model", "--ignore-paths", "README.md"])?;
     ensure!(json["root_digest"] == digest.trim(), "{digest}");
+    // A bundle inside the model is no part of it.
+    fs::copy(world.path("model.sig"), world.path("model/model.sig"))?;
+    let inside = ["digest", "model", "--ignore-paths", "README.md", "--signature", "model/model.sig"];
+    ensure!(world.omsign_ok(&inside)? == digest, "{digest}");
+    fs::remove_file(world.path("model/model.sig"))?;
     fs::write(world.path("model/README.md"), "rewritten")?;
     world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", "t/k.pub.pem"])?;
     // The same model gives the same payload, byte for byte; a bundle inside the model is not part of it.

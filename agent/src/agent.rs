@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omsign_proto::v1::{Key, KeyState};
+use omsign_proto::v1::{self, Key, KeyState};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
@@ -27,6 +27,9 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(5);
 
 /// The least time that the audit log gets.
 const RECORD: Duration = Duration::from_secs(5);
+
+/// The kind of device, in the contract's words.
+const BACKEND: &str = "pkcs11";
 
 /// Everything that requests share.
 pub(crate) struct Agent {
@@ -159,17 +162,14 @@ impl KeyEntry {
         let public = self.token.key(self.index);
         let (state, detail) = match (self.token.state(), &public) {
             (State::Ready, Some(Err(reason))) => (KeyState::Unusable, reason.clone()),
-            (State::Ready, _) => (KeyState::Ready, String::new()),
-            (State::Starting, _) => (KeyState::Starting, String::new()),
-            (State::Locked(reason), _) => (KeyState::Locked, reason),
-            (State::Down(reason), _) => (KeyState::Unavailable, reason),
+            (state, _) => key_state(state),
         };
         let public = public.and_then(Result::ok);
         let algorithm = public.as_ref().map(|public| public.algorithm.to_proto()).unwrap_or_default();
         Key {
             name: self.name.to_string(),
             token: self.token.name.clone(),
-            backend: "pkcs11".into(),
+            backend: BACKEND.into(),
             device: self.token.device(),
             state: state.into(),
             state_detail: detail,
@@ -177,6 +177,27 @@ impl KeyEntry {
             public_key: public.map(|public| public.spki.0).unwrap_or_default(),
             certificate_chain: self.certificate_chain.clone(),
         }
+    }
+}
+
+/// A token as callers see it.
+pub(crate) fn token_to_proto(token: &Token) -> v1::Token {
+    let (state, state_detail) = key_state(token.state());
+    v1::Token {
+        name: token.name.clone(),
+        backend: BACKEND.into(),
+        device: token.device(),
+        state: state.into(),
+        state_detail,
+    }
+}
+
+fn key_state(state: State) -> (KeyState, String) {
+    match state {
+        State::Ready => (KeyState::Ready, String::new()),
+        State::Starting => (KeyState::Starting, String::new()),
+        State::Locked(reason) => (KeyState::Locked, reason),
+        State::Down(reason) => (KeyState::Unavailable, reason),
     }
 }
 

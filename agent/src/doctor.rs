@@ -10,8 +10,9 @@ use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::algorithm::SpkiDer;
 use crate::backend::pkcs11::login_check;
-use crate::config::{Config, Key, PinSource};
+use crate::config::{Config, Key, PinSource, UnixListen};
 use crate::host::wire::Survey;
+use crate::policy::{Match, Rule};
 use crate::token::{State, Token, survey};
 
 /// How long a token may take to open.
@@ -76,7 +77,8 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             }
             Err(reason) => report.add(Level::Error, &subject, format!("module {shown}: {reason}")),
         }
-        match login_check(&token.pin) {
+        let source = login_check(&token.pin);
+        match &source {
             Ok(()) if token.pin == PinSource::Prompt => {
                 report.add(
                     Level::Ok,
@@ -91,7 +93,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             let message =
                 "an agent is running and owns it, so it is not opened here; see `omsign agent status`";
             report.add(Level::Warning, &subject, message);
-        } else if token.pin != PinSource::Prompt && surveyed.is_ok() {
+        } else if token.pin != PinSource::Prompt && surveyed.is_ok() && source.is_ok() {
             open(config, name, &subject, &mut report).await;
         }
     }
@@ -128,6 +130,13 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
         } else {
             report.add(Level::Ok, "listen.unix", format!("{shown} is free"));
         }
+        for rule in shut_out(config, unix) {
+            let message = format!(
+                "{rule} lets a group in that cannot open {shown} (mode {:04o}); write group = \"…\" beside mode",
+                unix.mode
+            );
+            report.add(Level::Warning, "listen.unix", message);
+        }
         if unix.mode & 0o007 != 0 {
             let message =
                 format!("mode {:04o} lets every user connect; the allow rules still decide", unix.mode);
@@ -139,6 +148,18 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
         report.add(Level::Ok, "listen.tls", message);
     }
     running
+}
+
+/// Rules for Unix groups whose members cannot connect: the socket is for another group.
+fn shut_out<'a>(config: &'a Config, unix: &UnixListen) -> impl Iterator<Item = &'a str> {
+    let own = unix.group.unwrap_or_else(|| rustix::process::getegid().as_raw());
+    let (everybody, group) = (unix.mode & 0o002 != 0, unix.mode & 0o020 != 0);
+    let rules = config.keys.values().flat_map(|key| &key.allow).chain(&config.operators);
+    let shut_out = move |rule: &&Rule| match rule.matches {
+        Match::Gid(gid) => !(everybody || group && gid == own),
+        _ => false,
+    };
+    rules.filter(shut_out).map(|rule| rule.name.as_str())
 }
 
 fn audit(config: &Config, report: &mut Report) {

@@ -251,7 +251,7 @@ fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixLis
     UnixListener::from_std(socket)
 }
 
-/// Binds under a temporary name, sets the mode, and renames: nobody can connect before the mode is right.
+/// Binds under a temporary name, sets group and mode, and renames: nobody can connect before they are right.
 fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
     let path = &config.path;
     let fail = |source| ListenError::System { at: path.display().to_string(), source };
@@ -273,6 +273,9 @@ fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
     let _ = std::fs::remove_file(&temporary);
     let bound = (|| {
         let socket = std::os::unix::net::UnixListener::bind(&temporary)?;
+        if config.group.is_some() {
+            std::os::unix::fs::chown(&temporary, None, config.group)?;
+        }
         std::fs::set_permissions(&temporary, PermissionsExt::from_mode(config.mode))?;
         std::fs::rename(&temporary, path)?;
         unix_listener(socket)

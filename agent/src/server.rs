@@ -8,8 +8,8 @@ use omsign_proto::v1::agent_service_server::AgentService;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, GetKeyResponse, ListKeysRequest, ListKeysResponse, Queued, SignRequest, SignResponse,
-    Signed, UnlockTokenRequest, UnlockTokenResponse,
+    GetKeyRequest, GetKeyResponse, ListKeysRequest, ListKeysResponse, ListTokensRequest, ListTokensResponse,
+    Queued, SignRequest, SignResponse, Signed, UnlockTokenRequest, UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use crate::agent::{Agent, Authorised, KeyEntry, SETTLE, UnlockEntry};
+use crate::agent::{Agent, Authorised, KeyEntry, SETTLE, UnlockEntry, token_to_proto};
 use crate::audit::Entry;
 use crate::identity::Identity;
 use crate::policy::allowed;
@@ -149,6 +149,19 @@ impl AgentService for Service {
             let _ = events.send(outcome(&mut follow).await.map(signed)).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn list_tokens(
+        &self,
+        request: Request<ListTokensRequest>,
+    ) -> Result<Response<ListTokensResponse>, Status> {
+        let caller = identity(&request)?;
+        let operator = allowed(&self.0.operators, &caller).is_some();
+        let uses = |name: &str| {
+            self.0.keys.values().any(|key| key.token.name == name && allowed(&key.allow, &caller).is_some())
+        };
+        let seen = self.0.tokens.values().filter(|token| operator || uses(&token.name));
+        Ok(Response::new(ListTokensResponse { tokens: seen.map(|token| token_to_proto(token)).collect() }))
     }
 
     async fn unlock_token(

@@ -1,13 +1,15 @@
 //! The gRPC client of the agent. Blocking: there is one caller and one thing to wait for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use omsign_proto::v1::agent_service_client::AgentServiceClient;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
-use omsign_proto::v1::{GetKeyRequest, Key, KeyState, ListKeysRequest, SignRequest, UnlockTokenRequest};
+use omsign_proto::v1::{
+    GetKeyRequest, Key, KeyState, ListKeysRequest, ListTokensRequest, SignRequest, Token, UnlockTokenRequest,
+};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
@@ -60,6 +62,9 @@ pub enum AgentError {
         /// What the connection said.
         reason: String,
     },
+    /// Its socket is there, and not for us.
+    #[error("no permission to connect to {0}")]
+    NoPermission(PathBuf),
     /// A file for TLS cannot be used.
     #[error("{path}: {reason}")]
     Tls {
@@ -98,6 +103,9 @@ pub enum AgentError {
     /// The token asks for a PIN, and nobody is there to give it.
     #[error("the token needs a PIN, and there is no terminal to ask at")]
     NoPin,
+    /// A PIN was to be asked for, and nobody is there.
+    #[error("there is no terminal to ask for a PIN at")]
+    NoTerminal,
     /// A private agent could not use the key.
     #[error("{0}")]
     Private(String),
@@ -119,11 +127,19 @@ impl Address {
                 Ok(Self::Tls { url: url.to_owned(), credentials })
             }
             Some(path) => match path.strip_prefix("unix:").unwrap_or(path) {
-                path if path.contains("://") || path.is_empty() => Err(AgentError::Address(path.to_owned())),
+                path if path.contains("://") || path.is_empty() || is_host_and_port(path) => {
+                    Err(AgentError::Address(path.to_owned()))
+                }
                 path => Ok(Self::Unix(PathBuf::from(path))),
             },
         }
     }
+}
+
+/// `host:7443`: an https address that lacks its start. A path with a colon in it has a slash too, or is there.
+fn is_host_and_port(text: &str) -> bool {
+    let port = text.rsplit_once(':').map(|(_, port)| port.parse::<u16>().is_ok());
+    port == Some(true) && !text.contains('/') && !Path::new(text).exists()
 }
 
 impl std::fmt::Display for Address {
@@ -158,6 +174,10 @@ impl Agent {
         let not_running = |reason: String| AgentError::NotRunning { at: address.to_string(), reason };
         let channel = match address {
             Address::Unix(path) => {
+                // What connect(2) says comes back as text only.
+                if rustix::fs::access(path, rustix::fs::Access::WRITE_OK) == Err(rustix::io::Errno::ACCESS) {
+                    return Err(AgentError::NoPermission(path.clone()));
+                }
                 // The URI is not used, but has to be one.
                 let endpoint = Endpoint::from_static("http://agent.localhost").connect_timeout(ASK);
                 let path = path.clone();
@@ -275,6 +295,13 @@ impl Agent {
         self.runtime.block_on(async { timeout(SIGN, signing).await.unwrap_or_else(|_| Err(late())) })
     }
 
+    /// The tokens that we may know of.
+    pub fn list_tokens(&self) -> Result<Vec<Token>, AgentError> {
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        let answer = self.runtime.block_on(client.list_tokens(within(ASK, ListTokensRequest {})))?;
+        Ok(answer.into_inner().tokens)
+    }
+
     /// Has a token logged in, with this PIN or with its configured source.
     pub fn unlock(&self, token: &str, pin: Option<Zeroizing<String>>) -> Result<(), AgentError> {
         let pin = pin.map(|pin| pin.as_str().to_owned());
@@ -340,6 +367,7 @@ mod tests {
         assert_eq!(parse("unix:/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
         assert!(matches!(parse("https://h:1"), Ok(Address::Tls { .. })));
         assert!(matches!(parse("http://h:1"), Err(AgentError::Address(_))));
+        assert!(matches!(parse("signer.example:7443"), Err(AgentError::Address(_))));
         let without = Address::parse(Some("https://h:1"), TlsFiles { ca: PathBuf::new(), ..files() });
         assert!(matches!(without, Err(AgentError::Credentials)));
     }

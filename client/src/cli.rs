@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use omsign::manifest::Selection;
 
 /// Signs and verifies machine-learning models, and any other directory of files, in the OpenSSF Model Signing
 /// (OMS) format. Exit status: 0 done, 1 checked and found wrong, 2 could not do it.
@@ -62,6 +63,21 @@ pub(crate) struct Files {
     /// Follows symbolic links inside the model; without it, one is an error
     #[arg(long, visible_alias = "allow_symlinks")]
     pub(crate) allow_symlinks: bool,
+    /// The bundle: written by sign, and left out where it lies inside the model
+    #[arg(long, value_name = "FILE", default_value = "model.sig")]
+    pub(crate) signature: PathBuf,
+}
+
+impl Files {
+    pub(crate) fn selection(&self) -> Selection<'_> {
+        Selection {
+            model: &self.model,
+            signature: &self.signature,
+            ignore_paths: &self.ignore_paths,
+            ignore_git_paths: !self.no_ignore_git_paths,
+            allow_symlinks: self.allow_symlinks,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -90,9 +106,6 @@ pub(crate) struct Sign {
     /// Its issuers, PEM (repeatable); with the leaf first where --signing-certificate is not given
     #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
     pub(crate) certificate_chain: Vec<PathBuf>,
-    /// The bundle to write
-    #[arg(long, value_name = "FILE", default_value = "model.sig")]
-    pub(crate) signature: PathBuf,
     /// Prints one JSON object
     #[arg(long)]
     pub(crate) json: bool,

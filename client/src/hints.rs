@@ -16,6 +16,14 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
              --key-uri 'pkcs11:…'"
                 .into()
         }
+        Error::Agent(AgentError::NoPermission(_)) => {
+            "ask the agent's operator to let your group connect (group = \"…\" in [listen] unix); a new group counts \
+             from the next login"
+                .into()
+        }
+        Error::Agent(AgentError::NoTerminal) => {
+            "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
+        }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!("an operator can run `omsign agent unlock {token}`")
         }
@@ -56,7 +64,9 @@ fn status_hint(code: Code) -> Option<String> {
         Code::PermissionDenied => {
             "ask the agent's operator for an allow rule; the agent's log names the missing one".into()
         }
-        Code::NotFound => "`omsign keys` lists the keys that you may use".into(),
+        Code::NotFound => {
+            "`omsign keys` and `omsign agent status` list the keys and tokens that you may use".into()
+        }
         Code::ResourceExhausted => "try again in a moment".into(),
         Code::Unavailable => "try again when the token is back; `omsign agent status` shows it".into(),
         _ => return None,

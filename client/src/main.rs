@@ -24,10 +24,7 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            report::failure(&failure.error);
-            ExitCode::from(failure.exit_code)
-        }
+        Err(failure) => ExitCode::from(report::failure(&failure)),
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::Error;
 use crate::hash::{self, Digest};
-use crate::model::{Model, Scope};
+use crate::model::{self, GIT_PATHS, Model, ModelError, Scope};
 
 /// What is signed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +35,36 @@ pub struct Serialization {
     pub allow_symlinks: bool,
     /// What was left out, below the root, sorted. Absent from bundles before 1.1.
     pub ignore_paths: BTreeSet<String>,
+}
+
+/// Which files of a model, as a user says it.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection<'a> {
+    /// The model: a directory or a file.
+    pub model: &'a Path,
+    /// Its bundle: left out where it lies inside the model.
+    pub signature: &'a Path,
+    /// What to leave out, as the user wrote it.
+    pub ignore_paths: &'a [PathBuf],
+    /// Whether to leave git's own files out.
+    pub ignore_git_paths: bool,
+    /// Whether to follow symbolic links.
+    pub allow_symlinks: bool,
+}
+
+impl Selection<'_> {
+    /// What the manifest says of it: everything that is left out is recorded.
+    pub fn serialization(&self) -> Result<Serialization, ModelError> {
+        let mut ignore_paths = BTreeSet::new();
+        for path in self.ignore_paths {
+            ignore_paths.insert(model::ignored(self.model, path)?);
+        }
+        if self.ignore_git_paths {
+            ignore_paths.extend(GIT_PATHS.map(str::to_owned));
+        }
+        ignore_paths.extend(model::bundle_inside(self.model, self.signature));
+        Ok(Serialization { allow_symlinks: self.allow_symlinks, ignore_paths })
+    }
 }
 
 impl Manifest {

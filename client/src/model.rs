@@ -211,6 +211,12 @@ pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
     Err(error("there is nothing of this name in the model"))
 }
 
+/// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
+pub fn bundle_inside(model: &Path, signature: &Path) -> Option<String> {
+    let root = model.canonicalize().ok().filter(|root| root.is_dir())?;
+    name_below(&root, signature)?.to_str().map(str::to_owned)
+}
+
 /// The name of a path below a model's root, if it lies there. The path itself need not exist, and is not
 /// followed if it is a link.
 pub fn name_below(real_root: &Path, path: &Path) -> Option<PathBuf> {

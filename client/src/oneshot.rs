@@ -61,6 +61,18 @@ impl PrivateAgent {
     }
 }
 
+/// An error of a private agent without the names that only it knows: its one key and token.
+pub fn without_names(error: AgentError) -> AgentError {
+    match error {
+        AgentError::KeyNotReady { reason, .. } => AgentError::Private(reason),
+        AgentError::Status(status) => {
+            let message = status.message();
+            AgentError::Private(message.strip_prefix("token key: ").unwrap_or(message).to_owned())
+        }
+        error => error,
+    }
+}
+
 /// Reads to the end and keeps the start.
 fn collect(mut from: ChildStderr) -> String {
     let mut start = Vec::new();

@@ -1,27 +1,49 @@
 //! What people and programs see: results on standard output, everything else on standard error.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 
 use omsign::Error;
 use omsign::manifest::Differences;
 
+use crate::commands::Failure;
 use crate::hints::hint;
 
 /// Names printed of each kind of difference; `--json` has them all.
 const SHOWN: usize = 50;
 
-/// Prints a result. A closed pipe (`omsign … | head`) is not an error.
-pub(crate) fn result(text: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Prints a result.
+pub(crate) fn result(text: impl std::fmt::Display) -> Result<(), Failure> {
+    raw(format!("{text}\n").as_bytes())
 }
 
 /// Prints bytes as they are.
-pub(crate) fn raw(bytes: &[u8]) {
-    let _ = std::io::stdout().write_all(bytes);
+pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        // `omsign … | head` has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(Failure::Unprinted),
+    }
+}
+
+/// Prints why a command did not succeed, and returns its exit status.
+pub(crate) fn failure(failure: &Failure) -> u8 {
+    match failure {
+        Failure::Wrong(error) => explain(error),
+        Failure::Undone(error) => {
+            explain(error);
+            return 2;
+        }
+        Failure::Unprinted(error) => {
+            eprintln!("error: the result could not be written to standard output: {error}");
+            return 2;
+        }
+    }
+    1
 }
 
 /// Prints an error and what to do about it.
-pub(crate) fn failure(error: &Error) {
+fn explain(error: &Error) {
     eprintln!("error: {}", with_causes(error));
     if let Error::Differs(differences) = error {
         show(differences);

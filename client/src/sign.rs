@@ -1,8 +1,5 @@
 //! Signing, from a model's path to a bundle file.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-
 use openssl::asn1::Asn1Time;
 use openssl::x509::X509;
 
@@ -11,23 +8,14 @@ use crate::agent::{Agent, AgentError};
 use crate::bundle::{Bundle, KeyIdentifier, Material};
 use crate::dsse::Pae;
 use crate::key::{KeyError, PrivateKey, PublicKey};
-use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS};
+use crate::manifest::{Manifest, Selection};
 use crate::statement;
 use crate::trust::{TrustError, check_usage};
 
 /// What to sign and how.
 pub struct Request<'a> {
-    /// The model: a directory or a file.
-    pub model: &'a Path,
-    /// The bundle to write.
-    pub signature: &'a Path,
-    /// What to leave out, as the user wrote it.
-    pub ignore_paths: &'a [PathBuf],
-    /// Whether to leave git's own files out.
-    pub ignore_git_paths: bool,
-    /// Whether to follow symbolic links.
-    pub allow_symlinks: bool,
+    /// Which files, and the bundle to write.
+    pub selection: Selection<'a>,
     /// Leaf first. Without one, the key's own chain; without that too, the key method.
     pub certificates: Option<Vec<X509>>,
 }
@@ -65,7 +53,8 @@ pub struct Signed {
 /// Signs a model and writes the bundle. On failure nothing is written.
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
-    Bundle::may_replace(request.signature)?;
+    let Selection { model, signature: bundle, .. } = request.selection;
+    Bundle::may_replace(bundle)?;
     let (public_key, own_chain) = match signer {
         Signer::Agent { agent, key, .. } => {
             let key = agent.ready_key(key)?;
@@ -78,9 +67,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     };
     let chain = request.certificates.clone().unwrap_or(own_chain);
     check_chain(&chain, &public_key)?;
-    let serialization = serialization(request)?;
+    let serialization = request.selection.serialization()?;
 
-    let (manifest, bytes) = Manifest::of_model(request.model, serialization)?;
+    let (manifest, bytes) = Manifest::of_model(model, serialization)?;
     let payload = statement::encode(&manifest);
     let pae = Pae::of(&payload);
     let signature = match signer {
@@ -100,28 +89,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         let der: Result<Vec<_>, _> = chain.iter().map(|certificate| certificate.to_der()).collect();
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
-    Bundle { material, payload, signature }.write(request.signature)?;
+    Bundle { material, payload, signature }.write(bundle)?;
     let (files, root_digest) = (manifest.resources.len(), manifest.root_digest().to_string());
     Ok(Signed { files, bytes, root_digest, public_key, method })
-}
-
-/// What the manifest says about how files were found: everything that is left out is recorded.
-fn serialization(request: &Request<'_>) -> Result<Serialization, Error> {
-    let mut ignore_paths = BTreeSet::new();
-    for path in request.ignore_paths {
-        ignore_paths.insert(model::ignored(request.model, path)?);
-    }
-    if request.ignore_git_paths {
-        ignore_paths.extend(GIT_PATHS.map(str::to_owned));
-    }
-    ignore_paths.extend(bundle_inside(request.model, request.signature));
-    Ok(Serialization { allow_symlinks: request.allow_symlinks, ignore_paths })
-}
-
-/// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
-pub(crate) fn bundle_inside(model: &Path, signature: &Path) -> Option<String> {
-    let root = model.canonicalize().ok().filter(|root| root.is_dir())?;
-    model::name_below(&root, signature)?.to_str().map(str::to_owned)
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.

@@ -5,8 +5,7 @@ use std::path::Path;
 use crate::Error;
 use crate::bundle::Bundle;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::GIT_PATHS;
-use crate::sign::bundle_inside;
+use crate::model::{GIT_PATHS, bundle_inside};
 use crate::trust::{Signer, Trust};
 
 /// What was verified.

@@ -147,23 +147,22 @@ fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
             }
         },
         (None, Some(uid), None) => u32::try_from(uid).ok().map(Match::Uid),
-        (None, None, Some(group)) => match Group::from_name(&group) {
-            Ok(Some(found)) => Some(Match::Gid(found.gid.as_raw())),
-            _ => {
-                reader.mistake(
-                    at,
-                    &path,
-                    format!("this machine has no group {group:?}; create it (groupadd)"),
-                );
-                None
-            }
-        },
+        (None, None, Some(group)) => group_id(reader, at, &path, &group).map(Match::Gid),
         _ => {
             let message = "give exactly one of user = \"…\", uid = 1000 and group = \"…\"".into();
             reader.mistake(at, &path, message);
             None
         }
     }
+}
+
+/// The id of a group of this machine.
+pub(super) fn group_id(reader: &mut Reader<'_>, at: usize, path: &str, name: &str) -> Option<u32> {
+    if let Ok(Some(found)) = Group::from_name(name) {
+        return Some(found.gid.as_raw());
+    }
+    reader.mistake(at, path, format!("this machine has no group {name:?}; create it (groupadd)"));
+    None
 }
 
 fn certificate(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {

@@ -4,13 +4,13 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::time::Duration;
 
+use super::keys::group_id;
 use super::read::{Reader, Section};
+use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
 use crate::listen::check_tls;
 
-use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
-
 pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Listen {
-    let default = || UnixListen { path: default_socket(), mode: 0o660 };
+    let default = || UnixListen { path: default_socket(), mode: 0o660, group: None };
     let shutdown_timeout = Duration::from_secs(10);
     let Some(mut section) = section else {
         return Listen { unix: Some(default()), tls: None, shutdown_timeout };
@@ -36,6 +36,10 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
             mode
         }
     };
+    let group = section.string(reader, "group").and_then(|name| {
+        let (at, key) = (section.position("group"), section.path_of("group"));
+        group_id(reader, at, &key, &name)
+    });
     if path.as_os_str().len() > 100 {
         let message =
             format!("{} is too long for a Unix socket (107 bytes); choose a shorter path", path.display());
@@ -47,7 +51,7 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
         reader.mistake(section.position("path"), &section.path_of("path"), message);
     }
     section.finish(reader);
-    Some(UnixListen { path, mode: mode? })
+    Some(UnixListen { path, mode: mode?, group })
 }
 
 fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {

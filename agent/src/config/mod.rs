@@ -36,7 +36,7 @@ pub struct Config {
 /// `[listen]`
 #[derive(Debug, Default)]
 pub struct Listen {
-    /// `unix = { path, mode }`
+    /// `unix = { path, mode, group }`
     pub unix: Option<UnixListen>,
     /// `tls = { address, certificate, private_key, client_ca }`
     pub tls: Option<TlsListen>,
@@ -51,6 +51,8 @@ pub struct UnixListen {
     pub path: PathBuf,
     /// Its permission bits: who can connect at all. Default `0660`.
     pub mode: u32,
+    /// Its group, by id. Default: that of the agent.
+    pub group: Option<u32>,
 }
 
 /// TCP with mutual TLS; callers are identified by their certificate.
@@ -99,6 +101,8 @@ pub struct Token {
     pub timeout: Duration,
     /// How many requests may wait; one more is answered `RESOURCE_EXHAUSTED`. Default 256.
     pub queue: usize,
+    /// Where its process runs: the directory of the configuration file, which paths in `env` are relative to.
+    pub directory: PathBuf,
     /// Environment variables of the token's process, such as `SOFTHSM2_CONF`.
     pub env: BTreeMap<String, String>,
     /// Environment variables that hold the PINs of other tokens: its process does not get them.

@@ -12,7 +12,9 @@ use super::{Config, Mistake, keys, listen, tokens};
 /// Reads the whole file.
 pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let (root, syntax) = DeTable::parse_recoverable(text);
-    let base = path.parent().unwrap_or(Path::new(""));
+    // Tokens' processes run elsewhere than we do.
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let base = whole.parent().unwrap_or(Path::new("/"));
     let mut reader = Reader { file: path, base, text, mistakes: Vec::new() };
     for error in syntax {
         let at = error.span().map_or(0, |span| span.start);

@@ -44,6 +44,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         sessions: usize::try_from(sessions).ok()?,
         timeout,
         queue: usize::try_from(queue).ok()?,
+        directory: reader.base().to_owned(),
         env,
         hidden_env: Vec::new(),
     })

@@ -236,6 +236,7 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
         .arg0(format!("omsign-agent: token {name}"))
         .arg("token-host")
         .envs(&config.env)
+        .current_dir(&config.directory)
         .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())

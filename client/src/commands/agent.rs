@@ -1,0 +1,135 @@
+//! `omsign keys` and `omsign agent`: what an agent offers, and its tokens.
+
+use omsign::agent::{Agent, AgentError};
+use omsign::key::PublicKey;
+use omsign_proto::v1::{Key, KeyState, Token};
+use openssl::x509::X509;
+use serde_json::json;
+use zeroize::Zeroizing;
+
+use super::{Done, address};
+use crate::cli;
+use crate::report;
+
+pub(crate) fn keys(arguments: &cli::Keys) -> Done {
+    if let Some(cli::KeysCommand::Export { name, public_key, connection }) = &arguments.command {
+        let key = Agent::connect(&address(connection)?)?.get_key(name)?;
+        if key.certificate_chain.is_empty() || *public_key {
+            if key.public_key.is_empty() {
+                return Err(AgentError::KeyNotReady {
+                    key: key.name,
+                    token: key.token,
+                    locked: key.state == i32::from(KeyState::Locked),
+                    reason: key.state_detail,
+                }
+                .into());
+            }
+            report::raw(&PublicKey::from_spki(&key.public_key)?.to_pem())?;
+        } else {
+            for der in &key.certificate_chain {
+                let pem = X509::from_der(der).and_then(|certificate| certificate.to_pem());
+                report::raw(&pem.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?)?;
+            }
+        }
+        return Ok(());
+    }
+    let keys = Agent::connect(&address(&arguments.connection)?)?.list_keys()?;
+    if arguments.json {
+        let keys: Vec<_> = keys.iter().map(key_json).collect();
+        report::result(json!({ "keys": keys }))?;
+        return Ok(());
+    }
+    if keys.is_empty() {
+        report::warning("the agent has no key that you may use");
+    }
+    let width = keys.iter().map(|key| key.name.len()).max().unwrap_or(0);
+    for key in keys {
+        let (state, algorithm) = (state(key.state()), algorithm(&key));
+        let method = if key.certificate_chain.is_empty() { "key" } else { "certificate" };
+        let detail = if key.state_detail.is_empty() { key.device } else { key.state_detail };
+        report::result(format_args!(
+            "{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}",
+            key.name
+        ))?;
+    }
+    Ok(())
+}
+
+fn key_json(key: &Key) -> serde_json::Value {
+    json!({
+        "name": key.name,
+        "token": key.token,
+        "device": key.device,
+        "state": state(key.state()),
+        "state_detail": key.state_detail,
+        "algorithm": algorithm(key),
+        "certificates": key.certificate_chain.len(),
+    })
+}
+
+fn state(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Ready => "ready",
+        KeyState::Starting => "starting",
+        KeyState::Locked => "locked",
+        KeyState::Unavailable => "unavailable",
+        KeyState::Unusable => "unusable",
+        KeyState::Unspecified => "unknown",
+    }
+}
+
+fn algorithm(key: &Key) -> String {
+    let name = key.algorithm().as_str_name();
+    name.trim_start_matches("SIGNATURE_ALGORITHM_").to_ascii_lowercase().replace('_', "-")
+}
+
+pub(crate) fn agent(arguments: &cli::Agent) -> Done {
+    match &arguments.command {
+        cli::AgentCommand::Status { json, connection } => status(*json, connection),
+        cli::AgentCommand::Unlock { token, ask_pin, connection } => {
+            let agent = Agent::connect(&address(connection)?)?;
+            let pin = if *ask_pin {
+                let asked = rpassword::prompt_password(format!("PIN for token {token}: "));
+                Some(Zeroizing::new(asked.map_err(|_| AgentError::NoTerminal)?))
+            } else {
+                None
+            };
+            agent.unlock(token, pin)?;
+            report::result(format_args!("token {token} is unlocked"))
+        }
+    }
+}
+
+fn status(as_json: bool, connection: &cli::Connection) -> Done {
+    let address = address(connection)?;
+    let agent = Agent::connect(&address)?;
+    let serving = agent.health("omsign.v1.AgentService")?;
+    // Keys first: the agent waits a moment for tokens that start.
+    let (keys, tokens) = (agent.list_keys()?, agent.list_tokens()?);
+    if as_json {
+        let keys: Vec<_> = keys.iter().map(key_json).collect();
+        let token_json = |token: &Token| {
+            let (state, detail) = (state(token.state()), &token.state_detail);
+            json!({ "name": token.name, "device": token.device, "state": state, "state_detail": detail })
+        };
+        let tokens: Vec<_> = tokens.iter().map(token_json).collect();
+        return report::result(
+            json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys }),
+        );
+    }
+    report::result(format_args!("agent at {address}: {}", if serving { "serving" } else { "not serving" }))?;
+    let line = |state: &str, detail: &str| match detail {
+        "" => state.to_owned(),
+        detail => format!("{state}: {detail}"),
+    };
+    for token in &tokens {
+        let what = line(state(token.state()), &token.state_detail);
+        report::result(format_args!("token {}: {what}", token.name))?;
+        for key in keys.iter().filter(|key| key.token == token.name) {
+            // What ails the token is said once.
+            let detail = if key.state() == token.state() { "" } else { &key.state_detail };
+            report::result(format_args!("  key {}: {}", key.name, line(state(key.state()), detail)))?;
+        }
+    }
+    Ok(())
+}

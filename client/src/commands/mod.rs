@@ -1,0 +1,47 @@
+//! One function per command: arguments in, the library called, the result printed.
+
+mod agent;
+mod show;
+mod sign;
+mod verify;
+
+use omsign::Error;
+use omsign::agent::{Address, AgentError, TlsFiles};
+
+pub(crate) use self::agent::{agent, keys};
+pub(crate) use self::show::{digest, inspect};
+pub(crate) use self::sign::sign;
+pub(crate) use self::verify::verify;
+use crate::cli;
+
+/// Why a command did not succeed, by its exit status.
+pub(crate) enum Failure {
+    /// 1: it was checked and found wrong.
+    Wrong(Error),
+    /// 2: it could not be done.
+    Undone(Error),
+    /// 2: it was done, and its result is lost.
+    Unprinted(std::io::Error),
+}
+
+impl<E: Into<Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Undone(error.into())
+    }
+}
+
+type Done = Result<(), Failure>;
+
+/// A check that failed because of what was checked is not one that could not be made.
+fn checked(error: Error) -> Failure {
+    if error.found_wrong() { Failure::Wrong(error) } else { Failure::Undone(error) }
+}
+
+fn address(connection: &cli::Connection) -> Result<Address, AgentError> {
+    let credentials = TlsFiles {
+        ca: connection.agent_ca.clone().unwrap_or_default(),
+        certificate: connection.agent_certificate.clone().unwrap_or_default(),
+        private_key: connection.agent_key.clone().unwrap_or_default(),
+    };
+    Address::parse(connection.agent.as_deref(), credentials)
+}

@@ -1,0 +1,113 @@
+//! `omsign sign`.
+
+use std::path::PathBuf;
+
+use omsign::Error;
+use omsign::agent::{Agent, AgentError};
+use omsign::key::{KeyError, PrivateKey, read_certificates};
+use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
+use omsign::sign::{Request, Signer};
+use omsign_proto::v1::KeyState;
+use openssl::x509::X509;
+use serde_json::json;
+use zeroize::Zeroizing;
+
+use super::{Done, address};
+use crate::cli;
+use crate::report::{self, files, size};
+
+pub(crate) fn sign(arguments: &cli::Sign) -> Done {
+    let request = Request { selection: arguments.files.selection(), certificates: certificates(arguments)? };
+    let waiting = |reason: &str| eprintln!("waiting: {reason}");
+    let signed = if let Some(key) = &arguments.key {
+        let agent = Agent::connect(&address(&arguments.connection)?)?;
+        omsign::sign::sign(&request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?
+    } else if let Some(uri) = &arguments.key_uri {
+        let private = private_agent(uri)?;
+        let signer = Signer::Agent { agent: private.agent(), key: oneshot::KEY, waiting: &waiting };
+        omsign::sign::sign(&request, &signer).map_err(|error| match error {
+            Error::Agent(error) => Error::Agent(without_names(error)),
+            error => error,
+        })?
+    } else {
+        // clap asks for one of the three.
+        let path = arguments.private_key.clone().unwrap_or_default();
+        let given = given_password(arguments)?;
+        let asked = || rpassword::prompt_password("Password of the private key: ").ok().map(Zeroizing::new);
+        let key = PrivateKey::read(&path, || given.or_else(asked))?;
+        omsign::sign::sign(&request, &Signer::File(&key))?
+    };
+    if arguments.json {
+        report::result(json!({
+            "signature": arguments.files.signature,
+            "method": signed.method,
+            "algorithm": signed.public_key.algorithm.name(),
+            "key_hint": signed.public_key.hint(),
+            "root_digest": format!("sha256:{}", signed.root_digest),
+            "files": signed.files,
+            "bytes": signed.bytes,
+        }))?;
+    } else {
+        let (files, size) = (files(signed.files), size(signed.bytes));
+        let (method, algorithm) = (signed.method, signed.public_key.algorithm.name());
+        let signature = arguments.files.signature.display();
+        report::result(format_args!(
+            "signed {files}, {size}, with {algorithm} ({method} method): {signature}"
+        ))?;
+    }
+    Ok(())
+}
+
+/// The chain on the command line: leaf first.
+fn certificates(arguments: &cli::Sign) -> Result<Option<Vec<X509>>, KeyError> {
+    let paths: Vec<PathBuf> =
+        arguments.signing_certificate.iter().chain(&arguments.certificate_chain).cloned().collect();
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    read_certificates(&paths).map(Some)
+}
+
+/// The password from a file, without one trailing newline, or from the environment.
+fn given_password(arguments: &cli::Sign) -> Result<Option<Zeroizing<String>>, KeyError> {
+    if let Some(path) = &arguments.password_file {
+        let read = std::fs::read_to_string(path);
+        let mut text = Zeroizing::new(read.map_err(|source| KeyError::Read { path: path.clone(), source })?);
+        let length = text.strip_suffix('\n').map_or(text.len(), |line| line.trim_end_matches('\r').len());
+        text.truncate(length);
+        return Ok(Some(text));
+    }
+    let Some(name) = &arguments.password_env else { return Ok(None) };
+    let value = std::env::var(name).map_err(|_| KeyError::Variable(name.clone()))?;
+    Ok(Some(Zeroizing::new(value)))
+}
+
+/// Starts a private agent and sees to its PIN: from the URI, or from the person at the terminal.
+fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
+    let (uri, pin) = split_pin(uri);
+    if pin.is_some() && uri.contains("pin-source=") {
+        // RFC 7512, 2.4; and one call must not offer two PINs.
+        return Err(AgentError::Private("PKCS#11 URI: give pin-source or pin-value, not both".into()));
+    }
+    if pin.is_some() {
+        report::warning(
+            "pin-value in a URI is seen by everybody who sees the command line; use pin-source=/path/to/file",
+        );
+    }
+    let private = PrivateAgent::start(&uri)?;
+    let agent = private.agent();
+    let key = match agent.get_key(oneshot::KEY) {
+        Ok(key) => key,
+        Err(error) => return Err(private.why(error)),
+    };
+    if key.state() == KeyState::Locked {
+        let pin = match pin {
+            Some(pin) => pin,
+            // It was read from there, and refused: asking for another would spend another try.
+            None if uri.contains("pin-source=") => return Err(AgentError::Private(key.state_detail)),
+            None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
+        };
+        agent.unlock(&key.token, Some(pin)).map_err(without_names)?;
+    }
+    Ok(private)
+}
