@@ -10,7 +10,7 @@ use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
 
 use crate::audit::{self, Audit, Entry};
-use crate::config::{Config, ObjectSelector};
+use crate::config::{Config, Object};
 use crate::host::wire::PublicKey;
 use crate::identity::Identity;
 use crate::policy::Rule;
@@ -27,9 +27,6 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(5);
 
 /// The least time that the audit log gets.
 const RECORD: Duration = Duration::from_secs(5);
-
-/// The kind of device, in the contract's words.
-const BACKEND: &str = "pkcs11";
 
 /// Everything that requests share.
 pub(crate) struct Agent {
@@ -54,7 +51,7 @@ pub(crate) struct KeyEntry {
 impl Agent {
     /// Starts every token.
     pub(crate) fn start(config: &Config, audit: Audit) -> Self {
-        let mut objects: BTreeMap<&str, Vec<(String, ObjectSelector)>> = BTreeMap::new();
+        let mut objects: BTreeMap<&str, Vec<(String, Object)>> = BTreeMap::new();
         let mut places = BTreeMap::new();
         for (name, key) in &config.keys {
             let on_token = objects.entry(&key.token).or_default();
@@ -169,7 +166,7 @@ impl KeyEntry {
         Key {
             name: self.name.to_string(),
             token: self.token.name.clone(),
-            backend: BACKEND.into(),
+            backend: self.token.backend().into(),
             device: self.token.device(),
             state: state.into(),
             state_detail: detail,
@@ -185,7 +182,7 @@ pub(crate) fn token_to_proto(token: &Token) -> v1::Token {
     let (state, state_detail) = key_state(token.state());
     v1::Token {
         name: token.name.clone(),
-        backend: BACKEND.into(),
+        backend: token.backend().into(),
         device: token.device(),
         state: state.into(),
         state_detail,

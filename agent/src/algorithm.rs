@@ -47,6 +47,15 @@ impl Algorithm {
         }
     }
 
+    /// Length of a coordinate of its curve, in bytes.
+    pub fn field_len(self) -> usize {
+        match self {
+            Self::EcdsaP256Sha256 => 32,
+            Self::EcdsaP384Sha384 => 48,
+            Self::EcdsaP521Sha512 => 66,
+        }
+    }
+
     /// The name in logs, errors and the audit file.
     pub fn name(self) -> &'static str {
         match self {

@@ -9,9 +9,9 @@ use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::algorithm::SpkiDer;
-use crate::backend::pkcs11::login_check;
 use crate::config::{Config, Key, PinSource, UnixListen};
 use crate::host::wire::Survey;
+use crate::pin;
 use crate::policy::{Match, Rule};
 use crate::token::{State, Token, survey};
 
@@ -69,15 +69,14 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
     for (name, token) in &config.tokens {
         let subject = format!("token.{name}");
         let surveyed = survey(name, token).await;
-        let shown = token.module.display();
         match &surveyed {
             Ok(found) => {
-                report.add(Level::Ok, &subject, format!("module {shown}: {}", found.library));
+                report.add(Level::Ok, &subject, found.library.clone());
                 tokens_present(found, &subject, &mut report);
             }
-            Err(reason) => report.add(Level::Error, &subject, format!("module {shown}: {reason}")),
+            Err(reason) => report.add(Level::Error, &subject, reason.clone()),
         }
-        let source = login_check(&token.pin);
+        let source = pin::check(&token.pin);
         match &source {
             Ok(()) if token.pin == PinSource::Prompt => {
                 report.add(

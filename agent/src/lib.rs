@@ -13,6 +13,7 @@ pub mod host;
 pub mod identity;
 pub mod listen;
 pub mod log;
+mod pin;
 pub mod policy;
 mod replay;
 pub mod secret;

@@ -18,7 +18,7 @@ use tonic_health::server::HealthReporter;
 use crate::agent::Agent;
 use crate::audit::Audit;
 use crate::config::uri::Pkcs11Uri;
-use crate::config::{self, Config, Key, Listen, PRIVATE_RULE, PinSource};
+use crate::config::{self, Config, Device, Key, Listen, Object, PRIVATE_RULE, PinSource};
 use crate::listen::{Connection, ListenError, Listeners};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
@@ -103,8 +103,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         return Err(missing("names no key; add object=… or id=%01…"));
     }
     let token = config::Token {
-        module,
-        select: uri.token,
+        device: Device::Pkcs11 { module, select: uri.token },
         pin: uri.pin_source.unwrap_or(PinSource::Prompt),
         sessions: 1,
         timeout: Duration::from_secs(60),
@@ -116,7 +115,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
     let key = Key {
         token: PRIVATE_KEY.into(),
-        object: uri.object,
+        object: Object::Pkcs11(uri.object),
         certificate_chain: Vec::new(),
         allow: vec![own.clone()],
     };

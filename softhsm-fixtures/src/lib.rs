@@ -4,6 +4,7 @@
 pub mod ca;
 pub mod model;
 pub mod softhsm;
+pub mod swtpm;
 
 use std::path::{Path, PathBuf};
 

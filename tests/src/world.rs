@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, ExitStatus, Output};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
@@ -109,6 +109,14 @@ impl World {
         Agent::start(self, &config)
     }
 
+    /// Runs `omsign-agent doctor` on the configuration of the last agent; returns what it printed.
+    pub fn doctor(&self) -> anyhow::Result<(ExitStatus, String)> {
+        let mut doctor = Command::new(built("omsign-agent")?);
+        self.without_surprises(&mut doctor);
+        let output = doctor.args(["doctor", "--config"]).arg(self.path("agent.toml")).output()?;
+        Ok((output.status, String::from_utf8(output.stdout)?))
+    }
+
     /// Environment of everything started here: this directory's sockets and state, nobody else's.
     pub fn without_surprises(&self, command: &mut Command) {
         command.env("OMSIGN_AGENT", self.path("agent.sock"));
@@ -156,11 +164,16 @@ pub fn token_section(name: &str, token: &SoftHsm, more: &str) -> String {
     )
 }
 
-/// `[key.NAME]` that this user may use.
+/// `[key.NAME]` for an object with this label.
 pub fn key_section(name: &str, token: &str, object: &str) -> String {
+    key(name, token, &format!("label = \"{object}\""))
+}
+
+/// `[key.NAME]` that this user may use.
+pub fn key(name: &str, token: &str, object: &str) -> String {
     let uid = rustix::process::geteuid().as_raw();
     format!(
-        "\n[key.{name}]\ntoken = \"{token}\"\nobject = {{ label = \"{object}\" }}\n\
+        "\n[key.{name}]\ntoken = \"{token}\"\nobject = {{ {object} }}\n\
          [[key.{name}.allow]]\nunix = {{ uid = {uid} }}\n"
     )
 }

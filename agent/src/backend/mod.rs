@@ -1,3 +1,63 @@
-//! The devices that can hold keys: one file each, and the only ones that name a hardware crate.
+//! The devices that can hold keys: a room each, and the only ones that name a hardware crate.
 
-pub(crate) mod pkcs11;
+mod pkcs11;
+mod tpm;
+
+use std::io;
+
+use crate::config;
+use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, Survey};
+use crate::secret::Pin;
+
+/// Told when a PIN is about to be offered, and when it was accepted.
+pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
+
+/// An open device: logged in, every key found and checked.
+pub(crate) trait Device: Sync {
+    /// What signs, one for each thread.
+    fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure>;
+    /// Whether the device still answers. Asked when it is idle.
+    fn probe(&self) -> Result<(), Failure>;
+    /// Lets go of the device.
+    fn close(self: Box<Self>);
+}
+
+/// One thread's way to the device's keys.
+pub(crate) trait Signer: Send {
+    /// Signs a digest with the key of this index; the answer is as the bundle wants it.
+    fn sign(&mut self, key: usize, digest: &[u8]) -> Result<Vec<u8>, Failure>;
+}
+
+/// Opens a device, logs in once, finds every key and has each sign a random challenge.
+pub(crate) fn open(
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    say: Say<'_>,
+) -> Result<(Box<dyn Device>, Opened), Failure> {
+    match &spec.token.device {
+        config::Device::Pkcs11 { module, select } => pkcs11::open(module, select, spec, pin, say),
+        config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
+        config::Device::Piv { .. } => Err(refused("not yet".into())),
+    }
+}
+
+/// Looks at a device without logging in, for `doctor`.
+pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
+    match &token.device {
+        config::Device::Pkcs11 { module, select } => pkcs11::survey(module, select),
+        config::Device::Tpm(tcti) => tpm::survey(tcti),
+        config::Device::Piv { .. } => Err(refused("not yet".into())),
+    }
+}
+
+fn gone(message: String) -> Failure {
+    Failure { class: Class::Gone, message }
+}
+
+fn refused(message: String) -> Failure {
+    Failure { class: Class::Refused, message }
+}
+
+fn locked(message: String) -> Failure {
+    Failure { class: Class::Locked, message }
+}

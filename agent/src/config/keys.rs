@@ -1,30 +1,36 @@
 //! `[key.NAME]`, its `allow` rules, and `[[operator]]`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use nix::unistd::{Group, User};
 use x509_cert::der::Encode as _;
 
 use super::read::{Reader, Section};
-use super::uri::Pkcs11Uri;
-use super::{Key, ObjectSelector};
+use super::{Key, objects};
 use crate::policy::{Match, Rule};
 
 /// Name of the rule that lets the agent's own user in where no rule is written: the private agent of one
 /// client, and the default operators.
 pub const PRIVATE_RULE: &str = "own-user";
 
-pub(super) fn key(reader: &mut Reader<'_>, mut section: Section<'_>, tokens: &[String]) -> Option<Key> {
+pub(super) fn key(
+    reader: &mut Reader<'_>,
+    mut section: Section<'_>,
+    tokens: &BTreeMap<String, &'static str>,
+) -> Option<Key> {
     let token = section.required(reader, "token", "\"release\"");
-    if let Some(token) = token.as_ref().filter(|token| !tokens.contains(token)) {
-        let known = match tokens {
+    if let Some(token) = token.as_ref().filter(|token| !tokens.contains_key(*token)) {
+        let names: Vec<_> = tokens.keys().map(String::as_str).collect();
+        let known = match names.as_slice() {
             [] => "no [token.NAME] is configured".to_owned(),
             names => format!("configured: {}", names.join(", ")),
         };
         let message = format!("there is no [token.{token}]; {known}");
         reader.mistake(section.position("token"), &section.path_of("token"), message);
     }
-    let object = object(reader, &mut section);
+    let backend = token.as_ref().and_then(|token| tokens.get(token)).copied().unwrap_or_default();
+    let object = objects::object(reader, &mut section, backend);
     let certificate_chain = match section.path(reader, "certificate_chain") {
         None => Some(Vec::new()),
         Some(path) => match chain(&path) {
@@ -44,47 +50,6 @@ pub(super) fn key(reader: &mut Reader<'_>, mut section: Section<'_>, tokens: &[S
     }
     section.finish(reader);
     Some(Key { token: token?, object: object?, certificate_chain: certificate_chain?, allow })
-}
-
-/// `object = { label | id }` or `object = "pkcs11:…"`.
-fn object(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSelector> {
-    let (at, path) = (section.position("object"), section.path_of("object"));
-    let select = if let Some(mut table) = section.table("object") {
-        let label = table.string(reader, "label");
-        let id = match table.string(reader, "id") {
-            None => None,
-            Some(text) => match hex::decode(text.replace(':', "")) {
-                Ok(id) => Some(id),
-                Err(_) => {
-                    let message = format!("{text:?} is not hexadecimal; write CKA_ID as \"01ab\"");
-                    reader.mistake(table.position("id"), &table.path_of("id"), message);
-                    return None;
-                }
-            },
-        };
-        table.finish(reader);
-        ObjectSelector { label, id }
-    } else {
-        let text = section.required(reader, "object", "{ label = \"model-release\" }")?;
-        match Pkcs11Uri::parse(&text) {
-            Ok(uri) if uri.names_more_than_an_object() => {
-                let message = "only object=… and id=… belong here; the rest is for [token.NAME]".into();
-                reader.mistake(at, &path, message);
-                return None;
-            }
-            Ok(uri) => uri.object,
-            Err(error) => {
-                reader.mistake(at, &path, error.to_string());
-                return None;
-            }
-        }
-    };
-    if select == ObjectSelector::default() {
-        let message = "names no object; write object = { label = \"…\" } or { id = \"01ab\" }".into();
-        reader.mistake(at, &path, message);
-        return None;
-    }
-    Some(select)
 }
 
 /// Reads a PEM file of certificates as DER, in order.

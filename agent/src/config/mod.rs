@@ -3,8 +3,10 @@
 
 mod keys;
 mod listen;
+mod objects;
 mod read;
 mod tokens;
+mod tpm;
 pub mod uri;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::keys::PRIVATE_RULE;
+pub use self::tpm::Tcti;
 use crate::policy::Rule;
 
 /// Everything in the file, checked.
@@ -89,11 +92,9 @@ pub enum Durability {
 /// `[token.NAME]`: a device and how it is opened. Sent as it is to the process that owns the device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Token {
-    /// The PKCS#11 module, a shared library.
-    pub module: PathBuf,
-    /// Which of the module's tokens.
-    pub select: TokenSelector,
-    /// Where its user PIN comes from.
+    /// Which device, and how it is reached.
+    pub device: Device,
+    /// Where its user PIN, or the authorization value of a TPM's keys, comes from.
     pub pin: PinSource,
     /// Sessions, each with a signing thread of its own; clamped to the token's `ulMaxSessionCount`. Default 1.
     pub sessions: usize,
@@ -107,6 +108,49 @@ pub struct Token {
     pub env: BTreeMap<String, String>,
     /// Environment variables that hold the PINs of other tokens: its process does not get them.
     pub hidden_env: Vec<String>,
+}
+
+/// A device that holds keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Device {
+    /// `backend = "pkcs11"`
+    Pkcs11 {
+        /// The module, a shared library.
+        module: PathBuf,
+        /// Which of the module's tokens.
+        select: TokenSelector,
+    },
+    /// `backend = "tpm"`
+    Tpm(Tcti),
+    /// `backend = "piv"`
+    Piv {
+        /// The YubiKey's serial number, as printed on it.
+        serial: u32,
+    },
+}
+
+impl Device {
+    /// Its kind, in the configuration's and the contract's words.
+    pub fn backend(&self) -> &'static str {
+        match self {
+            Self::Pkcs11 { .. } => "pkcs11",
+            Self::Tpm(_) => "tpm",
+            Self::Piv { .. } => "piv",
+        }
+    }
+}
+
+/// What callers' keys are on a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Object {
+    /// An object of a PKCS#11 token.
+    Pkcs11(ObjectSelector),
+    /// A persistent handle of a TPM, `0x81000000` to `0x81ffffff`.
+    TpmHandle(u32),
+    /// A wrapped key file: `TSS2 PRIVATE KEY` in PEM.
+    TpmFile(PathBuf),
+    /// A PIV slot: 9a, 9c, 9d, 9e, 82 to 95.
+    PivSlot(u8),
 }
 
 /// Which token of a module. Everything that is set must match.
@@ -154,7 +198,7 @@ pub struct Key {
     /// The token it lives on: a name in [`Config::tokens`].
     pub token: String,
     /// Which object of the token.
-    pub object: ObjectSelector,
+    pub object: Object,
     /// Certificates, DER, leaf first: makes it the OMS certificate method.
     pub certificate_chain: Vec<Vec<u8>>,
     /// Who may use it. Everything else is denied.
@@ -245,6 +289,17 @@ impl fmt::Display for ObjectSelector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let id = self.id.as_ref().map(hex::encode);
         list(f, &[("label", &self.label), ("id", &id)])
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pkcs11(select) => select.fmt(f),
+            Self::TpmHandle(handle) => write!(f, "handle {handle:#010x}"),
+            Self::TpmFile(path) => write!(f, "file {}", path.display()),
+            Self::PivSlot(slot) => write!(f, "slot {slot:02x}"),
+        }
     }
 }
 

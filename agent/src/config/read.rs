@@ -31,8 +31,7 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let audit = listen::audit(&mut reader, audit);
     let tokens = section.only_table(&mut reader, "token");
     // A token with a mistake in it is still there to be named.
-    let names: Vec<String> =
-        tokens.iter().flat_map(|t| t.entries().map(|(name, _)| name.to_owned())).collect();
+    let names = tokens.iter().flat_map(|tokens| tokens.entries().map(tokens::backend_of)).collect();
     let mut tokens = named(&mut reader, tokens, tokens::token);
     tokens::hide_pins(&mut tokens);
     let keys = section.only_table(&mut reader, "key");
@@ -236,6 +235,11 @@ impl<'a> Section<'a> {
     pub(super) fn path(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<PathBuf> {
         let text = self.string(reader, key)?;
         Some(reader.resolve(&text))
+    }
+
+    /// Whether a key is there.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
     }
 
     /// Where a key's value stands, for a mistake found later.

@@ -1,19 +1,64 @@
-//! `[token.NAME]`: a PKCS#11 module and which of its tokens.
+//! `[token.NAME]`: a device and how it is opened.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use toml::Spanned;
+use toml::de::DeValue;
+
 use super::read::{Reader, Section};
 use super::uri::Pkcs11Uri;
-use super::{ObjectSelector, PinSource, Token, TokenSelector};
+use super::{Device, ObjectSelector, PinSource, Token, TokenSelector};
+
+/// The backends, as `backend = …` names them.
+const BACKENDS: [&str; 3] = ["pkcs11", "tpm", "piv"];
+
+/// A token's name and backend, for the keys that live on it. Mistakes are reported elsewhere.
+pub(super) fn backend_of((name, value): (&str, &Spanned<DeValue<'_>>)) -> (String, &'static str) {
+    let written = value.get_ref().get("backend").and_then(|backend| backend.get_ref().as_str());
+    let backend = BACKENDS.into_iter().find(|backend| Some(*backend) == written);
+    (name.to_owned(), backend.unwrap_or_default())
+}
 
 pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<Token> {
-    let backend = section.required(reader, "backend", "\"pkcs11\"");
-    if let Some(backend) = backend.filter(|backend| backend != "pkcs11") {
-        let message = format!("{backend:?} is not supported by this version; write \"pkcs11\"");
-        reader.mistake(section.position("backend"), &section.path_of("backend"), message);
-    }
-    let (select, uri) = selector(reader, &mut section);
+    let backend = section.required(reader, "backend", "\"pkcs11\", \"tpm\" or \"piv\"");
+    let (device, pin) = match backend.as_deref() {
+        Some("tpm") => (tpm(reader, &mut section), None),
+        Some("piv") => (piv(reader, &mut section), None),
+        Some("pkcs11") | None => pkcs11(reader, &mut section),
+        Some(other) => {
+            let message = format!("{other:?} is not supported; write \"pkcs11\", \"tpm\" or \"piv\"");
+            reader.mistake(section.position("backend"), &section.path_of("backend"), message);
+            pkcs11(reader, &mut section)
+        }
+    };
+    // The keys of a TPM need not have an authorization value; other devices ask for a PIN.
+    let pin = match pin {
+        Some(pin) => Some(pin),
+        None if backend.as_deref() == Some("tpm") && !section.has("pin") => Some(PinSource::None),
+        None => self::pin(reader, &mut section),
+    };
+    let several = !matches!(device, Some(Device::Tpm(_) | Device::Piv { .. }));
+    let sessions = if several { section.integer(reader, "sessions", 1..=256) } else { None };
+    let timeout = section.duration(reader, "timeout").unwrap_or(Duration::from_secs(10));
+    let queue = section.integer(reader, "queue", 1..=100_000).unwrap_or(256);
+    let env = environment(reader, &mut section);
+    section.finish(reader);
+    Some(Token {
+        device: device?,
+        pin: pin?,
+        sessions: usize::try_from(sessions.unwrap_or(1)).ok()?,
+        timeout,
+        queue: usize::try_from(queue).ok()?,
+        directory: reader.base().to_owned(),
+        env,
+        hidden_env: Vec::new(),
+    })
+}
+
+/// `module`, `token`, and the PIN source of a URI.
+fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>, Option<PinSource>) {
+    let (select, uri) = selector(reader, section);
     let module = match uri.as_ref().and_then(Pkcs11Uri::module) {
         Some(module) => Some(module),
         None => {
@@ -28,26 +73,30 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         );
         reader.mistake(section.position("module"), &section.path_of("module"), message);
     }
-    let pin = match uri.as_ref().and_then(|uri| uri.pin_source.clone()) {
-        Some(pin) => Some(pin),
-        None => pin(reader, &mut section),
-    };
-    let sessions = section.integer(reader, "sessions", 1..=256).unwrap_or(1);
-    let timeout = section.duration(reader, "timeout").unwrap_or(Duration::from_secs(10));
-    let queue = section.integer(reader, "queue", 1..=100_000).unwrap_or(256);
-    let env = environment(reader, &mut section);
-    section.finish(reader);
-    Some(Token {
-        module: module?,
-        select: select?,
-        pin: pin?,
-        sessions: usize::try_from(sessions).ok()?,
-        timeout,
-        queue: usize::try_from(queue).ok()?,
-        directory: reader.base().to_owned(),
-        env,
-        hidden_env: Vec::new(),
-    })
+    let device = module.zip(select).map(|(module, select)| Device::Pkcs11 { module, select });
+    (device, uri.and_then(|uri| uri.pin_source))
+}
+
+/// `tcti`
+fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
+    let text = section.string(reader, "tcti").unwrap_or_else(|| super::tpm::DEFAULT.to_owned());
+    match text.parse() {
+        Ok(tcti) => Some(Device::Tpm(tcti)),
+        Err(error) => {
+            reader.mistake(section.position("tcti"), &section.path_of("tcti"), error.to_string());
+            None
+        }
+    }
+}
+
+/// `serial`
+fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
+    if !section.has("serial") {
+        let message = "missing; write serial = 12345678, as printed on the YubiKey and by `ykman list`";
+        reader.mistake(section.at, &section.path_of("serial"), message.into());
+    }
+    let serial = section.integer(reader, "serial", 1..=u64::from(u32::MAX))?;
+    Some(Device::Piv { serial: u32::try_from(serial).ok()? })
 }
 
 /// A vendor's library sees the PIN of its own token, and of no other.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
 use self::wire::{Answer, Class, Failure, Opening, Sign};
-use crate::backend::pkcs11::{OpenToken, Signer};
+use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
 
 /// How often an idle token is asked whether it is still there.
@@ -37,37 +37,42 @@ pub fn run() -> anyhow::Result<()> {
     let spec: wire::OpenSpec = serde_json::from_str(&open.spec)?;
     let pin = open.pin.take().and_then(Pin::new);
     let opening = if spec.survey {
-        match OpenToken::survey(&spec.token) {
+        match backend::survey(&spec.token) {
             Ok(survey) => (Opening::Surveyed(survey), None),
             Err(failure) => (Opening::Failed(failure), None),
         }
     } else {
         let say = |opening| wire::say(&mut &socket, &opening);
-        match OpenToken::open(&spec, pin, &say) {
-            Ok((token, anchor, opened)) => (Opening::Opened(opened), Some((token, anchor))),
+        match backend::open(&spec, pin, &say) {
+            Ok((device, opened)) => (Opening::Opened(opened), Some(device)),
             Err(failure) => (Opening::Failed(failure), None),
         }
     };
-    let (answer, token) = opening;
+    let (answer, device) = opening;
     wire::say(&mut &socket, &answer)?;
-    let Some((token, anchor)) = token else { return Ok(()) };
+    let Some(device) = device else { return Ok(()) };
     socket.set_read_timeout(Some(PROBE_EVERY))?;
-    let signers = token.signers()?;
-    let shared =
-        Shared { token: &token, reader: Mutex::new(reader), writer: Mutex::new((socket, Vec::new(), 0)) };
-    std::thread::scope(|scope| {
-        for signer in signers {
-            scope.spawn(|| shared.work(signer));
-        }
-    });
-    // No thread is inside the module any more, which C_Finalize asks for. A thread that hangs there keeps us
+    {
+        let signers = device.signers()?;
+        let shared = Shared {
+            device: device.as_ref(),
+            reader: Mutex::new(reader),
+            writer: Mutex::new((socket, Vec::new(), 0)),
+        };
+        std::thread::scope(|scope| {
+            for signer in signers {
+                scope.spawn(|| shared.work(signer));
+            }
+        });
+    }
+    // No thread is inside the device any more, which C_Finalize asks for. A thread that hangs there keeps us
     // from getting here; the agent then kills this process.
-    token.close(anchor);
+    device.close();
     Ok(())
 }
 
 struct Shared<'a> {
-    token: &'a OpenToken,
+    device: &'a dyn Device,
     reader: Mutex<BufReader<UnixStream>>,
     /// The socket, answers not yet written, and how many.
     writer: Mutex<(UnixStream, Vec<u8>, usize)>,
@@ -82,11 +87,11 @@ enum Next {
 impl Shared<'_> {
     /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
     /// so no request ever waits behind a busy one.
-    fn work(&self, mut signer: Signer<'_>) {
+    fn work(&self, mut signer: Box<dyn Signer + '_>) {
         loop {
             let (request, more) = match self.next() {
                 Ok(Next::Sign(request, more)) => (request, more),
-                Ok(Next::Idle) => match self.token.probe() {
+                Ok(Next::Idle) => match self.device.probe() {
                     Ok(()) => continue,
                     Err(failure) => self.die(&failure),
                 },
@@ -94,7 +99,8 @@ impl Shared<'_> {
                 Err(_) => return,
             };
             let started = Instant::now();
-            let outcome = signer.sign(request.key, &request.digest);
+            let index = usize::try_from(request.key).unwrap_or(usize::MAX);
+            let outcome = signer.sign(index, &request.digest);
             let gone = outcome.as_ref().err().filter(|failure| failure.class == Class::Gone).cloned();
             let hold = more && gone.is_none() && started.elapsed() < QUICK;
             if self.answer(&Answer::new(request.id, outcome), hold).is_err() {

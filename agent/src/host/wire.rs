@@ -30,7 +30,7 @@ pub(crate) struct Open {
 pub(crate) struct OpenSpec {
     pub(crate) token: config::Token,
     /// Name and object of each key; [`Sign::key`] is an index into it.
-    pub(crate) keys: Vec<(String, config::ObjectSelector)>,
+    pub(crate) keys: Vec<(String, config::Object)>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
     /// Only look, for `doctor`: no login, no keys.

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 pub(crate) use self::process::survey;
 use self::process::{Held, Host};
-use crate::config::{self, ObjectSelector};
+use crate::config::{self, Object};
 use crate::host::wire::{Class, Opened, PublicKey};
 use crate::secret::Pin;
 
@@ -67,7 +67,7 @@ pub struct Token {
     pub name: String,
     config: config::Token,
     /// What its keys are: name and object, in the order of the wire's index.
-    keys: Vec<(String, ObjectSelector)>,
+    keys: Vec<(String, Object)>,
     state: watch::Sender<Status>,
     /// How the device answered when it was last open. Kept while it is away.
     last_opened: watch::Sender<Option<Opened>>,
@@ -94,7 +94,7 @@ enum Command {
 
 impl Token {
     /// Starts the token's supervisor, which starts its process. Returns at once.
-    pub fn start(name: &str, config: config::Token, keys: Vec<(String, ObjectSelector)>) -> Arc<Self> {
+    pub fn start(name: &str, config: config::Token, keys: Vec<(String, Object)>) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
             name: name.to_owned(),
@@ -193,6 +193,11 @@ impl Token {
     /// How the device names itself; empty until it was open once.
     pub fn device(&self) -> String {
         self.last_opened.borrow().as_ref().map(|opened| opened.device.clone()).unwrap_or_default()
+    }
+
+    /// The kind of device.
+    pub fn backend(&self) -> &'static str {
+        self.config.device.backend()
     }
 
     /// Whether it waits for a PIN that only a person can give.

@@ -74,18 +74,6 @@ pub(super) fn describe(error: &Error) -> String {
     format!("C_{function:?} answered {name}")
 }
 
-pub(super) fn gone(message: String) -> Failure {
-    Failure { class: Class::Gone, message }
-}
-
-pub(super) fn refused(message: String) -> Failure {
-    Failure { class: Class::Refused, message }
-}
-
-pub(super) fn locked(message: String) -> Failure {
-    Failure { class: Class::Locked, message }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,29 +4,31 @@ mod errors;
 mod login;
 mod objects;
 
+use std::path::Path;
+use std::sync::Mutex;
+
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use cryptoki::slot::{Limit, Slot, TokenInfo};
 
-use self::errors::{Recovery, classify, describe, gone, recovery, refused};
-pub(crate) use self::login::check as login_check;
+use self::errors::{Recovery, classify, describe, recovery};
+use super::{Device, Say, gone, refused};
 use crate::algorithm::Algorithm;
-use crate::config::{ObjectSelector, Token, TokenSelector};
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
+use crate::config::{Object, ObjectSelector, TokenSelector};
+use crate::host::wire::{Class, Failure, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
-pub(crate) struct OpenToken {
+struct OpenToken {
     pkcs11: Pkcs11,
     slot: Slot,
     keys: Vec<Option<Key>>,
     sessions: usize,
+    /// Stays open so that the login outlives the other sessions: closing the last one logs out.
+    anchor: Mutex<Session>,
 }
-
-/// A session that stays open so that the login outlives the others: closing the last one logs out.
-pub(crate) struct Anchor(Session);
 
 /// A key that passed its check.
 struct Key {
@@ -36,98 +38,101 @@ struct Key {
     algorithm: Algorithm,
 }
 
-impl OpenToken {
-    /// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
-    ///
-    /// `say` is told when the PIN is about to be offered, and when it was accepted.
-    pub(crate) fn open(
-        spec: &OpenSpec,
-        pin: Option<Pin>,
-        say: &dyn Fn(Opening) -> std::io::Result<()>,
-    ) -> Result<(Self, Anchor, Opened), Failure> {
-        let pkcs11 = load(&spec.token)?;
-        let (slot, info) = find_token(&pkcs11, &spec.token.select)?;
-        let anchor = pkcs11.open_ro_session(slot).map_err(|error| classify("open a session", &error))?;
-        // One session is the anchor's.
-        let limit = match info.max_session_count() {
-            Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1),
-            Limit::Infinite | Limit::Unavailable => usize::MAX,
+/// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
+pub(super) fn open(
+    module: &Path,
+    select: &TokenSelector,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    say: Say<'_>,
+) -> Result<(Box<dyn Device>, Opened), Failure> {
+    let pkcs11 = load(module)?;
+    let (slot, info) = find_token(&pkcs11, select)?;
+    let anchor = pkcs11.open_ro_session(slot).map_err(|error| classify("open a session", &error))?;
+    // One session is the anchor's.
+    let limit = match info.max_session_count() {
+        Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1),
+        Limit::Infinite | Limit::Unavailable => usize::MAX,
+    };
+    if limit == 0 {
+        return Err(refused("the token allows one session at a time; two are needed".into()));
+    }
+    let sessions = spec.token.sessions.min(limit);
+    login::log_in(&anchor, &info, spec, pin, say)?;
+    let mut keys = Vec::with_capacity(spec.keys.len());
+    let mut public = Vec::with_capacity(spec.keys.len());
+    let mut token_failure = None;
+    for (name, object) in &spec.keys {
+        let Object::Pkcs11(object) = object else {
+            return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        if limit == 0 {
-            return Err(refused("the token allows one session at a time; two are needed".into()));
-        }
-        let sessions = spec.token.sessions.min(limit);
-        login::log_in(&anchor, &info, spec, pin, say)?;
-        let mut keys = Vec::with_capacity(spec.keys.len());
-        let mut public = Vec::with_capacity(spec.keys.len());
-        let mut token_failure = None;
-        for (name, object) in &spec.keys {
-            match objects::find_key(&anchor, object) {
-                Ok((handle, PublicKey { algorithm, spki })) => {
-                    let key = Key { name: name.clone(), object: object.clone(), handle, algorithm };
-                    keys.push(Some(key));
-                    public.push(Ok(PublicKey { algorithm, spki }));
-                }
-                Err(failure) => {
-                    tracing::warn!(key = %name, reason = %failure, "key cannot be used");
-                    keys.push(None);
-                    public.push(Err(failure.message.clone()));
-                    token_failure = token_failure.or(Some(failure).filter(|f| f.class != Class::Refused));
-                }
+        match objects::find_key(&anchor, object) {
+            Ok((handle, PublicKey { algorithm, spki })) => {
+                let key = Key { name: name.clone(), object: object.clone(), handle, algorithm };
+                keys.push(Some(key));
+                public.push(Ok(PublicKey { algorithm, spki }));
+            }
+            Err(failure) => {
+                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
+                keys.push(None);
+                public.push(Err(failure.message.clone()));
+                token_failure = token_failure.or(Some(failure).filter(|f| f.class != Class::Refused));
             }
         }
-        // A key that fails while others pass is that key's own affair; when none passes, the token's.
-        if public.iter().all(Result::is_err)
-            && let Some(failure) = token_failure
-        {
-            return Err(failure);
+    }
+    // A key that fails while others pass is that key's own affair; when none passes, the token's.
+    if public.iter().all(Result::is_err)
+        && let Some(failure) = token_failure
+    {
+        return Err(failure);
+    }
+    let opened = Opened { device: device(&info), sessions, keys: public };
+    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor: Mutex::new(anchor) }), opened))
+}
+
+/// Looks at a module without logging in.
+pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Failure> {
+    let pkcs11 = load(module)?;
+    let library = pkcs11.get_library_info().map_err(|error| classify("ask the module", &error))?;
+    let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
+    let mut tokens = Vec::new();
+    for slot in slots {
+        let Ok(info) = pkcs11.get_token_info(slot) else { continue };
+        if !info.token_initialized() {
+            continue;
         }
-        let opened = Opened { device: device(&info), sessions, keys: public };
-        Ok((Self { pkcs11, slot, keys, sessions }, Anchor(anchor), opened))
+        tokens.push(SurveyedToken {
+            slot: slot.id(),
+            label: info.label().to_owned(),
+            device: device(&info),
+            selected: selects(select, slot, &info),
+            notes: login::notes(&info),
+        });
+    }
+    let library = format!(
+        "module {}: {} by {}, version {}",
+        module.display(),
+        library.library_description().trim(),
+        library.manufacturer_id().trim(),
+        library.library_version()
+    );
+    Ok(Survey { library, tokens })
+}
+
+impl Device for OpenToken {
+    fn signers(&self) -> Result<Vec<Box<dyn super::Signer + '_>>, Failure> {
+        let signer = |_| Signer::new(self).map(|signer| Box::new(signer) as Box<dyn super::Signer>);
+        (0..self.sessions).map(signer).collect()
     }
 
-    /// Looks at a module without logging in.
-    pub(crate) fn survey(config: &Token) -> Result<Survey, Failure> {
-        let pkcs11 = load(config)?;
-        let library = pkcs11.get_library_info().map_err(|error| classify("ask the module", &error))?;
-        let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
-        let mut tokens = Vec::new();
-        for slot in slots {
-            let Ok(info) = pkcs11.get_token_info(slot) else { continue };
-            if !info.token_initialized() {
-                continue;
-            }
-            tokens.push(SurveyedToken {
-                slot: slot.id(),
-                label: info.label().to_owned(),
-                device: device(&info),
-                selected: selects(&config.select, slot, &info),
-                notes: login::notes(&info),
-            });
-        }
-        let library = format!(
-            "{} by {}, version {}",
-            library.library_description().trim(),
-            library.manufacturer_id().trim(),
-            library.library_version()
-        );
-        Ok(Survey { library, tokens })
-    }
-
-    /// One signer for each session.
-    pub(crate) fn signers(&self) -> Result<Vec<Signer<'_>>, Failure> {
-        (0..self.sessions).map(|_| Signer::new(self)).collect()
-    }
-
-    /// Whether the token still answers.
-    pub(crate) fn probe(&self) -> Result<(), Failure> {
+    fn probe(&self) -> Result<(), Failure> {
         let asked = self.pkcs11.get_token_info(self.slot);
         asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
     }
 
     /// Logs out and finalizes the module.
-    pub(crate) fn close(self, anchor: Anchor) {
-        drop(anchor.0);
+    fn close(self: Box<Self>) {
+        drop(self.anchor);
         if let Err(error) = self.pkcs11.finalize() {
             tracing::debug!(%error, "C_Finalize");
         }
@@ -135,7 +140,7 @@ impl OpenToken {
 }
 
 /// One session with its cached key handles, for one thread.
-pub(crate) struct Signer<'a> {
+struct Signer<'a> {
     token: &'a OpenToken,
     /// Absent only while it is replaced.
     session: Option<Session>,
@@ -150,9 +155,29 @@ impl<'a> Signer<'a> {
         Ok(Self { token, session: Some(session), handles })
     }
 
-    /// Signs a digest; the answer is DER. A stale session or handle is replaced once.
-    pub(crate) fn sign(&mut self, key: u32, digest: &[u8]) -> Result<Vec<u8>, Failure> {
-        let index = usize::try_from(key).unwrap_or(usize::MAX);
+    fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
+        let session = self.renew_session()?;
+        // Objects look deleted when the login or the token is lost; only a fresh process can tell.
+        let found = objects::find_private(session, &key.object)
+            .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
+        if let Some(handle) = self.handles.get_mut(index) {
+            *handle = Some(found);
+        }
+        Ok(())
+    }
+
+    /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
+    fn renew_session(&mut self) -> Result<&Session, Failure> {
+        drop(self.session.take());
+        let opened = self.token.pkcs11.open_ro_session(self.token.slot);
+        let opened = opened.map_err(|error| gone(classify("open a session", &error).message))?;
+        Ok(self.session.insert(opened))
+    }
+}
+
+impl super::Signer for Signer<'_> {
+    /// A stale session or handle is replaced once.
+    fn sign(&mut self, index: usize, digest: &[u8]) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.token.keys.get(index) else {
             return Err(refused("no such key".to_owned()));
         };
@@ -188,30 +213,11 @@ impl<'a> Signer<'a> {
             }
         }
     }
-
-    fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
-        let session = self.renew_session()?;
-        // Objects look deleted when the login or the token is lost; only a fresh process can tell.
-        let found = objects::find_private(session, &key.object)
-            .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
-        if let Some(handle) = self.handles.get_mut(index) {
-            *handle = Some(found);
-        }
-        Ok(())
-    }
-
-    /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
-    fn renew_session(&mut self) -> Result<&Session, Failure> {
-        drop(self.session.take());
-        let opened = self.token.pkcs11.open_ro_session(self.token.slot);
-        let opened = opened.map_err(|error| gone(classify("open a session", &error).message))?;
-        Ok(self.session.insert(opened))
-    }
 }
 
-fn load(config: &Token) -> Result<Pkcs11, Failure> {
-    let shown = config.module.display();
-    let pkcs11 = Pkcs11::new(&config.module).map_err(|error| match error {
+fn load(module: &Path) -> Result<Pkcs11, Failure> {
+    let shown = module.display();
+    let pkcs11 = Pkcs11::new(module).map_err(|error| match error {
         cryptoki::error::Error::MissingSymbol(_) | cryptoki::error::Error::NullFunctionPointer => {
             refused(format!("{shown} is a library but not a PKCS#11 module: it has no C_GetFunctionList"))
         }

@@ -7,7 +7,8 @@ use cryptoki::session::Session;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use super::errors::{classify, gone, refused};
+use super::super::{gone, refused};
+use super::errors::classify;
 use crate::algorithm::{Algorithm, SpkiDer};
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};

@@ -1,0 +1,60 @@
+//! What a TPM_RC means for the one who asked: decided here, once.
+
+use tss_esapi::Error;
+use tss_esapi::constants::response_code::Tss2ResponseCodeKind as Code;
+
+use crate::host::wire::{Class, Failure};
+
+/// The class of a failure to do `what`. Whatever is not known to be somebody's fault counts as gone: after an
+/// error of the transmission interface, a context answers nothing but errors.
+pub(super) fn classify(what: &str, error: &Error) -> Failure {
+    let message = format!("cannot {what}: {}", describe(error));
+    let class = match error {
+        Error::Tss2Error(code) => match code.kind() {
+            Some(
+                Code::AuthFail | Code::BadAuth | Code::Lockout | Code::AuthMissing | Code::AuthUnavailable,
+            ) => Class::Locked,
+            Some(
+                Code::Attributes
+                | Code::Hash
+                | Code::Value
+                | Code::KeySize
+                | Code::Type
+                | Code::Handle
+                | Code::Scheme
+                | Code::Size
+                | Code::Key
+                | Code::Integrity
+                | Code::Curve
+                | Code::Ticket
+                | Code::Policy
+                | Code::PolicyFail
+                | Code::PolicyCc
+                | Code::Parent
+                | Code::AuthType,
+            ) => Class::Refused,
+            Some(
+                Code::ObjectMemory
+                | Code::SessionMemory
+                | Code::Memory
+                | Code::Retry
+                | Code::Yielded
+                | Code::Testing
+                | Code::NvRate,
+            ) => Class::Busy,
+            _ => Class::Gone,
+        },
+        Error::WrapperError(_) => Class::Refused,
+    };
+    Failure { class, message }
+}
+
+/// In words, and as the number that `tpm2_rc_decode` explains.
+pub(super) fn describe(error: &Error) -> String {
+    let Error::Tss2Error(code) = error else { return error.to_string() };
+    match code.kind() {
+        Some(Code::AuthFail | Code::BadAuth) => "it refused the authorization value".to_owned(),
+        Some(Code::Lockout) => "the TPM is in lockout after wrong authorization values".to_owned(),
+        _ => error.to_string(),
+    }
+}

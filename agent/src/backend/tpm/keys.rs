@@ -1,0 +1,198 @@
+//! A key of a TPM: found or loaded, its public half, the proof that it signs, and signing.
+
+use tss_esapi::Context;
+use tss_esapi::attributes::ObjectAttributesBuilder;
+use tss_esapi::constants::tss::{TPM2_RH_NULL, TPM2_ST_HASHCHECK};
+use tss_esapi::handles::{KeyHandle, ObjectHandle, PersistentTpmHandle, TpmHandle};
+use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
+use tss_esapi::interface_types::ecc::EccCurve;
+use tss_esapi::interface_types::resource_handles::Hierarchy;
+use tss_esapi::interface_types::session_handles::AuthSession;
+use tss_esapi::structures::{
+    Auth, Digest, EccPoint, HashScheme, HashcheckTicket, Public, PublicBuilder, PublicEccParametersBuilder,
+    Signature, SignatureScheme, SymmetricDefinitionObject,
+};
+use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
+
+use super::super::{gone, refused};
+use super::errors::classify;
+use super::keyfile::KeyFile;
+use crate::algorithm::{Algorithm, SpkiDer};
+use crate::config::Object;
+use crate::host::wire::{Failure, PublicKey};
+
+/// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
+const OWNER: u32 = 0x4000_0001;
+
+/// Finds or loads a key and has it sign a random challenge.
+pub(super) fn open(
+    context: &mut Context,
+    object: &Object,
+    auth: Option<Auth>,
+) -> Result<(KeyHandle, PublicKey), Failure> {
+    let (handle, auth) = match object {
+        Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
+        Object::TpmFile(path) => {
+            let file = KeyFile::read(path)?;
+            let auth = auth.filter(|_| file.has_auth);
+            (load(context, file)?, auth)
+        }
+        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+    };
+    if let Some(auth) = auth {
+        let set = context.tr_set_auth(handle.into(), auth);
+        set.map_err(|error| classify("set the authorization value", &error))?;
+    }
+    let (public, _, _) = context
+        .execute_without_session(|context| context.read_public(handle))
+        .map_err(|error| classify("read the public key", &error))?;
+    let public = public_key(&public).map_err(|what| refused(format!("the key with {object} {what}")))?;
+    let mut challenge = vec![0; public.algorithm.digest_len()];
+    getrandom::fill(&mut challenge).map_err(|error| gone(format!("no random challenge: {error}")))?;
+    let signature = sign(context, handle, public.algorithm, &challenge)?;
+    if !public.algorithm.verifies(&public.spki, &challenge, &signature).unwrap_or(false) {
+        return Err(gone(format!("the key with {object} makes signatures that do not verify")));
+    }
+    Ok((handle, public))
+}
+
+/// Signs a digest; the answer is DER.
+pub(super) fn sign(
+    context: &mut Context,
+    key: KeyHandle,
+    algorithm: Algorithm,
+    digest: &[u8],
+) -> Result<Vec<u8>, Failure> {
+    let hash = match algorithm {
+        Algorithm::EcdsaP256Sha256 => HashingAlgorithm::Sha256,
+        Algorithm::EcdsaP384Sha384 => HashingAlgorithm::Sha384,
+        Algorithm::EcdsaP521Sha512 => HashingAlgorithm::Sha512,
+    };
+    let scheme = SignatureScheme::EcDsa { hash_scheme: HashScheme::new(hash) };
+    let wrong = |error: tss_esapi::Error| classify("sign", &error);
+    let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
+    // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
+    let ticket = HashcheckTicket::try_from(TPMT_TK_HASHCHECK {
+        tag: TPM2_ST_HASHCHECK,
+        hierarchy: TPM2_RH_NULL,
+        digest: Default::default(),
+    });
+    let ticket = ticket.map_err(wrong)?;
+    let signed = context.execute_with_session(Some(AuthSession::Password), |context| {
+        context.sign(key, digest, scheme, ticket)
+    });
+    let Signature::EcDsa(signature) = signed.map_err(wrong)? else {
+        return Err(gone("the TPM answered with a signature of another kind".into()));
+    };
+    // The TPM leaves leading zeros out.
+    let width = algorithm.field_len();
+    let raw = padded(signature.signature_r().value(), width)
+        .zip(padded(signature.signature_s().value(), width))
+        .map(|(r, s)| [r, s].concat());
+    let raw = raw.ok_or_else(|| gone("the TPM's signature is malformed".into()))?;
+    algorithm.der_from_raw(&raw).map_err(|error| gone(format!("the TPM's signature is malformed: {error}")))
+}
+
+fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle, Failure> {
+    let wrong = |error: tss_esapi::Error| classify("use the handle", &error);
+    let persistent = PersistentTpmHandle::new(handle).map_err(wrong)?;
+    let found = context
+        .execute_without_session(|context| context.tr_from_tpm_public(TpmHandle::Persistent(persistent)));
+    let found: ObjectHandle = found.map_err(|error| match classify("find it", &error) {
+        failure if failure.class == crate::host::wire::Class::Refused => {
+            refused(format!("the TPM has no key with handle {handle:#010x}"))
+        }
+        failure => failure,
+    })?;
+    Ok(found.into())
+}
+
+/// Loads a key below its parent.
+fn load(context: &mut Context, file: KeyFile) -> Result<KeyHandle, Failure> {
+    let parent = match file.parent {
+        OWNER => storage_primary(context)?,
+        handle => persistent(context, handle)?,
+    };
+    let loaded = context.execute_with_session(Some(AuthSession::Password), |context| {
+        context.load(parent, file.private, file.public)
+    });
+    // A TPM has room for three keys or so.
+    if file.parent == OWNER {
+        context.flush_context(parent.into()).map_err(|error| classify("flush the parent key", &error))?;
+    }
+    loaded.map_err(|error| match classify("load the key file", &error) {
+        failure if failure.class == crate::host::wire::Class::Refused => {
+            refused("this TPM did not make the key file: it cannot unwrap it".into())
+        }
+        failure => failure,
+    })
+}
+
+/// The standard ECC storage primary of the owner hierarchy (TCG EK Credential Profile, template H-2 without its
+/// policy), which is what the key files of tpm2-openssl have for a parent.
+fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
+    let wrong = |error: tss_esapi::Error| classify("make the storage primary key", &error);
+    let attributes = ObjectAttributesBuilder::new()
+        .with_fixed_tpm(true)
+        .with_fixed_parent(true)
+        .with_sensitive_data_origin(true)
+        .with_user_with_auth(true)
+        .with_decrypt(true)
+        .with_restricted(true)
+        .with_no_da(true)
+        .build()
+        .map_err(wrong)?;
+    let parameters = PublicEccParametersBuilder::new_restricted_decryption_key(
+        SymmetricDefinitionObject::AES_128_CFB,
+        EccCurve::NistP256,
+    );
+    let template = PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Ecc)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes)
+        .with_ecc_parameters(parameters.build().map_err(wrong)?)
+        .with_ecc_unique_identifier(EccPoint::default())
+        .build()
+        .map_err(wrong)?;
+    let made = context.execute_with_session(Some(AuthSession::Password), |context| {
+        context.create_primary(Hierarchy::Owner, template, None, None, None, None)
+    });
+    Ok(made.map_err(wrong)?.key_handle)
+}
+
+/// A key's public half, or what is wrong with it.
+fn public_key(public: &Public) -> Result<PublicKey, String> {
+    let Public::Ecc { object_attributes, parameters, unique, .. } = public else {
+        return Err("is not an elliptic-curve key: OMS signs with ECDSA on P-256, P-384 or P-521".into());
+    };
+    if !object_attributes.sign_encrypt() {
+        return Err("may not sign: its attribute \"sign\" is clear".into());
+    }
+    if object_attributes.restricted() {
+        return Err("is restricted: it signs only what the TPM itself made".into());
+    }
+    if !object_attributes.user_with_auth() {
+        return Err("asks for a policy, which is not supported yet".into());
+    }
+    let algorithm = match parameters.ecc_curve() {
+        EccCurve::NistP256 => Algorithm::EcdsaP256Sha256,
+        EccCurve::NistP384 => Algorithm::EcdsaP384Sha384,
+        EccCurve::NistP521 => Algorithm::EcdsaP521Sha512,
+        other => {
+            return Err(format!("is on the curve {other:?}: OMS signs with ECDSA on P-256, P-384 or P-521"));
+        }
+    };
+    let width = algorithm.field_len();
+    let point = padded(unique.x().value(), width).zip(padded(unique.y().value(), width));
+    let (x, y) = point.ok_or("has a malformed point")?;
+    // Uncompressed (SEC 1, 2.3.3).
+    let point = [&[4][..], &x, &y].concat();
+    let spki: SpkiDer = algorithm.spki_from_point(&point).map_err(|error| error.to_string())?;
+    Ok(PublicKey { algorithm, spki })
+}
+
+/// A number with leading zeros.
+fn padded(number: &[u8], width: usize) -> Option<Vec<u8>> {
+    let zeros = width.checked_sub(number.len())?;
+    Some([vec![0; zeros], number.to_vec()].concat())
+}

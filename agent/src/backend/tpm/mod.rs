@@ -1,0 +1,172 @@
+//! TPM 2.0 keys: persistent handles and wrapped key files. A TPM does one thing at a time, so there is one
+//! thread, one context, and, after anything unexpected, another process with another context.
+
+mod errors;
+mod keyfile;
+mod keys;
+
+use std::sync::{Mutex, PoisonError};
+
+use tss_esapi::Context;
+use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
+use tss_esapi::handles::KeyHandle;
+use tss_esapi::structures::{Auth, CapabilityData};
+use tss_esapi::tcti_ldr::TctiNameConf;
+
+use self::errors::{classify, describe};
+use super::{Device, Say, Signer, gone, locked, refused};
+use crate::algorithm::Algorithm;
+use crate::config::{PinSource, Tcti};
+use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
+use crate::pin::read_pin;
+use crate::secret::Pin;
+
+/// An open TPM.
+struct OpenTpm {
+    context: Mutex<Context>,
+    /// In the order of the configuration; none where the key cannot be used.
+    keys: Vec<Option<Key>>,
+}
+
+/// A key that passed its check.
+struct Key {
+    handle: KeyHandle,
+    algorithm: Algorithm,
+}
+
+/// Connects, finds or loads every key, and has each sign a random challenge.
+pub(super) fn open(
+    tcti: &Tcti,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    say: Say<'_>,
+) -> Result<(Box<dyn Device>, Opened), Failure> {
+    let mut context = connect(tcti)?;
+    let device = device(&mut context)?;
+    let auth = authorization(&mut context, spec, pin)?;
+    let offered = auth.is_some();
+    if offered {
+        // The agent has to know before the TPM does: its dictionary-attack counter may count what happens now.
+        say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+    }
+    let (mut keys, mut public) = (Vec::new(), Vec::new());
+    for (name, object) in &spec.keys {
+        match keys::open(&mut context, object, auth.clone()) {
+            Ok((handle, PublicKey { algorithm, spki })) => {
+                keys.push(Some(Key { handle, algorithm }));
+                public.push(Ok(PublicKey { algorithm, spki }));
+            }
+            // One refusal is one try of the TPM's counter: the value is offered to no other key.
+            Err(failure) if failure.class != Class::Refused => return Err(failure),
+            Err(failure) => {
+                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
+                keys.push(None);
+                public.push(Err(failure.message));
+            }
+        }
+    }
+    if offered {
+        say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    }
+    let opened = Opened { device, sessions: 1, keys: public };
+    Ok((Box::new(OpenTpm { context: Mutex::new(context), keys }), opened))
+}
+
+/// Looks at a TPM without using any key.
+pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
+    let mut context = connect(tcti)?;
+    let device = device(&mut context)?;
+    let notes = match locked_out(&mut context)? {
+        true => vec!["in lockout: wait, or run `tpm2_dictionarylockout --clear-lockout`".to_owned()],
+        false => Vec::new(),
+    };
+    let found = SurveyedToken { slot: 0, label: device.clone(), device, selected: true, notes };
+    Ok(Survey { library: format!("TPM at {tcti}"), tokens: vec![found] })
+}
+
+fn connect(tcti: &Tcti) -> Result<Context, Failure> {
+    let cannot =
+        |error: tss_esapi::Error| gone(format!("cannot reach the TPM at {tcti}: {}", describe(&error)));
+    let name: TctiNameConf = tcti.to_string().parse().map_err(cannot)?;
+    let mut context = Context::new(name).map_err(cannot)?;
+    // A TPM is started by the firmware, but a simulator after a reset by nobody. Started twice is no harm: it says so.
+    let _ = context.startup(StartupType::Clear);
+    Ok(context)
+}
+
+/// Manufacturer and firmware version, as the TPM names them (TPM 2.0 Part 2, 6.13).
+fn device(context: &mut Context) -> Result<String, Failure> {
+    let asked = [PropertyTag::Manufacturer, PropertyTag::FirmwareVersion1, PropertyTag::FirmwareVersion2];
+    let mut found = [0; 3];
+    for (tag, value) in asked.into_iter().zip(&mut found) {
+        *value = property(context, tag)?;
+    }
+    let [manufacturer, first, second] = found;
+    let name = manufacturer.to_be_bytes();
+    let name = String::from_utf8_lossy(&name);
+    let name = name.trim_end_matches(['\0', ' ']);
+    Ok(format!("TPM 2.0 ({name}, firmware {first:x}.{second:x})"))
+}
+
+/// One property, as it is now: the crate's own getter remembers old answers.
+fn property(context: &mut Context, tag: PropertyTag) -> Result<u32, Failure> {
+    let (data, _) = context
+        .execute_without_session(|context| {
+            context.get_capability(CapabilityType::TpmProperties, tag.into(), 1)
+        })
+        .map_err(|error| classify("ask the TPM", &error))?;
+    match data {
+        CapabilityData::TpmProperties(list) => Ok(list.find(tag).map_or(0, |found| found.value())),
+        _ => Ok(0),
+    }
+}
+
+/// Whether authorization values of keys are refused at present, right or wrong.
+fn locked_out(context: &mut Context) -> Result<bool, Failure> {
+    const IN_LOCKOUT: u32 = 1 << 9; // TPMA_PERMANENT, TPM 2.0 Part 2, 8.6
+    Ok(property(context, PropertyTag::Permanent)? & IN_LOCKOUT != 0)
+}
+
+/// The authorization value of the keys, if they have one.
+fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Result<Option<Auth>, Failure> {
+    let pin = match (pin, &spec.token.pin) {
+        (None, PinSource::None) => return Ok(None),
+        (Some(pin), _) => pin,
+        (None, source) => read_pin(source).map_err(locked)?,
+    };
+    if locked_out(context)? {
+        let message = "the TPM is in lockout after wrong authorization values; wait until it forgives them, or run \
+                       `tpm2_dictionarylockout --clear-lockout`, then unlock it";
+        return Err(locked(message.into()));
+    }
+    let auth = Auth::try_from(pin.expose().as_bytes().to_vec());
+    auth.map(Some).map_err(|_| locked("the authorization value is longer than a TPM takes".into()))
+}
+
+impl Device for OpenTpm {
+    fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
+        Ok(vec![Box::new(Thread(self))])
+    }
+
+    fn probe(&self) -> Result<(), Failure> {
+        let mut context = self.context.lock().unwrap_or_else(PoisonError::into_inner);
+        property(&mut context, PropertyTag::Permanent).map(drop).map_err(|failure| gone(failure.message))
+    }
+
+    /// Dropping the context flushes the keys that were loaded from files.
+    fn close(self: Box<Self>) {}
+}
+
+/// The one thread that signs.
+struct Thread<'a>(&'a OpenTpm);
+
+impl Signer for Thread<'_> {
+    fn sign(&mut self, key: usize, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+        let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
+        if digest.len() != key.algorithm.digest_len() {
+            return Err(refused(format!("a digest of {} bytes", digest.len())));
+        }
+        let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
+        keys::sign(&mut context, key.handle, key.algorithm, digest)
+    }
+}

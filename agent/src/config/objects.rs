@@ -1,0 +1,112 @@
+//! `object = …` of a `[key.NAME]`: what the key is on its device.
+
+use super::read::{Reader, Section};
+use super::uri::Pkcs11Uri;
+use super::{Object, ObjectSelector};
+
+/// Slots that hold signing keys: authentication, signature, key management, card authentication, retired.
+const PIV_SLOTS: [std::ops::RangeInclusive<u8>; 3] = [0x9a..=0x9a, 0x9c..=0x9e, 0x82..=0x95];
+
+/// The handles that an owner may make persistent (TPM 2.0 Part 2, 7.5).
+const TPM_HANDLES: std::ops::RangeInclusive<u32> = 0x8100_0000..=0x81ff_ffff;
+
+pub(super) fn object(reader: &mut Reader<'_>, section: &mut Section<'_>, backend: &str) -> Option<Object> {
+    match backend {
+        "tpm" => tpm(reader, section),
+        "piv" => piv(reader, section),
+        _ => pkcs11(reader, section).map(Object::Pkcs11),
+    }
+}
+
+/// `object = { handle | file }`
+fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
+    const EXAMPLES: &str = "{ handle = \"0x81000010\" } or { file = \"release-key.pem\" }";
+    let (at, path) = (section.position("object"), section.path_of("object"));
+    let Some(mut table) = section.table("object") else {
+        let message =
+            format!("a key of a TPM is a persistent handle or a key file; write object = {EXAMPLES}");
+        reader.mistake(at, &path, message);
+        return None;
+    };
+    let (handle, file) = (table.string(reader, "handle"), table.path(reader, "file"));
+    table.finish(reader);
+    match (handle, file) {
+        (Some(text), None) => {
+            let digits = text.strip_prefix("0x").unwrap_or(&text);
+            let handle = u32::from_str_radix(digits, 16).ok().filter(|handle| TPM_HANDLES.contains(handle));
+            if handle.is_none() {
+                let message = format!("{text:?} is not a persistent handle; write one like \"0x81000010\"");
+                reader.mistake(at, &path, message);
+            }
+            handle.map(Object::TpmHandle)
+        }
+        (None, Some(file)) => Some(Object::TpmFile(file)),
+        _ => {
+            reader.mistake(at, &path, format!("give exactly one: object = {EXAMPLES}"));
+            None
+        }
+    }
+}
+
+/// `object = { slot }`
+fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
+    let (at, path) = (section.position("object"), section.path_of("object"));
+    let slot = section.table("object").and_then(|mut table| {
+        let slot = table.string(reader, "slot");
+        table.finish(reader);
+        slot
+    });
+    let slot = slot.and_then(|text| parse_slot(&text));
+    if slot.is_none() {
+        let message = "a PIV key is a slot: 9a, 9c, 9d, 9e or 82 to 95; write object = { slot = \"9c\" }";
+        reader.mistake(at, &path, message.into());
+    }
+    slot.map(Object::PivSlot)
+}
+
+/// A slot by its hexadecimal number.
+pub(super) fn parse_slot(text: &str) -> Option<u8> {
+    let slot = u8::from_str_radix(text, 16).ok()?;
+    PIV_SLOTS.iter().any(|slots| slots.contains(&slot)).then_some(slot)
+}
+
+/// `object = { label | id }` or `object = "pkcs11:…"`.
+fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSelector> {
+    let (at, path) = (section.position("object"), section.path_of("object"));
+    let select = if let Some(mut table) = section.table("object") {
+        let label = table.string(reader, "label");
+        let id = match table.string(reader, "id") {
+            None => None,
+            Some(text) => match hex::decode(text.replace(':', "")) {
+                Ok(id) => Some(id),
+                Err(_) => {
+                    let message = format!("{text:?} is not hexadecimal; write CKA_ID as \"01ab\"");
+                    reader.mistake(table.position("id"), &table.path_of("id"), message);
+                    return None;
+                }
+            },
+        };
+        table.finish(reader);
+        ObjectSelector { label, id }
+    } else {
+        let text = section.required(reader, "object", "{ label = \"model-release\" }")?;
+        match Pkcs11Uri::parse(&text) {
+            Ok(uri) if uri.names_more_than_an_object() => {
+                let message = "only object=… and id=… belong here; the rest is for [token.NAME]".into();
+                reader.mistake(at, &path, message);
+                return None;
+            }
+            Ok(uri) => uri.object,
+            Err(error) => {
+                reader.mistake(at, &path, error.to_string());
+                return None;
+            }
+        }
+    };
+    if select == ObjectSelector::default() {
+        let message = "names no object; write object = { label = \"…\" } or { id = \"01ab\" }".into();
+        reader.mistake(at, &path, message);
+        return None;
+    }
+    Some(select)
+}

@@ -1,0 +1,109 @@
+//! `tcti = "…"`: how a TPM is reached. Checked here, character for character: tpm2-tss takes what it does not
+//! understand for its defaults, silently.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The kernel's resource manager: the TPM can be shared with other programs.
+pub(super) const DEFAULT: &str = "device:/dev/tpmrm0";
+
+/// The name and configuration of a TPM Command Transmission Interface, in tpm2-tss's words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tcti(String);
+
+/// Why a text is not one.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TctiError {
+    /// None of those that are supported.
+    #[error(
+        "{0:?} is not supported; write \"device:/dev/tpmrm0\", \"swtpm:host=127.0.0.1,port=2321\" or \
+         \"tabrmd:bus_type=system\""
+    )]
+    Unknown(String),
+    /// The raw device.
+    #[error(
+        "{0} is the TPM without a resource manager: whoever opens it locks all others out; write \"device:{0}\" with tpmrm"
+    )]
+    Raw(String),
+    /// No such device.
+    #[error("{0} does not exist; is the TPM switched on in the firmware?")]
+    Absent(String),
+    /// A parameter that is not known there.
+    #[error("{0:?} is not a parameter of this kind; {1}")]
+    Parameter(String, &'static str),
+}
+
+impl FromStr for Tcti {
+    type Err = TctiError;
+
+    fn from_str(text: &str) -> Result<Self, TctiError> {
+        let (kind, rest) = text.split_once(':').unwrap_or((text, ""));
+        let known = match kind {
+            "device" => device(rest).map(|()| true)?,
+            "swtpm" => parameters(rest, "write host=… and port=…", |name, value| match name {
+                "host" => !value.is_empty(),
+                "port" => value.parse::<u16>().is_ok_and(|port| port > 0),
+                _ => false,
+            })?,
+            "tabrmd" => {
+                parameters(rest, "write bus_type=system or session, and bus_name=…", |name, value| {
+                    match name {
+                        "bus_type" => matches!(value, "system" | "session"),
+                        "bus_name" => !value.is_empty(),
+                        _ => false,
+                    }
+                })?
+            }
+            _ => false,
+        };
+        if known { Ok(Self(text.to_owned())) } else { Err(TctiError::Unknown(text.to_owned())) }
+    }
+}
+
+impl fmt::Display for Tcti {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn device(path: &str) -> Result<(), TctiError> {
+    let name = path.strip_prefix("/dev/").unwrap_or_default();
+    if name.strip_prefix("tpm").is_some_and(|number| number.parse::<u8>().is_ok()) {
+        return Err(TctiError::Raw(path.to_owned()));
+    }
+    if path.is_empty() || !Path::new(path).exists() {
+        return Err(TctiError::Absent(path.to_owned()));
+    }
+    Ok(())
+}
+
+fn parameters(text: &str, hint: &'static str, known: impl Fn(&str, &str) -> bool) -> Result<bool, TctiError> {
+    for part in text.split(',').filter(|part| !part.is_empty()) {
+        let (name, value) = part.split_once('=').unwrap_or((part, ""));
+        if !known(name, value) {
+            return Err(TctiError::Parameter(part.to_owned(), hint));
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_tpm2_tss_understands_as_written() {
+        for right in
+            ["swtpm:host=127.0.0.1,port=2321", "tabrmd:bus_type=session", "tabrmd:", "device:/dev/null"]
+        {
+            assert!(right.parse::<Tcti>().is_ok(), "{right}");
+        }
+        // The last of these is what tss-esapi takes for localhost:2321.
+        for wrong in ["", "device:", "device:/dev/tpm0", "mssim:", "swtpm:port=0", "swtpm:path=/x.sock"] {
+            assert!(wrong.parse::<Tcti>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Where a PIN comes from: read in the process that owns the token, and nowhere else but in `doctor`.
+
+use std::fs::Metadata;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use crate::config::PinSource;
+use crate::secret::Pin;
+
+/// Reads a PIN from its source. The error says what to do and never holds any part of the PIN.
+pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
+    let empty = |what: String| format!("{what} is empty; put the PIN there");
+    match source {
+        PinSource::File(path) => {
+            let pin = pin_file(path, only_owner_reads)?;
+            pin.ok_or_else(|| empty(format!("the PIN file {}", path.display())))
+        }
+        PinSource::Credential(name) => {
+            let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+                format!("there is no $CREDENTIALS_DIRECTORY; add LoadCredential={name}:… to the systemd unit")
+            })?;
+            let path = Path::new(&directory).join(name);
+            pin_file(&path, |_, _| Ok(()))?.ok_or_else(|| empty(format!("the systemd credential {name}")))
+        }
+        PinSource::Env(name) => {
+            let value =
+                std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
+            Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
+        }
+        PinSource::Prompt => Err("it waits for its PIN".into()),
+        PinSource::None => Err("it asks for a login, but pin = \"none\" is configured".into()),
+    }
+}
+
+/// Whether a PIN source can be read, for `doctor`.
+pub(crate) fn check(source: &PinSource) -> Result<(), String> {
+    match source {
+        PinSource::Prompt | PinSource::None => Ok(()),
+        source => read_pin(source).map(drop),
+    }
+}
+
+/// Refuses a PIN file that anybody but its owner, who must be us or root, can read.
+fn only_owner_reads(path: &Path, metadata: &Metadata) -> Result<(), String> {
+    let shown = path.display();
+    let own = rustix::process::geteuid().as_raw();
+    if !metadata.is_file() {
+        return Err(format!("the PIN file {shown} is not a regular file"));
+    }
+    if metadata.mode() & 0o077 != 0 {
+        return Err(format!("the PIN file {shown} can be read by others; run: chmod 600 {shown}"));
+    }
+    if metadata.uid() != own && metadata.uid() != 0 {
+        return Err(format!("the PIN file {shown} belongs to another user; run: chown {own} {shown}"));
+    }
+    Ok(())
+}
+
+/// The PIN in a file that passes a check, without one trailing newline.
+fn pin_file(path: &Path, check: fn(&Path, &Metadata) -> Result<(), String>) -> Result<Option<Pin>, String> {
+    let shown = path.display();
+    let fail = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::InvalidData => format!("the PIN in {shown} is not UTF-8"),
+        _ => format!("the PIN file {shown}: {error}"),
+    };
+    // What is checked is what is read, whoever renames files meanwhile.
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    check(path, &file.metadata().map_err(fail)?)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(fail)?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(Pin::new(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_trailing_newline_is_not_part_of_the_pin() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pin");
+        for text in ["1234", "1234\n", "1234\r\n"] {
+            std::fs::write(&path, text).expect("written");
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).expect("set");
+            assert_eq!(read_pin(&PinSource::File(path.clone())).expect(text).expose(), "1234");
+        }
+        std::fs::write(&path, " 12\n34 \n\n").expect("written");
+        assert_eq!(read_pin(&PinSource::File(path.clone())).expect("read").expose(), " 12\n34 \n");
+        std::fs::write(&path, "\n").expect("written");
+        assert!(read_pin(&PinSource::File(path)).expect_err("empty").contains("is empty"));
+    }
+
+    #[test]
+    fn a_pin_file_that_others_can_read_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pin");
+        std::fs::write(&path, "431276").expect("written");
+        for mode in [0o640, 0o604, 0o620] {
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
+            let error = read_pin(&PinSource::File(path.clone())).expect_err("refused");
+            assert!(error.contains("chmod 600") && !error.contains("431276"), "{error}");
+        }
+    }
+}

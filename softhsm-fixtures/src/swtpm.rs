@@ -1,0 +1,175 @@
+//! A software TPM 2.0 in a directory and a process of its own.
+
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+
+use crate::write_private;
+
+/// The authorization value of keys that have one. Long enough to be searched for in logs.
+pub const AUTH: &str = "tpm-auth-3352";
+
+/// Longest wait for a TPM to start. It takes some 10 ms.
+const START: Duration = Duration::from_secs(10);
+
+/// A TPM. Ends when dropped; its state stays in its directory.
+pub struct SwTpm {
+    directory: PathBuf,
+    port: u16,
+    process: Option<Child>,
+}
+
+impl SwTpm {
+    /// Starts one.
+    pub fn create(directory: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory).context("the TPM's directory")?;
+        write_private(&directory.join("user.pin"), format!("{AUTH}\n").as_bytes())?;
+        // Another program may take a port between our look and swtpm's: then the next pair.
+        for _ in 0..20 {
+            let mut tpm = Self { directory: directory.to_owned(), port: free_pair()?, process: None };
+            if tpm.start()? {
+                return Ok(tpm);
+            }
+        }
+        bail!("swtpm finds no free port")
+    }
+
+    /// Switches it on. `false`: its port is taken.
+    pub fn start(&mut self) -> anyhow::Result<bool> {
+        let (port, control) = (self.port, self.port + 1);
+        // It must not outlive us, however we end.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "swtpm", "socket", "--tpm2"]);
+        command.arg("--tpmstate").arg(format!("dir={}", self.directory.display()));
+        command.args(["--server", &format!("type=tcp,port={port},bindaddr=127.0.0.1")]);
+        command.args(["--ctrl", &format!("type=tcp,port={control},bindaddr=127.0.0.1")]);
+        command.args(["--flags", "not-need-init,startup-clear"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut process = command.spawn().context("swtpm (apt: swtpm)")?;
+        let started = Instant::now();
+        loop {
+            if process.try_wait()?.is_some() {
+                return Ok(false);
+            }
+            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                break;
+            }
+            ensure!(started.elapsed() < START, "swtpm does not start");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.process = Some(process);
+        Ok(true)
+    }
+
+    /// Cuts its power. `start` switches it on again.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.kill()?;
+            process.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> anyhow::Result<u32> {
+        Ok(self.process.as_ref().context("the TPM is off")?.id())
+    }
+
+    /// How it is reached, in tpm2-tss's words.
+    pub fn tcti(&self) -> String {
+        format!("swtpm:host=127.0.0.1,port={}", self.port)
+    }
+
+    /// A file with [`AUTH`].
+    pub fn pin_file(&self) -> PathBuf {
+        self.directory.join("user.pin")
+    }
+
+    /// Makes a persistent key on a curve (`ecc256`, `ecc384`), with an authorization value if one is given.
+    /// Its public half is left in `NAME.pub.pem`.
+    pub fn persistent_key(
+        &self,
+        name: &str,
+        curve: &str,
+        handle: u32,
+        auth: Option<&str>,
+    ) -> anyhow::Result<PathBuf> {
+        let file = |extension: &str| self.directory.join(format!("{name}.{extension}"));
+        let public = file("pub.pem");
+        let attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign|noda";
+        self.step("tpm2_createprimary", |tool| {
+            tool.args(["-C", "o", "-G", "ecc", "-c"]).arg(file("primary"));
+        })?;
+        self.step("tpm2_create", |tool| {
+            tool.args(["-G", curve, "-a", attributes, "-C"]).arg(file("primary"));
+            tool.arg("-u").arg(file("public")).arg("-r").arg(file("private"));
+            auth.map(|auth| tool.args(["-p", auth]));
+        })?;
+        self.step("tpm2_load", |tool| {
+            tool.arg("-C").arg(file("primary")).arg("-u").arg(file("public"));
+            tool.arg("-r").arg(file("private")).arg("-c").arg(file("context"));
+        })?;
+        self.step("tpm2_readpublic", |tool| {
+            tool.arg("-c").arg(file("context")).args(["-f", "pem", "-o"]).arg(&public);
+        })?;
+        self.step("tpm2_evictcontrol", |tool| {
+            tool.args(["-C", "o", "-c"]).arg(file("context")).arg(format!("{handle:#x}"));
+        })?;
+        Ok(public)
+    }
+
+    /// Makes a wrapped key file on a curve (`P-256`, `P-384`), as users do: with OpenSSL's tpm2 provider.
+    pub fn key_file(&self, name: &str, curve: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let (key, public) =
+            (self.directory.join(format!("{name}.pem")), self.directory.join(format!("{name}.pub.pem")));
+        let provider = ["-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2"];
+        self.tool("openssl", |tool| {
+            tool.arg("genpkey").args(provider).args(["-algorithm", "EC", "-pkeyopt"]);
+            tool.arg(format!("group:{curve}")).arg("-out").arg(&key);
+        })?;
+        self.tool("openssl", |tool| {
+            tool.arg("pkey").args(provider).arg("-in").arg(&key).args(["-pubout", "-out"]).arg(&public);
+        })?;
+        Ok((key, public))
+    }
+
+    /// Runs a tool, and then clears the TPM's three places for keys: without a resource manager the tools leave
+    /// theirs there.
+    fn step(&self, name: &str, arguments: impl FnOnce(&mut Command)) -> anyhow::Result<()> {
+        self.tool(name, arguments)?;
+        self.tool("tpm2_flushcontext", |tool| {
+            tool.arg("-t");
+        })
+    }
+
+    /// Runs a tool with this TPM.
+    pub fn tool(&self, name: &str, arguments: impl FnOnce(&mut Command)) -> anyhow::Result<()> {
+        let mut tool = Command::new(name);
+        arguments(&mut tool);
+        tool.env("TPM2TOOLS_TCTI", self.tcti()).env("TPM2OPENSSL_TCTI", self.tcti());
+        let output = tool.output().with_context(|| format!("{name} (apt: tpm2-tools, tpm2-openssl)"))?;
+        ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+}
+
+impl Drop for SwTpm {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// A port that is free, and so is the next one: tpm2-tss takes it for the control channel.
+fn free_pair() -> anyhow::Result<u16> {
+    for _ in 0..100 {
+        let first = TcpListener::bind(("127.0.0.1", 0)).context("a free port")?;
+        let port = first.local_addr()?.port();
+        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no two free ports in a row")
+}
