@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::Agent;
@@ -17,7 +18,6 @@ struct Expected {
 
 /// A device with keys, in the words of the configuration.
 struct Device {
-    backend: &'static str,
     token: String,
     keys: String,
     expected: Vec<Expected>,
@@ -36,7 +36,6 @@ fn soft_hsm(world: &World) -> anyhow::Result<Device> {
         expected.push(Expected { name, algorithm, public: token.public_key(name) });
     }
     Ok(Device {
-        backend: "pkcs11",
         token: token_section("device", &token, ""),
         keys: expected.iter().map(|key| key_section(key.name, "device", key.name)).collect(),
         expected,
@@ -49,7 +48,6 @@ fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
     let (file, public) = tpm.key_file("p384", "P-384")?;
     let (pin, tcti) = (tpm.pin_file(), tpm.tcti());
     Ok(Device {
-        backend: "tpm",
         token: format!(
             "\n[token.device]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{}\" }}\n",
             pin.display()
@@ -61,6 +59,35 @@ fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
             Expected { name: "p384", algorithm: "ecdsa-p384-sha384", public },
         ],
         secret: AUTH,
+    })
+}
+
+fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
+    card.change_pin()?;
+    // 9c asks for the PIN before every signature.
+    let expected = vec![
+        Expected {
+            name: "p256",
+            algorithm: "ecdsa-p256-sha256",
+            public: card.generate("9c", "ECCP256", &[])?,
+        },
+        Expected {
+            name: "p384",
+            algorithm: "ecdsa-p384-sha384",
+            public: card.generate("82", "ECCP384", &[])?,
+        },
+    ];
+    let (serial, pin, socket) = (card.serial, card.pin_file(), card.socket());
+    Ok(Device {
+        token: format!(
+            "\n[token.device]\nbackend = \"piv\"\nserial = {serial}\npin = {{ file = \"{}\" }}\n\
+             env.PCSCLITE_CSOCK_NAME = \"{}\"\n",
+            pin.display(),
+            socket.display()
+        ),
+        keys: key("p256", "device", "slot = \"9c\"") + &key("p384", "device", "slot = \"82\""),
+        expected,
+        secret: piv::PIN,
     })
 }
 
@@ -109,6 +136,13 @@ fn swtpm() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = SwTpm::create(&world.path("tpm"))?;
     let device = tpm(&stand_in)?;
-    ensure!(device.backend == "tpm");
+    holds(&world, &device)
+}
+
+#[test]
+fn virtual_piv() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
     holds(&world, &device)
 }

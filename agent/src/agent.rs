@@ -14,7 +14,7 @@ use crate::config::{Config, Object};
 use crate::host::wire::PublicKey;
 use crate::identity::Identity;
 use crate::policy::Rule;
-use crate::replay::{Outcome, Replay};
+use crate::replay::{Outcome, Replay, Tell};
 use crate::secret::Pin;
 use crate::token::{State, Token, TokenError};
 
@@ -88,8 +88,8 @@ impl Agent {
         }
     }
 
-    /// Signs after the caller was let in: the token, then the audit log, then the answer.
-    pub(crate) async fn sign(&self, authorised: &Authorised, deadline: Instant) -> Outcome {
+    /// Signs after the caller was let in: the token, then the audit log, then the answer. `tell` learns of touches.
+    pub(crate) async fn sign(&self, authorised: &Authorised, tell: &Tell, deadline: Instant) -> Outcome {
         if self.audit.failing() {
             // The log may work again: this line says so, if it gets through. Until it does, no token is touched.
             let reason = "entries before this one could not be written, and nothing was signed";
@@ -98,7 +98,7 @@ impl Agent {
         }
         let key = self.key(&authorised.key)?;
         let _announced = self.audit.announce();
-        let signed = key.token.sign(key.index, &authorised.digest, deadline).await;
+        let signed = key.token.sign(key.index, &authorised.digest, tell, deadline).await;
         let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if signed.is_ok() { "signed" } else { "failed" };
         let algorithm = key.public().map(|public| public.algorithm.name());

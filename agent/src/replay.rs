@@ -15,13 +15,27 @@ const REMEMBERED: usize = 4096;
 /// What became of a request.
 pub(crate) type Outcome = Result<Signed, Status>;
 
-/// Follows a request until it has an outcome.
-pub(crate) type Follow = watch::Receiver<Option<Outcome>>;
+/// How far a request is.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    /// Waiting for its token, or with it.
+    Working,
+    /// The device waits for a person, who is told this.
+    Touch(String),
+    /// Over.
+    Done(Outcome),
+}
+
+/// Tells how far a request is.
+pub(crate) type Tell = watch::Sender<Step>;
+
+/// Follows a request until it is over.
+pub(crate) type Follow = watch::Receiver<Step>;
 
 /// What a request turned out to be.
 pub(crate) enum Begin {
     /// New: do the work and tell the outcome.
-    New(watch::Sender<Option<Outcome>>, Follow),
+    New(Tell, Follow),
     /// A repetition: follow the first one.
     Again(Follow),
     /// The id was used for something else.
@@ -73,17 +87,18 @@ impl Replay {
                 return Begin::Conflict;
             }
             // A failure is no answer: the next try with this id does the work anew.
-            if !matches!(&*known.follow.borrow(), Some(Err(_))) {
+            if !matches!(&*known.follow.borrow(), Step::Done(Err(_))) {
                 return Begin::Again(known.follow.clone());
             }
         } else {
             order.push_back(id.clone());
         }
-        let (tell, follow) = watch::channel(None);
+        let (tell, follow) = watch::channel(Step::Working);
         seen.insert(id, Seen { key: Arc::clone(key), digest: digest.to_vec(), follow: follow.clone() });
         while order.len() > REMEMBERED {
             let Some(oldest) = order.pop_front() else { break };
-            let in_flight = |seen: &Seen| seen.follow.borrow().is_none() && seen.follow.has_changed().is_ok();
+            let over = |seen: &Seen| matches!(&*seen.follow.borrow(), Step::Done(_));
+            let in_flight = |seen: &Seen| !over(seen) && seen.follow.has_changed().is_ok();
             if seen.get(&oldest).is_some_and(in_flight) {
                 // Still in flight: its repetition must find it. There are never more of these than queues hold.
                 order.push_back(oldest);
@@ -109,9 +124,9 @@ mod tests {
         let key: Arc<str> = "k".into();
         let Begin::New(tell, _) = replay.begin(&caller(1), [1; 16], &key, b"d") else { panic!("new") };
         let signed = Signed { signature: vec![1], public_key: vec![2] };
-        tell.send_replace(Some(Ok(signed.clone())));
+        tell.send_replace(Step::Done(Ok(signed.clone())));
         let Begin::Again(follow) = replay.begin(&caller(1), [1; 16], &key, b"d") else { panic!("again") };
-        assert!(matches!(&*follow.borrow(), Some(Ok(answer)) if *answer == signed));
+        assert!(matches!(&*follow.borrow(), Step::Done(Ok(answer)) if *answer == signed));
         assert!(matches!(replay.begin(&caller(1), [1; 16], &key, b"other"), Begin::Conflict));
         assert!(matches!(replay.begin(&caller(1), [1; 16], &"other".into(), b"d"), Begin::Conflict));
         assert!(matches!(replay.begin(&caller(2), [1; 16], &key, b"d"), Begin::New(..)));
@@ -122,13 +137,13 @@ mod tests {
         let replay = Replay::default();
         let key: Arc<str> = "k".into();
         let Begin::New(tell, _) = replay.begin(&caller(1), [0; 16], &key, b"d") else { panic!("new") };
-        tell.send_replace(Some(Err(Status::unavailable("gone"))));
+        tell.send_replace(Step::Done(Err(Status::unavailable("gone"))));
         assert!(matches!(replay.begin(&caller(1), [0; 16], &key, b"d"), Begin::New(..)));
         for n in 0..REMEMBERED {
             let mut id = [1; 16];
             id[..8].copy_from_slice(&n.to_be_bytes());
             let Begin::New(tell, _) = replay.begin(&caller(1), id, &key, b"d") else { panic!("new") };
-            tell.send_replace(Some(Ok(Signed { signature: vec![1], public_key: vec![2] })));
+            tell.send_replace(Step::Done(Ok(Signed { signature: vec![1], public_key: vec![2] })));
         }
         assert_eq!(replay.seen.lock().expect("not poisoned").0.len(), REMEMBERED);
         assert!(matches!(replay.begin(&caller(1), [0; 16], &key, b"d"), Begin::New(..)));

@@ -108,6 +108,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         sessions: 1,
         timeout: Duration::from_secs(60),
         queue: 16,
+        touch_command: Vec::new(),
         directory: std::path::PathBuf::from("."),
         env: BTreeMap::new(),
         hidden_env: Vec::new(),

@@ -9,7 +9,7 @@ use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
     GetKeyRequest, GetKeyResponse, ListKeysRequest, ListKeysResponse, ListTokensRequest, ListTokensResponse,
-    Queued, SignRequest, SignResponse, Signed, UnlockTokenRequest, UnlockTokenResponse,
+    Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest, UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -22,7 +22,7 @@ use crate::agent::{Agent, Authorised, KeyEntry, SETTLE, UnlockEntry, token_to_pr
 use crate::audit::Entry;
 use crate::identity::Identity;
 use crate::policy::allowed;
-use crate::replay::{Begin, Follow, Outcome};
+use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
 use crate::token::State;
 
@@ -123,30 +123,45 @@ impl AgentService for Service {
                 let agent = Arc::clone(&self.0);
                 // A task of its own: the work is finished and recorded even when the caller hangs up.
                 tokio::spawn(async move {
-                    let outcome = agent.sign(&authorised, deadline).await;
-                    tell.send_replace(Some(outcome));
+                    let outcome = agent.sign(&authorised, &tell, deadline).await;
+                    tell.send_replace(Step::Done(outcome));
                 });
                 follow
             }
         };
-        tokio::select! {
+        let first = tokio::select! {
             biased;
-            outcome = outcome(&mut follow) => {
-                let event = outcome.map(signed)?;
-                return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
-            }
-            () = self.0.patience() => {}
-        }
-        let reason = match key.token.state() {
+            step = next(&mut follow) => match step {
+                Step::Done(outcome) => {
+                    let event = outcome.map(signed)?;
+                    return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
+                }
+                step => step,
+            },
+            () = self.0.patience() => Step::Working,
+        };
+        let queued = match key.token.state() {
             State::Starting => "the token is being opened",
             _ => "the token is busy",
         };
-        let queued = SignResponse { event: Some(Event::Queued(Queued { reason: reason.into() })) };
         let (events, stream) = mpsc::channel(2);
         tokio::spawn(async move {
-            // A caller that hung up needs no events.
-            let _ = events.send(Ok(queued)).await;
-            let _ = events.send(outcome(&mut follow).await.map(signed)).await;
+            let mut step = first;
+            loop {
+                let event = match step {
+                    Step::Working => Event::Queued(Queued { reason: queued.into() }),
+                    Step::Touch(message) => Event::Touch(Touch { message }),
+                    Step::Done(outcome) => {
+                        // A caller that hung up needs no answer.
+                        let _ = events.send(outcome.map(signed)).await;
+                        return;
+                    }
+                };
+                if events.send(Ok(SignResponse { event: Some(event) })).await.is_err() {
+                    return;
+                }
+                step = next(&mut follow).await;
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
@@ -188,10 +203,11 @@ impl AgentService for Service {
     }
 }
 
-async fn outcome(follow: &mut Follow) -> Outcome {
-    match follow.wait_for(Option::is_some).await {
-        Ok(outcome) => outcome.clone().unwrap_or_else(|| Err(Status::internal("no outcome"))),
-        Err(_) => Err(Status::internal("the request was dropped")),
+/// The next step that this follower has not seen.
+async fn next(follow: &mut Follow) -> Step {
+    match follow.changed().await {
+        Ok(()) => follow.borrow_and_update().clone(),
+        Err(_) => Step::Done(Err(Status::internal("the request was dropped"))),
     }
 }
 

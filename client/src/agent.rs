@@ -283,6 +283,7 @@ impl Agent {
             while let Some(event) = events.message().await? {
                 match event.event {
                     Some(Event::Queued(queued)) => waiting(&queued.reason),
+                    Some(Event::Touch(touch)) => waiting(&touch.message),
                     Some(Event::Signed(signed)) => return Ok(signed.signature),
                     // An event of a later version of the contract.
                     None => {}

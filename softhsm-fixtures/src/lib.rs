@@ -3,6 +3,7 @@
 
 pub mod ca;
 pub mod model;
+pub mod piv;
 pub mod softhsm;
 pub mod swtpm;
 
@@ -30,4 +31,16 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     let mut options = std::fs::OpenOptions::new();
     let mut file = options.write(true).create_new(true).mode(0o600).open(path).context("a private file")?;
     file.write_all(content).context("a private file")
+}
+
+/// A port that is free, and so is the next one: swtpm's control channel and the virtual reader take that too.
+pub(crate) fn free_pair() -> anyhow::Result<u16> {
+    for _ in 0..100 {
+        let first = std::net::TcpListener::bind(("127.0.0.1", 0)).context("a free port")?;
+        let port = first.local_addr()?.port();
+        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no two free ports in a row")
 }

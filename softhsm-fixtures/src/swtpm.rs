@@ -1,13 +1,13 @@
 //! A software TPM 2.0 in a directory and a process of its own.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
-use crate::write_private;
+use crate::{free_pair, write_private};
 
 /// The authorization value of keys that have one. Long enough to be searched for in logs.
 pub const AUTH: &str = "tpm-auth-3352";
@@ -160,16 +160,4 @@ impl Drop for SwTpm {
     fn drop(&mut self) {
         let _ = self.kill();
     }
-}
-
-/// A port that is free, and so is the next one: tpm2-tss takes it for the control channel.
-fn free_pair() -> anyhow::Result<u16> {
-    for _ in 0..100 {
-        let first = TcpListener::bind(("127.0.0.1", 0)).context("a free port")?;
-        let port = first.local_addr()?.port();
-        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return Ok(port);
-        }
-    }
-    bail!("no two free ports in a row")
 }

@@ -1,5 +1,6 @@
 //! The devices that can hold keys: a room each, and the only ones that name a hardware crate.
 
+mod piv;
 mod pkcs11;
 mod tpm;
 
@@ -24,8 +25,9 @@ pub(crate) trait Device: Sync {
 
 /// One thread's way to the device's keys.
 pub(crate) trait Signer: Send {
-    /// Signs a digest with the key of this index; the answer is as the bundle wants it.
-    fn sign(&mut self, key: usize, digest: &[u8]) -> Result<Vec<u8>, Failure>;
+    /// Signs a digest with the key of this index; the answer is as the bundle wants it. `touch` is told when the
+    /// device waits for a person, and which device.
+    fn sign(&mut self, key: usize, digest: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
 }
 
 /// Opens a device, logs in once, finds every key and has each sign a random challenge.
@@ -37,7 +39,7 @@ pub(crate) fn open(
     match &spec.token.device {
         config::Device::Pkcs11 { module, select } => pkcs11::open(module, select, spec, pin, say),
         config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
-        config::Device::Piv { .. } => Err(refused("not yet".into())),
+        config::Device::Piv { serial } => piv::open(*serial, spec, pin, say),
     }
 }
 
@@ -46,7 +48,7 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
     match &token.device {
         config::Device::Pkcs11 { module, select } => pkcs11::survey(module, select),
         config::Device::Tpm(tcti) => tpm::survey(tcti),
-        config::Device::Piv { .. } => Err(refused("not yet".into())),
+        config::Device::Piv { serial } => piv::survey(*serial),
     }
 }
 

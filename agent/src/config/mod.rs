@@ -102,6 +102,8 @@ pub struct Token {
     pub timeout: Duration,
     /// How many requests may wait; one more is answered `RESOURCE_EXHAUSTED`. Default 256.
     pub queue: usize,
+    /// What the agent runs when the device waits for a touch, with the message as its last argument.
+    pub touch_command: Vec<String>,
     /// Where its process runs: the directory of the configuration file, which paths in `env` are relative to.
     pub directory: PathBuf,
     /// Environment variables of the token's process, such as `SOFTHSM2_CONF`.

@@ -211,6 +211,21 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// Takes an array of strings.
+    pub(super) fn strings(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Vec<String> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let items = value.get_ref().as_array().map(|array| array.iter().map(|item| item.get_ref().as_str()));
+        match items.and_then(|mut items| {
+            items.try_fold(Vec::new(), |mut all, item| {
+                all.push(item?.to_owned());
+                Some(all)
+            })
+        }) {
+            Some(strings) => strings,
+            None => self.expected(reader, key, value, "an array of strings").unwrap_or_default(),
+        }
+    }
+
     /// Takes an array of tables: `[[key]]`.
     pub(super) fn tables(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Vec<Section<'a>> {
         let Some(value) = self.take(key) else { return Vec::new() };

@@ -42,6 +42,10 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     let sessions = if several { section.integer(reader, "sessions", 1..=256) } else { None };
     let timeout = section.duration(reader, "timeout").unwrap_or(Duration::from_secs(10));
     let queue = section.integer(reader, "queue", 1..=100_000).unwrap_or(256);
+    let touch_command = match device {
+        Some(Device::Piv { .. }) => section.strings(reader, "touch_command"),
+        _ => Vec::new(),
+    };
     let env = environment(reader, &mut section);
     section.finish(reader);
     Some(Token {
@@ -50,6 +54,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         sessions: usize::try_from(sessions.unwrap_or(1)).ok()?,
         timeout,
         queue: usize::try_from(queue).ok()?,
+        touch_command,
         directory: reader.base().to_owned(),
         env,
         hidden_env: Vec::new(),

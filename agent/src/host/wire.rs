@@ -131,15 +131,18 @@ pub(crate) struct Answer {
     pub(crate) class: i32,
     #[prost(string, tag = "4")]
     pub(crate) message: String,
+    /// Not the answer yet: the device waits for a touch, and this says which.
+    #[prost(string, tag = "5")]
+    pub(crate) touch: String,
 }
 
 impl Answer {
     /// The answer to the request `id`.
     pub(crate) fn new(id: u64, outcome: Result<Vec<u8>, Failure>) -> Self {
         match outcome {
-            Ok(signature) => Self { id, signature, class: 0, message: String::new() },
+            Ok(signature) => Self { id, signature, ..Self::default() },
             Err(failure) => {
-                Self { id, signature: Vec::new(), class: failure.class as i32, message: failure.message }
+                Self { id, class: failure.class as i32, message: failure.message, ..Self::default() }
             }
         }
     }

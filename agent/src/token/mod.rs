@@ -14,6 +14,7 @@ pub(crate) use self::process::survey;
 use self::process::{Held, Host};
 use crate::config::{self, Object};
 use crate::host::wire::{Class, Opened, PublicKey};
+use crate::replay::Tell;
 use crate::secret::Pin;
 
 /// Why a token did not sign, by what the caller can do.
@@ -110,7 +111,14 @@ impl Token {
     }
 
     /// Signs a digest with the key of this index. Waits while the token starts or is busy, until the deadline.
-    pub async fn sign(&self, key: usize, digest: &[u8], deadline: Instant) -> Result<Signed, TokenError> {
+    /// `tell` learns when the device waits for a touch.
+    pub(crate) async fn sign(
+        &self,
+        key: usize,
+        digest: &[u8],
+        tell: &Tell,
+        deadline: Instant,
+    ) -> Result<Signed, TokenError> {
         let mut retried = false;
         loop {
             let place = self.queue()?;
@@ -135,7 +143,7 @@ impl Token {
                 continue;
             };
             let held = Held { _turn: turn, _place: place };
-            let answer = timeout_at(deadline, host.sign(key, digest, held)).await;
+            let answer = timeout_at(deadline, host.sign(key, digest, tell, held)).await;
             let answer = answer.map_err(|_| TokenError::Deadline)?;
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),

@@ -19,10 +19,14 @@ use zeroize::Zeroizing;
 use super::{Command, Place, Token, TokenError, Unlocked};
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opened, Opening, Sign, Survey};
+use crate::replay::{Step, Tell};
 use crate::secret::Pin;
 
 /// Requests a session may have before it: enough that it never waits for the next one.
 const AHEAD: usize = 4;
+
+/// How long a `touch_command` may run.
+const NOTIFY: Duration = Duration::from_secs(30);
 
 /// How long a process may take to close its device when it is told to.
 const GRACE: Duration = Duration::from_secs(2);
@@ -36,6 +40,7 @@ pub(super) struct Host {
     pub(super) window: Arc<Semaphore>,
     requests: mpsc::UnboundedSender<Sign>,
     pending: Mutex<Pending>,
+    touch_command: Vec<String>,
     next_id: AtomicU64,
 }
 
@@ -50,6 +55,7 @@ struct Pending {
 /// A request that is with the process, whether or not its caller still waits.
 struct Waiting {
     done: oneshot::Sender<Result<Outcome, String>>,
+    tell: Tell,
     sent: Instant,
     /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
     /// pile up work without bound.
@@ -64,7 +70,13 @@ pub(super) struct Held {
 
 impl Host {
     /// Has the process sign. The outer error says why the process was replaced before it answered.
-    pub(super) async fn sign(&self, key: usize, digest: &[u8], held: Held) -> Result<Outcome, String> {
+    pub(super) async fn sign(
+        &self,
+        key: usize,
+        digest: &[u8],
+        tell: &Tell,
+        held: Held,
+    ) -> Result<Outcome, String> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let (done, outcome) = oneshot::channel();
@@ -73,7 +85,9 @@ impl Host {
             if let Some(reason) = &pending.ended {
                 return Err(reason.clone());
             }
-            pending.waiting.insert(id, Waiting { done, sent: Instant::now(), _held: held });
+            pending
+                .waiting
+                .insert(id, Waiting { done, tell: tell.clone(), sent: Instant::now(), _held: held });
         }
         // The window bounds how many there can be.
         let _ = self.requests.send(Sign { id, key, digest: digest.to_vec() });
@@ -96,12 +110,34 @@ impl Host {
     fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         pending.last_answer = Some(Instant::now());
+        if !answer.touch.is_empty() {
+            if let Some(waiting) = pending.waiting.get_mut(&answer.id) {
+                waiting.sent = Instant::now();
+                waiting.tell.send_replace(Step::Touch(answer.touch.clone()));
+            }
+            self.notify(answer.touch);
+            return;
+        }
         let waiting = pending.waiting.remove(&answer.id);
         drop(pending);
         if let Some(waiting) = waiting {
             // The caller may have given up at its deadline.
             let _ = waiting.done.send(Ok(answer.outcome()));
         }
+    }
+
+    /// Runs the operator's command, such as a desktop notification. What becomes of it is its own affair.
+    fn notify(&self, message: String) {
+        let Some((program, arguments)) = self.touch_command.split_first() else { return };
+        let mut command = Spawn::new(program);
+        command.args(arguments).arg(message).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+        let program = program.clone();
+        tokio::spawn(async move {
+            match command.spawn() {
+                Ok(mut child) => drop(timeout(NOTIFY, child.wait()).await),
+                Err(error) => tracing::warn!(%program, %error, "touch_command cannot be run"),
+            }
+        });
     }
 
     /// Whether an operation takes longer than `limit`. Requests are taken in order and each session has at
@@ -161,6 +197,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
                 opened,
                 requests,
                 pending: Mutex::default(),
+                touch_command: token.config.touch_command.clone(),
                 next_id: AtomicU64::new(0),
             };
             Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
@@ -235,6 +272,8 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
     let child = command
         .arg0(format!("omsign-agent: token {name}"))
         .arg("token-host")
+        // tpm2-tss writes to standard error what its errors say anyway.
+        .env("TSS2_LOG", "all+NONE")
         .envs(&config.env)
         .current_dir(&config.directory)
         .env_remove("NOTIFY_SOCKET")

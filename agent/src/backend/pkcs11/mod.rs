@@ -177,7 +177,7 @@ impl<'a> Signer<'a> {
 
 impl super::Signer for Signer<'_> {
     /// A stale session or handle is replaced once.
-    fn sign(&mut self, index: usize, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, index: usize, digest: &[u8], _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.token.keys.get(index) else {
             return Err(refused("no such key".to_owned()));
         };

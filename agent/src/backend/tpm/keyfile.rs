@@ -68,7 +68,12 @@ impl KeyFile {
         let public = sized(key.public.as_bytes()).and_then(|bytes| Public::unmarshall(bytes).ok());
         let private = sized(key.private.as_bytes()).and_then(|bytes| Private::try_from(bytes.to_vec()).ok());
         let (public, private) = public.zip(private).ok_or_else(|| wrong("holds no TPM 2.0 key"))?;
-        Ok(Self { parent: key.parent, has_auth: !key.empty_auth.as_ref().is_some_and(is_true), public, private })
+        Ok(Self {
+            parent: key.parent,
+            has_auth: !key.empty_auth.as_ref().is_some_and(is_true),
+            public,
+            private,
+        })
     }
 }
 

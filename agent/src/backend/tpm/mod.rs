@@ -161,7 +161,7 @@ impl Device for OpenTpm {
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, key: usize, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, key: usize, digest: &[u8], _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         if digest.len() != key.algorithm.digest_len() {
             return Err(refused(format!("a digest of {} bytes", digest.len())));

@@ -1,0 +1,39 @@
+//! What an error of the card, or of PC/SC, means for the one who asked: decided here, once.
+
+use yubikey::Error;
+
+use crate::host::wire::{Class, Failure};
+
+/// Programs that are known to keep a card to themselves, by the name of their process.
+const HOLDERS: [&str; 4] = ["scdaemon", "ykman", "yubico-authenticator", "yubikey-agent"];
+
+/// The class of a failure to do `what`.
+pub(super) fn classify(what: &str, error: &Error) -> Failure {
+    let (class, why) = match error {
+        Error::WrongPin { tries: 0 } | Error::PinLocked => (
+            Class::Locked,
+            "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin".to_owned(),
+        ),
+        Error::WrongPin { tries } => (Class::Locked, format!("it refused the PIN; {tries} tries are left")),
+        Error::SizeError
+        | Error::NotSupported
+        | Error::NotFound
+        | Error::AlgorithmError
+        | Error::KeyError => (Class::Refused, error.to_string()),
+        Error::PcscError { inner: Some(inner) } => (Class::Gone, inner.to_string()),
+        error => (Class::Gone, error.to_string()),
+    };
+    Failure { class, message: format!("cannot {what}: {why}") }
+}
+
+/// Who probably holds it: `: scdaemon (process 1234)`, or nothing.
+pub(super) fn holder() -> String {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if HOLDERS.contains(&name.trim()) {
+            found.push(format!("{} (process {})", name.trim(), entry.file_name().display()));
+        }
+    }
+    if found.is_empty() { String::new() } else { format!(": {}", found.join(", ")) }
+}

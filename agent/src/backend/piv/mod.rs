@@ -1,0 +1,217 @@
+//! PIV keys on a YubiKey. Every step is a short transaction of its own, so that gpg and ykman can use the card
+//! in between; what they undo (the selected application, the verified PIN) is done again.
+
+mod errors;
+mod keys;
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use yubikey::piv::{self, SlotId};
+use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey};
+
+use self::errors::{classify, holder};
+use self::keys::Key;
+use super::{Device, Say, Signer, gone, locked, refused};
+use crate::config::PinSource;
+use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::pin::read_pin;
+use crate::secret::Pin;
+
+/// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
+const CACHED: Duration = Duration::from_secs(15);
+
+/// A card whose PIN was accepted.
+struct OpenPiv {
+    card: Mutex<Card>,
+    serial: u32,
+    /// In the order of the configuration; none where the key cannot be used.
+    keys: Vec<Option<Key>>,
+}
+
+struct Card {
+    yubikey: YubiKey,
+    /// Keys of slot 9c want it before every signature.
+    pin: Option<Pin>,
+    last_touch: Option<Instant>,
+}
+
+/// Connects, verifies the PIN once, and reads every key's metadata. Keys that need no touch sign a challenge.
+pub(super) fn open(
+    serial: u32,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    say: Say<'_>,
+) -> Result<(Box<dyn Device>, Opened), Failure> {
+    let mut yubikey = connect(serial)?;
+    let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
+    let pin = verified(&mut yubikey, spec, pin, say)?;
+    let mut card = Card { yubikey, pin, last_touch: None };
+    let (mut keys, mut public) = (Vec::new(), Vec::new());
+    for (name, object) in &spec.keys {
+        match keys::find(&mut card, object) {
+            Ok((key, found)) => {
+                keys.push(Some(key));
+                public.push(Ok(found));
+            }
+            Err(failure) if failure.class != Class::Refused => return Err(failure),
+            Err(failure) => {
+                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
+                keys.push(None);
+                public.push(Err(failure.message));
+            }
+        }
+    }
+    let opened = Opened { device, sessions: 1, keys: public };
+    Ok((Box::new(OpenPiv { card: Mutex::new(card), serial, keys }), opened))
+}
+
+/// Looks at a card without offering a PIN.
+pub(super) fn survey(serial: u32) -> Result<Survey, Failure> {
+    let mut yubikey = connect(serial)?;
+    let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
+    let mut notes = vec![format!("{tries} PIN tries left")];
+    let secrets = [("PIN", 0x80), ("PUK", 0x81), ("management key", 0x9b)];
+    for (name, reference) in secrets {
+        let slot = SlotId::try_from(reference).ok();
+        let metadata = slot.and_then(|slot| piv::metadata(&mut yubikey, slot).ok());
+        if metadata.is_some_and(|metadata| metadata.default == Some(true)) {
+            notes.push(format!("its {name} is the one from the factory; change it with `ykman piv access`"));
+        }
+    }
+    let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
+    let found = SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, notes };
+    Ok(Survey { library: "PC/SC".into(), tokens: vec![found] })
+}
+
+fn connect(serial: u32) -> Result<YubiKey, Failure> {
+    YubiKey::open_by_serial(Serial(serial)).map_err(|error| match error {
+        yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
+        yubikey::Error::PcscError { inner: Some(inner) } => gone(match inner {
+            pcsc::Error::SharingViolation => {
+                format!("YubiKey {serial} is in use by another program{}", holder())
+            }
+            pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
+                "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`"
+                    .to_owned()
+            }
+            inner => format!("no YubiKey with serial {serial} is connected: {inner}"),
+        }),
+        error => classify(&format!("open YubiKey {serial}"), &error),
+    })
+}
+
+/// Offers the PIN, once, unless that could block it.
+fn verified(
+    yubikey: &mut YubiKey,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    say: Say<'_>,
+) -> Result<Option<Pin>, Failure> {
+    let pin = match (pin, &spec.token.pin) {
+        (None, PinSource::None) => return Ok(None),
+        (Some(pin), _) => pin,
+        (None, source) => read_pin(source).map_err(locked)?,
+    };
+    let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
+    if tries == 0 {
+        return Err(locked(
+            "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin".into(),
+        ));
+    }
+    if tries == 1 && !spec.by_operator {
+        let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
+        return Err(locked(message.into()));
+    }
+    // The agent has to know before the card does.
+    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+    yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| classify("verify the PIN", &error))?;
+    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    Ok(Some(pin))
+}
+
+impl Card {
+    /// Signs; does again what other programs undid, once.
+    fn sign(&mut self, key: &Key, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+        if key.pin == PinPolicy::Always {
+            self.verify()?;
+        }
+        let signed = piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot);
+        let signed = match signed {
+            Err(yubikey::Error::AuthenticationError | yubikey::Error::GenericError)
+                if key.touch == TouchPolicy::Never =>
+            {
+                // Selects the application again, and costs no try.
+                let tries = self.yubikey.get_pin_retries();
+                tries.map_err(|error| classify("select the PIV application", &error))?;
+                if key.pin != PinPolicy::Never {
+                    self.verify()?;
+                }
+                piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot)
+            }
+            Err(yubikey::Error::AuthenticationError) => {
+                return Err(refused("nobody touched it in time".into()));
+            }
+            signed => signed,
+        };
+        signed.map(|signature| signature.to_vec()).map_err(|error| classify("sign", &error))
+    }
+
+    /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
+    fn verify(&mut self) -> Result<(), Failure> {
+        let Some(pin) = &self.pin else {
+            return Err(refused("the key asks for the PIN, but pin = \"none\" is configured".into()));
+        };
+        let verified = self.yubikey.verify_pin(pin.expose().as_bytes());
+        verified.map_err(|error| classify("verify the PIN", &error))
+    }
+
+    /// Whether the next signature of this key needs a finger.
+    fn waits_for_touch(&self, key: &Key) -> bool {
+        match key.touch {
+            TouchPolicy::Default | TouchPolicy::Never => false,
+            TouchPolicy::Always => true,
+            TouchPolicy::Cached => self.last_touch.is_none_or(|last| last.elapsed() >= CACHED),
+        }
+    }
+}
+
+impl Device for OpenPiv {
+    fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
+        Ok(vec![Box::new(Thread(self))])
+    }
+
+    fn probe(&self) -> Result<(), Failure> {
+        let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Some(key)) = self.keys.iter().find(|key| key.is_some()) else { return Ok(()) };
+        match piv::metadata(&mut card.yubikey, key.slot) {
+            // Another program's application may be selected; the card is there.
+            Ok(_) | Err(yubikey::Error::GenericError | yubikey::Error::NotSupported) => Ok(()),
+            Err(error) => Err(gone(classify("ask the card", &error).message)),
+        }
+    }
+
+    fn close(self: Box<Self>) {}
+}
+
+/// The one thread that signs.
+struct Thread<'a>(&'a OpenPiv);
+
+impl Signer for Thread<'_> {
+    fn sign(&mut self, key: usize, digest: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+        let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
+        if digest.len() != key.algorithm.digest_len() {
+            return Err(refused(format!("a digest of {} bytes", digest.len())));
+        }
+        let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = card.waits_for_touch(key);
+        if waits {
+            touch(&format!("touch your YubiKey (serial {})", self.0.serial));
+        }
+        let signature = card.sign(key, digest)?;
+        if waits {
+            card.last_touch = Some(Instant::now());
+        }
+        Ok(signature)
+    }
+}

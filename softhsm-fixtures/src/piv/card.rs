@@ -1,0 +1,451 @@
+//! The PIV application of a virtual YubiKey: commands in, answers out (NIST SP 800-73-4, part 2; Yubico, "PIV
+//! extensions"). State is in memory only: a card that is made anew is empty.
+
+use std::collections::BTreeMap;
+
+use openssl::error::ErrorStack;
+use openssl::pkey::{PKey, Private};
+use openssl::rand::rand_bytes;
+use openssl::symm::{Cipher, Crypter, Mode};
+
+use super::keys::{self, Slot};
+use super::tlv::{parse, tlv, value};
+
+/// The firmware version that it claims.
+pub(super) const VERSION: [u8; 3] = [5, 7, 1];
+
+const PIV: &[u8] = &[0xa0, 0, 0, 3, 8];
+const MANAGEMENT: &[u8] = &[0xa0, 0, 0, 5, 0x27, 0x47, 0x11, 0x17];
+
+/// Factory values, as on every YubiKey.
+const FACTORY_PIN: [u8; 8] = *b"123456\xff\xff";
+const FACTORY_PUK: [u8; 8] = *b"12345678";
+const FACTORY_MANAGEMENT_KEY: [u8; 24] =
+    [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8];
+
+// Status words (ISO 7816-4, 5.6).
+const OK: u16 = 0x9000;
+const WRONG_LENGTH: u16 = 0x6700;
+const NOT_SATISFIED: u16 = 0x6982;
+const BLOCKED: u16 = 0x6983;
+const OUT_OF_ORDER: u16 = 0x6985;
+const WRONG_DATA: u16 = 0x6a80;
+const NOT_FOUND: u16 = 0x6a82;
+const NO_REFERENCE: u16 = 0x6a88;
+const UNKNOWN: u16 = 0x6d00;
+const FAILED: u16 = 0x6f00;
+
+type Answer = Result<Vec<u8>, u16>;
+
+/// A PIN or PUK: its value and the tries that are left.
+struct Secret {
+    value: [u8; 8],
+    left: u8,
+}
+
+/// The card.
+pub(super) struct Card {
+    serial: u32,
+    slots: BTreeMap<u8, Slot>,
+    objects: BTreeMap<Vec<u8>, Vec<u8>>,
+    pin: Secret,
+    puk: Secret,
+    management_key: [u8; 24],
+    attestation: PKey<Private>,
+    session: Session,
+}
+
+/// What a reset of the card ends.
+#[derive(Default)]
+struct Session {
+    selected: bool,
+    /// The PIN was verified.
+    verified: bool,
+    /// And no key was used since.
+    fresh: bool,
+    managed: bool,
+    challenge: Option<Vec<u8>>,
+    chained: Vec<u8>,
+    rest: Vec<u8>,
+}
+
+impl Card {
+    pub(super) fn new(serial: u32) -> Result<Self, ErrorStack> {
+        let attestation = keys::generate(0x11).ok_or_else(ErrorStack::get)?;
+        let mut objects = BTreeMap::new();
+        let certificate = keys::attestation_ca(&attestation)?;
+        let certificate = [tlv(&[0x70], &certificate), tlv(&[0x71], &[0]), tlv(&[0xfe], &[])].concat();
+        objects.insert(vec![0x5f, 0xff, 1], certificate);
+        objects.insert(vec![0x5f, 0xc1, 2], card_holder()?);
+        Ok(Self {
+            serial,
+            slots: BTreeMap::new(),
+            objects,
+            pin: Secret { value: FACTORY_PIN, left: 3 },
+            puk: Secret { value: FACTORY_PUK, left: 3 },
+            management_key: FACTORY_MANAGEMENT_KEY,
+            attestation,
+            session: Session::default(),
+        })
+    }
+
+    /// Power off, or a reset.
+    pub(super) fn reset(&mut self) {
+        self.session = Session::default();
+    }
+
+    /// Whether the next command uses a key that waits for a finger.
+    pub(super) fn wants_touch(&self, command: &[u8]) -> bool {
+        let slot = match command {
+            [_, 0x87, _, slot, ..] if *slot != 0x9b => self.slots.get(slot),
+            _ => None,
+        };
+        slot.is_some_and(|slot| slot.touch_policy > 1)
+    }
+
+    /// Runs one command APDU; the answer ends with its status word.
+    pub(super) fn command(&mut self, apdu: &[u8]) -> Vec<u8> {
+        let (mut answer, status) = match self.transport(apdu) {
+            Ok((answer, status)) => (answer, status),
+            Err(status) => {
+                self.session.rest.clear();
+                (Vec::new(), status)
+            }
+        };
+        answer.extend(status.to_be_bytes());
+        answer
+    }
+
+    /// Command chaining and answers in parts (ISO 7816-4, 5.3.3 and 5.3.4).
+    fn transport(&mut self, apdu: &[u8]) -> Result<(Vec<u8>, u16), u16> {
+        let [class, instruction, p1, p2, body @ ..] = apdu else { return Err(WRONG_LENGTH) };
+        let (data, most) = split(body).ok_or(WRONG_LENGTH)?;
+        if class & 0x10 != 0 {
+            self.session.chained.extend_from_slice(data);
+            return Ok((Vec::new(), OK));
+        }
+        let mut whole = std::mem::take(&mut self.session.chained);
+        whole.extend_from_slice(data);
+        if *instruction != 0xc0 {
+            self.session.rest = self.execute(*instruction, *p1, *p2, &whole)?;
+        }
+        let now = self.session.rest.len().min(most);
+        let answer: Vec<u8> = self.session.rest.drain(..now).collect();
+        match u8::try_from(self.session.rest.len()) {
+            Ok(0) => Ok((answer, OK)),
+            left => Ok((answer, 0x6100 | u16::from(left.unwrap_or(0xff)))),
+        }
+    }
+
+    fn execute(&mut self, instruction: u8, p1: u8, p2: u8, data: &[u8]) -> Answer {
+        if instruction == 0xa4 {
+            return self.select(data);
+        }
+        if !self.session.selected {
+            return Err(UNKNOWN);
+        }
+        match instruction {
+            0xfd => Ok(VERSION.to_vec()),
+            0xf8 => Ok(self.serial.to_be_bytes().to_vec()),
+            0x20 => self.verify(p1, p2, data),
+            0x24 => self.change(p2, data),
+            0x2c => self.unblock(data),
+            0xcb => self.get_object(data),
+            0xdb => self.put_object(data),
+            0x47 => self.generate(p2, data),
+            0xfe => self.import(p1, p2, data),
+            0x87 if p2 == 0x9b => self.authenticate_management(p1, data),
+            0x87 => self.sign(p1, p2, data),
+            0xf7 => self.metadata(p2),
+            0xf9 => {
+                let slot = self.slots.get(&p1).filter(|slot| !slot.imported).ok_or(NO_REFERENCE)?;
+                keys::attest(p1, slot, self.serial, &self.attestation).map_err(|_| FAILED)
+            }
+            0xff => self.set_management_key(data),
+            0xfa => self.set_tries(p1, p2),
+            0xfb => self.factory_reset(),
+            _ => Err(UNKNOWN),
+        }
+    }
+
+    fn select(&mut self, application: &[u8]) -> Answer {
+        self.session = Session { selected: application.starts_with(PIV), ..Session::default() };
+        if self.session.selected {
+            let fields = [tlv(&[0x4f], &[0, 0, 0x10, 0, 1, 0]), tlv(&[0x79], &tlv(&[0x4f], PIV))].concat();
+            return Ok(tlv(&[0x61], &fields));
+        }
+        if application == MANAGEMENT {
+            Ok(b"Virtual mgr - FW version 5.7.1".to_vec())
+        } else {
+            Err(NOT_FOUND)
+        }
+    }
+
+    fn verify(&mut self, p1: u8, p2: u8, data: &[u8]) -> Answer {
+        if p1 == 0xff {
+            self.session.verified = false;
+            return Ok(Vec::new());
+        }
+        if p2 != 0x80 {
+            return Err(NO_REFERENCE);
+        }
+        if data.is_empty() {
+            return if self.session.verified { Ok(Vec::new()) } else { Err(self.pin.status()) };
+        }
+        let checked = self.pin.check(data);
+        self.session.verified = checked.is_ok();
+        self.session.fresh = checked.is_ok();
+        checked.map(|()| Vec::new())
+    }
+
+    fn change(&mut self, which: u8, data: &[u8]) -> Answer {
+        let (old, new) = halves(data)?;
+        let secret = if which == 0x80 { &mut self.pin } else { &mut self.puk };
+        secret.check(&old)?;
+        secret.value = new;
+        Ok(Vec::new())
+    }
+
+    fn unblock(&mut self, data: &[u8]) -> Answer {
+        let (puk, pin) = halves(data)?;
+        self.puk.check(&puk)?;
+        self.pin = Secret { value: pin, left: 3 };
+        Ok(Vec::new())
+    }
+
+    fn get_object(&self, data: &[u8]) -> Answer {
+        let name =
+            parse(data).and_then(|fields| value(&fields, 0x5c).map(<[u8]>::to_vec)).ok_or(WRONG_DATA)?;
+        if name == [0x7e] {
+            // Discovery object: PIV application, PIN usage policy.
+            let policy = [0x5f, 0x2f, 2, 0x40, 0];
+            return Ok(tlv(
+                &[0x7e],
+                &[&tlv(&[0x4f], &[PIV, &[0, 0, 0x10, 0, 1, 0]].concat())[..], &policy].concat(),
+            ));
+        }
+        self.objects.get(&name).map(|object| tlv(&[0x53], object)).ok_or(NOT_FOUND)
+    }
+
+    fn put_object(&mut self, data: &[u8]) -> Answer {
+        self.managed()?;
+        let fields = parse(data).ok_or(WRONG_DATA)?;
+        let [(_, name), (_, content), ..] = fields.as_slice() else { return Err(WRONG_DATA) };
+        match content.is_empty() {
+            true => drop(self.objects.remove(*name)),
+            false => drop(self.objects.insert(name.to_vec(), content.to_vec())),
+        }
+        Ok(Vec::new())
+    }
+
+    fn generate(&mut self, number: u8, data: &[u8]) -> Answer {
+        self.managed()?;
+        let outer = parse(data).ok_or(WRONG_DATA)?;
+        let fields = outer.first().and_then(|(_, fields)| parse(fields)).ok_or(WRONG_DATA)?;
+        let algorithm = value(&fields, 0x80).and_then(|field| field.first()).ok_or(WRONG_DATA)?;
+        let key = keys::generate(*algorithm).ok_or(WRONG_DATA)?;
+        let public = keys::public(&key).map_err(|_| FAILED)?;
+        self.slots.insert(number, Slot::new(number, key, &fields, false));
+        Ok(tlv(&[0x7f, 0x49], &public))
+    }
+
+    fn import(&mut self, algorithm: u8, number: u8, data: &[u8]) -> Answer {
+        self.managed()?;
+        let fields = parse(data).ok_or(WRONG_DATA)?;
+        let key = keys::import(algorithm, &fields).ok_or(WRONG_DATA)?;
+        self.slots.insert(number, Slot::new(number, key, &fields, true));
+        Ok(Vec::new())
+    }
+
+    fn sign(&mut self, algorithm: u8, number: u8, data: &[u8]) -> Answer {
+        let slot = self.slots.get(&number).ok_or(NO_REFERENCE)?;
+        if keys::algorithm(&slot.key) != algorithm {
+            return Err(WRONG_DATA);
+        }
+        let allowed = match slot.pin_policy {
+            1 => true,
+            3 => self.session.verified && self.session.fresh,
+            _ => self.session.verified,
+        };
+        if !allowed {
+            return Err(NOT_SATISFIED);
+        }
+        self.session.fresh = false;
+        let fields = template(data)?;
+        let input = value(&fields, 0x81).ok_or(WRONG_DATA)?;
+        let signature = keys::sign(&slot.key, input).map_err(|_| WRONG_DATA)?;
+        Ok(tlv(&[0x7c], &tlv(&[0x82], &signature)))
+    }
+
+    /// Mutual authentication, or a challenge of ours. A card of this firmware has AES-192; Debian 12's
+    /// yubico-piv-tool knows only the Triple DES of older ones, so both are taken for the same key.
+    fn authenticate_management(&mut self, algorithm: u8, data: &[u8]) -> Answer {
+        let cipher = match algorithm {
+            0x03 => Cipher::des_ede3(),
+            0x0a => Cipher::aes_192_ecb(),
+            _ => return Err(WRONG_DATA),
+        };
+        let fields = template(data)?;
+        for (tag, encrypted) in [(0x80, true), (0x81, false)] {
+            if value(&fields, tag).is_some_and(<[u8]>::is_empty) {
+                let mut challenge = vec![0; cipher.block_size()];
+                rand_bytes(&mut challenge).map_err(|_| FAILED)?;
+                let shown = if encrypted { self.encrypted(cipher, &challenge)? } else { challenge.clone() };
+                self.session.challenge = Some(challenge);
+                return Ok(tlv(&[0x7c], &tlv(&[tag], &shown)));
+            }
+        }
+        let challenge = self.session.challenge.take().ok_or(OUT_OF_ORDER)?;
+        if let (Some(witness), Some(theirs)) = (value(&fields, 0x80), value(&fields, 0x81)) {
+            self.session.managed = witness == challenge;
+            self.managed()?;
+            return Ok(tlv(&[0x7c], &tlv(&[0x82], &self.encrypted(cipher, theirs)?)));
+        }
+        self.session.managed = value(&fields, 0x82) == Some(&self.encrypted(cipher, &challenge)?);
+        self.managed().map(|()| Vec::new())
+    }
+
+    fn metadata(&self, number: u8) -> Answer {
+        let secret = |secret: &Secret, factory: [u8; 8]| {
+            vec![1, 1, 0xff, 5, 1, u8::from(secret.value == factory), 6, 2, 3, secret.left]
+        };
+        match number {
+            0x80 => Ok(secret(&self.pin, FACTORY_PIN)),
+            0x81 => Ok(secret(&self.puk, FACTORY_PUK)),
+            0x9b => {
+                let factory = u8::from(self.management_key == FACTORY_MANAGEMENT_KEY);
+                Ok(vec![1, 1, 0x0a, 2, 2, 0, 1, 5, 1, factory])
+            }
+            number => {
+                let slot = self.slots.get(&number).ok_or(NO_REFERENCE)?;
+                let origin = if slot.imported { 2 } else { 1 };
+                let algorithm = keys::algorithm(&slot.key);
+                let mut fields =
+                    vec![1, 1, algorithm, 2, 2, slot.pin_policy, slot.touch_policy, 3, 1, origin];
+                fields.extend(tlv(&[4], &keys::public(&slot.key).map_err(|_| FAILED)?));
+                Ok(fields)
+            }
+        }
+    }
+
+    fn set_management_key(&mut self, data: &[u8]) -> Answer {
+        self.managed()?;
+        let [0x0a, 0x9b, 24, key @ ..] = data else { return Err(WRONG_DATA) };
+        self.management_key = key.try_into().map_err(|_| WRONG_DATA)?;
+        Ok(Vec::new())
+    }
+
+    fn set_tries(&mut self, pin: u8, puk: u8) -> Answer {
+        self.managed()?;
+        if !self.session.verified {
+            return Err(NOT_SATISFIED);
+        }
+        (self.pin, self.puk) =
+            (Secret { value: FACTORY_PIN, left: pin }, Secret { value: FACTORY_PUK, left: puk });
+        Ok(Vec::new())
+    }
+
+    fn factory_reset(&mut self) -> Answer {
+        if self.pin.left > 0 || self.puk.left > 0 {
+            return Err(BLOCKED);
+        }
+        *self = Self::new(self.serial).map_err(|_| FAILED)?;
+        self.session.selected = true;
+        Ok(Vec::new())
+    }
+
+    fn managed(&self) -> Result<(), u16> {
+        if self.session.managed { Ok(()) } else { Err(NOT_SATISFIED) }
+    }
+
+    fn encrypted(&self, cipher: Cipher, block: &[u8]) -> Answer {
+        if block.len() != cipher.block_size() {
+            return Err(WRONG_DATA);
+        }
+        let encrypt = || {
+            let mut crypter = Crypter::new(cipher, Mode::Encrypt, &self.management_key, None)?;
+            crypter.pad(false);
+            let mut out = vec![0; block.len() * 2];
+            let length = crypter.update(block, &mut out)?;
+            out.truncate(length);
+            Ok::<_, ErrorStack>(out)
+        };
+        encrypt().map_err(|_| FAILED)
+    }
+}
+
+impl Secret {
+    fn status(&self) -> u16 {
+        if self.left == 0 { BLOCKED } else { 0x63c0 | u16::from(self.left) }
+    }
+
+    fn check(&mut self, given: &[u8]) -> Result<(), u16> {
+        if given.len() != 8 {
+            return Err(WRONG_DATA);
+        }
+        if self.left == 0 {
+            return Err(BLOCKED);
+        }
+        if given == self.value {
+            self.left = 3;
+            return Ok(());
+        }
+        self.left -= 1;
+        Err(self.status())
+    }
+}
+
+impl Slot {
+    /// Policies are asked for in the fields; the signature slot has its own default.
+    fn new(number: u8, key: PKey<Private>, fields: &[(u8, &[u8])], imported: bool) -> Self {
+        let asked = |tag| value(fields, tag).and_then(|field| field.first()).copied().unwrap_or(0);
+        let pin_policy = match asked(0xaa) {
+            0 if number == 0x9c => 3,
+            0 => 2,
+            policy => policy,
+        };
+        Self { key, pin_policy, touch_policy: asked(0xab).max(1), imported }
+    }
+}
+
+/// The card holder unique identifier, which OpenSC asks for: FASC-N, a random GUID, expiry, no signature.
+fn card_holder() -> Result<Vec<u8>, ErrorStack> {
+    let fasc_n = [
+        0xd4, 0xe7, 0x39, 0xda, 0x73, 0x9c, 0xed, 0x39, 0xce, 0x73, 0x9d, 0x83, 0x68, 0x58, 0x21, 0x08, 0x42,
+        0x10, 0x84, 0x21, 0xc8, 0x42, 0x10, 0xc3, 0xeb,
+    ];
+    let mut guid = [0; 16];
+    rand_bytes(&mut guid)?;
+    let fields = [(0x30, &fasc_n[..]), (0x34, &guid), (0x35, b"20400101"), (0x3e, &[]), (0xfe, &[])];
+    Ok(fields.iter().flat_map(|(tag, content)| tlv(&[*tag], content)).collect())
+}
+
+/// The data of a command, and how many bytes of answer it takes (ISO 7816-4, 5.2).
+fn split(body: &[u8]) -> Option<(&[u8], usize)> {
+    let most = |le: usize, all: usize| if le == 0 { all } else { le };
+    match body {
+        [] => Some((&[], 256)),
+        [le] => Some((&[], most(usize::from(*le), 256))),
+        [0, high, low] => Some((&[], most(usize::from(u16::from_be_bytes([*high, *low])), 65_536))),
+        [0, high, low, rest @ ..] => {
+            let length = usize::from(u16::from_be_bytes([*high, *low]));
+            Some((rest.get(..length)?, 65_536))
+        }
+        [length, rest @ ..] => {
+            let (data, le) = rest.split_at_checked(usize::from(*length))?;
+            Some((data, most(le.first().map_or(0, |le| usize::from(*le)), 256)))
+        }
+    }
+}
+
+/// The fields of a dynamic authentication template.
+fn template(data: &[u8]) -> Result<Vec<(u8, &[u8])>, u16> {
+    let outer = parse(data).ok_or(WRONG_DATA)?;
+    value(&outer, 0x7c).and_then(parse).ok_or(WRONG_DATA)
+}
+
+/// Two values of 8 bytes.
+fn halves(data: &[u8]) -> Result<([u8; 8], [u8; 8]), u16> {
+    let (old, new) = data.split_at_checked(8).ok_or(WRONG_DATA)?;
+    Ok((old.try_into().map_err(|_| WRONG_DATA)?, new.try_into().map_err(|_| WRONG_DATA)?))
+}

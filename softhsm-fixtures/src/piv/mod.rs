@@ -1,0 +1,312 @@
+//! A virtual YubiKey with a PC/SC service of its own: our card program, on the vpcd protocol.
+
+mod card;
+mod keys;
+mod tlv;
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+
+use self::card::Card;
+use crate::{free_pair, write_private};
+
+/// The PIN that the fixtures give a card. Long enough to be searched for in logs.
+pub const PIN: &str = "90417325";
+
+/// The answer to reset of a YubiKey 5.
+const ATR: &[u8] = &[
+    0x3b, 0xfd, 0x13, 0, 0, 0x81, 0x31, 0xfe, 0x15, 0x80, 0x73, 0xc0, 0x21, 0xc0, 0x57, 0x59, 0x75, 0x62,
+    0x69, 0x4b, 0x65, 0x79, 0x40,
+];
+
+/// How long the card waits for a finger, as the real one does.
+const TOUCH: Duration = Duration::from_secs(15);
+
+/// Longest wait for the service to see the card; it looks every 400 ms.
+const SEEN: Duration = Duration::from_secs(10);
+
+/// A card in a reader of its own.
+pub struct VirtualPiv {
+    directory: PathBuf,
+    /// Its serial number.
+    pub serial: u32,
+    port: u16,
+    inside: Arc<Inside>,
+    service: Option<Child>,
+}
+
+/// What the card's thread and we share.
+struct Inside {
+    card: Mutex<Card>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    plugged: bool,
+    over: bool,
+    /// The connection to the reader.
+    line: Option<TcpStream>,
+    faults: Faults,
+    touches: usize,
+    /// Somebody is being waited for.
+    waiting: bool,
+}
+
+/// What goes wrong.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Every answer takes this much longer.
+    pub delay: Duration,
+    /// Every answer is this status word.
+    pub status: Option<u16>,
+    /// The card is pulled in the middle of the next command.
+    pub pull: bool,
+}
+
+impl VirtualPiv {
+    /// Makes an empty card with the factory's PIN and starts its service.
+    pub fn create(directory: &Path, serial: u32) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory.join("readers")).context("the card's directory")?;
+        write_private(&directory.join("user.pin"), format!("{PIN}\n").as_bytes())?;
+        let port = free_pair()?;
+        let reader = format!(
+            "FRIENDLYNAME \"Virtual YubiKey\"\nDEVICENAME /dev/null:{port:#06x}\n\
+             LIBPATH /usr/lib/pcsc/drivers/serial/libifdvpcd.so\nCHANNELID {port:#06x}\n"
+        );
+        std::fs::write(directory.join("readers/vpcd"), reader).context("the reader's configuration")?;
+        let inside = Arc::new(Inside {
+            card: Mutex::new(Card::new(serial).context("OpenSSL")?),
+            state: Mutex::new(State { plugged: true, ..State::default() }),
+            changed: Condvar::new(),
+        });
+        let mut piv = Self { directory: directory.to_owned(), serial, port, inside, service: None };
+        piv.start_service()?;
+        let inside = Arc::clone(&piv.inside);
+        std::thread::spawn(move || inside.run(port));
+        piv.await_seen()?;
+        Ok(piv)
+    }
+
+    /// Starts pcscd on our socket, as systemd would.
+    pub fn start_service(&mut self) -> anyhow::Result<()> {
+        let path = self.socket();
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).context("the service's socket")?;
+        let mut shell = Command::new("setpriv");
+        shell.args(["--pdeathsig", "KILL", "sh", "-c"]);
+        shell.arg("LISTEN_PID=$$ LISTEN_FDS=1 exec pcscd -f -c \"$0\" 3<&0 0</dev/null");
+        shell.arg(self.directory.join("readers"));
+        shell.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)));
+        shell.stdout(Stdio::null()).stderr(Stdio::null());
+        self.service = Some(shell.spawn().context("pcscd (apt: pcscd, vsmartcard-vpcd)")?);
+        Ok(())
+    }
+
+    /// Ends the service.
+    pub fn kill_service(&mut self) -> anyhow::Result<()> {
+        if let Some(mut service) = self.service.take() {
+            service.kill()?;
+            service.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Where its service listens: `PCSCLITE_CSOCK_NAME`.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("pcscd.sock")
+    }
+
+    /// A file with [`PIN`].
+    pub fn pin_file(&self) -> PathBuf {
+        self.directory.join("user.pin")
+    }
+
+    /// Makes a key as an owner does, with Yubico's own tool, and leaves its public half in `SLOT.pub.pem`.
+    pub fn generate(&self, slot: &str, algorithm: &str, policies: &[&str]) -> anyhow::Result<PathBuf> {
+        let public = self.directory.join(format!("{slot}.pub.pem"));
+        let made = self.tool(&[&["-a", "generate", "-s", slot, "-A", algorithm][..], policies].concat())?;
+        std::fs::write(&public, made)?;
+        Ok(public)
+    }
+
+    /// Changes the factory's PIN to [`PIN`].
+    pub fn change_pin(&self) -> anyhow::Result<()> {
+        self.tool(&["-a", "change-pin", "-P", "123456", "-N", PIN]).map(drop)
+    }
+
+    /// Runs `yubico-piv-tool` on the card.
+    pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
+        let mut tool = Command::new("yubico-piv-tool");
+        tool.args(["-r", "Virtual"]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
+        let output = tool.stdin(Stdio::null()).output().context("yubico-piv-tool (apt: yubico-piv-tool)")?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "yubico-piv-tool {arguments:?}: {errors}");
+        Ok(output.stdout)
+    }
+
+    /// Pulls the card.
+    pub fn unplug(&self) {
+        let mut state = self.inside.state();
+        state.plugged = false;
+        if let Some(line) = state.line.take() {
+            let _ = line.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Puts the card back.
+    pub fn plug(&self) {
+        self.inside.state().plugged = true;
+        self.inside.changed.notify_all();
+    }
+
+    /// Sets what goes wrong from now on.
+    pub fn set(&self, faults: Faults) {
+        self.inside.state().faults = faults;
+    }
+
+    /// A finger on the contact, for whoever waits for one.
+    pub fn touch(&self) {
+        self.inside.state().touches += 1;
+        self.inside.changed.notify_all();
+    }
+
+    /// Whether the card waits for a finger.
+    pub fn waits_for_touch(&self) -> bool {
+        self.inside.state().waiting
+    }
+
+    /// Waits until the service sees the card.
+    fn await_seen(&self) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while self.tool(&["-a", "version"]).is_err() {
+            ensure!(started.elapsed() < SEEN, "pcscd does not see the card at port {}", self.port);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VirtualPiv {
+    fn drop(&mut self) {
+        self.inside.state().over = true;
+        self.unplug();
+        self.inside.changed.notify_all();
+        let _ = self.kill_service();
+    }
+}
+
+impl Inside {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn card(&self) -> MutexGuard<'_, Card> {
+        self.card.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The card's thread: connects to the reader whenever it is plugged in.
+    fn run(&self, port: u16) {
+        loop {
+            {
+                let mut state = self.state();
+                while !state.plugged && !state.over {
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                if state.over {
+                    return;
+                }
+            }
+            // Without a service there is no reader yet; it looks for cards every 400 ms itself.
+            let Ok(line) = TcpStream::connect(("127.0.0.1", port)) else {
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
+            };
+            self.state().line = line.try_clone().ok();
+            self.card().reset();
+            let _ = self.serve(line);
+        }
+    }
+
+    /// The vpcd protocol: lengths of 16 bits; one byte is a control code, more are a command.
+    fn serve(&self, mut line: TcpStream) -> std::io::Result<()> {
+        line.set_nodelay(true)?;
+        loop {
+            let mut length = [0; 2];
+            quick(&line);
+            line.read_exact(&mut length)?;
+            let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
+            quick(&line);
+            line.read_exact(&mut message)?;
+            let answer = match message.as_slice() {
+                // Power off, power on, reset.
+                [0..=2] => {
+                    self.card().reset();
+                    continue;
+                }
+                [4] => ATR.to_vec(),
+                [_] => continue,
+                command => match self.command(command) {
+                    Some(answer) => answer,
+                    None => return Ok(()),
+                },
+            };
+            let length = u16::try_from(answer.len()).unwrap_or(u16::MAX).to_be_bytes();
+            line.write_all(&[&length[..], &answer].concat())?;
+        }
+    }
+
+    /// Runs a command with whatever goes wrong. `None`: the card was pulled.
+    fn command(&self, command: &[u8]) -> Option<Vec<u8>> {
+        let faults = {
+            let mut state = self.state();
+            let faults = state.faults.clone();
+            state.faults.pull = false;
+            faults
+        };
+        std::thread::sleep(faults.delay);
+        if faults.pull {
+            return None;
+        }
+        if let Some(status) = faults.status {
+            return Some(status.to_be_bytes().to_vec());
+        }
+        let wants_touch = self.card().wants_touch(command);
+        if wants_touch && !self.touched() {
+            return Some(vec![0x69, 0x82]);
+        }
+        Some(self.card().command(command))
+    }
+
+    /// Waits for a finger that comes after now.
+    fn touched(&self) -> bool {
+        let deadline = Instant::now() + TOUCH;
+        let mut state = self.state();
+        let before = state.touches;
+        state.waiting = true;
+        while state.touches == before && state.plugged && !state.over {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (now, timeout) =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state = now;
+            if timeout.timed_out() {
+                break;
+            }
+        }
+        state.waiting = false;
+        state.touches > before
+    }
+}
+
+/// Nagle's algorithm on the reader's side and delayed acknowledgements on ours make 44 ms of every command.
+fn quick(line: &TcpStream) {
+    let _ = rustix::net::sockopt::set_tcp_quickack(line, true);
+}
