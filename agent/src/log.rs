@@ -8,15 +8,8 @@ use tracing_subscriber::EnvFilter;
 pub fn start() {
     // cryptoki logs an error for every mechanism that it does not know, tss-esapi what we say better, and
     // yubikey, at its lowest level, every byte to the card: PINs too.
-    let quiet = [
-        "cryptoki::mechanism=off",
-        "tss_esapi=off",
-        "yubikey=error",
-        "yubikey::transaction=off",
-        "h2=warn",
-        "hyper=warn",
-        "rustls=warn",
-    ];
+    let quiet =
+        ["cryptoki::mechanism=off", "tss_esapi=off", "yubikey=off", "h2=warn", "hyper=warn", "rustls=warn"];
     let mut filter = EnvFilter::try_from_env("OMSIGN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     for directive in quiet.iter().filter_map(|text| text.parse().ok()) {
         filter = filter.add_directive(directive);

@@ -17,8 +17,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
 use crate::audit::Audit;
-use crate::config::uri::Pkcs11Uri;
-use crate::config::{self, Config, Device, Key, Listen, Object, PRIVATE_RULE, PinSource};
+use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::listen::{Connection, ListenError, Listeners};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
@@ -72,7 +71,7 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
     run(agent, incoming, config.listen.shutdown_timeout, stop).await
 }
 
-/// Runs a private agent for the process at the other end of `socket`, for the key that a PKCS#11 URI names,
+/// Runs a private agent for the process at the other end of `socket`, for the key that a URI names,
 /// until that process closes it.
 pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Result<(), ServeError> {
     let config = private_config(uri)?;
@@ -93,18 +92,11 @@ pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Resu
 }
 
 fn private_config(uri: &str) -> Result<Config, ServeError> {
-    let uri = Pkcs11Uri::parse(uri).map_err(|error| ServeError::Uri(error.to_string()))?;
-    let missing = |what: &str| ServeError::Uri(format!("PKCS#11 URI: {what}"));
-    let module = uri.module().ok_or_else(|| missing("no module; add ?module-path=/usr/lib/….so"))?;
-    if uri.token == config::TokenSelector::default() {
-        return Err(missing("names no token; add token=…, serial=… or slot-id=…"));
-    }
-    if uri.object == config::ObjectSelector::default() {
-        return Err(missing("names no key; add object=… or id=%01…"));
-    }
+    let KeyUri { device, object, pin } =
+        KeyUri::parse(uri).map_err(|error| ServeError::Uri(error.to_string()))?;
     let token = config::Token {
-        device: Device::Pkcs11 { module, select: uri.token },
-        pin: uri.pin_source.unwrap_or(PinSource::Prompt),
+        device,
+        pin,
         sessions: 1,
         timeout: Duration::from_secs(60),
         queue: 16,
@@ -114,12 +106,8 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         hidden_env: Vec::new(),
     };
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
-    let key = Key {
-        token: PRIVATE_KEY.into(),
-        object: Object::Pkcs11(uri.object),
-        certificate_chain: Vec::new(),
-        allow: vec![own.clone()],
-    };
+    let key =
+        Key { token: PRIVATE_KEY.into(), object, certificate_chain: Vec::new(), allow: vec![own.clone()] };
     let audit =
         config::Audit { directory: config::default_audit_directory(), durability: config::Durability::Fsync };
     Ok(Config {

@@ -88,7 +88,7 @@ pub(crate) struct Sign {
     /// Name of a key of the agent
     #[arg(long, value_name = "NAME")]
     pub(crate) key: Option<String>,
-    /// PKCS#11 URI of a key (RFC 7512), used without a running agent
+    /// A key of a device, used without a running agent: pkcs11:… (RFC 7512), tpm:handle=… or piv:serial=…;slot=9c
     #[arg(long, value_name = "URI", visible_aliases = ["pkcs11-uri", "pkcs11_uri"])]
     pub(crate) key_uri: Option<String>,
     /// Private key in PEM

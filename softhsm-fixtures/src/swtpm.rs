@@ -73,9 +73,26 @@ impl SwTpm {
         Ok(())
     }
 
-    /// Its process.
-    pub fn pid(&self) -> anyhow::Result<u32> {
+    /// Its process: the one that setpriv became.
+    pub fn swtpm(&self) -> anyhow::Result<u32> {
         Ok(self.process.as_ref().context("the TPM is off")?.id())
+    }
+
+    /// Resets it without the start that firmware would do.
+    pub fn reset(&self) -> anyhow::Result<()> {
+        let control = format!("127.0.0.1:{}", self.port + 1);
+        self.tool("swtpm_ioctl", |tool| {
+            tool.args(["-i", "--tcp", &control]);
+        })
+    }
+
+    /// How often a wrong authorization value was given since the counter was cleared.
+    pub fn failed_tries(&self) -> anyhow::Result<u32> {
+        let mut tool = Command::new("tpm2_getcap");
+        let output = tool.arg("properties-variable").env("TPM2TOOLS_TCTI", self.tcti()).output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("TPM2_PT_LOCKOUT_COUNTER: 0x"));
+        Ok(u32::from_str_radix(line.context("the lockout counter")?, 16)?)
     }
 
     /// How it is reached, in tpm2-tss's words.
@@ -88,25 +105,33 @@ impl SwTpm {
         self.directory.join("user.pin")
     }
 
-    /// Makes a persistent key on a curve (`ecc256`, `ecc384`), with an authorization value if one is given.
-    /// Its public half is left in `NAME.pub.pem`.
+    /// Makes a persistent key on a curve (`ecc256`, `ecc384`), with an authorization value that may be guessed
+    /// as often as one likes. Its public half is left in `NAME.pub.pem`.
     pub fn persistent_key(
         &self,
         name: &str,
         curve: &str,
         handle: u32,
-        auth: Option<&str>,
+        auth: &str,
     ) -> anyhow::Result<PathBuf> {
+        self.make(name, curve, handle, auth, "|noda")
+    }
+
+    /// Makes a persistent P-256 key that the TPM guards against guessing.
+    pub fn guarded_key(&self, name: &str, handle: u32, auth: &str) -> anyhow::Result<PathBuf> {
+        self.make(name, "ecc256", handle, auth, "")
+    }
+
+    fn make(&self, name: &str, curve: &str, handle: u32, auth: &str, more: &str) -> anyhow::Result<PathBuf> {
         let file = |extension: &str| self.directory.join(format!("{name}.{extension}"));
         let public = file("pub.pem");
-        let attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign|noda";
+        let attributes = format!("fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign{more}");
         self.step("tpm2_createprimary", |tool| {
             tool.args(["-C", "o", "-G", "ecc", "-c"]).arg(file("primary"));
         })?;
         self.step("tpm2_create", |tool| {
-            tool.args(["-G", curve, "-a", attributes, "-C"]).arg(file("primary"));
+            tool.args(["-G", curve, "-a", &attributes, "-p", auth, "-C"]).arg(file("primary"));
             tool.arg("-u").arg(file("public")).arg("-r").arg(file("private"));
-            auth.map(|auth| tool.args(["-p", auth]));
         })?;
         self.step("tpm2_load", |tool| {
             tool.arg("-C").arg(file("primary")).arg("-u").arg(file("public"));

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod bench;
 pub mod client;
+pub mod device;
 pub mod peer;
 pub mod proxy;
 pub mod world;

@@ -1,6 +1,7 @@
 //! What the operator configured: one TOML file, every value typed. Unknown keys are errors, relative paths
 //! are relative to the file, and every mistake is reported at once.
 
+mod key_uri;
 mod keys;
 mod listen;
 mod objects;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub use self::tpm::Tcti;
 use crate::policy::Rule;

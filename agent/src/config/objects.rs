@@ -32,8 +32,7 @@ fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
     table.finish(reader);
     match (handle, file) {
         (Some(text), None) => {
-            let digits = text.strip_prefix("0x").unwrap_or(&text);
-            let handle = u32::from_str_radix(digits, 16).ok().filter(|handle| TPM_HANDLES.contains(handle));
+            let handle = parse_handle(&text);
             if handle.is_none() {
                 let message = format!("{text:?} is not a persistent handle; write one like \"0x81000010\"");
                 reader.mistake(at, &path, message);
@@ -62,6 +61,12 @@ fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
         reader.mistake(at, &path, message.into());
     }
     slot.map(Object::PivSlot)
+}
+
+/// A persistent handle in hexadecimal.
+pub(super) fn parse_handle(text: &str) -> Option<u32> {
+    let handle = u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()?;
+    TPM_HANDLES.contains(&handle).then_some(handle)
 }
 
 /// A slot by its hexadecimal number.

@@ -35,15 +35,18 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     // The keys of a TPM need not have an authorization value; other devices ask for a PIN.
     let pin = match pin {
         Some(pin) => Some(pin),
-        None if backend.as_deref() == Some("tpm") && !section.has("pin") => Some(PinSource::None),
+        None if backend.as_deref() == Some("tpm") && section.take("pin").is_none() => Some(PinSource::None),
         None => self::pin(reader, &mut section),
     };
-    let several = !matches!(device, Some(Device::Tpm(_) | Device::Piv { .. }));
-    let sessions = if several { section.integer(reader, "sessions", 1..=256) } else { None };
+    let sessions = match backend.as_deref() {
+        // These do one thing at a time.
+        Some("tpm" | "piv") => None,
+        _ => section.integer(reader, "sessions", 1..=256),
+    };
     let timeout = section.duration(reader, "timeout").unwrap_or(Duration::from_secs(10));
     let queue = section.integer(reader, "queue", 1..=100_000).unwrap_or(256);
-    let touch_command = match device {
-        Some(Device::Piv { .. }) => section.strings(reader, "touch_command"),
+    let touch_command = match backend.as_deref() {
+        Some("piv") => section.strings(reader, "touch_command"),
         _ => Vec::new(),
     };
     let env = environment(reader, &mut section);
@@ -97,7 +100,7 @@ fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
 /// `serial`
 fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
     if !section.has("serial") {
-        let message = "missing; write serial = 12345678, as printed on the YubiKey and by `ykman list`";
+        let message = "missing; write serial = 9876543, as printed on the YubiKey and by `ykman list`";
         reader.mistake(section.at, &section.path_of("serial"), message.into());
     }
     let serial = section.integer(reader, "serial", 1..=u64::from(u32::MAX))?;

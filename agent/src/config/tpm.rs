@@ -25,9 +25,9 @@ pub enum TctiError {
     Unknown(String),
     /// The raw device.
     #[error(
-        "{0} is the TPM without a resource manager: whoever opens it locks all others out; write \"device:{0}\" with tpmrm"
+        "/dev/tpm{0} has no resource manager: whoever opens it locks all others out; write \"device:/dev/tpmrm{0}\""
     )]
-    Raw(String),
+    Raw(u8),
     /// No such device.
     #[error("{0} does not exist; is the TPM switched on in the firmware?")]
     Absent(String),
@@ -71,8 +71,8 @@ impl fmt::Display for Tcti {
 
 fn device(path: &str) -> Result<(), TctiError> {
     let name = path.strip_prefix("/dev/").unwrap_or_default();
-    if name.strip_prefix("tpm").is_some_and(|number| number.parse::<u8>().is_ok()) {
-        return Err(TctiError::Raw(path.to_owned()));
+    if let Some(Ok(number)) = name.strip_prefix("tpm").map(str::parse) {
+        return Err(TctiError::Raw(number));
     }
     if path.is_empty() || !Path::new(path).exists() {
         return Err(TctiError::Absent(path.to_owned()));

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -40,7 +41,8 @@ pub(super) struct Host {
     pub(super) window: Arc<Semaphore>,
     requests: mpsc::UnboundedSender<Sign>,
     pending: Mutex<Pending>,
-    touch_command: Vec<String>,
+    /// Where to run it, and what.
+    touch_command: (PathBuf, Vec<String>),
     next_id: AtomicU64,
 }
 
@@ -107,6 +109,11 @@ impl Host {
         self.window.close();
     }
 
+    /// Whether it was of any use.
+    pub(super) fn has_answered(&self) -> bool {
+        self.pending().last_answer.is_some()
+    }
+
     fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         pending.last_answer = Some(Instant::now());
@@ -128,8 +135,9 @@ impl Host {
 
     /// Runs the operator's command, such as a desktop notification. What becomes of it is its own affair.
     fn notify(&self, message: String) {
-        let Some((program, arguments)) = self.touch_command.split_first() else { return };
+        let Some((program, arguments)) = self.touch_command.1.split_first() else { return };
         let mut command = Spawn::new(program);
+        command.current_dir(&self.touch_command.0);
         command.args(arguments).arg(message).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
         let program = program.clone();
         tokio::spawn(async move {
@@ -197,7 +205,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
                 opened,
                 requests,
                 pending: Mutex::default(),
-                touch_command: token.config.touch_command.clone(),
+                touch_command: (token.config.directory.clone(), token.config.touch_command.clone()),
                 next_id: AtomicU64::new(0),
             };
             Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))

@@ -15,7 +15,7 @@ use crate::secret::Pin;
 /// The first pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// A process that lived this long earns an immediate replacement.
+/// A process that lived this long, or answered a request, earns an immediate replacement.
 const HEALTHY: Duration = Duration::from_secs(10);
 
 /// Runs until told to stop.
@@ -67,9 +67,10 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                     }
                     End::Died(_) => {}
                 }
-                if started.elapsed() >= HEALTHY || pause == PAUSES.0 {
+                let healthy = started.elapsed() >= HEALTHY || host.has_answered();
+                if healthy || pause == PAUSES.0 {
                     // The first death costs nothing; a second one soon after waits.
-                    pause = if started.elapsed() >= HEALTHY { PAUSES.0 } else { PAUSES.0 * 2 };
+                    pause = if healthy { PAUSES.0 } else { PAUSES.0 * 2 };
                     continue;
                 }
                 Failure { class: Class::Gone, message: "its process keeps ending".into() }

@@ -143,6 +143,13 @@ impl VirtualPiv {
         self.tool(&["-a", "change-pin", "-P", "123456", "-N", PIN]).map(drop)
     }
 
+    /// How many wrong PINs the card would still take.
+    pub fn pin_tries(&self) -> anyhow::Result<u8> {
+        let status = String::from_utf8(self.tool(&["-a", "status"])?)?;
+        let line = status.lines().find_map(|line| line.strip_prefix("PIN tries left:"));
+        line.and_then(|tries| tries.trim().parse().ok()).context("PIN tries")
+    }
+
     /// Runs `yubico-piv-tool` on the card.
     pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         let mut tool = Command::new("yubico-piv-tool");

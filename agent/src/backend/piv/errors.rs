@@ -20,6 +20,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         | Error::NotFound
         | Error::AlgorithmError
         | Error::KeyError => (Class::Refused, error.to_string()),
+        Error::AuthenticationError => {
+            (Class::Refused, "the key asks for the PIN, which it did not get".to_owned())
+        }
         Error::PcscError { inner: Some(inner) } => (Class::Gone, inner.to_string()),
         error => (Class::Gone, error.to_string()),
     };

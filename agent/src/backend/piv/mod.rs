@@ -21,6 +21,9 @@ use crate::secret::Pin;
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
 const CACHED: Duration = Duration::from_secs(15);
 
+/// A card that refuses after this long waited for a finger; without one it refuses at once.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// A card whose PIN was accepted.
 struct OpenPiv {
     card: Mutex<Card>,
@@ -133,37 +136,47 @@ fn verified(
 impl Card {
     /// Signs; does again what other programs undid, once.
     fn sign(&mut self, key: &Key, digest: &[u8]) -> Result<Vec<u8>, Failure> {
-        if key.pin == PinPolicy::Always {
-            self.verify()?;
-        }
-        let signed = piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot);
-        let signed = match signed {
-            Err(yubikey::Error::AuthenticationError | yubikey::Error::GenericError)
-                if key.touch == TouchPolicy::Never =>
-            {
-                // Selects the application again, and costs no try.
+        let started = Instant::now();
+        let error = match self.attempt(key, digest) {
+            Ok(signature) => return Ok(signature),
+            Err(error) => error,
+        };
+        match error {
+            yubikey::Error::AuthenticationError if started.elapsed() >= PATIENCE => {
+                return Err(refused("nobody touched it in time".into()));
+            }
+            // Another program reset the card, as most do when they end. Connecting again verifies the PIN too.
+            yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) } => {
+                self.yubikey.reconnect().map_err(|error| classify("connect to the card again", &error))?;
+            }
+            yubikey::Error::AuthenticationError | yubikey::Error::GenericError => {
+                // Selects our application again, and costs no try.
                 let tries = self.yubikey.get_pin_retries();
                 tries.map_err(|error| classify("select the PIV application", &error))?;
                 if key.pin != PinPolicy::Never {
-                    self.verify()?;
+                    self.verify().map_err(|error| classify("verify the PIN", &error))?;
                 }
-                piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot)
             }
-            Err(yubikey::Error::AuthenticationError) => {
-                return Err(refused("nobody touched it in time".into()));
-            }
-            signed => signed,
-        };
-        signed.map(|signature| signature.to_vec()).map_err(|error| classify("sign", &error))
+            error => return Err(classify("sign", &error)),
+        }
+        self.attempt(key, digest).map_err(|error| classify("sign", &error))
+    }
+
+    fn attempt(&mut self, key: &Key, digest: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
+        if key.pin == PinPolicy::Always {
+            self.verify()?;
+        }
+        piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot)
+            .map(|signature| signature.to_vec())
     }
 
     /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
-    fn verify(&mut self) -> Result<(), Failure> {
-        let Some(pin) = &self.pin else {
-            return Err(refused("the key asks for the PIN, but pin = \"none\" is configured".into()));
-        };
-        let verified = self.yubikey.verify_pin(pin.expose().as_bytes());
-        verified.map_err(|error| classify("verify the PIN", &error))
+    fn verify(&mut self) -> Result<(), yubikey::Error> {
+        match &self.pin {
+            Some(pin) => self.yubikey.verify_pin(pin.expose().as_bytes()),
+            // Without a PIN the key says itself that it wants one.
+            None => Ok(()),
+        }
     }
 
     /// Whether the next signature of this key needs a finger.

@@ -1,0 +1,214 @@
+//! TPMs and cards that fail: what callers see, that it heals, and that no PIN try is spent beyond the one allowed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::piv::{Faults, VirtualPiv};
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::write_private;
+use omsign_proto::v1::sign_response::Event;
+use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::device::{Device, card, tpm};
+use omsign_tests::world::{World, key};
+use rustix::process::Signal;
+use tonic::Code;
+
+const SECOND: Duration = Duration::from_secs(1);
+const DIGEST: [u8; 32] = [7; 32];
+
+/// An agent for one device, and one request after another.
+struct Bench {
+    world: World,
+    agent: Agent,
+    runtime: tokio::runtime::Runtime,
+    next_id: u128,
+}
+
+impl Bench {
+    fn new(world: World, device: &Device) -> anyhow::Result<Self> {
+        let config = world.listen() + &device.token + "timeout = \"2s\"\n" + &device.keys;
+        let agent = Agent::start(&world, &config)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { world, agent, runtime, next_id: 0 })
+    }
+
+    /// Has the P-256 key sign; the error is its code.
+    fn sign(&mut self) -> anyhow::Result<Result<(), Code>> {
+        self.next_id += 1;
+        let (socket, id) = (self.world.path("agent.sock"), self.next_id);
+        self.runtime.block_on(async {
+            let mut client = connect(socket).await?;
+            let signed = sign(&mut client, request("p256", id, &DIGEST), SECOND * 20).await;
+            Ok(signed.map(drop).map_err(|status| status.code()))
+        })
+    }
+
+    /// Waits until signatures come again, by themselves.
+    fn heals(&mut self) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while self.sign()?.is_err() {
+            ensure!(started.elapsed() < SECOND * 20, "it does not heal: {}", self.agent.log()?);
+        }
+        Ok(())
+    }
+
+    fn fails(&mut self, code: Code) -> anyhow::Result<()> {
+        let signed = self.sign()?;
+        ensure!(signed == Err(code), "{signed:?}, not {code:?}: {}", self.agent.log()?);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_tpm_that_goes_away_and_comes_back() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let mut stand_in = SwTpm::create(&world.path("tpm"))?;
+    let device = tpm(&stand_in)?;
+    let mut bench = Bench::new(world, &device)?;
+    ensure!(bench.sign()?.is_ok(), "{}", bench.agent.log()?);
+    // Power off and on: keys of files are gone from it, and so is the connection.
+    stand_in.kill()?;
+    bench.fails(Code::Unavailable)?;
+    ensure!(stand_in.start()?);
+    bench.heals()?;
+    // It stops answering: the token's process is replaced within its time-out.
+    signal(stand_in.swtpm()?, Signal::STOP)?;
+    let started = Instant::now();
+    bench.fails(Code::Unavailable)?;
+    ensure!(started.elapsed() < SECOND * 8, "{:?}", started.elapsed());
+    signal(stand_in.swtpm()?, Signal::CONT)?;
+    bench.heals()?;
+    // A reset without a start, as a simulator does it.
+    stand_in.reset()?;
+    bench.heals()
+}
+
+#[test]
+fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    // A key that the TPM guards against guessing, and one more that would be the second try.
+    stand_in.guarded_key("p256", 0x8100_0010, AUTH)?;
+    stand_in.guarded_key("other", 0x8100_0011, AUTH)?;
+    write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
+    let mut device = tpm_section(&stand_in);
+    device.keys =
+        key("p256", "device", "handle = \"0x81000010\"") + &key("other", "device", "handle = \"0x81000011\"");
+    let mut bench = Bench::new(world, &device)?;
+    for _ in 0..3 {
+        bench.fails(Code::FailedPrecondition)?;
+    }
+    ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
+    for host in bench.agent.hosts()? {
+        signal(host, Signal::KILL)?;
+    }
+    bench.fails(Code::FailedPrecondition)?;
+    ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
+    write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
+    bench.world.omsign_ok(&["agent", "unlock", "device"])?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    ensure!(!bench.agent.log()?.contains("wrong-auth-8142"));
+    Ok(())
+}
+
+fn tpm_section(stand_in: &SwTpm) -> Device {
+    let (tcti, pin) = (stand_in.tcti(), stand_in.pin_file());
+    let token = format!(
+        "\n[token.device]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{}\" }}\n",
+        pin.display()
+    );
+    Device { token, keys: String::new(), expected: Vec::new(), environment: Vec::new(), secret: AUTH }
+}
+
+#[test]
+fn a_card_that_is_pulled_and_put_back() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let mut stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
+    let mut bench = Bench::new(world, &device)?;
+    ensure!(bench.sign()?.is_ok(), "{}", bench.agent.log()?);
+    stand_in.unplug();
+    bench.fails(Code::Unavailable)?;
+    stand_in.plug();
+    bench.heals()?;
+    // In the middle of a command.
+    stand_in.set(Faults { pull: true, ..Faults::default() });
+    let _ = bench.sign()?;
+    bench.heals()?;
+    // The service ends and comes back.
+    stand_in.kill_service()?;
+    bench.fails(Code::Unavailable)?;
+    stand_in.start_service()?;
+    bench.heals()?;
+    // A card that hangs.
+    stand_in.set(Faults { delay: SECOND * 3, ..Faults::default() });
+    bench.fails(Code::Unavailable)?;
+    stand_in.set(Faults::default());
+    bench.heals()?;
+    // Another program selects another application and logs out; nobody notices.
+    for _ in 0..3 {
+        stand_in.tool(&["-a", "status"])?;
+        ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    }
+    ensure!(stand_in.pin_tries()? == 3, "{} tries", stand_in.pin_tries()?);
+    Ok(())
+}
+
+#[test]
+fn a_wrong_card_pin_is_offered_once() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
+    write_private(&stand_in.pin_file(), b"81428142\n")?;
+    let mut bench = Bench::new(world, &device)?;
+    for _ in 0..3 {
+        bench.fails(Code::FailedPrecondition)?;
+    }
+    ensure!(stand_in.pin_tries()? == 2, "{} tries", stand_in.pin_tries()?);
+    // An operator's word is worth one more; the last one is kept.
+    let errors = bench.world.omsign_fails(2, &["agent", "unlock", "device"])?;
+    ensure!(errors.contains("it refused the PIN; 1 tries are left"), "{errors}");
+    for host in bench.agent.hosts()? {
+        signal(host, Signal::KILL)?;
+    }
+    bench.fails(Code::FailedPrecondition)?;
+    ensure!(stand_in.pin_tries()? == 1, "{} tries", stand_in.pin_tries()?);
+    write_private(&stand_in.pin_file(), format!("{}\n", omsign_fixtures::piv::PIN).as_bytes())?;
+    bench.world.omsign_ok(&["agent", "unlock", "device"])?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    ensure!(stand_in.pin_tries()? == 3 && !bench.agent.log()?.contains("81428142"));
+    Ok(())
+}
+
+#[test]
+fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let mut device = card(&stand_in)?;
+    stand_in.generate("9a", "ECCP256", &["--touch-policy=always"])?;
+    device.keys += &key("touch", "device", "slot = \"9a\"");
+    device.token += "touch_command = [\"sh\", \"-c\", \"echo \\\"$0\\\" >touched\"]\n";
+    let mut bench = Bench::new(world, &device)?;
+    ensure!(bench.sign()?.is_ok(), "a key that needs no touch: {}", bench.agent.log()?);
+    let socket = bench.world.path("agent.sock");
+    bench.runtime.block_on(async {
+        let mut client = connect(socket).await?;
+        let started = Instant::now();
+        let mut events = client.sign(request("touch", 1 << 64, &DIGEST)).await?.into_inner();
+        let first = events.message().await?.context("an event")?.event;
+        let told = started.elapsed();
+        ensure!(told < Duration::from_millis(300), "told after {told:?}");
+        let Some(Event::Touch(touch)) = first else { anyhow::bail!("{first:?}") };
+        ensure!(touch.message == "touch your YubiKey (serial 11223344)", "{touch:?}");
+        eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
+        stand_in.touch();
+        let last = events.message().await?.context("an event")?.event;
+        ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");
+        Ok(())
+    })?;
+    eventually("the notification", || {
+        let said = std::fs::read_to_string(bench.world.path("touched")).unwrap_or_default();
+        Ok(said == "touch your YubiKey (serial 11223344)\n")
+    })
+}

@@ -1,0 +1,117 @@
+//! One device of each kind, with keys, in the words of the configuration.
+
+use std::path::PathBuf;
+
+use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
+
+use crate::world::{World, key, key_section, token_section};
+
+/// A key to try: its section, and its public half as the device's own tools give it.
+pub struct Expected {
+    /// Its name in the configuration.
+    pub name: &'static str,
+    /// How it signs.
+    pub algorithm: &'static str,
+    /// A file with it, PEM.
+    pub public: PathBuf,
+    /// It without an agent.
+    pub uri: String,
+}
+
+/// A device with keys, in the words of the configuration.
+pub struct Device {
+    /// `[token.device]`
+    pub token: String,
+    /// `[key.…]` for each key.
+    pub keys: String,
+    /// What the keys are.
+    pub expected: Vec<Expected>,
+    /// What a process needs that uses it without an agent.
+    pub environment: Vec<(&'static str, PathBuf)>,
+    /// Its PIN or authorization value: never to be seen anywhere.
+    pub secret: &'static str,
+}
+
+/// A SoftHSM token with a key on each curve.
+pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
+    let token = SoftHsm::create(&world.path("soft"), "soft")?;
+    let pin = token.pin_file();
+    let mut expected = Vec::new();
+    for (name, key_type, algorithm) in [
+        ("p256", KeyType::P256, "ecdsa-p256-sha256"),
+        ("p384", KeyType::P384, "ecdsa-p384-sha384"),
+        ("p521", KeyType::P521, "ecdsa-p521-sha512"),
+    ] {
+        token.generate(name, key_type, Objects::Pair)?;
+        let uri =
+            format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display());
+        expected.push(Expected { name, algorithm, public: token.public_key(name), uri });
+    }
+    Ok(Device {
+        token: token_section("device", &token, ""),
+        keys: expected.iter().map(|key| key_section(key.name, "device", key.name)).collect(),
+        expected,
+        environment: vec![("SOFTHSM2_CONF", token.config())],
+        secret: PIN,
+    })
+}
+
+/// A software TPM with a persistent key and a key file.
+pub fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
+    let (pin, tcti) = (tpm.pin_file(), tpm.tcti());
+    let persistent = tpm.persistent_key("p256", "ecc256", 0x8100_0010, AUTH)?;
+    let (file, public) = tpm.key_file("p384", "P-384")?;
+    let uri = |key: String| format!("tpm:{key}?tcti={tcti}&pin-source={}", pin.display());
+    Ok(Device {
+        token: format!(
+            "\n[token.device]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{}\" }}\n",
+            pin.display()
+        ),
+        keys: key("p256", "device", "handle = \"0x81000010\"")
+            + &key("p384", "device", &format!("file = \"{}\"", file.display())),
+        expected: vec![
+            Expected {
+                name: "p256",
+                algorithm: "ecdsa-p256-sha256",
+                public: persistent,
+                uri: uri("handle=0x81000010".into()),
+            },
+            Expected {
+                name: "p384",
+                algorithm: "ecdsa-p384-sha384",
+                public,
+                uri: uri(format!("file={}", file.display())),
+            },
+        ],
+        environment: Vec::new(),
+        secret: AUTH,
+    })
+}
+
+/// A virtual card with a key that asks for the PIN each time, and one that asks once.
+pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
+    card.change_pin()?;
+    let (serial, pin, socket) = (card.serial, card.pin_file(), card.socket());
+    let mut expected = Vec::new();
+    for (name, slot, algorithm, generated) in
+        [("p256", "9c", "ecdsa-p256-sha256", "ECCP256"), ("p384", "82", "ecdsa-p384-sha384", "ECCP384")]
+    {
+        let public = card.generate(slot, generated, &[])?;
+        let uri = format!("piv:serial={serial};slot={slot}?pin-source={}", pin.display());
+        expected.push(Expected { name, algorithm, public, uri });
+    }
+    Ok(Device {
+        token: format!(
+            "\n[token.device]\nbackend = \"piv\"\nserial = {serial}\npin = {{ file = \"{}\" }}\n\
+             env.PCSCLITE_CSOCK_NAME = \"{}\"\n",
+            pin.display(),
+            socket.display()
+        ),
+        keys: key("p256", "device", "slot = \"9c\"") + &key("p384", "device", "slot = \"82\""),
+        expected,
+        environment: vec![("PCSCLITE_CSOCK_NAME", socket)],
+        secret: piv::PIN,
+    })
+}
