@@ -9,9 +9,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
 
+use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
-use crate::config::{Config, Object};
-use crate::host::wire::PublicKey;
+use crate::config::Config;
+use crate::host::wire::{KeySpec, PublicKey};
 use crate::identity::Identity;
 use crate::policy::Rule;
 use crate::replay::{Outcome, Replay, Tell};
@@ -51,12 +52,12 @@ pub(crate) struct KeyEntry {
 impl Agent {
     /// Starts every token.
     pub(crate) fn start(config: &Config, audit: Audit) -> Self {
-        let mut objects: BTreeMap<&str, Vec<(String, Object)>> = BTreeMap::new();
+        let mut objects: BTreeMap<&str, Vec<KeySpec>> = BTreeMap::new();
         let mut places = BTreeMap::new();
         for (name, key) in &config.keys {
             let on_token = objects.entry(&key.token).or_default();
             places.insert(name, on_token.len());
-            on_token.push((name.clone(), key.object.clone()));
+            on_token.push(key.spec(name));
         }
         let start = |(name, token): (&String, &crate::config::Token)| {
             let keys = objects.remove(name.as_str()).unwrap_or_default();
@@ -98,7 +99,7 @@ impl Agent {
         }
         let key = self.key(&authorised.key)?;
         let _announced = self.audit.announce();
-        let signed = key.token.sign(key.index, &authorised.digest, tell, deadline).await;
+        let signed = key.token.sign(key.index, &authorised.content, tell, deadline).await;
         let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if signed.is_ok() { "signed" } else { "failed" };
         let algorithm = key.public().map(|public| public.algorithm.name());
@@ -204,7 +205,7 @@ pub(crate) struct Authorised {
     pub(crate) rule: String,
     pub(crate) key: Arc<str>,
     pub(crate) request_id: String,
-    pub(crate) digest: Vec<u8>,
+    pub(crate) content: Content,
     pub(crate) digest_hex: String,
     pub(crate) context: String,
 }

@@ -1,199 +1,188 @@
-//! The table of signature algorithms. A key's algorithm follows from its public half; nobody chooses it.
+//! The table of signature algorithms. A key's algorithm follows from its public half and its configuration;
+//! callers never choose it.
 
 use omsign_proto::v1::SignatureAlgorithm;
 use serde::{Deserialize, Serialize};
-use x509_cert::der::{Decode as _, Encode as _, asn1::BitString, asn1::ObjectIdentifier};
-use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
+use sha2::{Digest as _, Sha256, Sha384, Sha512};
 
-const EC_PUBLIC_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
-const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
-const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
-const P521: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.35");
-
-/// How a key signs: curve and hash go together, as in the OMS algorithm registry.
+/// How a key signs, as in the Sigstore algorithm registry. OMS names only ECDSA; clients ask before they use others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub enum Algorithm {
-    /// ECDSA on NIST P-256 over a SHA-256 digest.
-    EcdsaP256Sha256,
-    /// ECDSA on NIST P-384 over a SHA-384 digest.
-    EcdsaP384Sha384,
-    /// ECDSA on NIST P-521 over a SHA-512 digest.
-    EcdsaP521Sha512,
+    /// ECDSA on a curve, over a digest as wide as the curve.
+    Ecdsa(Curve),
+    /// RSA of 2048 to 4096 bits, PKCS#1 v1.5 padding, over a SHA-256 digest (RFC 8017, 8.2).
+    RsaPkcs1,
+    /// The same with PSS padding and a salt of 32 bytes (RFC 8017, 8.1).
+    RsaPss,
+    /// Ed25519 over the message itself (RFC 8032).
+    Ed25519,
 }
 
-/// A SubjectPublicKeyInfo in DER (RFC 5280, 4.1.2.7).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SpkiDer(pub Vec<u8>);
+/// A NIST curve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Curve {
+    /// P-256, with SHA-256.
+    P256,
+    /// P-384, with SHA-384.
+    P384,
+    /// P-521, with SHA-512.
+    P521,
+}
 
-/// Why a public key cannot be used.
+/// How an RSA key pads; nothing about the key itself tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Padding {
+    /// `padding = "pkcs1"`, the default.
+    #[default]
+    Pkcs1,
+    /// `padding = "pss"`
+    Pss,
+}
+
+/// What is signed. The two are never taken for each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A digest of it, by the hash of the key's algorithm.
+    Digest(Vec<u8>),
+    /// The message itself.
+    Message(Vec<u8>),
+}
+
+/// A signature that is not one.
 #[derive(Debug, thiserror::Error)]
-pub enum KeyError {
-    /// Not an elliptic-curve key, or a curve that OMS does not use.
-    #[error("{0}: OMS signs with ECDSA on P-256, P-384 or P-521")]
-    Unsupported(String),
-    /// The token's answer is not a key.
-    #[error("the public key is malformed: {0}")]
-    Malformed(String),
-}
+#[error("the signature is malformed: {0}")]
+pub struct MalformedSignature(String);
 
 impl Algorithm {
-    /// Length of the digest that is signed, in bytes.
-    pub fn digest_len(self) -> usize {
-        match self {
-            Self::EcdsaP256Sha256 => 32,
-            Self::EcdsaP384Sha384 => 48,
-            Self::EcdsaP521Sha512 => 64,
-        }
-    }
-
-    /// Length of a coordinate of its curve, in bytes.
-    pub fn field_len(self) -> usize {
-        match self {
-            Self::EcdsaP256Sha256 => 32,
-            Self::EcdsaP384Sha384 => 48,
-            Self::EcdsaP521Sha512 => 66,
-        }
-    }
-
     /// The name in logs, errors and the audit file.
     pub fn name(self) -> &'static str {
         match self {
-            Self::EcdsaP256Sha256 => "ecdsa-p256-sha256",
-            Self::EcdsaP384Sha384 => "ecdsa-p384-sha384",
-            Self::EcdsaP521Sha512 => "ecdsa-p521-sha512",
+            Self::Ecdsa(Curve::P256) => "ecdsa-p256-sha256",
+            Self::Ecdsa(Curve::P384) => "ecdsa-p384-sha384",
+            Self::Ecdsa(Curve::P521) => "ecdsa-p521-sha512",
+            Self::RsaPkcs1 => "rsa-pkcs1-sha256",
+            Self::RsaPss => "rsa-pss-sha256",
+            Self::Ed25519 => "ed25519",
         }
     }
 
     /// The contract's name for it.
     pub fn to_proto(self) -> SignatureAlgorithm {
         match self {
-            Self::EcdsaP256Sha256 => SignatureAlgorithm::EcdsaP256Sha256,
-            Self::EcdsaP384Sha384 => SignatureAlgorithm::EcdsaP384Sha384,
-            Self::EcdsaP521Sha512 => SignatureAlgorithm::EcdsaP521Sha512,
+            Self::Ecdsa(Curve::P256) => SignatureAlgorithm::EcdsaP256Sha256,
+            Self::Ecdsa(Curve::P384) => SignatureAlgorithm::EcdsaP384Sha384,
+            Self::Ecdsa(Curve::P521) => SignatureAlgorithm::EcdsaP521Sha512,
+            Self::RsaPkcs1 => SignatureAlgorithm::RsaPkcs1Sha256,
+            Self::RsaPss => SignatureAlgorithm::RsaPssSha256,
+            Self::Ed25519 => SignatureAlgorithm::Ed25519,
         }
     }
 
-    fn curve(self) -> ObjectIdentifier {
+    /// What a key signs of a message.
+    pub fn content(self, message: &[u8]) -> Content {
         match self {
-            Self::EcdsaP256Sha256 => P256,
-            Self::EcdsaP384Sha384 => P384,
-            Self::EcdsaP521Sha512 => P521,
+            Self::Ecdsa(Curve::P256) | Self::RsaPkcs1 | Self::RsaPss => {
+                Content::Digest(Sha256::digest(message).to_vec())
+            }
+            Self::Ecdsa(Curve::P384) => Content::Digest(Sha384::digest(message).to_vec()),
+            Self::Ecdsa(Curve::P521) => Content::Digest(Sha512::digest(message).to_vec()),
+            Self::Ed25519 => Content::Message(message.to_vec()),
         }
     }
 
-    /// The algorithm of a key on this curve, given as DER `ECParameters` (RFC 5480, 2.1.1).
-    pub fn from_ec_params(params: &[u8]) -> Result<Self, KeyError> {
-        let curve = ObjectIdentifier::from_der(params)
-            .map_err(|_| KeyError::Unsupported("its EC parameters do not name a curve".into()))?;
-        [Self::EcdsaP256Sha256, Self::EcdsaP384Sha384, Self::EcdsaP521Sha512]
-            .into_iter()
-            .find(|algorithm| algorithm.curve() == curve)
-            .ok_or_else(|| KeyError::Unsupported(format!("it is on the curve {curve}")))
-    }
-
-    /// The algorithm of the key in a SubjectPublicKeyInfo.
-    pub fn from_spki(spki: &SpkiDer) -> Result<Self, KeyError> {
-        let info = SubjectPublicKeyInfoOwned::from_der(&spki.0).map_err(malformed)?;
-        if info.algorithm.oid != EC_PUBLIC_KEY {
-            return Err(KeyError::Unsupported(format!("its algorithm is {}", info.algorithm.oid)));
+    /// The bytes to sign, if this is what a key of this algorithm signs. SoftHSM and others sign digests of any
+    /// length, and a digest signed as a message would say something that nobody meant.
+    pub fn bytes(self, content: &Content) -> Result<&[u8], String> {
+        let wanted = match self {
+            Self::Ecdsa(curve) => curve.digest_len(),
+            Self::RsaPkcs1 | Self::RsaPss => 32,
+            Self::Ed25519 => {
+                return match content {
+                    Content::Message(message) => Ok(message),
+                    Content::Digest(_) => Err("ed25519 signs messages: send the statement".to_owned()),
+                };
+            }
+        };
+        match content {
+            Content::Digest(digest) if digest.len() == wanted => Ok(digest),
+            _ => Err(format!("{} signs digests of {wanted} bytes", self.name())),
         }
-        let params = info.algorithm.parameters.ok_or_else(|| KeyError::Malformed("no curve".into()))?;
-        Self::from_ec_params(&params.to_der().map_err(malformed)?)
+    }
+}
+
+impl Curve {
+    /// Length of the digest that goes with it, in bytes.
+    fn digest_len(self) -> usize {
+        match self {
+            Self::P256 => 32,
+            Self::P384 => 48,
+            Self::P521 => 64,
+        }
     }
 
-    /// Builds the SubjectPublicKeyInfo from CKA_EC_POINT: an uncompressed point (SEC 1, 2.3.3), bare or, as
-    /// PKCS#11 asks, inside a DER OCTET STRING. Tokens do both.
-    pub fn spki_from_point(self, ec_point: &[u8]) -> Result<SpkiDer, KeyError> {
-        let wrapped = x509_cert::der::asn1::OctetString::from_der(ec_point);
-        let point = match &wrapped {
-            Ok(octets) => octets.as_bytes(),
-            Err(_) => ec_point,
-        };
-        let info = SubjectPublicKeyInfoOwned {
-            algorithm: AlgorithmIdentifierOwned {
-                oid: EC_PUBLIC_KEY,
-                parameters: Some(x509_cert::der::Any::from(self.curve())),
-            },
-            subject_public_key: BitString::from_bytes(point).map_err(malformed)?,
-        };
-        Ok(SpkiDer(info.to_der().map_err(malformed)?))
+    /// Length of a coordinate, in bytes.
+    pub fn field_len(self) -> usize {
+        match self {
+            Self::P256 => 32,
+            Self::P384 => 48,
+            Self::P521 => 66,
+        }
     }
 
     /// DER `Ecdsa-Sig-Value` (RFC 3279, 2.2.3) from the fixed-width r‖s of PKCS#11. Fails when r or s is
     /// zero or not below the group order.
-    pub fn der_from_raw(self, raw: &[u8]) -> Result<Vec<u8>, KeyError> {
-        Ok(match self {
-            Self::EcdsaP256Sha256 => {
-                p256::ecdsa::Signature::from_slice(raw).map_err(malformed)?.to_der().as_bytes().to_vec()
-            }
-            Self::EcdsaP384Sha384 => {
-                p384::ecdsa::Signature::from_slice(raw).map_err(malformed)?.to_der().as_bytes().to_vec()
-            }
-            Self::EcdsaP521Sha512 => {
-                p521::ecdsa::Signature::from_slice(raw).map_err(malformed)?.to_der().as_bytes().to_vec()
-            }
-        })
-    }
-
-    /// Whether `signature` (DER) over `digest` was made by the private half of `spki`.
-    pub fn verifies(self, spki: &SpkiDer, digest: &[u8], signature: &[u8]) -> Result<bool, KeyError> {
-        macro_rules! verify {
-            ($curve:ident) => {{
-                use $curve::ecdsa::signature::hazmat::PrehashVerifier as _;
-                use $curve::pkcs8::DecodePublicKey as _;
-                let key = $curve::ecdsa::VerifyingKey::from_public_key_der(&spki.0).map_err(malformed)?;
-                let signature = $curve::ecdsa::Signature::from_der(signature).map_err(malformed)?;
-                key.verify_prehash(digest, &signature).is_ok()
-            }};
+    pub fn der_from_raw(self, raw: &[u8]) -> Result<Vec<u8>, MalformedSignature> {
+        macro_rules! der {
+            ($curve:ident) => {
+                $curve::ecdsa::Signature::from_slice(raw)
+                    .map(|signature| signature.to_der().as_bytes().to_vec())
+                    .map_err(|error| MalformedSignature(error.to_string()))
+            };
         }
-        Ok(match self {
-            Self::EcdsaP256Sha256 => verify!(p256),
-            Self::EcdsaP384Sha384 => verify!(p384),
-            Self::EcdsaP521Sha512 => verify!(p521),
-        })
+        match self {
+            Self::P256 => der!(p256),
+            Self::P384 => der!(p384),
+            Self::P521 => der!(p521),
+        }
     }
 }
 
-fn malformed(error: impl std::fmt::Display) -> KeyError {
-    KeyError::Malformed(error.to_string())
+impl Content {
+    /// What the audit log calls it: the digest, or the SHA-256 of the message; hexadecimal.
+    pub fn hex(&self) -> String {
+        match self {
+            Self::Digest(digest) => hex::encode(digest),
+            Self::Message(message) => hex::encode(Sha256::digest(message)),
+        }
+    }
+}
+
+/// A SHA-256 digest as PKCS#1 v1.5 signs it: a DER `DigestInfo` (RFC 8017, 9.2, note 1).
+pub fn digest_info(digest: &[u8]) -> Vec<u8> {
+    const SHA256: [u8; 19] = [
+        0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00,
+        0x04, 0x20,
+    ];
+    [&SHA256[..], digest].concat()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use p256::ecdsa::signature::hazmat::PrehashSigner as _;
-    use p256::pkcs8::EncodePublicKey as _;
 
     #[test]
-    fn a_point_becomes_the_same_key_bare_or_wrapped() {
-        let secret = p256::ecdsa::SigningKey::from_slice(&[7; 32]).expect("a scalar");
-        let der = secret.verifying_key().to_public_key_der().expect("encodes").into_vec();
-        let point = secret.verifying_key().to_sec1_point(false);
-        let algorithm = Algorithm::from_spki(&SpkiDer(der.clone())).expect("P-256");
-        let mut wrapped = vec![4, 65];
-        wrapped.extend(point.as_bytes());
-        assert_eq!(algorithm.spki_from_point(point.as_bytes()).expect("bare").0, der);
-        assert_eq!(algorithm.spki_from_point(&wrapped).expect("wrapped").0, der);
+    fn a_digest_is_never_taken_for_a_message() {
+        let digest = |length| Content::Digest(vec![7; length]);
+        let p256 = Algorithm::Ecdsa(Curve::P256);
+        assert!(p256.bytes(&digest(32)).is_ok() && p256.bytes(&digest(8)).is_err());
+        assert!(p256.bytes(&Content::Message(vec![7; 32])).is_err());
+        assert!(Algorithm::Ed25519.bytes(&digest(32)).is_err());
+        assert!(Algorithm::Ed25519.bytes(&Content::Message(vec![7; 32])).is_ok());
     }
 
     #[test]
-    fn signatures_are_tied_to_key_and_digest() {
-        let secret = p256::ecdsa::SigningKey::from_slice(&[7; 32]).expect("a scalar");
-        let spki = SpkiDer(secret.verifying_key().to_public_key_der().expect("encodes").into_vec());
-        let raw: p256::ecdsa::Signature = secret.sign_prehash(&[1; 32]).expect("signs");
-        let algorithm = Algorithm::EcdsaP256Sha256;
-        let der = algorithm.der_from_raw(&raw.to_bytes()).expect("in range");
-        assert!(algorithm.verifies(&spki, &[1; 32], &der).expect("well-formed"));
-        assert!(!algorithm.verifies(&spki, &[2; 32], &der).expect("well-formed"));
-        assert!(algorithm.der_from_raw(&[0; 64]).is_err());
-        assert!(algorithm.der_from_raw(&[1; 8]).is_err());
-    }
-
-    #[test]
-    fn other_curves_are_refused_by_name() {
-        let secp256k1 = [6, 5, 0x2b, 0x81, 4, 0, 10];
-        let error = Algorithm::from_ec_params(&secp256k1).expect_err("not in the registry");
-        assert!(error.to_string().contains("1.3.132.0.10"));
+    fn malformed_signatures() {
+        assert!(Curve::P256.der_from_raw(&[0; 64]).is_err());
+        assert!(Curve::P256.der_from_raw(&[1; 8]).is_err());
     }
 }

@@ -8,11 +8,11 @@ use tokio::time::Instant;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use crate::algorithm::SpkiDer;
 use crate::config::{Config, Key, PinSource, UnixListen};
-use crate::host::wire::Survey;
+use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
+use crate::spki::SpkiDer;
 use crate::token::{State, Token, survey};
 
 /// How long a token may take to open.
@@ -201,7 +201,7 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
 async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
     let Some(token) = config.tokens.get(name) else { return };
     let on_token = config.keys.iter().filter(|(_, key)| key.token == name);
-    let keys: Vec<_> = on_token.map(|(name, key)| (name.clone(), key.object.clone())).collect();
+    let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
     let opened = Token::start(name, token.clone(), keys.clone());
     let deadline = Instant::now() + OPEN;
     while matches!(opened.state(), State::Starting) {
@@ -212,7 +212,7 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
     match opened.state() {
         State::Ready => {
             report.add(Level::Ok, subject, "logged in");
-            for (index, (key, object)) in keys.iter().enumerate() {
+            for (index, KeySpec { name: key, object, .. }) in keys.iter().enumerate() {
                 let subject = format!("key.{key}");
                 match opened.key(index) {
                     Some(Ok(public)) => {

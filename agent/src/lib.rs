@@ -19,4 +19,5 @@ mod replay;
 pub mod secret;
 pub mod serve;
 mod server;
+pub mod spki;
 pub mod token;

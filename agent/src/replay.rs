@@ -57,7 +57,7 @@ enum Caller {
 
 struct Seen {
     key: Arc<str>,
-    digest: Vec<u8>,
+    digest: String,
     follow: Follow,
 }
 
@@ -73,7 +73,7 @@ impl Replay {
         identity: &Identity,
         request: [u8; 16],
         key: &Arc<str>,
-        digest: &[u8],
+        digest: &str,
     ) -> Begin {
         let caller = match identity {
             Identity::Unix { uid, .. } => Caller::Uid(*uid),
@@ -94,7 +94,7 @@ impl Replay {
             order.push_back(id.clone());
         }
         let (tell, follow) = watch::channel(Step::Working);
-        seen.insert(id, Seen { key: Arc::clone(key), digest: digest.to_vec(), follow: follow.clone() });
+        seen.insert(id, Seen { key: Arc::clone(key), digest: digest.to_owned(), follow: follow.clone() });
         while order.len() > REMEMBERED {
             let Some(oldest) = order.pop_front() else { break };
             let over = |seen: &Seen| matches!(&*seen.follow.borrow(), Step::Done(_));
@@ -122,30 +122,30 @@ mod tests {
     fn one_id_one_answer() {
         let replay = Replay::default();
         let key: Arc<str> = "k".into();
-        let Begin::New(tell, _) = replay.begin(&caller(1), [1; 16], &key, b"d") else { panic!("new") };
+        let Begin::New(tell, _) = replay.begin(&caller(1), [1; 16], &key, "d") else { panic!("new") };
         let signed = Signed { signature: vec![1], public_key: vec![2] };
         tell.send_replace(Step::Done(Ok(signed.clone())));
-        let Begin::Again(follow) = replay.begin(&caller(1), [1; 16], &key, b"d") else { panic!("again") };
+        let Begin::Again(follow) = replay.begin(&caller(1), [1; 16], &key, "d") else { panic!("again") };
         assert!(matches!(&*follow.borrow(), Step::Done(Ok(answer)) if *answer == signed));
-        assert!(matches!(replay.begin(&caller(1), [1; 16], &key, b"other"), Begin::Conflict));
-        assert!(matches!(replay.begin(&caller(1), [1; 16], &"other".into(), b"d"), Begin::Conflict));
-        assert!(matches!(replay.begin(&caller(2), [1; 16], &key, b"d"), Begin::New(..)));
+        assert!(matches!(replay.begin(&caller(1), [1; 16], &key, "other"), Begin::Conflict));
+        assert!(matches!(replay.begin(&caller(1), [1; 16], &"other".into(), "d"), Begin::Conflict));
+        assert!(matches!(replay.begin(&caller(2), [1; 16], &key, "d"), Begin::New(..)));
     }
 
     #[test]
     fn a_failure_is_tried_anew_and_old_answers_are_forgotten() {
         let replay = Replay::default();
         let key: Arc<str> = "k".into();
-        let Begin::New(tell, _) = replay.begin(&caller(1), [0; 16], &key, b"d") else { panic!("new") };
+        let Begin::New(tell, _) = replay.begin(&caller(1), [0; 16], &key, "d") else { panic!("new") };
         tell.send_replace(Step::Done(Err(Status::unavailable("gone"))));
-        assert!(matches!(replay.begin(&caller(1), [0; 16], &key, b"d"), Begin::New(..)));
+        assert!(matches!(replay.begin(&caller(1), [0; 16], &key, "d"), Begin::New(..)));
         for n in 0..REMEMBERED {
             let mut id = [1; 16];
             id[..8].copy_from_slice(&n.to_be_bytes());
-            let Begin::New(tell, _) = replay.begin(&caller(1), id, &key, b"d") else { panic!("new") };
+            let Begin::New(tell, _) = replay.begin(&caller(1), id, &key, "d") else { panic!("new") };
             tell.send_replace(Step::Done(Ok(Signed { signature: vec![1], public_key: vec![2] })));
         }
         assert_eq!(replay.seen.lock().expect("not poisoned").0.len(), REMEMBERED);
-        assert!(matches!(replay.begin(&caller(1), [0; 16], &key, b"d"), Begin::New(..)));
+        assert!(matches!(replay.begin(&caller(1), [0; 16], &key, "d"), Begin::New(..)));
     }
 }

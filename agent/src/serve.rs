@@ -16,6 +16,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
+use crate::algorithm::Padding;
 use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::listen::{Connection, ListenError, Listeners};
@@ -26,6 +27,9 @@ use crate::token::{State, Token};
 
 /// Name of the service in grpc.health.v1.
 const SERVICE: &str = "omsign.v1.AgentService";
+
+/// A statement, and what goes with it.
+const LARGEST_REQUEST: usize = 16 << 20;
 
 /// The one key of a private agent.
 const PRIVATE_KEY: &str = "key";
@@ -106,8 +110,13 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         hidden_env: Vec::new(),
     };
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
-    let key =
-        Key { token: PRIVATE_KEY.into(), object, certificate_chain: Vec::new(), allow: vec![own.clone()] };
+    let key = Key {
+        token: PRIVATE_KEY.into(),
+        object,
+        padding: Padding::Pkcs1,
+        certificate_chain: Vec::new(),
+        allow: vec![own.clone()],
+    };
     let audit =
         config::Audit { directory: config::default_audit_directory(), durability: config::Durability::Fsync };
     Ok(Config {
@@ -146,7 +155,7 @@ async fn run(
         .max_concurrent_streams(256)
         .add_service(health)
         .add_service(reflection)
-        .add_service(AgentServiceServer::new(Service(agent)))
+        .add_service(AgentServiceServer::new(Service(agent)).max_decoding_message_size(LARGEST_REQUEST))
         .serve_with_incoming_shutdown(incoming, stop);
     let overdue = async {
         if stopped.wait_for(|stopping| *stopping).await.is_err() {

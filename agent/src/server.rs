@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omsign_proto::v1::agent_service_server::AgentService;
-use omsign_proto::v1::sign_request::Content;
+use omsign_proto::v1::sign_request;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
     GetKeyRequest, GetKeyResponse, ListKeysRequest, ListKeysResponse, ListTokensRequest, ListTokensResponse,
@@ -19,6 +19,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use crate::agent::{Agent, Authorised, KeyEntry, SETTLE, UnlockEntry, token_to_proto};
+use crate::algorithm::Content;
 use crate::audit::Entry;
 use crate::identity::Identity;
 use crate::policy::allowed;
@@ -31,6 +32,9 @@ const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
+
+/// Longest `statement`, in bytes. Larger ones are for keys that sign digests.
+const STATEMENT_BYTES: usize = 15 << 20;
 
 /// The service that tonic serves; a handle.
 #[derive(Clone)]
@@ -82,23 +86,15 @@ impl AgentService for Service {
         if request.context.len() > CONTEXT_BYTES {
             return Err(Status::invalid_argument(format!("context is longer than {CONTEXT_BYTES} bytes")));
         }
-        let Some(Content::Digest(digest)) = request.content else {
-            return Err(Status::invalid_argument("content is missing: set digest"));
-        };
-        if !matches!(digest.len(), 32 | 48 | 64) {
-            return Err(Status::invalid_argument(format!(
-                "a digest of {} bytes; expected 32, 48 or 64",
-                digest.len()
-            )));
-        }
+        let content = content(request.content)?;
         let rule = allowed(&key.allow, &caller).map(|rule| rule.name.clone());
         let authorised = Authorised {
             identity: Arc::clone(&caller),
             rule: rule.clone().unwrap_or_default(),
             key: Arc::clone(&key.name),
             request_id: hex::encode(id),
-            digest_hex: hex::encode(&digest),
-            digest,
+            digest_hex: content.hex(),
+            content,
             context: request.context,
         };
         if rule.is_none() {
@@ -108,11 +104,10 @@ impl AgentService for Service {
             self.0.record(&entry, deadline).await?;
             return Err(denied(&caller, "sign with", &key.name, &missing));
         }
-        if let Some(public) = key.public().filter(|p| p.algorithm.digest_len() != authorised.digest.len()) {
-            let (name, length) = (public.algorithm.name(), public.algorithm.digest_len());
-            return Err(Status::invalid_argument(format!("{name} signs digests of {length} bytes")));
+        if let Some(public) = key.public() {
+            public.algorithm.bytes(&authorised.content).map_err(Status::invalid_argument)?;
         }
-        let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest) {
+        let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
             Begin::Conflict => {
                 return Err(Status::already_exists(
                     "this request_id was used for another key or digest; choose a new one",
@@ -201,6 +196,33 @@ impl AgentService for Service {
         unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
         Ok(Response::new(UnlockTokenResponse {}))
     }
+}
+
+/// What the caller wants signed, as far as can be said without knowing the key.
+fn content(sent: Option<sign_request::Content>) -> Result<Content, Status> {
+    match sent {
+        Some(sign_request::Content::Digest(digest)) if matches!(digest.len(), 32 | 48 | 64) => {
+            Ok(Content::Digest(digest))
+        }
+        Some(sign_request::Content::Digest(digest)) => Err(Status::invalid_argument(format!(
+            "a digest of {} bytes; expected 32, 48 or 64",
+            digest.len()
+        ))),
+        Some(sign_request::Content::Statement(statement)) if statement.len() <= STATEMENT_BYTES => {
+            Ok(Content::Message(pae(&statement)))
+        }
+        Some(sign_request::Content::Statement(_)) => {
+            Err(Status::invalid_argument("the statement is too long"))
+        }
+        None => Err(Status::invalid_argument("content is missing: set digest or statement")),
+    }
+}
+
+/// The pre-authentication encoding of a statement (DSSE protocol, "PAE").
+fn pae(statement: &[u8]) -> Vec<u8> {
+    const TYPE: &str = "application/vnd.in-toto+json";
+    let head = format!("DSSEv1 {} {TYPE} {} ", TYPE.len(), statement.len());
+    [head.as_bytes(), statement].concat()
 }
 
 /// The next step that this follower has not seen.

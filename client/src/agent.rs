@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use omsign_proto::v1::agent_service_client::AgentServiceClient;
-use omsign_proto::v1::sign_request::Content;
+pub use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
     GetKeyRequest, Key, KeyState, ListKeysRequest, ListTokensRequest, SignRequest, Token, UnlockTokenRequest,
@@ -264,19 +264,18 @@ impl Agent {
         }
     }
 
-    /// Has a digest signed. `waiting` is told what is waited for, if it takes a while.
+    /// Has a digest or a statement signed. `waiting` is told what is waited for, if it takes a while.
     pub fn sign(
         &self,
         key: &str,
-        digest: Vec<u8>,
+        content: Content,
         context: &str,
         mut waiting: impl FnMut(&str),
     ) -> Result<Vec<u8>, AgentError> {
         let mut request_id = vec![0; 16];
         getrandom::fill(&mut request_id).map_err(|error| AgentError::System(std::io::Error::other(error)))?;
         let context = context.chars().take(256).collect();
-        let content = Some(Content::Digest(digest));
-        let request = SignRequest { key: key.to_owned(), request_id, content, context };
+        let request = SignRequest { key: key.to_owned(), request_id, content: Some(content), context };
         let mut client = AgentServiceClient::new(self.channel.clone());
         let signing = async {
             let mut events = client.sign(within(SIGN, request)).await?.into_inner();

@@ -52,6 +52,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "verify it with --certificate-chain and the certificate of the signer's CA".into()
         }
         Error::Trust(TrustError::Method { .. }) => "verify it with --public-key and the signer's public key".into(),
+        Error::Key(KeyError::Nonstandard(_)) => {
+            "--allow-nonstandard-key signs all the same; omsign verifies it, the reference implementation does not"
+                .into()
+        }
         Error::Key(KeyError::Password { .. }) => {
             "give the password with --password-file or --password-env, or at a terminal".into()
         }

@@ -4,14 +4,20 @@ use std::path::{Path, PathBuf};
 
 use openssl::ec::EcKey;
 use openssl::ecdsa::EcdsaSig;
+use openssl::error::ErrorStack;
 use openssl::hash::{MessageDigest, hash};
 use openssl::nid::Nid;
-use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
+use openssl::pkey::{HasPublic, Id, PKey, PKeyRef, Private, Public};
+use openssl::rsa::Padding;
+use openssl::sign::{RsaPssSaltlen, Verifier};
 use openssl::x509::X509;
 use zeroize::Zeroizing;
 
 use crate::dsse::Pae;
 use crate::hash::Digest;
+
+/// The shortest RSA modulus: 112 bits of security (NIST SP 800-57).
+const LEAST_RSA_BITS: u32 = 2048;
 
 /// A file with a key or certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +49,12 @@ pub enum KeyError {
     /// The environment variable with the password is not set.
     #[error("the environment variable {0} is not set")]
     Variable(String),
-    /// A key that OMS does not use.
-    #[error("{0}: OMS signs with ECDSA on P-256, P-384 or P-521")]
+    /// A key that nobody can use here.
+    #[error("{0}: omsign takes ECDSA on P-256, P-384 or P-521, RSA from 2048 bits and Ed25519")]
     Unsupported(String),
+    /// A key that OMS does not name.
+    #[error("{0} is not an algorithm of OMS (algorithm registry): few verifiers take it")]
+    Nonstandard(&'static str),
     /// A certificate that does not fit.
     #[error("{0}")]
     Certificate(&'static str),
@@ -54,7 +63,8 @@ pub enum KeyError {
     Sign(String),
 }
 
-/// Curve and hash of a key, which go together (OMS algorithm registry).
+/// How a key signs. For elliptic curves, curve and hash go together (OMS algorithm registry); the others are in the
+/// Sigstore registry only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
     /// ECDSA on NIST P-256 with SHA-256.
@@ -63,6 +73,10 @@ pub enum Algorithm {
     P384,
     /// ECDSA on NIST P-521 with SHA-512.
     P521,
+    /// RSA with SHA-256, PKCS#1 v1.5 or PSS padding.
+    Rsa,
+    /// Ed25519.
+    Ed25519,
 }
 
 impl Algorithm {
@@ -72,20 +86,40 @@ impl Algorithm {
             Self::P256 => "ECDSA P-256 with SHA-256",
             Self::P384 => "ECDSA P-384 with SHA-384",
             Self::P521 => "ECDSA P-521 with SHA-512",
+            Self::Rsa => "RSA with SHA-256",
+            Self::Ed25519 => "Ed25519",
         }
     }
 
-    /// The digest that is signed.
-    pub fn digest(self, pae: &Pae) -> Vec<u8> {
-        let algorithm = match self {
-            Self::P256 => MessageDigest::sha256(),
-            Self::P384 => MessageDigest::sha384(),
-            Self::P521 => MessageDigest::sha512(),
-        };
-        hash(algorithm, pae.as_bytes()).expect("SHA-2 is always there").to_vec()
+    /// Whether OMS names it, so that other verifiers take it.
+    pub fn is_standard(self) -> bool {
+        matches!(self, Self::P256 | Self::P384 | Self::P521)
+    }
+
+    /// The digest that is signed; none where the message itself is.
+    pub fn digest(self, pae: &Pae) -> Option<Vec<u8>> {
+        let digest = hash(self.hash()?, pae.as_bytes());
+        Some(digest.expect("SHA-2 is always there").to_vec())
+    }
+
+    fn hash(self) -> Option<MessageDigest> {
+        match self {
+            Self::P256 | Self::Rsa => Some(MessageDigest::sha256()),
+            Self::P384 => Some(MessageDigest::sha384()),
+            Self::P521 => Some(MessageDigest::sha512()),
+            Self::Ed25519 => None,
+        }
     }
 
     fn of(key: &PKeyRef<impl HasPublic>) -> Result<Self, KeyError> {
+        match key.id() {
+            Id::ED25519 => return Ok(Self::Ed25519),
+            Id::RSA if key.bits() < LEAST_RSA_BITS => {
+                return Err(KeyError::Unsupported(format!("the key is an RSA key of {} bits", key.bits())));
+            }
+            Id::RSA => return Ok(Self::Rsa),
+            _ => {}
+        }
         let curve = key.ec_key().ok().and_then(|key| key.group().curve_name());
         match curve {
             Some(Nid::X9_62_PRIME256V1) => Ok(Self::P256),
@@ -95,7 +129,7 @@ impl Algorithm {
                 let name = other.long_name().unwrap_or("unknown");
                 Err(KeyError::Unsupported(format!("the key is on the curve {name}")))
             }
-            None => Err(KeyError::Unsupported("the key is not an elliptic-curve key".into())),
+            None => Err(KeyError::Unsupported("the key is of another kind".into())),
         }
     }
 }
@@ -142,15 +176,38 @@ impl PublicKey {
         Digest::of(&self.to_pem()).to_string()
     }
 
-    /// Whether `signature` (DER Ecdsa-Sig-Value) is this key's over `pae`.
+    /// Whether `signature` is this key's over `pae`. Nothing about an RSA key tells how it pads; both ways are safe.
     pub fn verifies(&self, pae: &Pae, signature: &[u8]) -> bool {
+        let verified = match self.algorithm {
+            Algorithm::P256 | Algorithm::P384 | Algorithm::P521 => {
+                return self.verifies_ecdsa(pae, signature);
+            }
+            Algorithm::Ed25519 => Verifier::new_without_digest(&self.key)
+                .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes())),
+            Algorithm::Rsa => Verifier::new(MessageDigest::sha256(), &self.key)
+                .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes()))
+                .map(|verified| verified || self.verifies_pss(pae, signature).unwrap_or(false)),
+        };
+        verified.unwrap_or(false)
+    }
+
+    fn verifies_pss(&self, pae: &Pae, signature: &[u8]) -> Result<bool, ErrorStack> {
+        let mut verifier = Verifier::new(MessageDigest::sha256(), &self.key)?;
+        verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
+        verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
+        verifier.verify_oneshot(signature, pae.as_bytes())
+    }
+
+    /// The signature is a DER Ecdsa-Sig-Value (RFC 3279, 2.2.3).
+    fn verifies_ecdsa(&self, pae: &Pae, signature: &[u8]) -> bool {
+        let Some(digest) = self.algorithm.digest(pae) else { return false };
         let Ok(parsed) = EcdsaSig::from_der(signature) else { return false };
         // d2i accepts bytes after the end, and BER.
         if parsed.to_der().ok().as_deref() != Some(signature) {
             return false;
         }
         let key: Result<EcKey<Public>, _> = self.key.ec_key();
-        key.and_then(|key| parsed.verify(&self.algorithm.digest(pae), &key)).unwrap_or(false)
+        key.and_then(|key| parsed.verify(&digest, &key)).unwrap_or(false)
     }
 
     /// Whether two keys are the same.
@@ -191,15 +248,17 @@ impl PrivateKey {
         Ok(Self { public, key })
     }
 
-    /// Signs; the answer is DER.
+    /// Signs: ECDSA in DER, RSA with PKCS#1 v1.5 padding, Ed25519.
     pub fn sign(&self, pae: &Pae) -> Result<Vec<u8>, KeyError> {
-        let key = self.key.ec_key().map_err(sign_error)?;
-        let signature = EcdsaSig::sign(&self.public.algorithm.digest(pae), &key).map_err(sign_error)?;
-        signature.to_der().map_err(sign_error)
+        let signer = match self.public.algorithm.hash() {
+            Some(hash) => openssl::sign::Signer::new(hash, &self.key),
+            None => openssl::sign::Signer::new_without_digest(&self.key),
+        };
+        signer.and_then(|mut signer| signer.sign_oneshot_to_vec(pae.as_bytes())).map_err(sign_error)
     }
 }
 
-fn sign_error(error: openssl::error::ErrorStack) -> KeyError {
+fn sign_error(error: ErrorStack) -> KeyError {
     KeyError::Sign(error.to_string())
 }
 

@@ -4,7 +4,7 @@ use openssl::asn1::Asn1Time;
 use openssl::x509::X509;
 
 use crate::Error;
-use crate::agent::{Agent, AgentError};
+use crate::agent::{Agent, AgentError, Content};
 use crate::bundle::{Bundle, KeyIdentifier, Material};
 use crate::dsse::Pae;
 use crate::key::{KeyError, PrivateKey, PublicKey};
@@ -18,6 +18,8 @@ pub struct Request<'a> {
     pub selection: Selection<'a>,
     /// Leaf first. Without one, the key's own chain; without that too, the key method.
     pub certificates: Option<Vec<X509>>,
+    /// Whether a key may sign that OMS does not name, so that few verifiers take the bundle.
+    pub allow_nonstandard_key: bool,
 }
 
 /// What signs.
@@ -65,6 +67,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         }
         Signer::File(key) => (key.public.clone(), Vec::new()),
     };
+    if !public_key.algorithm.is_standard() && !request.allow_nonstandard_key {
+        return Err(KeyError::Nonstandard(public_key.algorithm.name()).into());
+    }
     let chain = request.certificates.clone().unwrap_or(own_chain);
     check_chain(&chain, &public_key)?;
     let serialization = request.selection.serialization()?;
@@ -75,7 +80,11 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     let signature = match signer {
         Signer::Agent { agent, key, waiting } => {
             let context = format!("{}: {} files", manifest.model_name, manifest.resources.len());
-            agent.sign(key, public_key.algorithm.digest(&pae), &context, waiting)?
+            let content = match public_key.algorithm.digest(&pae) {
+                Some(digest) => Content::Digest(digest),
+                None => Content::Statement(payload.clone()),
+            };
+            agent.sign(key, content, &context, waiting)?
         }
         Signer::File(key) => key.sign(&pae)?,
     };

@@ -15,10 +15,11 @@ use cryptoki::object::{Attribute, AttributeType, CertificateType, ObjectClass, O
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
-use openssl::bn::BigNumContext;
+use openssl::bn::{BigNum, BigNumContext};
 use openssl::ec::{EcGroup, EcKey, EcPoint};
 use openssl::nid::Nid;
-use openssl::pkey::{PKey, Public};
+use openssl::pkey::{Id, PKey, Public};
+use openssl::rsa::Rsa;
 
 use crate::ca::Ca;
 use crate::{built, write_private};
@@ -38,8 +39,10 @@ pub enum KeyType {
     P384,
     /// ECDSA on P-521.
     P521,
-    /// RSA of 2048 bits, which OMS does not use.
+    /// RSA of 2048 bits, which OMS does not name.
     Rsa,
+    /// Ed25519, which OMS does not name.
+    Ed25519,
 }
 
 /// Which objects of a key stay on the token.
@@ -140,33 +143,35 @@ pub fn keygen(
     let named = || vec![Attribute::Token(true), Attribute::Label(name.into()), Attribute::Id(name.into())];
     let mut public = named();
     public.push(Attribute::Verify(true));
-    let mechanism = match key_type.curve() {
-        Some((params, _)) => {
-            public.push(Attribute::EcParams(params.to_vec()));
-            Mechanism::EccKeyPairGen
-        }
-        None => {
+    let mechanism = match key_type {
+        KeyType::Rsa => {
             public.extend([Attribute::ModulusBits(2048.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
             Mechanism::RsaPkcsKeyPairGen
+        }
+        KeyType::Ed25519 => {
+            public.push(Attribute::EcParams(key_type.params().to_vec()));
+            Mechanism::EccEdwardsKeyPairGen
+        }
+        KeyType::P256 | KeyType::P384 | KeyType::P521 => {
+            public.push(Attribute::EcParams(key_type.params().to_vec()));
+            Mechanism::EccKeyPairGen
         }
     };
     let mut private = named();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
     let (public, private) = session.generate_key_pair(&mechanism, &public, &private)?;
-    if let Some((_, curve)) = key_type.curve() {
-        let key = exported(&session, public, curve)?;
-        std::fs::write(directory.join(format!("{name}.pub.pem")), key.public_key_to_pem()?)?;
-        if objects == Objects::Certified {
-            let ca = Ca::create("Token CA")?;
-            let leaf = ca.code_signing(name, &key)?;
-            let (der, subject) = (leaf.to_der()?, leaf.subject_name().to_der()?);
-            let mut certificate = named();
-            certificate.push(Attribute::Subject(subject));
-            certificate.extend([Attribute::Class(ObjectClass::CERTIFICATE), Attribute::Value(der)]);
-            certificate.push(Attribute::CertificateType(CertificateType::X_509));
-            session.create_object(&certificate)?;
-        }
+    let key = exported(&session, public, key_type)?;
+    std::fs::write(directory.join(format!("{name}.pub.pem")), key.public_key_to_pem()?)?;
+    if objects == Objects::Certified {
+        let ca = Ca::create("Token CA")?;
+        let leaf = ca.code_signing(name, &key)?;
+        let (der, subject) = (leaf.to_der()?, leaf.subject_name().to_der()?);
+        let mut certificate = named();
+        certificate.push(Attribute::Subject(subject));
+        certificate.extend([Attribute::Class(ObjectClass::CERTIFICATE), Attribute::Value(der)]);
+        certificate.push(Attribute::CertificateType(CertificateType::X_509));
+        session.create_object(&certificate)?;
     }
     match objects {
         Objects::Pair => {}
@@ -222,16 +227,30 @@ fn slot(pkcs11: &Pkcs11, label: &str) -> anyhow::Result<Slot> {
     pkcs11.get_slots_with_token()?.into_iter().find(matching).context("no such token")
 }
 
-fn exported(session: &Session, public: ObjectHandle, curve: Nid) -> anyhow::Result<PKey<Public>> {
-    let attributes = session.get_attributes(public, &[AttributeType::EcPoint])?;
-    let Some(Attribute::EcPoint(point)) = attributes.into_iter().next() else { bail!("no EC point") };
-    // SoftHSM wraps the point in a DER OCTET STRING; P-521's length takes two bytes.
-    let header = if curve == Nid::SECP521R1 { 3 } else { 2 };
-    let group = EcGroup::from_curve_name(curve)?;
-    let bare = point.get(header..).context("a short EC point")?;
-    let mut context = BigNumContext::new()?;
-    let point = EcPoint::from_bytes(&group, bare, &mut context)?;
-    Ok(PKey::from_ec_key(EcKey::from_public_key(&group, &point)?)?)
+fn exported(session: &Session, public: ObjectHandle, key_type: KeyType) -> anyhow::Result<PKey<Public>> {
+    let types = match key_type {
+        KeyType::Rsa => &[AttributeType::Modulus, AttributeType::PublicExponent][..],
+        _ => &[AttributeType::EcPoint],
+    };
+    let attributes = session.get_attributes(public, types)?;
+    // SoftHSM wraps a point in a DER OCTET STRING; P-521's length takes two bytes.
+    let header = if key_type == KeyType::P521 { 3 } else { 2 };
+    match (key_type.curve(), attributes.as_slice()) {
+        (_, [Attribute::Modulus(modulus), Attribute::PublicExponent(exponent)]) => {
+            let (modulus, exponent) = (BigNum::from_slice(modulus)?, BigNum::from_slice(exponent)?);
+            Ok(PKey::from_rsa(Rsa::from_public_components(modulus, exponent)?)?)
+        }
+        (Some(curve), [Attribute::EcPoint(point)]) => {
+            let group = EcGroup::from_curve_name(curve)?;
+            let bare = point.get(header..).context("a short EC point")?;
+            let point = EcPoint::from_bytes(&group, bare, &mut *BigNumContext::new()?)?;
+            Ok(PKey::from_ec_key(EcKey::from_public_key(&group, &point)?)?)
+        }
+        (None, [Attribute::EcPoint(point)]) => {
+            Ok(PKey::public_key_from_raw_bytes(point.get(header..).context("a short point")?, Id::ED25519)?)
+        }
+        _ => bail!("the token does not show the public half"),
+    }
 }
 
 impl KeyType {
@@ -241,16 +260,28 @@ impl KeyType {
             Self::P384 => "p384",
             Self::P521 => "p521",
             Self::Rsa => "rsa",
+            Self::Ed25519 => "ed25519",
         }
     }
 
-    /// DER of the curve's name (RFC 5480), and OpenSSL's number for it.
-    fn curve(self) -> Option<(&'static [u8], Nid)> {
+    /// DER of the curve's name (RFC 5480, RFC 8410); empty for RSA.
+    fn params(self) -> &'static [u8] {
         match self {
-            Self::P256 => Some((&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7], Nid::X9_62_PRIME256V1)),
-            Self::P384 => Some((&[6, 5, 0x2b, 0x81, 4, 0, 0x22], Nid::SECP384R1)),
-            Self::P521 => Some((&[6, 5, 0x2b, 0x81, 4, 0, 0x23], Nid::SECP521R1)),
-            Self::Rsa => None,
+            Self::P256 => &[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7],
+            Self::P384 => &[6, 5, 0x2b, 0x81, 4, 0, 0x22],
+            Self::P521 => &[6, 5, 0x2b, 0x81, 4, 0, 0x23],
+            Self::Ed25519 => &[6, 3, 0x2b, 0x65, 0x70],
+            Self::Rsa => &[],
+        }
+    }
+
+    /// OpenSSL's number of the NIST curve.
+    fn curve(self) -> Option<Nid> {
+        match self {
+            Self::P256 => Some(Nid::X9_62_PRIME256V1),
+            Self::P384 => Some(Nid::SECP384R1),
+            Self::P521 => Some(Nid::SECP521R1),
+            Self::Rsa | Self::Ed25519 => None,
         }
     }
 }
@@ -270,8 +301,8 @@ impl FromStr for KeyType {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let all = [Self::P256, Self::P384, Self::P521, Self::Rsa];
-        all.into_iter().find(|kind| kind.name() == text).context("expected p256, p384, p521 or rsa")
+        let all = [Self::P256, Self::P384, Self::P521, Self::Rsa, Self::Ed25519];
+        all.into_iter().find(|kind| kind.name() == text).context("expected p256, p384, p521, rsa or ed25519")
     }
 }
 

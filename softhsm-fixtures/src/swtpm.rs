@@ -146,14 +146,15 @@ impl SwTpm {
         Ok(public)
     }
 
-    /// Makes a wrapped key file on a curve (`P-256`, `P-384`), as users do: with OpenSSL's tpm2 provider.
-    pub fn key_file(&self, name: &str, curve: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+    /// Makes a wrapped key file, as users do: with OpenSSL's tpm2 provider. The algorithm and its option are in
+    /// OpenSSL's words: `EC group:P-384`, `RSA bits:2048`.
+    pub fn key_file(&self, name: &str, algorithm: &str, option: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
         let (key, public) =
             (self.directory.join(format!("{name}.pem")), self.directory.join(format!("{name}.pub.pem")));
         let provider = ["-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2"];
         self.tool("openssl", |tool| {
-            tool.arg("genpkey").args(provider).args(["-algorithm", "EC", "-pkeyopt"]);
-            tool.arg(format!("group:{curve}")).arg("-out").arg(&key);
+            tool.arg("genpkey").args(provider).args(["-algorithm", algorithm, "-pkeyopt", option, "-out"]);
+            tool.arg(&key);
         })?;
         self.tool("openssl", |tool| {
             tool.arg("pkey").args(provider).arg("-in").arg(&key).args(["-pubout", "-out"]).arg(&public);

@@ -16,7 +16,7 @@ pub struct Expected {
     pub algorithm: &'static str,
     /// A file with it, PEM.
     pub public: PathBuf,
-    /// It without an agent.
+    /// It without an agent; empty where a URI cannot say it.
     pub uri: String,
 }
 
@@ -43,15 +43,22 @@ pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
         ("p256", KeyType::P256, "ecdsa-p256-sha256"),
         ("p384", KeyType::P384, "ecdsa-p384-sha384"),
         ("p521", KeyType::P521, "ecdsa-p521-sha512"),
+        ("rsa", KeyType::Rsa, "rsa-pkcs1-sha256"),
+        ("ed25519", KeyType::Ed25519, "ed25519"),
     ] {
         token.generate(name, key_type, Objects::Pair)?;
         let uri =
             format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display());
         expected.push(Expected { name, algorithm, public: token.public_key(name), uri });
     }
+    let mut keys: String = expected.iter().map(|key| key_section(key.name, "device", key.name)).collect();
+    // The same key with the other padding.
+    keys += &key_section("pss", "device", "rsa").replace("[[key", "padding = \"pss\"\n[[key");
+    let (public, uri) = (token.public_key("rsa"), String::new());
+    expected.push(Expected { name: "pss", algorithm: "rsa-pss-sha256", public, uri });
     Ok(Device {
         token: token_section("device", &token, ""),
-        keys: expected.iter().map(|key| key_section(key.name, "device", key.name)).collect(),
+        keys,
         expected,
         environment: vec![("SOFTHSM2_CONF", token.config())],
         secret: PIN,
@@ -62,7 +69,8 @@ pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
 pub fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
     let (pin, tcti) = (tpm.pin_file(), tpm.tcti());
     let persistent = tpm.persistent_key("p256", "ecc256", 0x8100_0010, AUTH)?;
-    let (file, public) = tpm.key_file("p384", "P-384")?;
+    let (file, public) = tpm.key_file("p384", "EC", "group:P-384")?;
+    let (rsa_file, rsa_public) = tpm.key_file("rsa", "RSA", "bits:2048")?;
     let uri = |key: String| format!("tpm:{key}?tcti={tcti}&pin-source={}", pin.display());
     Ok(Device {
         token: format!(
@@ -70,7 +78,8 @@ pub fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
             pin.display()
         ),
         keys: key("p256", "device", "handle = \"0x81000010\"")
-            + &key("p384", "device", &format!("file = \"{}\"", file.display())),
+            + &key("p384", "device", &format!("file = \"{}\"", file.display()))
+            + &key("rsa", "device", &format!("file = \"{}\"", rsa_file.display())),
         expected: vec![
             Expected {
                 name: "p256",
@@ -84,6 +93,12 @@ pub fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
                 public,
                 uri: uri(format!("file={}", file.display())),
             },
+            Expected {
+                name: "rsa",
+                algorithm: "rsa-pkcs1-sha256",
+                public: rsa_public,
+                uri: uri(format!("file={}", rsa_file.display())),
+            },
         ],
         environment: Vec::new(),
         secret: AUTH,
@@ -95,9 +110,11 @@ pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
     card.change_pin()?;
     let (serial, pin, socket) = (card.serial, card.pin_file(), card.socket());
     let mut expected = Vec::new();
-    for (name, slot, algorithm, generated) in
-        [("p256", "9c", "ecdsa-p256-sha256", "ECCP256"), ("p384", "82", "ecdsa-p384-sha384", "ECCP384")]
-    {
+    for (name, slot, algorithm, generated) in [
+        ("p256", "9c", "ecdsa-p256-sha256", "ECCP256"),
+        ("p384", "82", "ecdsa-p384-sha384", "ECCP384"),
+        ("rsa", "83", "rsa-pkcs1-sha256", "RSA2048"),
+    ] {
         let public = card.generate(slot, generated, &[])?;
         let uri = format!("piv:serial={serial};slot={slot}?pin-source={}", pin.display());
         expected.push(Expected { name, algorithm, public, uri });
@@ -109,7 +126,9 @@ pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
             pin.display(),
             socket.display()
         ),
-        keys: key("p256", "device", "slot = \"9c\"") + &key("p384", "device", "slot = \"82\""),
+        keys: key("p256", "device", "slot = \"9c\"")
+            + &key("p384", "device", "slot = \"82\"")
+            + &key("rsa", "device", "slot = \"83\""),
         expected,
         environment: vec![("PCSCLITE_CSOCK_NAME", socket)],
         secret: piv::PIN,

@@ -6,6 +6,7 @@ mod tpm;
 
 use std::io;
 
+use crate::algorithm::Content;
 use crate::config;
 use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, Survey};
 use crate::secret::Pin;
@@ -25,9 +26,9 @@ pub(crate) trait Device: Sync {
 
 /// One thread's way to the device's keys.
 pub(crate) trait Signer: Send {
-    /// Signs a digest with the key of this index; the answer is as the bundle wants it. `touch` is told when the
-    /// device waits for a person, and which device.
-    fn sign(&mut self, key: usize, digest: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
+    /// Signs with the key of this index; the answer is as the bundle wants it. `touch` is told when the device
+    /// waits for a person, and which device.
+    fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
 }
 
 /// Opens a device, logs in once, finds every key and has each sign a random challenge.
@@ -50,6 +51,13 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
         config::Device::Tpm(tcti) => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
     }
+}
+
+/// What a key signs to show that its two halves belong together.
+fn challenge() -> Result<Vec<u8>, Failure> {
+    let mut challenge = vec![0; 32];
+    getrandom::fill(&mut challenge).map_err(|error| gone(format!("no random challenge: {error}")))?;
+    Ok(challenge)
 }
 
 fn gone(message: String) -> Failure {

@@ -8,6 +8,7 @@ use x509_cert::der::Encode as _;
 
 use super::read::{Reader, Section};
 use super::{Key, objects};
+use crate::algorithm::Padding;
 use crate::policy::{Match, Rule};
 
 /// Name of the rule that lets the agent's own user in where no rule is written: the private agent of one
@@ -42,6 +43,15 @@ pub(super) fn key(
             }
         },
     };
+    let padding = match section.string(reader, "padding").as_deref() {
+        None | Some("pkcs1") => Padding::Pkcs1,
+        Some("pss") => Padding::Pss,
+        Some(other) => {
+            let message = format!("{other:?} is unknown; write \"pkcs1\" or \"pss\", for an RSA key");
+            reader.mistake(section.position("padding"), &section.path_of("padding"), message);
+            Padding::Pkcs1
+        }
+    };
     let allow = rules(reader, &mut section, "allow");
     if allow.is_empty() && !reader.mistakes.iter().any(|m| m.key.starts_with(&section.path_of("allow"))) {
         let path = section.path_of("allow");
@@ -49,7 +59,7 @@ pub(super) fn key(
         reader.mistake(section.at, &path, message);
     }
     section.finish(reader);
-    Some(Key { token: token?, object: object?, certificate_chain: certificate_chain?, allow })
+    Some(Key { token: token?, object: object?, padding, certificate_chain: certificate_chain?, allow })
 }
 
 /// Reads a PEM file of certificates as DER, in order.

@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub use self::tpm::Tcti;
+use crate::algorithm::Padding;
+use crate::host::wire::KeySpec;
 use crate::policy::Rule;
 
 /// Everything in the file, checked.
@@ -203,6 +205,8 @@ pub struct Key {
     pub token: String,
     /// Which object of the token.
     pub object: Object,
+    /// How an RSA key pads.
+    pub padding: Padding,
     /// Certificates, DER, leaf first: makes it the OMS certificate method.
     pub certificate_chain: Vec<Vec<u8>>,
     /// Who may use it. Everything else is denied.
@@ -271,6 +275,13 @@ pub fn default_audit_directory() -> PathBuf {
         Some(PathBuf::from(home).join(".local/state"))
     });
     state.unwrap_or_else(|| PathBuf::from(".")).join("omsign/audit")
+}
+
+impl Key {
+    /// What its token has to find.
+    pub(crate) fn spec(&self, name: &str) -> KeySpec {
+        KeySpec { name: name.to_owned(), object: self.object.clone(), padding: self.padding }
+    }
 }
 
 impl fmt::Display for TokenSelector {

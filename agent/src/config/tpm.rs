@@ -63,6 +63,13 @@ impl FromStr for Tcti {
     }
 }
 
+impl Tcti {
+    /// Whether this is a simulator, which only trials and tests have, reached without a resource manager.
+    pub fn is_simulator(&self) -> bool {
+        self.0.starts_with("swtpm:")
+    }
+}
+
 impl fmt::Display for Tcti {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -99,16 +99,16 @@ impl Shared<'_> {
                 Err(_) => return,
             };
             let started = Instant::now();
-            let index = usize::try_from(request.key).unwrap_or(usize::MAX);
+            let (id, index) = (request.id, usize::try_from(request.key).unwrap_or(usize::MAX));
             let touch = |message: &str| {
-                let touch = Answer { id: request.id, touch: message.to_owned(), ..Answer::default() };
+                let touch = Answer { id, touch: message.to_owned(), ..Answer::default() };
                 // When the agent is gone, the next read says so.
                 let _ = self.answer(&touch, false);
             };
-            let outcome = signer.sign(index, &request.digest, &touch);
+            let outcome = signer.sign(index, &request.content(), &touch);
             let gone = outcome.as_ref().err().filter(|failure| failure.class == Class::Gone).cloned();
             let hold = more && gone.is_none() && started.elapsed() < QUICK;
-            if self.answer(&Answer::new(request.id, outcome), hold).is_err() {
+            if self.answer(&Answer::new(id, outcome), hold).is_err() {
                 return;
             }
             if let Some(failure) = gone {

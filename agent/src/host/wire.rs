@@ -7,8 +7,9 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-use crate::algorithm::{Algorithm, SpkiDer};
+use crate::algorithm::{Algorithm, Content, Padding};
 use crate::config;
+use crate::spki::SpkiDer;
 
 /// No frame is larger: an answer names at most a few thousand objects.
 const LARGEST_BYTES: u32 = 16 << 20;
@@ -29,12 +30,20 @@ pub(crate) struct Open {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct OpenSpec {
     pub(crate) token: config::Token,
-    /// Name and object of each key; [`Sign::key`] is an index into it.
-    pub(crate) keys: Vec<(String, config::Object)>,
+    /// [`Sign::key`] is an index into it.
+    pub(crate) keys: Vec<KeySpec>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
     /// Only look, for `doctor`: no login, no keys.
     pub(crate) survey: bool,
+}
+
+/// A key to find.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct KeySpec {
+    pub(crate) name: String,
+    pub(crate) object: config::Object,
+    pub(crate) padding: Padding,
 }
 
 /// What the host says on [`Open`], each as JSON in a frame of its own. The last three end the conversation.
@@ -107,7 +116,7 @@ pub(crate) enum Class {
     Busy = 3,
 }
 
-/// To the host: sign a digest.
+/// To the host: sign this.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Sign {
     #[prost(uint64, tag = "1")]
@@ -116,7 +125,26 @@ pub(crate) struct Sign {
     #[prost(uint32, tag = "2")]
     pub(crate) key: u32,
     #[prost(bytes = "vec", tag = "3")]
-    pub(crate) digest: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
+    /// Whether they are a message rather than a digest.
+    #[prost(bool, tag = "4")]
+    pub(crate) message: bool,
+}
+
+impl Sign {
+    /// The request `id` for the key of this index.
+    pub(crate) fn new(id: u64, key: usize, content: Content) -> Self {
+        let key = u32::try_from(key).unwrap_or(u32::MAX);
+        match content {
+            Content::Digest(bytes) => Self { id, key, bytes, message: false },
+            Content::Message(bytes) => Self { id, key, bytes, message: true },
+        }
+    }
+
+    /// What is to be signed.
+    pub(crate) fn content(self) -> Content {
+        if self.message { Content::Message(self.bytes) } else { Content::Digest(self.bytes) }
+    }
 }
 
 /// From the host: the answer to the [`Sign`] of the same id.

@@ -12,8 +12,9 @@ use tokio::time::{Instant, timeout_at};
 
 pub(crate) use self::process::survey;
 use self::process::{Held, Host};
-use crate::config::{self, Object};
-use crate::host::wire::{Class, Opened, PublicKey};
+use crate::algorithm::Content;
+use crate::config;
+use crate::host::wire::{Class, KeySpec, Opened, PublicKey};
 use crate::replay::Tell;
 use crate::secret::Pin;
 
@@ -67,8 +68,8 @@ pub struct Token {
     /// Its name in the configuration.
     pub name: String,
     config: config::Token,
-    /// What its keys are: name and object, in the order of the wire's index.
-    keys: Vec<(String, Object)>,
+    /// What its keys are, in the order of the wire's index.
+    keys: Vec<KeySpec>,
     state: watch::Sender<Status>,
     /// How the device answered when it was last open. Kept while it is away.
     last_opened: watch::Sender<Option<Opened>>,
@@ -95,7 +96,7 @@ enum Command {
 
 impl Token {
     /// Starts the token's supervisor, which starts its process. Returns at once.
-    pub fn start(name: &str, config: config::Token, keys: Vec<(String, Object)>) -> Arc<Self> {
+    pub(crate) fn start(name: &str, config: config::Token, keys: Vec<KeySpec>) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
             name: name.to_owned(),
@@ -110,12 +111,12 @@ impl Token {
         token
     }
 
-    /// Signs a digest with the key of this index. Waits while the token starts or is busy, until the deadline.
+    /// Signs with the key of this index. Waits while the token starts or is busy, until the deadline.
     /// `tell` learns when the device waits for a touch.
     pub(crate) async fn sign(
         &self,
         key: usize,
-        digest: &[u8],
+        content: &Content,
         tell: &Tell,
         deadline: Instant,
     ) -> Result<Signed, TokenError> {
@@ -124,14 +125,9 @@ impl Token {
             let place = self.queue()?;
             let host = self.ready(deadline).await?;
             let public_key = match host.opened.keys.get(key) {
-                Some(Ok(PublicKey { algorithm, spki })) if algorithm.digest_len() == digest.len() => {
+                Some(Ok(PublicKey { algorithm, spki })) => {
+                    algorithm.bytes(content).map_err(TokenError::Refused)?;
                     spki.0.clone()
-                }
-                Some(Ok(PublicKey { algorithm, .. })) => {
-                    return Err(TokenError::Refused(format!(
-                        "{} does not sign a digest of this length",
-                        algorithm.name()
-                    )));
                 }
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
                 None => return Err(TokenError::Refused("no such key".into())),
@@ -143,7 +139,7 @@ impl Token {
                 continue;
             };
             let held = Held { _turn: turn, _place: place };
-            let answer = timeout_at(deadline, host.sign(key, digest, tell, held)).await;
+            let answer = timeout_at(deadline, host.sign(key, content.clone(), tell, held)).await;
             let answer = answer.map_err(|_| TokenError::Deadline)?;
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),

@@ -18,6 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
 use super::{Command, Place, Token, TokenError, Unlocked};
+use crate::algorithm::Content;
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opened, Opening, Sign, Survey};
 use crate::replay::{Step, Tell};
@@ -75,12 +76,11 @@ impl Host {
     pub(super) async fn sign(
         &self,
         key: usize,
-        digest: &[u8],
+        content: Content,
         tell: &Tell,
         held: Held,
     ) -> Result<Outcome, String> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let key = u32::try_from(key).unwrap_or(u32::MAX);
         let (done, outcome) = oneshot::channel();
         {
             let mut pending = self.pending();
@@ -92,7 +92,7 @@ impl Host {
                 .insert(id, Waiting { done, tell: tell.clone(), sent: Instant::now(), _held: held });
         }
         // The window bounds how many there can be.
-        let _ = self.requests.send(Sign { id, key, digest: digest.to_vec() });
+        let _ = self.requests.send(Sign::new(id, key, content));
         outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
     }
 

@@ -140,11 +140,11 @@ fn answer(unlocked: &mut Option<Unlocked>, outcome: Result<(), TokenError>) {
 fn warn_of_changed_keys(token: &Token, opened: &Opened) {
     let before = token.last_opened.borrow();
     let Some(before) = before.as_ref() else { return };
-    for ((name, _), (old, new)) in token.keys.iter().zip(before.keys.iter().zip(&opened.keys)) {
+    for (key, (old, new)) in token.keys.iter().zip(before.keys.iter().zip(&opened.keys)) {
         if let (Ok(old), Ok(new)) = (old, new)
             && old != new
         {
-            tracing::warn!(token = %token.name, key = %name, "the key has another public half than before");
+            tracing::warn!(token = %token.name, key = %key.name, "the key has another public half than before");
         }
     }
 }

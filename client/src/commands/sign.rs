@@ -17,7 +17,11 @@ use crate::cli;
 use crate::report::{self, files, size};
 
 pub(crate) fn sign(arguments: &cli::Sign) -> Done {
-    let request = Request { selection: arguments.files.selection(), certificates: certificates(arguments)? };
+    let request = Request {
+        selection: arguments.files.selection(),
+        certificates: certificates(arguments)?,
+        allow_nonstandard_key: arguments.allow_nonstandard_key,
+    };
     let waiting = |reason: &str| eprintln!("waiting: {reason}");
     let signed = if let Some(key) = &arguments.key {
         let agent = Agent::connect(&address(&arguments.connection)?)?;

@@ -4,12 +4,16 @@ use x509_cert::der::Encode as _;
 use yubikey::piv::{self, AlgorithmId, SlotAlgorithmId, SlotId};
 use yubikey::{Error, PinPolicy, TouchPolicy};
 
-use super::super::{gone, refused};
+use super::super::{challenge, gone, refused};
 use super::Card;
 use super::errors::classify;
-use crate::algorithm::{Algorithm, SpkiDer};
+use crate::algorithm::{Algorithm, Content, Padding, digest_info};
 use crate::config::Object;
 use crate::host::wire::{Failure, PublicKey};
+use crate::spki::SpkiDer;
+
+/// The most that fits into one command to the card, with what goes around it.
+const LONGEST_MESSAGE: usize = 1000;
 
 /// A key that can be used.
 pub(super) struct Key {
@@ -20,9 +24,36 @@ pub(super) struct Key {
     pub(super) touch: TouchPolicy,
 }
 
+impl Key {
+    /// What the card is given: it does not pad RSA itself, and its commands are short.
+    pub(super) fn input(&self, content: &Content) -> Result<Vec<u8>, Failure> {
+        let bytes = self.algorithm.bytes(content).map_err(refused)?;
+        match self.algorithm {
+            Algorithm::Ecdsa(_) => Ok(bytes.to_vec()),
+            Algorithm::Ed25519 if bytes.len() > LONGEST_MESSAGE => Err(refused(format!(
+                "the statement has {} bytes, and an Ed25519 key on a card takes {LONGEST_MESSAGE}; use a P-256 key",
+                bytes.len()
+            ))),
+            Algorithm::Ed25519 => Ok(bytes.to_vec()),
+            Algorithm::RsaPkcs1 => {
+                let size = match self.algorithm_id {
+                    AlgorithmId::Rsa2048 => 256,
+                    AlgorithmId::Rsa3072 => 384,
+                    _ => 512,
+                };
+                // EMSA-PKCS1-v1_5 (RFC 8017, 9.2).
+                let info = digest_info(bytes);
+                let padding = vec![0xff; size - info.len() - 3];
+                Ok([&[0, 1][..], &padding, &[0], &info].concat())
+            }
+            Algorithm::RsaPss => Err(refused("an RSA key on a card signs with padding = \"pkcs1\"".into())),
+        }
+    }
+}
+
 /// Reads a slot's metadata. The card itself names the public half; a key that needs no touch also signs a
 /// challenge.
-pub(super) fn find(card: &mut Card, object: &Object) -> Result<(Key, PublicKey), Failure> {
+pub(super) fn find(card: &mut Card, object: &Object, padding: Padding) -> Result<(Key, PublicKey), Failure> {
     let Object::PivSlot(number) = object else { return Err(refused(format!("{object} is not a PIV slot"))) };
     let slot = SlotId::try_from(*number).map_err(|_| refused(format!("there is no slot {number:02x}")))?;
     let metadata = piv::metadata(&mut card.yubikey, slot).map_err(|error| match error {
@@ -37,7 +68,7 @@ pub(super) fn find(card: &mut Card, object: &Object) -> Result<(Key, PublicKey),
     };
     let spki = metadata.public.and_then(|public| public.to_der().ok()).map(SpkiDer);
     let spki = spki.ok_or_else(|| refused(format!("slot {number:02x} does not show its public key")))?;
-    let algorithm = Algorithm::from_spki(&spki).map_err(|error| refused(error.to_string()))?;
+    let algorithm = spki.algorithm(padding).map_err(|error| refused(error.to_string()))?;
     let (pin, touch) = metadata.policy.unwrap_or((PinPolicy::Default, TouchPolicy::Default));
     // FIPS 201: the signature slot asks before every use.
     let pin = match pin {
@@ -48,10 +79,9 @@ pub(super) fn find(card: &mut Card, object: &Object) -> Result<(Key, PublicKey),
     let touch = if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch };
     let key = Key { slot, algorithm, algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
-        let mut challenge = vec![0; algorithm.digest_len()];
-        getrandom::fill(&mut challenge).map_err(|error| gone(format!("no random challenge: {error}")))?;
-        let signature = card.sign(&key, &challenge)?;
-        if !algorithm.verifies(&spki, &challenge, &signature).unwrap_or(false) {
+        let challenge = challenge()?;
+        let signature = card.sign(&key, &key.input(&algorithm.content(&challenge))?)?;
+        if !spki.verifies(algorithm, &challenge, &signature) {
             return Err(gone(format!("slot {number:02x} makes signatures that do not verify")));
         }
     }

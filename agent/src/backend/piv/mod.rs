@@ -13,8 +13,9 @@ use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey};
 use self::errors::{classify, holder};
 use self::keys::Key;
 use super::{Device, Say, Signer, gone, locked, refused};
+use crate::algorithm::Content;
 use crate::config::PinSource;
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
@@ -51,8 +52,8 @@ pub(super) fn open(
     let pin = verified(&mut yubikey, spec, pin, say)?;
     let mut card = Card { yubikey, pin, last_touch: None };
     let (mut keys, mut public) = (Vec::new(), Vec::new());
-    for (name, object) in &spec.keys {
-        match keys::find(&mut card, object) {
+    for KeySpec { name, object, padding } in &spec.keys {
+        match keys::find(&mut card, object, *padding) {
             Ok((key, found)) => {
                 keys.push(Some(key));
                 public.push(Ok(found));
@@ -135,9 +136,9 @@ fn verified(
 
 impl Card {
     /// Signs; does again what other programs undid, once.
-    fn sign(&mut self, key: &Key, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, Failure> {
         let started = Instant::now();
-        let error = match self.attempt(key, digest) {
+        let error = match self.attempt(key, input) {
             Ok(signature) => return Ok(signature),
             Err(error) => error,
         };
@@ -159,14 +160,14 @@ impl Card {
             }
             error => return Err(classify("sign", &error)),
         }
-        self.attempt(key, digest).map_err(|error| classify("sign", &error))
+        self.attempt(key, input).map_err(|error| classify("sign", &error))
     }
 
-    fn attempt(&mut self, key: &Key, digest: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
+    fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
             self.verify()?;
         }
-        piv::sign_data(&mut self.yubikey, digest, key.algorithm_id, key.slot)
+        piv::sign_data(&mut self.yubikey, input, key.algorithm_id, key.slot)
             .map(|signature| signature.to_vec())
     }
 
@@ -211,17 +212,15 @@ impl Device for OpenPiv {
 struct Thread<'a>(&'a OpenPiv);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, key: usize, digest: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
-        if digest.len() != key.algorithm.digest_len() {
-            return Err(refused(format!("a digest of {} bytes", digest.len())));
-        }
+        let input = key.input(content)?;
         let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
         let waits = card.waits_for_touch(key);
         if waits {
             touch(&format!("touch your YubiKey (serial {})", self.0.serial));
         }
-        let signature = card.sign(key, digest)?;
+        let signature = card.sign(key, &input)?;
         if waits {
             card.last_touch = Some(Instant::now());
         }

@@ -8,16 +8,15 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
-use cryptoki::mechanism::Mechanism;
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use cryptoki::slot::{Limit, Slot, TokenInfo};
 
 use self::errors::{Recovery, classify, describe, recovery};
 use super::{Device, Say, gone, refused};
-use crate::algorithm::Algorithm;
+use crate::algorithm::{Algorithm, Content};
 use crate::config::{Object, ObjectSelector, TokenSelector};
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -62,11 +61,11 @@ pub(super) fn open(
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
-    for (name, object) in &spec.keys {
+    for KeySpec { name, object, padding } in &spec.keys {
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        match objects::find_key(&anchor, object) {
+        match objects::find_key(&anchor, object, *padding) {
             Ok((handle, PublicKey { algorithm, spki })) => {
                 let key = Key { name: name.clone(), object: object.clone(), handle, algorithm };
                 keys.push(Some(key));
@@ -177,25 +176,20 @@ impl<'a> Signer<'a> {
 
 impl super::Signer for Signer<'_> {
     /// A stale session or handle is replaced once.
-    fn sign(&mut self, index: usize, digest: &[u8], _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, index: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.token.keys.get(index) else {
             return Err(refused("no such key".to_owned()));
         };
-        // SoftHSM and others sign digests of any length.
-        if digest.len() != key.algorithm.digest_len() {
-            return Err(refused(format!("a digest of {} bytes", digest.len())));
-        }
+        let bytes = key.algorithm.bytes(content).map_err(refused)?;
         let mut reopened = false;
         loop {
             let Some(handle) = self.handles.get(index).copied().flatten() else {
                 return Err(refused("no such key".to_owned()));
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match session.sign(&Mechanism::Ecdsa, handle, digest) {
-                Ok(raw) => {
-                    let der = key.algorithm.der_from_raw(&raw);
-                    return der.map_err(|error| gone(format!("the token's signature is malformed: {error}")));
-                }
+            let error = match objects::sign(session, handle, key.algorithm, bytes) {
+                Ok(Ok(signature)) => return Ok(signature),
+                Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,
             };
             tracing::debug!(key = %key.name, %error, "C_Sign failed");

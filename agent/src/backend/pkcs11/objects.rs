@@ -1,45 +1,42 @@
 //! A key on a token: its private object, its public half wherever that is found, and the proof that the two
 //! belong together.
 
-use cryptoki::mechanism::Mechanism;
+use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
+use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
+use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use super::super::{gone, refused};
+use super::super::{challenge, refused};
 use super::errors::classify;
-use crate::algorithm::{Algorithm, SpkiDer};
+use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, digest_info};
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};
+use crate::spki::SpkiDer;
 
 /// Finds a key, its public half, and has it sign a random challenge.
 pub(super) fn find_key(
     session: &Session,
     wanted: &ObjectSelector,
+    padding: Padding,
 ) -> Result<(ObjectHandle, PublicKey), Failure> {
     let private = find_private(session, wanted)?;
     let attributes = read(
         session,
         private,
-        &[
-            AttributeType::KeyType,
-            AttributeType::Sign,
-            AttributeType::AlwaysAuthenticate,
-            AttributeType::Id,
-            AttributeType::EcParams,
-            AttributeType::EcPoint,
-        ],
+        &[AttributeType::KeyType, AttributeType::Sign, AttributeType::AlwaysAuthenticate, AttributeType::Id],
     )?;
     let mut details = Details::default();
     attributes.into_iter().for_each(|attribute| details.take(attribute));
-    if details.key_type != Some(KeyType::EC) {
+    let Some(kind) = details.key_type.and_then(Kind::of) else {
         let found = details.key_type.map_or("unknown".to_owned(), |found| found.to_string());
         let message = format!(
-            "the key with {wanted} is of type {found}; OMS signs with ECDSA on P-256, P-384 or P-521: generate an EC key"
+            "the key with {wanted} is of type {found}; omsign signs with CKK_EC, CKK_RSA and CKK_EC_EDWARDS"
         );
         return Err(refused(message));
-    }
+    };
     if details.sign == Some(false) {
         return Err(refused(format!("the key with {wanted} may not sign: its CKA_SIGN is false")));
     }
@@ -48,13 +45,19 @@ pub(super) fn find_key(
             format!("the key with {wanted} asks for the PIN at every signature, which is not supported yet");
         return Err(refused(message));
     }
-    let mut candidates = public_halves(session, wanted, &details)?;
-    if let (Some(params), Some(point)) = (&details.ec_params, &details.ec_point) {
-        candidates.push(from_point(params, point));
-    }
+    let mut candidates = public_halves(session, wanted, kind, &details)?;
+    // Many tokens show the public half on the private object too.
+    read(session, private, kind.public_attributes())?
+        .into_iter()
+        .for_each(|attribute| details.take(attribute));
+    candidates.extend(details.spki(kind));
     let mut reasons = Vec::new();
     for candidate in candidates {
-        match candidate {
+        let public = candidate.and_then(|spki| {
+            let algorithm = spki.algorithm(padding).map_err(|error| error.to_string())?;
+            Ok(PublicKey { algorithm, spki })
+        });
+        match public {
             Ok(public) => match signs_for(session, private, &public)? {
                 true => return Ok((private, public)),
                 false => reasons.push("a public half on the token does not belong to it".to_owned()),
@@ -118,7 +121,36 @@ struct Details {
     id: Option<Vec<u8>>,
     ec_params: Option<Vec<u8>>,
     ec_point: Option<Vec<u8>>,
+    modulus: Option<Vec<u8>>,
+    exponent: Option<Vec<u8>>,
     value: Option<Vec<u8>>,
+}
+
+/// The kinds of keys that sign.
+#[derive(Clone, Copy)]
+enum Kind {
+    Ec,
+    Edwards,
+    Rsa,
+}
+
+impl Kind {
+    fn of(key_type: KeyType) -> Option<Self> {
+        match key_type {
+            KeyType::EC => Some(Self::Ec),
+            KeyType::EC_EDWARDS => Some(Self::Edwards),
+            KeyType::RSA => Some(Self::Rsa),
+            _ => None,
+        }
+    }
+
+    /// Where an object of this kind has its public half.
+    fn public_attributes(self) -> &'static [AttributeType] {
+        match self {
+            Self::Ec | Self::Edwards => &[AttributeType::EcParams, AttributeType::EcPoint],
+            Self::Rsa => &[AttributeType::Modulus, AttributeType::PublicExponent],
+        }
+    }
 }
 
 impl Details {
@@ -130,9 +162,25 @@ impl Details {
             Attribute::Id(value) if !value.is_empty() => self.id = Some(value),
             Attribute::EcParams(value) if !value.is_empty() => self.ec_params = Some(value),
             Attribute::EcPoint(value) if !value.is_empty() => self.ec_point = Some(value),
+            Attribute::Modulus(value) if !value.is_empty() => self.modulus = Some(value),
+            Attribute::PublicExponent(value) if !value.is_empty() => self.exponent = Some(value),
             Attribute::Value(value) if !value.is_empty() => self.value = Some(value),
             _ => {}
         }
+    }
+
+    /// The public half, if the object shows one; or what is wrong with it.
+    fn spki(&self, kind: Kind) -> Option<Result<SpkiDer, String>> {
+        let spki = match kind {
+            Kind::Ec => {
+                let point = self.ec_point.as_ref()?;
+                Curve::from_params(self.ec_params.as_ref()?)
+                    .and_then(|curve| SpkiDer::from_ec_point(curve, point))
+            }
+            Kind::Edwards => SpkiDer::from_edwards_point(self.ec_point.as_ref()?),
+            Kind::Rsa => SpkiDer::from_rsa(self.modulus.as_ref()?, self.exponent.as_ref()?),
+        };
+        Some(spki.map_err(|error| error.to_string()))
     }
 }
 
@@ -141,18 +189,17 @@ impl Details {
 fn public_halves(
     session: &Session,
     wanted: &ObjectSelector,
+    kind: Kind,
     private: &Details,
-) -> Result<Vec<Result<PublicKey, String>>, Failure> {
+) -> Result<Vec<Result<SpkiDer, String>>, Failure> {
     let by_id = private.id.clone().map(|id| ObjectSelector { label: None, id: Some(id) });
     let wanted = by_id.as_ref().unwrap_or(wanted);
     let mut found = Vec::new();
     for public in find(session, ObjectClass::PUBLIC_KEY, wanted)? {
         let mut details = Details::default();
-        let types = [AttributeType::EcParams, AttributeType::EcPoint];
-        read(session, public, &types)?.into_iter().for_each(|attribute| details.take(attribute));
-        if let (Some(params), Some(point)) = (details.ec_params, details.ec_point) {
-            found.push(from_point(&params, &point));
-        }
+        let attributes = read(session, public, kind.public_attributes())?;
+        attributes.into_iter().for_each(|attribute| details.take(attribute));
+        found.extend(details.spki(kind));
     }
     for certificate in find(session, ObjectClass::CERTIFICATE, wanted)? {
         let mut details = Details::default();
@@ -164,29 +211,47 @@ fn public_halves(
     Ok(found)
 }
 
-fn from_point(params: &[u8], point: &[u8]) -> Result<PublicKey, String> {
-    let algorithm = Algorithm::from_ec_params(params).map_err(|error| error.to_string())?;
-    let spki = algorithm.spki_from_point(point).map_err(|error| error.to_string())?;
-    Ok(PublicKey { algorithm, spki })
-}
-
-fn from_certificate(der: &[u8]) -> Result<PublicKey, String> {
+fn from_certificate(der: &[u8]) -> Result<SpkiDer, String> {
     let certificate =
         Certificate::from_der(der).map_err(|error| format!("its certificate is malformed: {error}"))?;
     let info = certificate.tbs_certificate().subject_public_key_info();
-    let spki = SpkiDer(info.to_der().map_err(|error| error.to_string())?);
-    let algorithm = Algorithm::from_spki(&spki).map_err(|error| error.to_string())?;
-    Ok(PublicKey { algorithm, spki })
+    Ok(SpkiDer(info.to_der().map_err(|error| error.to_string())?))
 }
 
 /// Whether this private object makes signatures that this public key verifies.
 fn signs_for(session: &Session, private: ObjectHandle, public: &PublicKey) -> Result<bool, Failure> {
-    let mut challenge = vec![0; public.algorithm.digest_len()];
-    getrandom::fill(&mut challenge).map_err(|error| gone(format!("no random challenge: {error}")))?;
-    let raw = session
-        .sign(&Mechanism::Ecdsa, private, &challenge)
-        .map_err(|error| classify("sign a challenge", &error))?;
+    let (algorithm, challenge) = (public.algorithm, challenge()?);
+    let content = algorithm.content(&challenge);
+    let bytes = algorithm.bytes(&content).map_err(refused)?;
+    let signed = sign(session, private, algorithm, bytes);
     // A signature of another curve's width is as wrong as one that does not verify.
-    let Ok(der) = public.algorithm.der_from_raw(&raw) else { return Ok(false) };
-    Ok(public.algorithm.verifies(&public.spki, &challenge, &der).unwrap_or(false))
+    let Ok(signature) = signed.map_err(|error| classify("sign a challenge", &error))? else {
+        return Ok(false);
+    };
+    Ok(public.spki.verifies(algorithm, &challenge, &signature))
+}
+
+/// Signs in the algorithm's mechanism. The outer error is the token's, the inner one says that its answer is none.
+pub(super) fn sign(
+    session: &Session,
+    key: ObjectHandle,
+    algorithm: Algorithm,
+    bytes: &[u8],
+) -> cryptoki::error::Result<Result<Vec<u8>, MalformedSignature>> {
+    Ok(match algorithm {
+        Algorithm::Ecdsa(curve) => curve.der_from_raw(&session.sign(&Mechanism::Ecdsa, key, bytes)?),
+        Algorithm::RsaPkcs1 => Ok(session.sign(&Mechanism::RsaPkcs, key, &digest_info(bytes))?),
+        Algorithm::RsaPss => {
+            let parameters = PkcsPssParams {
+                hash_alg: MechanismType::SHA256,
+                mgf: PkcsMgfType::MGF1_SHA256,
+                s_len: 32.into(),
+            };
+            Ok(session.sign(&Mechanism::RsaPkcsPss(parameters), key, bytes)?)
+        }
+        Algorithm::Ed25519 => {
+            let pure = EddsaParams::new(EddsaSignatureScheme::Pure);
+            Ok(session.sign(&Mechanism::Eddsa(pure), key, bytes)?)
+        }
+    })
 }

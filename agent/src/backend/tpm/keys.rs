@@ -14,12 +14,13 @@ use tss_esapi::structures::{
 };
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
-use super::super::{gone, refused};
+use super::super::{challenge, gone, refused};
 use super::errors::classify;
 use super::keyfile::KeyFile;
-use crate::algorithm::{Algorithm, SpkiDer};
+use crate::algorithm::{Algorithm, Curve, Padding};
 use crate::config::Object;
 use crate::host::wire::{Failure, PublicKey};
+use crate::spki::SpkiDer;
 
 /// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
 const OWNER: u32 = 0x4000_0001;
@@ -28,6 +29,7 @@ const OWNER: u32 = 0x4000_0001;
 pub(super) fn open(
     context: &mut Context,
     object: &Object,
+    padding: Padding,
     auth: Option<Auth>,
 ) -> Result<(KeyHandle, PublicKey), Failure> {
     let (handle, auth) = match object {
@@ -46,29 +48,38 @@ pub(super) fn open(
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
         .map_err(|error| classify("read the public key", &error))?;
-    let public = public_key(&public).map_err(|what| refused(format!("the key with {object} {what}")))?;
-    let mut challenge = vec![0; public.algorithm.digest_len()];
-    getrandom::fill(&mut challenge).map_err(|error| gone(format!("no random challenge: {error}")))?;
-    let signature = sign(context, handle, public.algorithm, &challenge)?;
-    if !public.algorithm.verifies(&public.spki, &challenge, &signature).unwrap_or(false) {
+    let wrong = |what| refused(format!("the key with {object} {what}"));
+    let spki = public_half(&public).map_err(wrong)?;
+    let algorithm = spki.algorithm(padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
+    let challenge = challenge()?;
+    let content = algorithm.content(&challenge);
+    let signature = sign(context, handle, algorithm, algorithm.bytes(&content).map_err(refused)?)?;
+    if !spki.verifies(algorithm, &challenge, &signature) {
         return Err(gone(format!("the key with {object} makes signatures that do not verify")));
     }
+    let public = PublicKey { algorithm, spki };
     Ok((handle, public))
 }
 
-/// Signs a digest; the answer is DER.
+/// Signs a digest.
 pub(super) fn sign(
     context: &mut Context,
     key: KeyHandle,
     algorithm: Algorithm,
     digest: &[u8],
 ) -> Result<Vec<u8>, Failure> {
-    let hash = match algorithm {
-        Algorithm::EcdsaP256Sha256 => HashingAlgorithm::Sha256,
-        Algorithm::EcdsaP384Sha384 => HashingAlgorithm::Sha384,
-        Algorithm::EcdsaP521Sha512 => HashingAlgorithm::Sha512,
+    let (hash, rsa) = match algorithm {
+        Algorithm::Ecdsa(Curve::P256) => (HashingAlgorithm::Sha256, false),
+        Algorithm::Ecdsa(Curve::P384) => (HashingAlgorithm::Sha384, false),
+        Algorithm::Ecdsa(Curve::P521) => (HashingAlgorithm::Sha512, false),
+        Algorithm::RsaPkcs1 => (HashingAlgorithm::Sha256, true),
+        // TPMs choose the salt's length themselves, and not all choose the hash's.
+        Algorithm::RsaPss => return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into())),
+        Algorithm::Ed25519 => return Err(refused("TPMs have no Ed25519".into())),
     };
-    let scheme = SignatureScheme::EcDsa { hash_scheme: HashScheme::new(hash) };
+    let hash_scheme = HashScheme::new(hash);
+    let scheme =
+        if rsa { SignatureScheme::RsaSsa { hash_scheme } } else { SignatureScheme::EcDsa { hash_scheme } };
     let wrong = |error: tss_esapi::Error| classify("sign", &error);
     let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
     // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
@@ -81,16 +92,18 @@ pub(super) fn sign(
     let signed = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.sign(key, digest, scheme, ticket)
     });
-    let Signature::EcDsa(signature) = signed.map_err(wrong)? else {
-        return Err(gone("the TPM answered with a signature of another kind".into()));
-    };
-    // The TPM leaves leading zeros out.
-    let width = algorithm.field_len();
-    let raw = padded(signature.signature_r().value(), width)
-        .zip(padded(signature.signature_s().value(), width))
-        .map(|(r, s)| [r, s].concat());
-    let raw = raw.ok_or_else(|| gone("the TPM's signature is malformed".into()))?;
-    algorithm.der_from_raw(&raw).map_err(|error| gone(format!("the TPM's signature is malformed: {error}")))
+    let malformed = || gone("the TPM's signature is malformed".into());
+    match (signed.map_err(wrong)?, algorithm) {
+        (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
+        (Signature::EcDsa(signature), Algorithm::Ecdsa(curve)) => {
+            // The TPM leaves leading zeros out.
+            let r = padded(signature.signature_r().value(), curve.field_len());
+            let s = padded(signature.signature_s().value(), curve.field_len());
+            let raw = r.zip(s).map(|(r, s)| [r, s].concat()).ok_or_else(malformed)?;
+            curve.der_from_raw(&raw).map_err(|_| malformed())
+        }
+        _ => Err(gone("the TPM answered with a signature of another kind".into())),
+    }
 }
 
 fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle, Failure> {
@@ -161,34 +174,44 @@ fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
 }
 
 /// A key's public half, or what is wrong with it.
-fn public_key(public: &Public) -> Result<PublicKey, String> {
-    let Public::Ecc { object_attributes, parameters, unique, .. } = public else {
-        return Err("is not an elliptic-curve key: OMS signs with ECDSA on P-256, P-384 or P-521".into());
-    };
-    if !object_attributes.sign_encrypt() {
+fn public_half(public: &Public) -> Result<SpkiDer, String> {
+    let attributes = public.object_attributes();
+    if !attributes.sign_encrypt() {
         return Err("may not sign: its attribute \"sign\" is clear".into());
     }
-    if object_attributes.restricted() {
+    if attributes.restricted() {
         return Err("is restricted: it signs only what the TPM itself made".into());
     }
-    if !object_attributes.user_with_auth() {
+    if !attributes.user_with_auth() {
         return Err("asks for a policy, which is not supported yet".into());
     }
-    let algorithm = match parameters.ecc_curve() {
-        EccCurve::NistP256 => Algorithm::EcdsaP256Sha256,
-        EccCurve::NistP384 => Algorithm::EcdsaP384Sha384,
-        EccCurve::NistP521 => Algorithm::EcdsaP521Sha512,
-        other => {
-            return Err(format!("is on the curve {other:?}: OMS signs with ECDSA on P-256, P-384 or P-521"));
+    let spki = match public {
+        Public::Ecc { parameters, unique, .. } => {
+            let curve = match parameters.ecc_curve() {
+                EccCurve::NistP256 => Curve::P256,
+                EccCurve::NistP384 => Curve::P384,
+                EccCurve::NistP521 => Curve::P521,
+                other => {
+                    return Err(format!("is on the curve {other:?}; P-256, P-384 and P-521 are supported"));
+                }
+            };
+            let width = curve.field_len();
+            let point = padded(unique.x().value(), width).zip(padded(unique.y().value(), width));
+            let (x, y) = point.ok_or("has a malformed point")?;
+            // Uncompressed (SEC 1, 2.3.3).
+            SpkiDer::from_ec_point(curve, &[&[4][..], &x, &y].concat())
         }
+        Public::Rsa { parameters, unique, .. } => {
+            // Zero stands for the usual one (TPM 2.0 Part 2, 12.2.3.5).
+            let exponent = match parameters.exponent().value() {
+                0 => 65_537,
+                exponent => exponent,
+            };
+            SpkiDer::from_rsa(unique.value(), &exponent.to_be_bytes())
+        }
+        _ => return Err("is not an asymmetric key".into()),
     };
-    let width = algorithm.field_len();
-    let point = padded(unique.x().value(), width).zip(padded(unique.y().value(), width));
-    let (x, y) = point.ok_or("has a malformed point")?;
-    // Uncompressed (SEC 1, 2.3.3).
-    let point = [&[4][..], &x, &y].concat();
-    let spki: SpkiDer = algorithm.spki_from_point(&point).map_err(|error| error.to_string())?;
-    Ok(PublicKey { algorithm, spki })
+    spki.map_err(|error| error.to_string())
 }
 
 /// A number with leading zeros.

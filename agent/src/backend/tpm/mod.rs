@@ -15,11 +15,16 @@ use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
 use super::{Device, Say, Signer, gone, locked, refused};
-use crate::algorithm::Algorithm;
+use crate::algorithm::{Algorithm, Content};
 use crate::config::{PinSource, Tcti};
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{
+    Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken,
+};
 use crate::pin::read_pin;
 use crate::secret::Pin;
+
+/// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
+const TRANSIENT_FIRST: u32 = 0x8000_0000;
 
 /// An open TPM.
 struct OpenTpm {
@@ -42,6 +47,9 @@ pub(super) fn open(
     say: Say<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let mut context = connect(tcti)?;
+    if tcti.is_simulator() {
+        flush_leftovers(&mut context)?;
+    }
     let device = device(&mut context)?;
     let auth = authorization(&mut context, spec, pin)?;
     let offered = auth.is_some();
@@ -50,8 +58,8 @@ pub(super) fn open(
         say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     }
     let (mut keys, mut public) = (Vec::new(), Vec::new());
-    for (name, object) in &spec.keys {
-        match keys::open(&mut context, object, auth.clone()) {
+    for KeySpec { name, object, padding } in &spec.keys {
+        match keys::open(&mut context, object, *padding, auth.clone()) {
             Ok((handle, PublicKey { algorithm, spki })) => {
                 keys.push(Some(Key { handle, algorithm }));
                 public.push(Ok(PublicKey { algorithm, spki }));
@@ -92,6 +100,20 @@ fn connect(tcti: &Tcti) -> Result<Context, Failure> {
     // A TPM is started by the firmware, but a simulator after a reset by nobody. Started twice is no harm: it says so.
     let _ = context.startup(StartupType::Clear);
     Ok(context)
+}
+
+/// A process that was killed leaves its keys in a TPM that no resource manager clears, which has room for three.
+fn flush_leftovers(context: &mut Context) -> Result<(), Failure> {
+    let failed = |error: tss_esapi::Error| classify("flush old keys", &error);
+    let asked = context.execute_without_session(|context| {
+        context.get_capability(CapabilityType::Handles, TRANSIENT_FIRST, 16)
+    });
+    let (CapabilityData::Handles(handles), _) = asked.map_err(failed)? else { return Ok(()) };
+    for handle in handles.into_inner() {
+        let object = context.execute_without_session(|context| context.tr_from_tpm_public(handle));
+        context.flush_context(object.map_err(failed)?).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Manufacturer and firmware version, as the TPM names them (TPM 2.0 Part 2, 6.13).
@@ -161,11 +183,9 @@ impl Device for OpenTpm {
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, key: usize, digest: &[u8], _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, key: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
-        if digest.len() != key.algorithm.digest_len() {
-            return Err(refused(format!("a digest of {} bytes", digest.len())));
-        }
+        let digest = key.algorithm.bytes(content).map_err(refused)?;
         let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
         keys::sign(&mut context, key.handle, key.algorithm, digest)
     }
