@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omsign_proto::v1::{self, Key, KeyState};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
@@ -12,12 +11,13 @@ use tonic::Status;
 use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
-use crate::host::wire::{KeySpec, PublicKey};
+use crate::host::wire::KeySpec;
 use crate::identity::Identity;
+use crate::key::{KeyEntry, Place};
 use crate::policy::Rule;
 use crate::replay::{Outcome, Replay, Tell};
 use crate::secret::Pin;
-use crate::token::{State, Token, TokenError};
+use crate::token::{Token, TokenError};
 
 /// A caller that waits for two of these ticks is told what for. One clock serves all requests: a timer for
 /// each would wake the event loop once more per signature.
@@ -39,25 +39,18 @@ pub(crate) struct Agent {
     ticks: watch::Sender<u64>,
 }
 
-/// A key that callers can name.
-pub(crate) struct KeyEntry {
-    pub(crate) name: Arc<str>,
-    pub(crate) token: Arc<Token>,
-    pub(crate) allow: Vec<Rule>,
-    /// Index among the token's keys.
-    index: usize,
-    certificate_chain: Vec<Vec<u8>>,
-}
-
 impl Agent {
     /// Starts every token.
     pub(crate) fn start(config: &Config, audit: Audit) -> Self {
+        // What each token has to find, and where each key then is.
         let mut objects: BTreeMap<&str, Vec<KeySpec>> = BTreeMap::new();
-        let mut places = BTreeMap::new();
+        let mut indices = BTreeMap::new();
         for (name, key) in &config.keys {
-            let on_token = objects.entry(&key.token).or_default();
-            places.insert(name, on_token.len());
-            on_token.push(key.spec(name));
+            for token in &key.tokens {
+                let on_token = objects.entry(token).or_default();
+                indices.insert((name, token), on_token.len());
+                on_token.push(key.spec(name));
+            }
         }
         let start = |(name, token): (&String, &crate::config::Token)| {
             let keys = objects.remove(name.as_str()).unwrap_or_default();
@@ -65,16 +58,15 @@ impl Agent {
         };
         let tokens: BTreeMap<_, _> = config.tokens.iter().map(start).collect();
         let entry = |(name, key): (&String, &crate::config::Key)| {
-            let token = Arc::clone(tokens.get(&key.token)?);
-            let name: Arc<str> = name.as_str().into();
-            let index = places.get(&name.to_string()).copied()?;
-            let certificate_chain = key.certificate_chain.clone();
-            Some((
-                Arc::clone(&name),
-                KeyEntry { name, token, index, certificate_chain, allow: key.allow.clone() },
-            ))
+            let place = |token: &String| {
+                let index = indices.get(&(name, token)).copied()?;
+                Some(Place { token: Arc::clone(tokens.get(token)?), index })
+            };
+            let shared: Arc<str> = name.as_str().into();
+            let places = key.tokens.iter().filter_map(place).collect();
+            (Arc::clone(&shared), KeyEntry::new(shared, key, places))
         };
-        let keys = config.keys.iter().filter_map(entry).collect();
+        let keys = config.keys.iter().map(entry).collect();
         let ticks = watch::Sender::new(0);
         tokio::spawn(tick(ticks.clone()));
         Self { tokens, keys, operators: config.operators.clone(), audit, replay: Replay::default(), ticks }
@@ -99,14 +91,14 @@ impl Agent {
         }
         let key = self.key(&authorised.key)?;
         let _announced = self.audit.announce();
-        let signed = key.token.sign(key.index, &authorised.content, tell, deadline).await;
-        let reason = signed.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let signed = key.sign(&authorised.content, tell, deadline).await;
+        let reason = signed.as_ref().err().map(|failed| failed.error.to_string()).unwrap_or_default();
         let outcome = if signed.is_ok() { "signed" } else { "failed" };
         let algorithm = key.public().map(|public| public.algorithm.name());
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + RECORD);
         let written = self.record(&authorised.entry(outcome, &reason, algorithm), deadline).await;
-        let signed = signed.map_err(|error| status(&key.token.name, &error))?;
+        let signed = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;
         Ok(signed)
     }
@@ -138,64 +130,6 @@ impl Agent {
     /// A key by its name.
     pub(crate) fn key(&self, name: &str) -> Result<&KeyEntry, Status> {
         self.keys.get(name).ok_or_else(|| Status::not_found(format!("no key {name:?} is configured")))
-    }
-}
-
-impl KeyEntry {
-    /// A caller that comes while the token starts wants the key, not the news that it starts.
-    pub(crate) async fn settled(&self, deadline: Instant) {
-        let change = self.token.watch();
-        if matches!(self.token.state(), State::Starting) {
-            let _ = timeout_at(deadline.min(Instant::now() + SETTLE), change).await;
-        }
-    }
-
-    /// Its public half, once the token was open.
-    pub(crate) fn public(&self) -> Option<PublicKey> {
-        self.token.key(self.index).and_then(Result::ok)
-    }
-
-    /// As its callers see it.
-    pub(crate) fn to_proto(&self) -> Key {
-        let public = self.token.key(self.index);
-        let (state, detail) = match (self.token.state(), &public) {
-            (State::Ready, Some(Err(reason))) => (KeyState::Unusable, reason.clone()),
-            (state, _) => key_state(state),
-        };
-        let public = public.and_then(Result::ok);
-        let algorithm = public.as_ref().map(|public| public.algorithm.to_proto()).unwrap_or_default();
-        Key {
-            name: self.name.to_string(),
-            token: self.token.name.clone(),
-            backend: self.token.backend().into(),
-            device: self.token.device(),
-            state: state.into(),
-            state_detail: detail,
-            algorithm: algorithm.into(),
-            public_key: public.map(|public| public.spki.0).unwrap_or_default(),
-            certificate_chain: self.certificate_chain.clone(),
-        }
-    }
-}
-
-/// A token as callers see it.
-pub(crate) fn token_to_proto(token: &Token) -> v1::Token {
-    let (state, state_detail) = key_state(token.state());
-    v1::Token {
-        name: token.name.clone(),
-        backend: token.backend().into(),
-        device: token.device(),
-        state: state.into(),
-        state_detail,
-    }
-}
-
-fn key_state(state: State) -> (KeyState, String) {
-    match state {
-        State::Ready => (KeyState::Ready, String::new()),
-        State::Starting => (KeyState::Starting, String::new()),
-        State::Locked(reason) => (KeyState::Locked, reason),
-        State::Down(reason) => (KeyState::Unavailable, reason),
     }
 }
 

@@ -200,7 +200,7 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
 
 async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
     let Some(token) = config.tokens.get(name) else { return };
-    let on_token = config.keys.iter().filter(|(_, key)| key.token == name);
+    let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
     let opened = Token::start(name, token.clone(), keys.clone());
     let deadline = Instant::now() + OPEN;

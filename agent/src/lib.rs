@@ -11,6 +11,7 @@ pub mod config;
 pub mod doctor;
 pub mod host;
 pub mod identity;
+mod key;
 pub mod listen;
 pub mod log;
 mod pin;

@@ -43,6 +43,14 @@ pub enum ServeError {
     /// The audit log cannot be opened.
     #[error("nothing is signed without an audit log")]
     Audit(#[source] std::io::Error),
+    /// A token that is `required`.
+    #[error("token {token} is required, and cannot be opened: {reason}")]
+    Required {
+        /// Its name.
+        token: String,
+        /// Why.
+        reason: String,
+    },
     /// A URI that names no key.
     #[error("{0}")]
     Uri(String),
@@ -61,6 +69,9 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let agent = Arc::new(Agent::start(config, audit));
     tokio::spawn(ask_for_pins(agent.tokens.values().cloned().collect()));
+    for (token, _) in agent.tokens.values().zip(config.tokens.values()).filter(|(_, token)| token.required) {
+        ready(token).await?;
+    }
     let incoming = ReceiverStream::new(listeners.accept());
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -73,6 +84,22 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     };
     run(agent, incoming, config.listen.shutdown_timeout, stop).await
+}
+
+/// Waits for a token that has to be there.
+async fn ready(token: &Token) -> Result<(), ServeError> {
+    loop {
+        let change = token.watch();
+        match token.state() {
+            State::Ready => return Ok(()),
+            State::Starting => drop(change.await),
+            // Somebody at the terminal is being asked.
+            State::Locked(_) if token.wants_prompt() && std::io::stdin().is_terminal() => drop(change.await),
+            State::Locked(reason) | State::Down(reason) => {
+                return Err(ServeError::Required { token: token.name.clone(), reason });
+            }
+        }
+    }
 }
 
 /// Runs a private agent for the process at the other end of `socket`, for the key that a URI names,
@@ -104,6 +131,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         sessions: 1,
         timeout: Duration::from_secs(60),
         queue: 16,
+        required: false,
         touch_command: Vec::new(),
         directory: std::path::PathBuf::from("."),
         env: BTreeMap::new(),
@@ -111,7 +139,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
     };
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
     let key = Key {
-        token: PRIVATE_KEY.into(),
+        tokens: vec![PRIVATE_KEY.into()],
         object,
         padding: Padding::Pkcs1,
         certificate_chain: Vec::new(),

@@ -8,8 +8,9 @@ use omsign_proto::v1::agent_service_server::AgentService;
 use omsign_proto::v1::sign_request;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, GetKeyResponse, ListKeysRequest, ListKeysResponse, ListTokensRequest, ListTokensResponse,
-    Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest, UnlockTokenResponse,
+    GetKeyRequest, GetKeyResponse, KeyState, ListKeysRequest, ListKeysResponse, ListTokensRequest,
+    ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest,
+    UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -18,14 +19,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use crate::agent::{Agent, Authorised, KeyEntry, SETTLE, UnlockEntry, token_to_proto};
+use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
 use crate::algorithm::Content;
 use crate::audit::Entry;
 use crate::identity::Identity;
+use crate::key::{KeyEntry, token_to_proto};
 use crate::policy::allowed;
 use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
-use crate::token::State;
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -135,8 +136,8 @@ impl AgentService for Service {
             },
             () = self.0.patience() => Step::Working,
         };
-        let queued = match key.token.state() {
-            State::Starting => "the token is being opened",
+        let queued = match key.state().0 {
+            KeyState::Starting => "the token is being opened",
             _ => "the token is busy",
         };
         let (events, stream) = mpsc::channel(2);
@@ -168,7 +169,7 @@ impl AgentService for Service {
         let caller = identity(&request)?;
         let operator = allowed(&self.0.operators, &caller).is_some();
         let uses = |name: &str| {
-            self.0.keys.values().any(|key| key.token.name == name && allowed(&key.allow, &caller).is_some())
+            self.0.keys.values().any(|key| key.is_on(name) && allowed(&key.allow, &caller).is_some())
         };
         let seen = self.0.tokens.values().filter(|token| operator || uses(&token.name));
         Ok(Response::new(ListTokensResponse { tokens: seen.map(|token| token_to_proto(token)).collect() }))

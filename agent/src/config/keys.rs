@@ -1,6 +1,6 @@
 //! `[key.NAME]`, its `allow` rules, and `[[operator]]`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use nix::unistd::{Group, User};
@@ -20,17 +20,8 @@ pub(super) fn key(
     mut section: Section<'_>,
     tokens: &BTreeMap<String, &'static str>,
 ) -> Option<Key> {
-    let token = section.required(reader, "token", "\"release\"");
-    if let Some(token) = token.as_ref().filter(|token| !tokens.contains_key(*token)) {
-        let names: Vec<_> = tokens.keys().map(String::as_str).collect();
-        let known = match names.as_slice() {
-            [] => "no [token.NAME] is configured".to_owned(),
-            names => format!("configured: {}", names.join(", ")),
-        };
-        let message = format!("there is no [token.{token}]; {known}");
-        reader.mistake(section.position("token"), &section.path_of("token"), message);
-    }
-    let backend = token.as_ref().and_then(|token| tokens.get(token)).copied().unwrap_or_default();
+    let names = on_tokens(reader, &mut section, tokens);
+    let backend = names.iter().find_map(|name| tokens.get(name)).copied().unwrap_or_default();
     let object = objects::object(reader, &mut section, backend);
     let certificate_chain = match section.path(reader, "certificate_chain") {
         None => Some(Vec::new()),
@@ -59,7 +50,42 @@ pub(super) fn key(
         reader.mistake(section.at, &path, message);
     }
     section.finish(reader);
-    Some(Key { token: token?, object: object?, padding, certificate_chain: certificate_chain?, allow })
+    Some(Key { tokens: names, object: object?, padding, certificate_chain: certificate_chain?, allow })
+}
+
+/// `token = "…"` or `token = ["…", "…"]`: all of one backend.
+fn on_tokens(
+    reader: &mut Reader<'_>,
+    section: &mut Section<'_>,
+    tokens: &BTreeMap<String, &'static str>,
+) -> Vec<String> {
+    let names = match section.has_array("token") {
+        true => section.strings(reader, "token"),
+        false => section.required(reader, "token", "\"release\"").into_iter().collect(),
+    };
+    let (at, path) = (section.position("token"), section.path_of("token"));
+    let known: Vec<_> = tokens.keys().map(String::as_str).collect();
+    let known = match known.as_slice() {
+        [] => "no [token.NAME] is configured".to_owned(),
+        names => format!("configured: {}", names.join(", ")),
+    };
+    for (index, name) in names.iter().enumerate() {
+        if !tokens.contains_key(name) {
+            reader.mistake(at, &path, format!("there is no [token.{name}]; {known}"));
+        } else if names.iter().take(index).any(|before| before == name) {
+            reader.mistake(at, &path, format!("{name:?} is there twice; name each token once"));
+        }
+    }
+    let backends: BTreeSet<_> = names.iter().filter_map(|name| tokens.get(name)).collect();
+    if backends.len() > 1 {
+        let message =
+            "the tokens of one key have to be of one backend; make another [key.NAME] for the others";
+        reader.mistake(at, &path, message.into());
+    }
+    if section.has_array("token") && names.is_empty() {
+        reader.mistake(at, &path, "names no token; write token = [\"hsm-a\", \"hsm-b\"]".into());
+    }
+    names
 }
 
 /// Reads a PEM file of certificates as DER, in order.

@@ -106,6 +106,8 @@ pub struct Token {
     pub timeout: Duration,
     /// How many requests may wait; one more is answered `RESOURCE_EXHAUSTED`. Default 256.
     pub queue: usize,
+    /// Whether the agent does not start without it.
+    pub required: bool,
     /// What the agent runs when the device waits for a touch, with the message as its last argument.
     pub touch_command: Vec<String>,
     /// Where its process runs: the directory of the configuration file, which paths in `env` are relative to.
@@ -201,9 +203,9 @@ pub enum PinSource {
 /// `[key.NAME]`
 #[derive(Clone, Debug)]
 pub struct Key {
-    /// The token it lives on: a name in [`Config::tokens`].
-    pub token: String,
-    /// Which object of the token.
+    /// The tokens it lives on, names in [`Config::tokens`]: any of them signs.
+    pub tokens: Vec<String>,
+    /// Which object of each.
     pub object: Object,
     /// How an RSA key pads.
     pub padding: Padding,

@@ -257,6 +257,20 @@ impl<'a> Section<'a> {
         self.entries.contains_key(key)
     }
 
+    /// Whether a key is there and holds an array.
+    pub(super) fn has_array(&self, key: &str) -> bool {
+        self.entries.get(key).is_some_and(|value| value.get_ref().as_array().is_some())
+    }
+
+    /// Takes `true` or `false`.
+    pub(super) fn boolean(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<bool> {
+        let value = self.take(key)?;
+        match value.get_ref().as_bool() {
+            Some(boolean) => Some(boolean),
+            None => self.expected(reader, key, value, "true or false"),
+        }
+    }
+
     /// Where a key's value stands, for a mistake found later.
     pub(super) fn position(&self, key: &str) -> usize {
         self.entries.get(key).map_or(self.at, |value| value.span().start)

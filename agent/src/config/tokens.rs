@@ -45,6 +45,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     };
     let timeout = section.duration(reader, "timeout").unwrap_or(Duration::from_secs(10));
     let queue = section.integer(reader, "queue", 1..=100_000).unwrap_or(256);
+    let required = section.boolean(reader, "required").unwrap_or(false);
     let touch_command = match backend.as_deref() {
         Some("piv") => section.strings(reader, "touch_command"),
         _ => Vec::new(),
@@ -57,6 +58,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         sessions: usize::try_from(sessions.unwrap_or(1)).ok()?,
         timeout,
         queue: usize::try_from(queue).ok()?,
+        required,
         touch_command,
         directory: reader.base().to_owned(),
         env,

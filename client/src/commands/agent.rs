@@ -18,7 +18,7 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
             if key.public_key.is_empty() {
                 return Err(AgentError::KeyNotReady {
                     key: key.name,
-                    token: key.token,
+                    token: key.tokens.join(", "),
                     locked: key.state == i32::from(KeyState::Locked),
                     reason: key.state_detail,
                 }
@@ -58,7 +58,7 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
 fn key_json(key: &Key) -> serde_json::Value {
     json!({
         "name": key.name,
-        "token": key.token,
+        "tokens": key.tokens,
         "device": key.device,
         "state": state(key.state()),
         "state_detail": key.state_detail,
@@ -125,7 +125,7 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
     for token in &tokens {
         let what = line(state(token.state()), &token.state_detail);
         report::result(format_args!("token {}: {what}", token.name))?;
-        for key in keys.iter().filter(|key| key.token == token.name) {
+        for key in keys.iter().filter(|key| key.tokens.contains(&token.name)) {
             // What ails the token is said once.
             let detail = if key.state() == token.state() { "" } else { &key.state_detail };
             report::result(format_args!("  key {}: {}", key.name, line(state(key.state()), detail)))?;

@@ -111,7 +111,7 @@ fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
             None if uri.contains("pin-source=") => return Err(AgentError::Private(key.state_detail)),
             None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
         };
-        agent.unlock(&key.token, Some(pin)).map_err(without_names)?;
+        agent.unlock(oneshot::KEY, Some(pin)).map_err(without_names)?;
     }
     Ok(private)
 }

@@ -1,0 +1,144 @@
+//! One key on two tokens: both sign, and one is enough.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
+use omsign_tests::agent::{Agent, eventually, refused, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::proxy::Proxy;
+use omsign_tests::world::{World, key_section, token_section};
+use openssl::ecdsa::EcdsaSig;
+use openssl::pkey::PKey;
+use rustix::process::Signal;
+use tonic::Code;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A token and its twin: a copy of everything it holds.
+fn twins(world: &World) -> anyhow::Result<(SoftHsm, SoftHsm)> {
+    let first = world.token("a", "k", KeyType::P256)?;
+    let second = SoftHsm { directory: world.path("b"), label: first.label.clone() };
+    ensure!(Command::new("cp").arg("-r").arg(&first.directory).arg(&second.directory).status()?.success());
+    let config = std::fs::read_to_string(second.config())?;
+    let (from, to) = (first.tokens().display().to_string(), second.tokens().display().to_string());
+    std::fs::write(second.config(), config.replace(&from, &to))?;
+    Ok((first, second))
+}
+
+/// `[key.k]` on both.
+fn on_both() -> String {
+    key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]")
+}
+
+/// Signs `count` digests from 16 clients and verifies every answer against its own.
+async fn sign_all(world: &World, first_id: u128, count: u128) -> anyhow::Result<()> {
+    let public = PKey::public_key_from_pem(&std::fs::read(world.path("a/k.pub.pem"))?)?;
+    let key = public.ec_key()?;
+    let mut clients = tokio::task::JoinSet::new();
+    for client in 0..16 {
+        let socket = world.path("agent.sock");
+        clients.spawn(async move {
+            let mut connection = connect(socket).await?;
+            let mut answers = Vec::new();
+            for id in (first_id..first_id + count).filter(|id| id % 16 == client) {
+                let digest = [id.to_be_bytes(), id.to_be_bytes()].concat();
+                let signed = sign(&mut connection, request("k", id, &digest), SECOND * 10).await;
+                answers.push((digest, signed.map_err(|status| anyhow::anyhow!("request {id}: {status}"))?));
+            }
+            anyhow::Ok(answers)
+        });
+    }
+    let mut answered = 0;
+    while let Some(answers) = clients.join_next().await {
+        for (digest, signed) in answers?? {
+            ensure!(EcdsaSig::from_der(&signed.signature)?.verify(&digest, &key)?, "a swapped answer");
+            answered += 1;
+        }
+    }
+    ensure!(answered == count, "{answered} of {count} answers");
+    Ok(())
+}
+
+#[test]
+fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
+    let (world, beside) = (World::new()?, World::new()?);
+    let (first, second) = twins(&world)?;
+    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
+    let config = world.listen()
+        + &left.token_section("a", &first, "timeout = \"1s\"")
+        + &right.token_section("b", &second, "timeout = \"1s\"")
+        + &on_both();
+    let agent = Agent::start(&world, &config)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        eventually("both tokens", || {
+            Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4)
+        })?;
+        sign_all(&world, 1, 200).await?;
+        let (a, b) = (left.calls("C_Sign"), right.calls("C_Sign"));
+        ensure!(a.abs_diff(b) <= 20, "not in turns: {a} and {b}");
+        // One fails every signature.
+        left.set("C_Sign 30 0\n")?;
+        sign_all(&world, 1000, 200).await?;
+        left.set("")?;
+        // One hangs: its process is stopped.
+        let before = right.calls("C_Sign");
+        let hosts = agent.hosts()?;
+        let host = hosts.first().copied().unwrap_or_default();
+        signal(host, Signal::STOP)?;
+        let started = Instant::now();
+        sign_all(&world, 2000, 64).await?;
+        ensure!(started.elapsed() < SECOND * 10, "{:?}", started.elapsed());
+        ensure!(right.calls("C_Sign") > before);
+        // One is gone for good.
+        std::fs::rename(first.tokens(), world.path("away"))?;
+        sign_all(&world, 3000, 64).await?;
+        // Both are.
+        std::fs::rename(second.tokens(), world.path("away too"))?;
+        let mut client = connect(world.path("agent.sock")).await?;
+        let failed = sign(&mut client, request("k", 4000, &[7; 32]), SECOND * 10).await;
+        ensure!(failed.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{failed:?}");
+        // One comes back.
+        std::fs::rename(world.path("away too"), second.tokens())?;
+        let started = Instant::now();
+        let mut id = 5000;
+        while sign(&mut client, request("k", id, &[7; 32]), SECOND * 10).await.is_err() {
+            id += 1;
+            ensure!(started.elapsed() < SECOND * 15, "it does not heal: {}", agent.log()?);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (first, second) = (world.token("a", "k", KeyType::P256)?, SoftHsm::create(&world.path("b"), "b")?);
+    second.generate("k", KeyType::P256, Objects::Pair)?;
+    let config =
+        world.listen() + &token_section("a", &first, "") + &token_section("b", &second, "") + &on_both();
+    let agent = Agent::start(&world, &config)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        eventually("both tokens", || {
+            Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4)
+        })?;
+        sign_all(&world, 1, 64).await
+    })?;
+    let log = agent.log()?;
+    ensure!(log.contains("it holds another key under this name than the other tokens"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn a_required_token_has_to_be_there() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let section = token_section("t", &token, "required = true");
+    let config = world.listen() + &section + &key_section("k", "t", "k");
+    drop(Agent::start(&world, &config)?);
+    let (code, errors) = refused(&world, &config.replace("label = \"t\"", "label = \"nowhere\""))?;
+    ensure!(code == Some(2) && errors.contains("token t is required, and cannot be opened"), "{errors}");
+    ensure!(!world.path("agent.sock").exists());
+    Ok(())
+}
