@@ -92,9 +92,10 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     stand_in.guarded_key("p256", 0x8100_0010, AUTH)?;
     stand_in.guarded_key("other", 0x8100_0011, AUTH)?;
     write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
-    let mut device = tpm_section(&stand_in);
-    device.keys =
+    let keys =
         key("p256", "device", "handle = \"0x81000010\"") + &key("other", "device", "handle = \"0x81000011\"");
+    let (token, expected, environment) = (stand_in.section("device"), Vec::new(), Vec::new());
+    let device = Device { token, keys, expected, environment, secret: AUTH };
     let mut bench = Bench::new(world, &device)?;
     for _ in 0..3 {
         bench.fails(Code::FailedPrecondition)?;
@@ -110,15 +111,6 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
     ensure!(!bench.agent.log()?.contains("wrong-auth-8142"));
     Ok(())
-}
-
-fn tpm_section(stand_in: &SwTpm) -> Device {
-    let (tcti, pin) = (stand_in.tcti(), stand_in.pin_file());
-    let token = format!(
-        "\n[token.device]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{}\" }}\n",
-        pin.display()
-    );
-    Device { token, keys: String::new(), expected: Vec::new(), environment: Vec::new(), secret: AUTH }
 }
 
 #[test]

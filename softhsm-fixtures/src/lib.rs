@@ -6,6 +6,7 @@ pub mod model;
 pub mod piv;
 pub mod softhsm;
 pub mod swtpm;
+pub mod with;
 
 use std::path::{Path, PathBuf};
 

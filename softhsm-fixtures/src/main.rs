@@ -2,12 +2,14 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::model;
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, delete_key, keygen, raw_speed};
+use omsign_fixtures::with::{self, Kind};
 use openssl::pkey::PKey;
 
 /// Stand-in hardware for trying and testing omsign.
@@ -37,6 +39,16 @@ enum Cli {
         #[arg(long, default_value_t = 16)]
         shard_mib: usize,
     },
+    /// Runs a command with stand-ins, each with a key named after it: OMSIGN_AGENT_CONFIG names a configuration for
+    /// `omsign-agent serve`, OMSIGN_AGENT its socket, OMSIGN_FIXTURES a directory with root.pem and NAME.pem
+    With {
+        /// Any of softhsm, swtpm, piv, fault, with commas between
+        #[arg(value_delimiter = ',', required = true)]
+        kinds: Vec<Kind>,
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Signs with a SoftHSM token as fast as one thread can; prints signatures per second and the median in µs
     #[command(hide = true)]
     RawSpeed { label: String, name: String, milliseconds: u64 },
@@ -48,20 +60,25 @@ enum Cli {
     Keygen { directory: PathBuf, label: String, name: String, key_type: KeyType, objects: Objects },
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse() {
-        Cli::Softhsm { directory, key_type, name } => softhsm(&directory, key_type, &name),
-        Cli::Model { directory, shards, shard_mib } => model::create(&directory, shards, shard_mib << 20),
+        Cli::With { kinds, command } => {
+            let status = with::run(&kinds, &command)?;
+            // Killed by a signal: as shells say it, roughly.
+            return Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(255)));
+        }
+        Cli::Softhsm { directory, key_type, name } => softhsm(&directory, key_type, &name)?,
+        Cli::Model { directory, shards, shard_mib } => model::create(&directory, shards, shard_mib << 20)?,
         Cli::RawSpeed { label, name, milliseconds } => {
             let speed = raw_speed(&label, &name, Duration::from_millis(milliseconds))?;
             writeln!(std::io::stdout(), "{} {}", speed.per_second, speed.p50_us)?;
-            Ok(())
         }
-        Cli::DeleteKey { label, name } => delete_key(&label, &name),
+        Cli::DeleteKey { label, name } => delete_key(&label, &name)?,
         Cli::Keygen { directory, label, name, key_type, objects } => {
-            keygen(&directory, &label, &name, key_type, objects)
+            keygen(&directory, &label, &name, key_type, objects)?
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn softhsm(directory: &Path, key_type: KeyType, name: &str) -> anyhow::Result<()> {

@@ -122,6 +122,18 @@ impl SoftHsm {
         self.directory.join("user.pin")
     }
 
+    /// `[token.NAME]` of an agent's configuration.
+    pub fn section(&self, name: &str) -> String {
+        let (pin, config) = (self.pin_file(), self.config());
+        format!(
+            "\n[token.{name}]\nbackend = \"pkcs11\"\nmodule = \"{MODULE}\"\ntoken = {{ label = \"{}\" }}\n\
+             pin = {{ file = \"{}\" }}\nenv.SOFTHSM2_CONF = \"{}\"\n",
+            self.label,
+            pin.display(),
+            config.display()
+        )
+    }
+
     /// The public half of a key, PEM.
     pub fn public_key(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}.pub.pem"))

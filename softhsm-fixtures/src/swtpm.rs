@@ -100,6 +100,13 @@ impl SwTpm {
         format!("swtpm:host=127.0.0.1,port={}", self.port)
     }
 
+    /// `[token.NAME]` of an agent's configuration.
+    pub fn section(&self, name: &str) -> String {
+        let (tcti, pin) = (self.tcti(), self.pin_file());
+        let pin = pin.display();
+        format!("\n[token.{name}]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{pin}\" }}\n")
+    }
+
     /// A file with [`AUTH`].
     pub fn pin_file(&self) -> PathBuf {
         self.directory.join("user.pin")

@@ -73,10 +73,7 @@ pub fn tpm(tpm: &SwTpm) -> anyhow::Result<Device> {
     let (rsa_file, rsa_public) = tpm.key_file("rsa", "RSA", "bits:2048")?;
     let uri = |key: String| format!("tpm:{key}?tcti={tcti}&pin-source={}", pin.display());
     Ok(Device {
-        token: format!(
-            "\n[token.device]\nbackend = \"tpm\"\ntcti = \"{tcti}\"\npin = {{ file = \"{}\" }}\n",
-            pin.display()
-        ),
+        token: tpm.section("device"),
         keys: key("p256", "device", "handle = \"0x81000010\"")
             + &key("p384", "device", &format!("file = \"{}\"", file.display()))
             + &key("rsa", "device", &format!("file = \"{}\"", rsa_file.display())),
@@ -120,12 +117,7 @@ pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
         expected.push(Expected { name, algorithm, public, uri });
     }
     Ok(Device {
-        token: format!(
-            "\n[token.device]\nbackend = \"piv\"\nserial = {serial}\npin = {{ file = \"{}\" }}\n\
-             env.PCSCLITE_CSOCK_NAME = \"{}\"\n",
-            pin.display(),
-            socket.display()
-        ),
+        token: card.section("device"),
         keys: key("p256", "device", "slot = \"9c\"")
             + &key("p384", "device", "slot = \"82\"")
             + &key("rsa", "device", "slot = \"83\""),

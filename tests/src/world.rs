@@ -7,7 +7,7 @@ use std::process::{Command, ExitStatus, Output};
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain, write_key};
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm};
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 
 use crate::agent::Agent;
 
@@ -156,12 +156,7 @@ fn listing(root: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
 
 /// `[token.NAME]` for a SoftHSM token. `more` are further lines.
 pub fn token_section(name: &str, token: &SoftHsm, more: &str) -> String {
-    let (label, pin, config) = (&token.label, token.pin_file(), token.config());
-    let (pin, config) = (pin.display(), config.display());
-    format!(
-        "\n[token.{name}]\nbackend = \"pkcs11\"\nmodule = \"{MODULE}\"\ntoken = {{ label = \"{label}\" }}\n\
-         pin = {{ file = \"{pin}\" }}\nenv.SOFTHSM2_CONF = \"{config}\"\n{more}\n"
-    )
+    token.section(name) + more + "\n"
 }
 
 /// `[key.NAME]` for an object with this label.

@@ -125,6 +125,17 @@ impl VirtualPiv {
         self.directory.join("pcscd.sock")
     }
 
+    /// `[token.NAME]` of an agent's configuration.
+    pub fn section(&self, name: &str) -> String {
+        let (serial, pin, socket) = (self.serial, self.pin_file(), self.socket());
+        format!(
+            "\n[token.{name}]\nbackend = \"piv\"\nserial = {serial}\npin = {{ file = \"{}\" }}\n\
+             env.PCSCLITE_CSOCK_NAME = \"{}\"\n",
+            pin.display(),
+            socket.display()
+        )
+    }
+
     /// A file with [`PIN`].
     pub fn pin_file(&self) -> PathBuf {
         self.directory.join("user.pin")

@@ -1,0 +1,180 @@
+//! Stand-ins for the time of one command: each with a key and its certificate, and one configuration for all.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::str::FromStr;
+
+use anyhow::Context as _;
+use openssl::pkey::PKey;
+
+use crate::built;
+use crate::ca::{Ca, write_chain};
+use crate::piv::VirtualPiv;
+use crate::softhsm::{KeyType, MODULE, Objects, SoftHsm};
+use crate::swtpm::{AUTH, SwTpm};
+
+/// How the directories are named that belong to one command each.
+const PREFIX: &str = "omsign-fixtures-";
+
+/// A kind of stand-in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A SoftHSM token.
+    SoftHsm,
+    /// A software TPM.
+    SwTpm,
+    /// A virtual YubiKey.
+    Piv,
+    /// A SoftHSM token behind the fault proxy: `OMSIGN_PROXY_FAULTS` names the file with its faults.
+    Fault,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::SoftHsm => "softhsm",
+            Self::SwTpm => "swtpm",
+            Self::Piv => "piv",
+            Self::Fault => "fault",
+        }
+    }
+}
+
+impl FromStr for Kind {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let all = [Self::SoftHsm, Self::SwTpm, Self::Piv, Self::Fault];
+        all.into_iter().find(|kind| kind.name() == text).context("expected softhsm, swtpm, piv or fault")
+    }
+}
+
+/// A device that runs, and what a command needs to know of it.
+struct Running {
+    /// `[token.NAME]`, and the key's object on it.
+    token: String,
+    object: String,
+    public: PathBuf,
+    environment: Vec<(&'static str, PathBuf)>,
+    /// Ends when dropped.
+    _device: Device,
+}
+
+#[expect(dead_code, reason = "held, not read")]
+enum Device {
+    SwTpm(SwTpm),
+    Piv(VirtualPiv),
+    Files,
+}
+
+/// Starts the stand-ins, runs the command, and cleans up.
+pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
+    let (program, arguments) = command.split_first().context("no command")?;
+    sweep()?;
+    let directory = tempfile::Builder::new().prefix(PREFIX).tempdir().context("a directory")?;
+    let place = directory.path();
+    // Whoever holds this lock still needs the directory.
+    let lock = File::create(place.join("lock")).context("a lock")?;
+    lock.lock().context("a lock")?;
+    let (root, mut running) = (Ca::create("Stand-in Root CA")?, Vec::new());
+    write_chain(&place.join("root.pem"), &[&root.certificate])?;
+    let uid = rustix::process::geteuid().as_raw();
+    let mut config = String::from(
+        "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n",
+    );
+    for kind in kinds {
+        let name = kind.name();
+        let device = start(*kind, &place.join(name)).with_context(|| name.to_owned())?;
+        let public = PKey::public_key_from_pem(&std::fs::read(&device.public)?)?;
+        write_chain(&place.join(format!("{name}.pem")), &[&root.code_signing(name, &public)?])?;
+        config += &device.token;
+        config += &format!(
+            "\n[key.{name}]\ntoken = \"{name}\"\nobject = {{ {} }}\ncertificate_chain = \"{name}.pem\"\n\
+             [[key.{name}.allow]]\nunix = {{ uid = {uid} }}\n",
+            device.object
+        );
+        running.push(device);
+    }
+    let file = place.join("agent.toml");
+    std::fs::write(&file, config).context("agent.toml")?;
+    let mut child = Command::new(program);
+    child.args(arguments).env("OMSIGN_FIXTURES", place).env("OMSIGN_AGENT", place.join("agent.sock"));
+    child.env("OMSIGN_FIXTURES_CONFIG", &file).env("OMSIGN_AGENT_CONFIG", &file);
+    for device in &running {
+        child.envs(device.environment.iter().cloned());
+    }
+    let status = child.status().with_context(|| program.clone())?;
+    drop(running);
+    directory.close().context("cleaning up")?;
+    Ok(status)
+}
+
+fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
+    let name = kind.name();
+    Ok(match kind {
+        Kind::SoftHsm | Kind::Fault => {
+            let token = SoftHsm::create(directory, name)?;
+            token.generate(name, KeyType::P384, Objects::Pair)?;
+            let mut section = token.section(name);
+            let mut environment = vec![("SOFTHSM2_CONF", token.config())];
+            if kind == Kind::Fault {
+                let faults = directory.join("faults");
+                let proxy = built("libomsign_fault_proxy.so")?;
+                section = section.replace(MODULE, &proxy.display().to_string());
+                section += &format!(
+                    "env.OMSIGN_PROXY_MODULE = \"{MODULE}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\n\
+                     env.OMSIGN_PROXY_FAULTS = \"{}\"\n",
+                    directory.join("calls.log").display(),
+                    faults.display()
+                );
+                environment = vec![("OMSIGN_PROXY_FAULTS", faults)];
+            }
+            Running {
+                token: section,
+                object: format!("label = \"{name}\""),
+                public: token.public_key(name),
+                environment,
+                _device: Device::Files,
+            }
+        }
+        Kind::SwTpm => {
+            let tpm = SwTpm::create(directory)?;
+            let public = tpm.persistent_key(name, "ecc256", 0x8100_0010, AUTH)?;
+            Running {
+                token: tpm.section(name),
+                object: "handle = \"0x81000010\"".into(),
+                public,
+                environment: vec![("TPM2TOOLS_TCTI", tpm.tcti().into())],
+                _device: Device::SwTpm(tpm),
+            }
+        }
+        Kind::Piv => {
+            let card = VirtualPiv::create(directory, 11_223_344)?;
+            card.change_pin()?;
+            let public = card.generate("9c", "ECCP256", &[])?;
+            Running {
+                token: card.section(name),
+                object: "slot = \"9c\"".into(),
+                public,
+                environment: vec![("PCSCLITE_CSOCK_NAME", card.socket())],
+                _device: Device::Piv(card),
+            }
+        }
+    })
+}
+
+/// Removes what a killed command left: the devices ended with it, their files did not.
+fn sweep() -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(std::env::temp_dir())? {
+        let entry = entry?;
+        if !entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX)) {
+            continue;
+        }
+        // One without a lock was made this moment; one that is locked is in use; another user's we cannot open.
+        if File::open(entry.path().join("lock")).is_ok_and(|lock| lock.try_lock().is_ok()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}

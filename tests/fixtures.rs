@@ -1,0 +1,69 @@
+//! `omsign-fixtures with`: what contributors and users start stand-ins with.
+
+use std::process::{Command, Output};
+
+use anyhow::ensure;
+use omsign_fixtures::built;
+
+const ALL: &str = "softhsm,swtpm,piv,fault";
+
+/// Runs a shell script with the stand-ins.
+fn with(kinds: &str, script: &str) -> anyhow::Result<Output> {
+    let fixtures = built("omsign-fixtures")?;
+    let directory = fixtures.parent().map(std::path::Path::to_owned).unwrap_or_default();
+    let path = format!("{}:{}", directory.display(), std::env::var("PATH")?);
+    let mut command = Command::new(&fixtures);
+    command.args(["with", kinds, "--", "sh", "-euc", script]).env("PATH", path);
+    Ok(command.output()?)
+}
+
+#[test]
+fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
+    let script = r#"
+        echo "$OMSIGN_FIXTURES"
+        omsign-agent serve 2>"$OMSIGN_FIXTURES/log" & agent=$!
+        while [ ! -S "$OMSIGN_AGENT" ]; do kill -0 $agent; done
+        cd "$OMSIGN_FIXTURES"
+        mkdir model; echo weights >model/weights
+        for key in softhsm swtpm piv fault; do
+          omsign sign model --key $key --signature $key.sig
+          omsign verify model --signature $key.sig --certificate-chain root.pem
+        done
+        kill $agent; wait $agent
+        exit 7"#;
+    let output = with(ALL, script)?;
+    let (said, errors) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.code() == Some(7), "{:?}: {said}{errors}", output.status);
+    ensure!(said.matches("verified 1 file, 8 bytes, signed by the certificate CN=").count() == 4, "{said}");
+    let directory = said.lines().next().unwrap_or_default();
+    ensure!(!directory.is_empty() && !std::path::Path::new(directory).exists(), "{directory} is still there");
+    Ok(())
+}
+
+#[test]
+fn nothing_outlives_a_killed_one() -> anyhow::Result<()> {
+    // The command kills what started it: the devices end with it, its files with the next one.
+    let output = with("swtpm,piv", r#"echo "$OMSIGN_FIXTURES"; kill -KILL $PPID"#)?;
+    let said = String::from_utf8(output.stdout)?;
+    let directory = said.trim();
+    ensure!(output.status.code().is_none() && !directory.is_empty(), "{:?}: {said}", output.status);
+    omsign_tests::agent::eventually("the end of the devices", || {
+        let left = Command::new("pgrep").args(["-f", directory]).output()?;
+        Ok(left.stdout.is_empty())
+    })?;
+    ensure!(with("softhsm", "true")?.status.success());
+    ensure!(!std::path::Path::new(directory).exists(), "{directory} is still there");
+    Ok(())
+}
+
+#[test]
+fn several_side_by_side() -> anyhow::Result<()> {
+    let script = "tpm2_getrandom 4 >/dev/null 2>&1 && yubico-piv-tool -r Virtual -a version";
+    let started: Vec<_> =
+        (0..3).map(|_| std::thread::spawn(move || with("swtpm,piv,softhsm", script))).collect();
+    for one in started {
+        let output = one.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+        ensure!(output.status.success(), "{output:?}");
+    }
+    Ok(())
+}
