@@ -29,6 +29,25 @@ pub enum Curve {
     P521,
 }
 
+/// What kind of key to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum KeyType {
+    /// ECDSA on P-256.
+    P256,
+    /// ECDSA on P-384.
+    P384,
+    /// ECDSA on P-521.
+    P521,
+    /// RSA of 2048 bits. Not in OMS.
+    Rsa2048,
+    /// RSA of 3072 bits. Not in OMS.
+    Rsa3072,
+    /// RSA of 4096 bits. Not in OMS.
+    Rsa4096,
+    /// Ed25519. Not in OMS.
+    Ed25519,
+}
+
 /// How an RSA key pads; nothing about the key itself tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Padding {

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod host;
 pub mod identity;
 mod key;
+pub mod key_life;
 pub mod listen;
 pub mod log;
 mod pin;

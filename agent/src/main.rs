@@ -9,9 +9,10 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
+use omsign_agent::key_life::Operator;
 use omsign_agent::{host, log, secret, serve};
 
-use self::cli::{Cli, Command, ConfigFile};
+use self::cli::{Cli, Command, ConfigFile, KeyCommand};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -53,6 +54,18 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 "{}: no mistakes; {tokens} tokens, {keys} keys",
                 file.config.display()
             )?;
+        }
+        Command::Key { command, file } => {
+            secret::harden_process();
+            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            let operator = Operator::new(&config)?;
+            let made = runtime()?.block_on(async {
+                match &command {
+                    KeyCommand::Generate { name, key_type } => operator.generate(name, *key_type).await,
+                    KeyCommand::Csr { name, subject } => operator.csr(name, subject).await,
+                }
+            });
+            write!(std::io::stdout(), "{}", made?)?;
         }
         Command::Doctor { config: file, json } => {
             secret::harden_process();

@@ -25,7 +25,7 @@ const BACKLOG: usize = 4096;
 pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
-    /// What it is about: `sign`, `unlock`, or the log itself: `audit`.
+    /// What it is about: `sign`, `unlock`, `generate`, `csr`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -44,7 +44,7 @@ pub struct Entry<'a> {
     /// What the caller says it is. Not verified.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub claimed_context: &'a str,
-    /// `signed`, `unlocked`, `denied`, `failed`, or, of the log, `resumed`.
+    /// `signed`, `unlocked`, `done`, `denied`, `failed`, or, of the log, `resumed`.
     pub outcome: &'static str,
     /// Why it failed.
     #[serde(skip_serializing_if = "str::is_empty")]

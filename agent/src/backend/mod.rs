@@ -37,6 +37,11 @@ pub(crate) fn open(
     pin: Option<Pin>,
     say: Say<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
+    if spec.generate.is_some() && !matches!(spec.token.device, config::Device::Pkcs11 { .. }) {
+        let message =
+            "omsign makes keys on PKCS#11 tokens only so far; for TPMs and YubiKeys, hsm-config/ shows how";
+        return Err(refused(message.into()));
+    }
     match &spec.token.device {
         config::Device::Pkcs11 { module, select } => pkcs11::open(module, select, spec, pin, say),
         config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),

@@ -7,7 +7,7 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-use crate::algorithm::{Algorithm, Content, Padding};
+use crate::algorithm::{Algorithm, Content, KeyType, Padding};
 use crate::config;
 use crate::spki::SpkiDer;
 
@@ -34,6 +34,8 @@ pub(crate) struct OpenSpec {
     pub(crate) keys: Vec<KeySpec>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
+    /// Make the only key of `keys` before it is looked for.
+    pub(crate) generate: Option<KeyType>,
     /// Only look, for `doctor`: no login, no keys.
     pub(crate) survey: bool,
 }

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-pub(crate) use self::process::survey;
 use self::process::{Held, Host};
+pub(crate) use self::process::{generate, survey};
 use crate::algorithm::Content;
 use crate::config;
 use crate::host::wire::{Class, KeySpec, Opened, PublicKey};

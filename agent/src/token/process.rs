@@ -18,9 +18,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
 use super::{Command, Place, Token, TokenError, Unlocked};
-use crate::algorithm::Content;
+use crate::algorithm::{Content, KeyType};
 use crate::config;
-use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opened, Opening, Sign, Survey};
+use crate::host::wire::{
+    self, Answer, Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Sign, Survey,
+};
 use crate::replay::{Step, Tell};
 use crate::secret::Pin;
 
@@ -194,6 +196,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         token: token.config.clone(),
         keys: token.keys.clone(),
         by_operator: launch.by_operator,
+        generate: None,
         survey: false,
     };
     let (child, socket, opening) = start(&token.name, &spec, launch.pin).await?;
@@ -219,9 +222,32 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
 
 /// Has a process of its own look at a module without logging in.
 pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
-    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, survey: true };
+    let spec =
+        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, generate: None, survey: true };
     match start(name, &spec, None).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
+        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
+        Ok(_) => Err("its process did what was not asked".into()),
+    }
+}
+
+/// Has a process of its own make a key, and check it as every key is checked.
+pub(crate) async fn generate(
+    name: &str,
+    token: &config::Token,
+    key: KeySpec,
+    key_type: KeyType,
+    pin: Option<Pin>,
+) -> Result<PublicKey, String> {
+    let (token, generate) = (token.clone(), Some(key_type));
+    let spec = OpenSpec { token, keys: vec![key], by_operator: true, generate, survey: false };
+    match start(name, &spec, pin).await {
+        Ok((mut child, socket, Opening::Opened(opened))) => {
+            // End of file tells it to close the device.
+            drop(socket);
+            let _ = timeout(GRACE, child.wait()).await;
+            opened.keys.into_iter().next().unwrap_or_else(|| Err("the device did not answer".into()))
+        }
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
         Ok(_) => Err("its process did what was not asked".into()),
     }

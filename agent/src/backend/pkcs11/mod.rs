@@ -1,6 +1,7 @@
 //! PKCS#11 tokens: opened once, logged in once, every key checked, then signed with.
 
 mod errors;
+mod generate;
 mod login;
 mod objects;
 
@@ -58,6 +59,12 @@ pub(super) fn open(
     }
     let sessions = spec.token.sessions.min(limit);
     login::log_in(&anchor, &info, spec, pin, say)?;
+    if let (Some(key_type), Some(key)) = (spec.generate, spec.keys.first()) {
+        // The login is the token's, not the session's: this one may write.
+        let session =
+            pkcs11.open_rw_session(slot).map_err(|error| classify("open a session to write", &error))?;
+        generate::generate(&session, key, key_type)?;
+    }
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;

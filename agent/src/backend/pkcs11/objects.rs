@@ -97,7 +97,7 @@ pub(super) fn find_private(session: &Session, wanted: &ObjectSelector) -> Result
     }
 }
 
-fn find(
+pub(super) fn find(
     session: &Session,
     class: ObjectClass,
     wanted: &ObjectSelector,

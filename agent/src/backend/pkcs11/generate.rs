@@ -1,0 +1,68 @@
+//! Makes a key pair on a token: private, sensitive, not extractable, for signing only.
+
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, ObjectClass};
+use cryptoki::session::Session;
+
+use super::super::{gone, refused};
+use super::errors::classify;
+use super::objects::find;
+use crate::algorithm::KeyType;
+use crate::config::Object;
+use crate::host::wire::{Failure, KeySpec};
+
+/// Makes the key that the configuration names. One that is there already stays.
+pub(super) fn generate(session: &Session, key: &KeySpec, key_type: KeyType) -> Result<(), Failure> {
+    let Object::Pkcs11(wanted) = &key.object else { return Err(refused("not an object of a token".into())) };
+    for class in [ObjectClass::PRIVATE_KEY, ObjectClass::PUBLIC_KEY] {
+        if !find(session, class, wanted)?.is_empty() {
+            return Err(refused(format!(
+                "the token has a key with {wanted} already; choose another label or id"
+            )));
+        }
+    }
+    let label = wanted.label.as_ref().unwrap_or(&key.name).as_bytes().to_vec();
+    let id = match &wanted.id {
+        Some(id) => id.clone(),
+        None => {
+            let mut id = vec![0; 16];
+            getrandom::fill(&mut id).map_err(|error| gone(format!("no random id: {error}")))?;
+            id
+        }
+    };
+    let named = [Attribute::Token(true), Attribute::Label(label), Attribute::Id(id)];
+    let mut public = named.to_vec();
+    public.extend([Attribute::Private(false), Attribute::Verify(true)]);
+    let mut private = named.to_vec();
+    private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
+    private.push(Attribute::Sign(true));
+    let mechanism = match params(key_type) {
+        Ok(params) => {
+            public.push(Attribute::EcParams(params.to_vec()));
+            if key_type == KeyType::Ed25519 {
+                Mechanism::EccEdwardsKeyPairGen
+            } else {
+                Mechanism::EccKeyPairGen
+            }
+        }
+        Err(bits) => {
+            public.extend([Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
+            Mechanism::RsaPkcsKeyPairGen
+        }
+    };
+    let made = session.generate_key_pair(&mechanism, &public, &private);
+    made.map(drop).map_err(|error| classify("make the key", &error))
+}
+
+/// DER `ECParameters` that name the curve (RFC 5480, RFC 8410), or the bits of an RSA modulus.
+fn params(key_type: KeyType) -> Result<&'static [u8], u64> {
+    match key_type {
+        KeyType::P256 => Ok(&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7]),
+        KeyType::P384 => Ok(&[6, 5, 0x2b, 0x81, 4, 0, 0x22]),
+        KeyType::P521 => Ok(&[6, 5, 0x2b, 0x81, 4, 0, 0x23]),
+        KeyType::Ed25519 => Ok(&[6, 3, 0x2b, 0x65, 0x70]),
+        KeyType::Rsa2048 => Err(2048),
+        KeyType::Rsa3072 => Err(3072),
+        KeyType::Rsa4096 => Err(4096),
+    }
+}
