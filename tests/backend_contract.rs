@@ -7,7 +7,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::agent::Agent;
-use omsign_tests::device::{Device, card, soft_hsm, tpm};
+use omsign_tests::device::{Device, card, card_through, soft_hsm, tpm, tpm_through_pkcs11};
 use omsign_tests::world::{World, text};
 
 /// Lists, signs and verifies with every key; says what the device is; keeps its secret to itself.
@@ -83,5 +83,38 @@ fn virtual_piv() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     let device = card(&stand_in)?;
+    holds(&world, &device)
+}
+
+/// With a key that asks for the PIN before every signature.
+#[test]
+fn ykcs11() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    holds(&world, &card_through(&stand_in, "libykcs11.so", &["9a", "9c", "9e"])?)
+}
+
+#[test]
+fn opensc() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    holds(&world, &card_through(&stand_in, "opensc-pkcs11.so", &["9a", "9e"])?)
+}
+
+/// With a key that omsign made: one, since without a resource manager the module has no room for more.
+#[test]
+fn tpm2_pkcs11() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    let device = tpm_through_pkcs11(&world, &stand_in)?;
+    world.write("agent.toml", world.listen() + &device.token + &device.keys)?;
+    let mut generate = Command::new(built("omsign-agent")?);
+    generate.args(["key", "generate", "p256", "--type", "p256", "--config"]).arg(world.path("agent.toml"));
+    world.without_surprises(&mut generate);
+    let output = generate.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for key in &device.expected {
+        std::fs::write(&key.public, &output.stdout)?;
+    }
     holds(&world, &device)
 }

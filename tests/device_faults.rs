@@ -174,6 +174,25 @@ fn a_wrong_card_pin_is_offered_once() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_card_pin_that_is_changed_meanwhile() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
+    let mut bench = Bench::new(world, &device)?;
+    // 9c asks for the PIN before every signature.
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    stand_in.tool(&["-a", "change-pin", "-P", omsign_fixtures::piv::PIN, "-N", "55501234"])?;
+    for _ in 0..4 {
+        bench.fails(Code::FailedPrecondition)?;
+    }
+    ensure!(stand_in.pin_tries()? == 2, "{} tries", stand_in.pin_tries()?);
+    write_private(&stand_in.pin_file(), b"55501234\n")?;
+    bench.world.omsign_ok(&["agent", "unlock", "device"])?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    Ok(())
+}
+
+#[test]
 fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;

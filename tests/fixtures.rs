@@ -58,7 +58,7 @@ fn nothing_outlives_a_killed_one() -> anyhow::Result<()> {
 
 #[test]
 fn several_side_by_side() -> anyhow::Result<()> {
-    let script = "tpm2_getrandom 4 >/dev/null 2>&1 && yubico-piv-tool -r Virtual -a version";
+    let script = "tpm2_getrandom 4 >/dev/null 2>&1 && yubico-piv-tool -r Yubico -a version";
     let started: Vec<_> =
         (0..3).map(|_| std::thread::spawn(move || with("swtpm,piv,softhsm", script))).collect();
     for one in started {

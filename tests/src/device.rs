@@ -1,7 +1,9 @@
 //! One device of each kind, with keys, in the words of the configuration.
 
 use std::path::PathBuf;
+use std::process::Command;
 
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -125,4 +127,75 @@ pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
         environment: vec![("PCSCLITE_CSOCK_NAME", socket)],
         secret: piv::PIN,
     })
+}
+
+/// The same card through a PKCS#11 module: Yubico's or OpenSC's.
+pub fn card_through(card: &VirtualPiv, module: &str, slots: &[&'static str]) -> anyhow::Result<Device> {
+    card.change_pin()?;
+    let (pin, socket) = (card.pin_file(), card.socket());
+    let (mut expected, mut keys) = (Vec::new(), String::new());
+    for slot in slots {
+        // CKA_ID as both modules number the slots.
+        let (id, generated, algorithm) = match *slot {
+            "9a" => ("01", "ECCP256", "ecdsa-p256-sha256"),
+            "9c" => ("02", "ECCP384", "ecdsa-p384-sha384"),
+            _ => ("04", "RSA2048", "rsa-pkcs1-sha256"),
+        };
+        let public = card.generate(slot, generated, &[])?;
+        card.certify(slot, &public)?;
+        keys += &key(slot, "device", &format!("id = \"{id}\""));
+        expected.push(Expected { name: slot, algorithm, public, uri: String::new() });
+    }
+    Ok(Device {
+        token: format!(
+            "\n[token.device]\nbackend = \"pkcs11\"\nmodule = \"{}\"\ntoken = {{ slot = 0 }}\n\
+             pin = {{ file = \"{}\" }}\nenv.PCSCLITE_CSOCK_NAME = \"{}\"\n",
+            debian_module(module),
+            pin.display(),
+            socket.display()
+        ),
+        keys,
+        expected,
+        environment: Vec::new(),
+        secret: piv::PIN,
+    })
+}
+
+/// The same TPM through tpm2-pkcs11, with a token and no key yet.
+pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> {
+    let (store, module) = (world.path("store"), debian_module("libtpm2_pkcs11.so.1"));
+    std::fs::create_dir_all(&store)?;
+    let init = |arguments: &[&str]| {
+        let mut tool = Command::new("pkcs11-tool");
+        tool.args(["--module", &module, "--so-pin", "so-pin-2406"]).args(arguments);
+        tool.env("TPM2_PKCS11_STORE", &store).env("TPM2_PKCS11_TCTI", tpm.tcti());
+        let output = tool.output().context("pkcs11-tool (apt: opensc)")?;
+        ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        anyhow::Ok(())
+    };
+    init(&["--init-token", "--slot-index", "0", "--label", "chip"])?;
+    init(&["--init-pin", "--login", "--login-type", "so", "--token-label", "chip", "--pin", AUTH])?;
+    let (pin, tcti) = (tpm.pin_file(), tpm.tcti());
+    Ok(Device {
+        token: format!(
+            "\n[token.device]\nbackend = \"pkcs11\"\nmodule = \"{module}\"\ntoken = {{ label = \"chip\" }}\n\
+             pin = {{ file = \"{}\" }}\nenv.TPM2_PKCS11_STORE = \"{}\"\nenv.TPM2_PKCS11_TCTI = \"{tcti}\"\n",
+            pin.display(),
+            store.display()
+        ),
+        keys: key_section("p256", "device", "p256"),
+        expected: vec![Expected {
+            name: "p256",
+            algorithm: "ecdsa-p256-sha256",
+            public: world.path("p256.pub.pem"),
+            uri: String::new(),
+        }],
+        environment: Vec::new(),
+        secret: AUTH,
+    })
+}
+
+/// Where Debian keeps a PKCS#11 module.
+fn debian_module(name: &str) -> String {
+    format!("/usr/lib/{}-linux-gnu/{name}", std::env::consts::ARCH)
 }

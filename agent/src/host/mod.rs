@@ -106,12 +106,14 @@ impl Shared<'_> {
                 let _ = self.answer(&touch, false);
             };
             let outcome = signer.sign(index, &request.content(), &touch);
-            let gone = outcome.as_ref().err().filter(|failure| failure.class == Class::Gone).cloned();
-            let hold = more && gone.is_none() && started.elapsed() < QUICK;
+            // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
+            let last = |failure: &&Failure| matches!(failure.class, Class::Gone | Class::Locked);
+            let last = outcome.as_ref().err().filter(last).cloned();
+            let hold = more && last.is_none() && started.elapsed() < QUICK;
             if self.answer(&Answer::new(id, outcome), hold).is_err() {
                 return;
             }
-            if let Some(failure) = gone {
+            if let Some(failure) = last {
                 self.die(&failure);
             }
         }
@@ -148,7 +150,7 @@ impl Shared<'_> {
     }
 
     fn die(&self, failure: &Failure) -> ! {
-        tracing::warn!(reason = %failure, "the token is gone; this process ends and the agent starts another");
+        tracing::warn!(reason = %failure, "the token cannot go on; this process ends");
         // Other threads may be inside the module, where C_Finalize or an exit handler would crash or hang.
         let _ = kill_process(getpid(), Signal::KILL);
         std::process::abort()

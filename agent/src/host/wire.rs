@@ -177,6 +177,11 @@ impl Answer {
         }
     }
 
+    /// Whether a PIN was refused.
+    pub(crate) fn locks(&self) -> bool {
+        self.signature.is_empty() && self.touch.is_empty() && self.class() == Class::Locked
+    }
+
     /// Signature or failure.
     pub(crate) fn outcome(self) -> Result<Vec<u8>, Failure> {
         if !self.signature.is_empty() {

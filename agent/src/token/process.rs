@@ -169,6 +169,8 @@ impl Host {
 /// How a process's life ended.
 pub(super) enum End {
     Died(String),
+    /// A PIN was refused in the middle of its life: somebody changed it.
+    Locked(String),
     /// An operator wants it opened again, since some keys were not usable.
     Reopen(Option<Pin>, Unlocked),
     Stop(oneshot::Sender<()>),
@@ -335,7 +337,12 @@ impl Process {
         let read = async {
             loop {
                 let frame = wire::read_async(&mut reader).await?;
-                host.answered(wire::decode(&frame)?);
+                let answer: Answer = wire::decode(&frame)?;
+                let refused = answer.locks().then(|| answer.message.clone());
+                host.answered(answer);
+                if let Some(reason) = refused {
+                    return io::Result::Ok(reason);
+                }
             }
         };
         let watch = async {
@@ -368,7 +375,10 @@ impl Process {
         };
         let end = tokio::select! {
             result = write => End::Died(ended(&result)),
-            result = read => { let result: io::Result<()> = result; End::Died(ended(&result)) }
+            result = read => match result {
+                Ok(reason) => End::Locked(reason),
+                Err(error) => End::Died(ended(&Err(error))),
+            },
             reason = watch => End::Died(reason),
             end = told => end,
         };
@@ -382,7 +392,7 @@ impl Process {
     /// Sees the process off: in peace if it was told to end, by force otherwise. One that does not die even so
     /// (a driver in the kernel) is left to the system.
     pub(super) async fn bury(mut self, end: &End) {
-        if !matches!(end, End::Died(_)) {
+        if !matches!(end, End::Died(_) | End::Locked(_)) {
             let _ = timeout(GRACE, self.child.wait()).await;
         }
         let _ = timeout(GRACE, self.child.kill()).await;

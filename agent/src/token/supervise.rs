@@ -49,11 +49,16 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 let end = process.drive(&host, &mut commands).await;
                 // Requests that wait for this host must find the new state, so it is set before they are freed.
                 token.state.send_replace(Status::Starting);
-                if let End::Died(reason) = &end {
-                    tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
-                    host.fail_pending(reason);
-                } else {
-                    host.fail_pending("the token is being closed");
+                match &end {
+                    End::Died(reason) => {
+                        tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
+                        host.fail_pending(reason);
+                    }
+                    End::Locked(reason) => {
+                        token.state.send_replace(Status::Locked(reason.clone()));
+                        host.fail_pending(reason);
+                    }
+                    End::Stop(_) | End::Reopen(..) => host.fail_pending("the token is being closed"),
                 }
                 process.bury(&end).await;
                 match end {
@@ -65,15 +70,24 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         login = (pin, Some(unlocked));
                         continue;
                     }
-                    End::Died(_) => {}
-                }
-                let healthy = started.elapsed() >= HEALTHY || host.has_answered();
-                if healthy || pause == PAUSES.0 {
+                    End::Locked(message) => {
+                        // Wherever this PIN came from, it is not the token's any more.
+                        refused_source = Some(message.clone());
+                        Failure { class: Class::Locked, message }
+                    }
                     // The first death costs nothing; a second one soon after waits.
-                    pause = if healthy { PAUSES.0 } else { PAUSES.0 * 2 };
-                    continue;
+                    End::Died(_) if started.elapsed() >= HEALTHY || host.has_answered() => {
+                        pause = PAUSES.0;
+                        continue;
+                    }
+                    End::Died(_) if pause == PAUSES.0 => {
+                        pause = PAUSES.0 * 2;
+                        continue;
+                    }
+                    End::Died(_) => {
+                        Failure { class: Class::Gone, message: "its process keeps ending".into() }
+                    }
                 }
-                Failure { class: Class::Gone, message: "its process keeps ending".into() }
             }
             Err(failure) => failure,
         };

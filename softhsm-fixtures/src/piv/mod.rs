@@ -13,8 +13,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use openssl::pkey::PKey;
 
 use self::card::Card;
+use crate::ca::{Ca, write_chain};
 use crate::{free_pair, write_private};
 
 /// The PIN that the fixtures give a card. Long enough to be searched for in logs.
@@ -79,7 +81,7 @@ impl VirtualPiv {
         write_private(&directory.join("user.pin"), format!("{PIN}\n").as_bytes())?;
         let port = free_pair()?;
         let reader = format!(
-            "FRIENDLYNAME \"Virtual YubiKey\"\nDEVICENAME /dev/null:{port:#06x}\n\
+            "FRIENDLYNAME \"Yubico YubiKey CCID virtual\"\nDEVICENAME /dev/null:{port:#06x}\n\
              LIBPATH /usr/lib/pcsc/drivers/serial/libifdvpcd.so\nCHANNELID {port:#06x}\n"
         );
         std::fs::write(directory.join("readers/vpcd"), reader).context("the reader's configuration")?;
@@ -149,6 +151,15 @@ impl VirtualPiv {
         Ok(public)
     }
 
+    /// Puts a certificate for this slot's key on the card: without one, OpenSC does not see the key.
+    pub fn certify(&self, slot: &str, public: &Path) -> anyhow::Result<()> {
+        let key = PKey::public_key_from_pem(&std::fs::read(public)?)?;
+        let path = self.directory.join(format!("{slot}.crt.pem"));
+        write_chain(&path, &[&Ca::create("Card CA")?.code_signing(slot, &key)?])?;
+        let path = path.display().to_string();
+        self.tool(&["-a", "import-certificate", "-s", slot, "-i", &path]).map(drop)
+    }
+
     /// Changes the factory's PIN to [`PIN`].
     pub fn change_pin(&self) -> anyhow::Result<()> {
         self.tool(&["-a", "change-pin", "-P", "123456", "-N", PIN]).map(drop)
@@ -164,7 +175,7 @@ impl VirtualPiv {
     /// Runs `yubico-piv-tool` on the card.
     pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         let mut tool = Command::new("yubico-piv-tool");
-        tool.args(["-r", "Virtual"]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
+        tool.args(["-r", "Yubico"]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
         let output = tool.stdin(Stdio::null()).output().context("yubico-piv-tool (apt: yubico-piv-tool)")?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "yubico-piv-tool {arguments:?}: {errors}");

@@ -1,5 +1,8 @@
 //! The one login. A PIN is offered once, and never when that could block the token.
 
+use std::sync::{Mutex, PoisonError};
+
+use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::TokenInfo;
@@ -18,9 +21,9 @@ pub(super) fn log_in(
     spec: &OpenSpec,
     given: Option<Pin>,
     say: Say<'_>,
-) -> Result<(), Failure> {
+) -> Result<Option<AuthPin>, Failure> {
     if !info.login_required() {
-        return Ok(());
+        return Ok(None);
     }
     if !info.user_pin_initialized() {
         return Err(locked("its user PIN was never set; initialize it with the vendor's tool".into()));
@@ -51,7 +54,32 @@ pub(super) fn log_in(
         // Whether this counted as a try only the vendor knows, so there is no second one.
         Err(error) => return Err(locked(classify("log in", &error).message)),
     }
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))
+    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    Ok(Some(pin))
+}
+
+/// The PIN for keys that ask for it before every signature (CKA_ALWAYS_AUTHENTICATE). It was accepted once;
+/// refused now, it is offered to no other session.
+#[derive(Default)]
+pub(super) struct Again {
+    pin: Option<AuthPin>,
+    refused: Mutex<bool>,
+}
+
+impl Again {
+    pub(super) fn new(pin: Option<AuthPin>) -> Self {
+        Self { pin, refused: Mutex::new(false) }
+    }
+
+    /// Logs in for the operation that the session has begun (PKCS#11 v3.0, 5.6.8, CKU_CONTEXT_SPECIFIC).
+    pub(super) fn log_in(&self, session: &Session) -> Result<(), Error> {
+        let refusal = Error::Pkcs11(RvError::PinIncorrect, Function::Login);
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(pin) = self.pin.as_ref().filter(|_| !*refused) else { return Err(refusal) };
+        let answer = session.login(UserType::ContextSpecific, Some(pin));
+        *refused = matches!(answer, Err(Error::Pkcs11(RvError::PinIncorrect | RvError::PinLocked, _)));
+        answer
+    }
 }
 
 /// What `doctor` tells about a token's PIN and limits.

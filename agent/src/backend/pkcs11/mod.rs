@@ -14,10 +14,12 @@ use cryptoki::session::Session;
 use cryptoki::slot::{Limit, Slot, TokenInfo};
 
 use self::errors::{Recovery, classify, describe, recovery};
+use self::login::Again;
+use self::objects::Found;
 use super::{Device, Say, gone, refused};
 use crate::algorithm::{Algorithm, Content};
 use crate::config::{Object, ObjectSelector, TokenSelector};
-use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -28,6 +30,7 @@ struct OpenToken {
     sessions: usize,
     /// Stays open so that the login outlives the other sessions: closing the last one logs out.
     anchor: Mutex<Session>,
+    again: Again,
 }
 
 /// A key that passed its check.
@@ -36,6 +39,8 @@ struct Key {
     object: ObjectSelector,
     handle: ObjectHandle,
     algorithm: Algorithm,
+    /// It asks for the PIN before every signature.
+    always: bool,
 }
 
 /// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
@@ -58,7 +63,7 @@ pub(super) fn open(
         return Err(refused("the token allows one session at a time; two are needed".into()));
     }
     let sessions = spec.token.sessions.min(limit);
-    login::log_in(&anchor, &info, spec, pin, say)?;
+    let again = Again::new(login::log_in(&anchor, &info, spec, pin, say)?);
     if let (Some(key_type), Some(key)) = (spec.generate, spec.keys.first()) {
         // The login is the token's, not the session's: this one may write.
         let session =
@@ -72,11 +77,11 @@ pub(super) fn open(
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        match objects::find_key(&anchor, object, *padding) {
-            Ok((handle, PublicKey { algorithm, spki })) => {
-                let key = Key { name: name.clone(), object: object.clone(), handle, algorithm };
-                keys.push(Some(key));
-                public.push(Ok(PublicKey { algorithm, spki }));
+        match objects::find_key(&anchor, object, *padding, &again) {
+            Ok(Found { handle, public: found, always }) => {
+                let (name, object, algorithm) = (name.clone(), object.clone(), found.algorithm);
+                keys.push(Some(Key { name, object, handle, algorithm, always }));
+                public.push(Ok(found));
             }
             Err(failure) => {
                 tracing::warn!(key = %name, reason = %failure, "key cannot be used");
@@ -93,7 +98,7 @@ pub(super) fn open(
         return Err(failure);
     }
     let opened = Opened { device: device(&info), sessions, keys: public };
-    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor: Mutex::new(anchor) }), opened))
+    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor: Mutex::new(anchor), again }), opened))
 }
 
 /// Looks at a module without logging in.
@@ -188,13 +193,14 @@ impl super::Signer for Signer<'_> {
             return Err(refused("no such key".to_owned()));
         };
         let bytes = key.algorithm.bytes(content).map_err(refused)?;
+        let again = key.always.then_some(&self.token.again);
         let mut reopened = false;
         loop {
             let Some(handle) = self.handles.get(index).copied().flatten() else {
                 return Err(refused("no such key".to_owned()));
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match objects::sign(session, handle, key.algorithm, bytes) {
+            let error = match objects::sign(session, handle, key.algorithm, bytes, again) {
                 Ok(Ok(signature)) => return Ok(signature),
                 Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,

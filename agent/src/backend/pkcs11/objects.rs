@@ -11,17 +11,27 @@ use x509_cert::der::{Decode as _, Encode as _};
 
 use super::super::{challenge, refused};
 use super::errors::classify;
+use super::login::Again;
 use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, digest_info};
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};
 use crate::spki::SpkiDer;
+
+/// A key that passed its check.
+pub(super) struct Found {
+    pub(super) handle: ObjectHandle,
+    pub(super) public: PublicKey,
+    /// It asks for the PIN before every signature.
+    pub(super) always: bool,
+}
 
 /// Finds a key, its public half, and has it sign a random challenge.
 pub(super) fn find_key(
     session: &Session,
     wanted: &ObjectSelector,
     padding: Padding,
-) -> Result<(ObjectHandle, PublicKey), Failure> {
+    again: &Again,
+) -> Result<Found, Failure> {
     let private = find_private(session, wanted)?;
     let attributes = read(
         session,
@@ -40,11 +50,7 @@ pub(super) fn find_key(
     if details.sign == Some(false) {
         return Err(refused(format!("the key with {wanted} may not sign: its CKA_SIGN is false")));
     }
-    if details.always_authenticate == Some(true) {
-        let message =
-            format!("the key with {wanted} asks for the PIN at every signature, which is not supported yet");
-        return Err(refused(message));
-    }
+    let again = (details.always_authenticate == Some(true)).then_some(again);
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.
     read(session, private, kind.public_attributes())?
@@ -58,8 +64,8 @@ pub(super) fn find_key(
             Ok(PublicKey { algorithm, spki })
         });
         match public {
-            Ok(public) => match signs_for(session, private, &public)? {
-                true => return Ok((private, public)),
+            Ok(public) => match signs_for(session, private, &public, again)? {
+                true => return Ok(Found { handle: private, public, always: again.is_some() }),
                 false => reasons.push("a public half on the token does not belong to it".to_owned()),
             },
             Err(reason) => reasons.push(reason),
@@ -219,11 +225,16 @@ fn from_certificate(der: &[u8]) -> Result<SpkiDer, String> {
 }
 
 /// Whether this private object makes signatures that this public key verifies.
-fn signs_for(session: &Session, private: ObjectHandle, public: &PublicKey) -> Result<bool, Failure> {
+fn signs_for(
+    session: &Session,
+    private: ObjectHandle,
+    public: &PublicKey,
+    again: Option<&Again>,
+) -> Result<bool, Failure> {
     let (algorithm, challenge) = (public.algorithm, challenge()?);
     let content = algorithm.content(&challenge);
     let bytes = algorithm.bytes(&content).map_err(refused)?;
-    let signed = sign(session, private, algorithm, bytes);
+    let signed = sign(session, private, algorithm, bytes, again);
     // A signature of another curve's width is as wrong as one that does not verify.
     let Ok(signature) = signed.map_err(|error| classify("sign a challenge", &error))? else {
         return Ok(false);
@@ -237,21 +248,31 @@ pub(super) fn sign(
     key: ObjectHandle,
     algorithm: Algorithm,
     bytes: &[u8],
+    again: Option<&Again>,
 ) -> cryptoki::error::Result<Result<Vec<u8>, MalformedSignature>> {
+    let sign = |mechanism: &Mechanism<'_>, bytes: &[u8]| match again {
+        None => session.sign(mechanism, key, bytes),
+        Some(again) => {
+            session.sign_init(mechanism, key)?;
+            again.log_in(session)?;
+            session.sign_update(bytes)?;
+            session.sign_final()
+        }
+    };
     Ok(match algorithm {
-        Algorithm::Ecdsa(curve) => curve.der_from_raw(&session.sign(&Mechanism::Ecdsa, key, bytes)?),
-        Algorithm::RsaPkcs1 => Ok(session.sign(&Mechanism::RsaPkcs, key, &digest_info(bytes))?),
+        Algorithm::Ecdsa(curve) => curve.der_from_raw(&sign(&Mechanism::Ecdsa, bytes)?),
+        Algorithm::RsaPkcs1 => Ok(sign(&Mechanism::RsaPkcs, &digest_info(bytes))?),
         Algorithm::RsaPss => {
             let parameters = PkcsPssParams {
                 hash_alg: MechanismType::SHA256,
                 mgf: PkcsMgfType::MGF1_SHA256,
                 s_len: 32.into(),
             };
-            Ok(session.sign(&Mechanism::RsaPkcsPss(parameters), key, bytes)?)
+            Ok(sign(&Mechanism::RsaPkcsPss(parameters), bytes)?)
         }
         Algorithm::Ed25519 => {
             let pure = EddsaParams::new(EddsaSignatureScheme::Pure);
-            Ok(session.sign(&Mechanism::Eddsa(pure), key, bytes)?)
+            Ok(sign(&Mechanism::Eddsa(pure), bytes)?)
         }
     })
 }
