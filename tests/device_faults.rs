@@ -113,6 +113,39 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A TPM counts wrong values, the empty one too.
+#[test]
+fn a_guarded_key_is_not_tried_without_its_value() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    stand_in.guarded_key("k", 0x8100_0010, AUTH)?;
+    let uri = format!("tpm:handle=0x81000010?tcti={}", stand_in.tcti());
+    let refused = ["the token needs a PIN, and there is no terminal to ask at"];
+    world.omsign_refuses(2, &["sign", "model", "--key-uri", &uri], &refused)?;
+    ensure!(stand_in.failed_tries()? == 0, "{} tries", stand_in.failed_tries()?);
+    let uri = format!("{uri}&pin-source={}", stand_in.pin_file().display());
+    world.omsign_ok(&["sign", "model", "--key-uri", &uri])?;
+    Ok(())
+}
+
+/// Somebody puts another key where one was: nothing is signed in its name.
+#[test]
+fn a_key_that_is_replaced_on_the_device() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
+    let mut bench = Bench::new(world, &device)?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    stand_in.generate("9c", "ECCP256", &[])?;
+    // The process that knew the old key ends; the next one finds the new one.
+    bench.heals()?;
+    let log = bench.agent.log()?;
+    ensure!(log.contains("the slot holds another key than before"), "{log}");
+    ensure!(log.contains("the key has another public half than before"), "{log}");
+    Ok(())
+}
+
 #[test]
 fn a_card_that_is_pulled_and_put_back() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -213,6 +246,9 @@ fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
         let Some(Event::Touch(touch)) = first else { anyhow::bail!("{first:?}") };
         ensure!(touch.message == "touch your YubiKey (serial 11223344)", "{touch:?}");
         eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
+        // A person takes longer than any operation of the device: that is no hang.
+        let walking = Instant::now();
+        eventually("a person's walk", || Ok(walking.elapsed() > SECOND * 3))?;
         stand_in.touch();
         let last = events.message().await?.context("an event")?.event;
         ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, refused, signal};
 use omsign_tests::client::{connect, request, sign};
@@ -128,6 +129,28 @@ fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
     let log = agent.log()?;
     ensure!(log.contains("it holds another key under this name than the other tokens"), "{log}");
     Ok(())
+}
+
+/// The certificate says whose key it is, whichever token comes first.
+#[test]
+fn a_certificate_names_the_key() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (first, second) = (world.token("a", "k", KeyType::P256)?, SoftHsm::create(&world.path("b"), "b")?);
+    second.generate("k", KeyType::P256, Objects::Pair)?;
+    let public = PKey::public_key_from_pem(&std::fs::read(first.public_key("k"))?)?;
+    write_chain(&world.path("chain.pem"), &[&Ca::create("Root")?.code_signing("k", &public)?])?;
+    let absent = token_section("a", &first, "").replace("label = \"a\"", "label = \"nowhere\"");
+    let keys = on_both().replace("[[key", "certificate_chain = \"chain.pem\"\n[[key");
+    let config = world.listen() + &absent + &token_section("b", &second, "") + &keys;
+    let agent = Agent::start(&world, &config)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        for id in 0..4 {
+            let signed = sign(&mut client, request("k", id, &[7; 32]), SECOND * 10).await;
+            ensure!(signed.is_err(), "signed with another key: {}", agent.log()?);
+        }
+        Ok(())
+    })
 }
 
 #[test]

@@ -92,13 +92,16 @@ impl Agent {
         let key = self.key(&authorised.key)?;
         let _announced = self.audit.announce();
         let signed = key.sign(&authorised.content, tell, deadline).await;
-        let reason = signed.as_ref().err().map(|failed| failed.error.to_string()).unwrap_or_default();
-        let outcome = if signed.is_ok() { "signed" } else { "failed" };
+        let (outcome, reason, token) = match &signed {
+            Ok((_, place)) => ("signed", String::new(), &place.token.name),
+            Err(failed) => ("failed", failed.error.to_string(), &failed.token),
+        };
         let algorithm = key.public().map(|public| public.algorithm.name());
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + RECORD);
-        let written = self.record(&authorised.entry(outcome, &reason, algorithm), deadline).await;
-        let signed = signed.map_err(|failed| status(&failed.token, &failed.error))?;
+        let entry = Entry { token, ..authorised.entry(outcome, &reason, algorithm) };
+        let written = self.record(&entry, deadline).await;
+        let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;
         Ok(signed)
     }
@@ -159,6 +162,7 @@ impl Authorised {
             identity: &self.identity,
             rule: Some(&self.rule),
             key: &self.key,
+            token: "",
             algorithm,
             digest: &self.digest_hex,
             claimed_context: &self.context,
@@ -185,6 +189,7 @@ impl UnlockEntry {
             identity: &self.identity,
             rule: self.rule.as_deref(),
             key: &self.token,
+            token: "",
             algorithm: None,
             digest: "",
             claimed_context: "",

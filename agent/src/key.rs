@@ -1,10 +1,12 @@
 //! A key that callers can name: on which tokens it lives, what it is, and a signature from whichever token can.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use omsign_proto::v1::{self, KeyState};
 use tokio::time::{Instant, timeout_at};
+use x509_cert::Certificate;
+use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
@@ -12,6 +14,9 @@ use crate::host::wire::PublicKey;
 use crate::policy::Rule;
 use crate::replay::Tell;
 use crate::token::{Signed, State, Token, TokenError};
+
+/// Why a token may not sign.
+const OTHER_KEY: &str = "it holds another key under this name than the other tokens";
 
 /// A key that callers can name.
 pub(crate) struct KeyEntry {
@@ -22,6 +27,8 @@ pub(crate) struct KeyEntry {
     certificate_chain: Vec<Vec<u8>>,
     /// Where the next signature is tried first: round robin.
     turn: AtomicUsize,
+    /// The public key of its certificate, or the first that was seen: SubjectPublicKeyInfo, DER.
+    identity: OnceLock<Vec<u8>>,
     /// The operator was told of a token that holds another key.
     warned: AtomicBool,
 }
@@ -33,7 +40,7 @@ pub(crate) struct Place {
     pub(crate) index: usize,
 }
 
-/// Why no token signed: the last one's reason.
+/// Why no token signed: the reason of the first that was tried.
 pub(crate) struct Failed {
     pub(crate) token: String,
     pub(crate) error: TokenError,
@@ -42,74 +49,74 @@ pub(crate) struct Failed {
 impl KeyEntry {
     pub(crate) fn new(name: Arc<str>, key: &crate::config::Key, places: Vec<Place>) -> Self {
         let (allow, certificate_chain) = (key.allow.clone(), key.certificate_chain.clone());
-        Self {
-            name,
-            allow,
-            places,
-            certificate_chain,
-            turn: AtomicUsize::new(0),
-            warned: AtomicBool::new(false),
-        }
+        let identity = certificate_chain.first().and_then(|leaf| certified(leaf)).map(OnceLock::from);
+        let (turn, identity, warned) =
+            (AtomicUsize::new(0), identity.unwrap_or_default(), AtomicBool::new(false));
+        Self { name, allow, places, certificate_chain, turn, identity, warned }
     }
 
-    /// Signs with the first token that can, those that are ready first. A token that fails or takes more than its
-    /// share of the time costs no answer while another is left: what it may still sign is never released.
+    /// Signs with the first token that can. A token that fails or takes more than its share of the time costs no
+    /// answer while another is left: what it may still sign is never released.
     pub(crate) async fn sign(
         &self,
         content: &Content,
         tell: &Tell,
         deadline: Instant,
-    ) -> Result<Signed, Failed> {
-        let mut last = None;
+    ) -> Result<(Signed, &Place), Failed> {
         let order = self.order();
+        let mut first: Option<Failed> = None;
         for (tried, place) in order.iter().enumerate() {
-            let left = u32::try_from(order.len() - tried).unwrap_or(u32::MAX);
+            let rest = order.get(tried + 1..).unwrap_or_default();
+            // One that is down answers at once: it needs no share.
+            let up = rest.iter().filter(|place| rank(place) < 2).count();
+            let left = u32::try_from(up + 1).unwrap_or(u32::MAX);
             let now = Instant::now();
             let share = now + deadline.saturating_duration_since(now) / left;
-            if let Some(reason) = self.differs(place) {
-                if !self.warned.swap(true, Ordering::Relaxed) {
-                    tracing::error!(key = %self.name, token = %place.token.name, %reason, "this token never signs with it");
-                }
-                last = Some(Failed { token: place.token.name.clone(), error: TokenError::Refused(reason) });
-                continue;
+            let signed = place.token.sign(place.index, content, tell, share).await;
+            let error = match signed {
+                Ok(signed) if self.is_ours(&signed.public_key) => return Ok((signed, place)),
+                Ok(_) => TokenError::Refused(OTHER_KEY.to_owned()),
+                Err(error) => error,
+            };
+            if !rest.is_empty() {
+                tracing::warn!(key = %self.name, token = %place.token.name, %error, "trying the next token");
             }
-            match place.token.sign(place.index, content, tell, share).await {
-                Ok(signed) => return Ok(signed),
-                Err(error) => {
-                    if left > 1 {
-                        tracing::warn!(key = %self.name, token = %place.token.name, %error, "trying the next token");
-                    }
-                    last = Some(Failed { token: place.token.name.clone(), error });
-                }
-            }
+            // The first was the most promising one: why it failed says most.
+            first = first.or(Some(Failed { token: place.token.name.clone(), error }));
         }
-        Err(last.expect("a key has at least one token"))
+        Err(first.expect("a key has at least one token"))
     }
 
-    /// Every place once: round robin among the tokens that are ready, then the others.
+    /// Round robin among the tokens that are ready; then those that start, then those that are down.
     fn order(&self) -> Vec<&Place> {
-        let [only] = self.places.as_slice() else {
-            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-            let mut order: Vec<_> = self.places.iter().collect();
-            order.rotate_left(turn % self.places.len());
-            order.sort_by_key(|place| match place.token.state() {
-                State::Ready => 0,
-                State::Starting => 1,
-                State::Locked(_) | State::Down(_) => 2,
-            });
-            return order;
-        };
-        vec![only]
+        if let [only] = self.places.as_slice() {
+            return vec![only];
+        }
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let mut order: Vec<_> = self.places.iter().filter(|place| !self.differs(place)).collect();
+        if order.is_empty() {
+            order = self.places.iter().collect();
+        }
+        let count = order.len();
+        order.rotate_left(turn % count);
+        order.sort_by_key(|place| rank(place));
+        order
     }
 
-    /// A token with another key than the first that was open may not sign: verifiers would notice too late.
-    fn differs(&self, place: &Place) -> Option<String> {
-        if self.places.len() == 1 {
-            return None;
+    /// Whether a public key is this key's: that of its certificate, or the first that was seen. A token with
+    /// another one never signs: verifiers would notice too late.
+    fn is_ours(&self, spki: &[u8]) -> bool {
+        self.places.len() == 1 || self.identity.get_or_init(|| spki.to_vec()) == spki
+    }
+
+    /// Whether a token shows another key than ours; said to the operator once.
+    fn differs(&self, place: &Place) -> bool {
+        let known = place.token.key(place.index).and_then(Result::ok);
+        let differs = known.is_some_and(|public| !self.is_ours(&public.spki.0));
+        if differs && !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::error!(key = %self.name, token = %place.token.name, reason = OTHER_KEY, "this token never signs");
         }
-        let known = |place: &Place| place.token.key(place.index).and_then(Result::ok);
-        let (own, first) = (known(place)?, self.places.iter().find_map(known)?);
-        (own != first).then(|| "it holds another key under this name than the other tokens".to_owned())
+        differs
     }
 
     /// A caller that comes while the tokens start wants the key, not the news that they start.
@@ -126,7 +133,8 @@ impl KeyEntry {
 
     /// Its public half, once one of its tokens was open.
     pub(crate) fn public(&self) -> Option<PublicKey> {
-        self.places.iter().find_map(|place| place.token.key(place.index).and_then(Result::ok))
+        let known = |place: &Place| place.token.key(place.index).and_then(Result::ok);
+        self.places.iter().filter_map(known).find(|public| self.is_ours(&public.spki.0))
     }
 
     /// Whether it lives on this token.
@@ -137,9 +145,10 @@ impl KeyEntry {
     /// The best of its tokens' states: ready when one of them can sign.
     pub(crate) fn state(&self) -> (KeyState, String) {
         let states = self.places.iter().map(|place| match place.token.state() {
-            State::Ready => match (self.differs(place), place.token.key(place.index)) {
-                (Some(reason), _) | (None, Some(Err(reason))) => (KeyState::Unusable, reason),
-                (None, _) => (KeyState::Ready, String::new()),
+            State::Ready => match place.token.key(place.index) {
+                Some(Err(reason)) => (KeyState::Unusable, reason),
+                _ if self.differs(place) => (KeyState::Unusable, OTHER_KEY.to_owned()),
+                _ => (KeyState::Ready, String::new()),
             },
             state => token_state(state),
         });
@@ -175,6 +184,21 @@ impl KeyEntry {
             certificate_chain: self.certificate_chain.clone(),
         }
     }
+}
+
+/// How promising a token is.
+fn rank(place: &Place) -> u8 {
+    match place.token.state() {
+        State::Ready => 0,
+        State::Starting => 1,
+        State::Locked(_) | State::Down(_) => 2,
+    }
+}
+
+/// The public key in a certificate.
+fn certified(leaf: &[u8]) -> Option<Vec<u8>> {
+    let leaf = Certificate::from_der(leaf).ok()?;
+    leaf.tbs_certificate().subject_public_key_info().to_der().ok()
 }
 
 /// A token as callers see it.

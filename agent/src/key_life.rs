@@ -184,6 +184,7 @@ impl<'a> Operator<'a> {
             identity: &self.identity,
             rule,
             key,
+            token: "",
             algorithm,
             digest: "",
             claimed_context: "",

@@ -69,21 +69,35 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let agent = Arc::new(Agent::start(config, audit));
     tokio::spawn(ask_for_pins(agent.tokens.values().cloned().collect()));
-    for (token, _) in agent.tokens.values().zip(config.tokens.values()).filter(|(_, token)| token.required) {
-        ready(token).await?;
-    }
     let incoming = ReceiverStream::new(listeners.accept());
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let mut required = agent.tokens.clone();
+    required.retain(|name, _| config.tokens.get(name).is_some_and(|token| token.required));
+    let (missing, failed) = tokio::sync::oneshot::channel();
     let stop = async move {
+        let ready = async {
+            for token in required.into_values() {
+                if let Err(error) = ready(&token).await {
+                    let _ = missing.send(error);
+                    return;
+                }
+            }
+            // Without systemd there is nobody to tell.
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            std::future::pending::<()>().await;
+        };
         tokio::select! {
+            () = ready => {}
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         tracing::info!("stopping: no new requests, those in flight are finished");
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     };
-    run(agent, incoming, config.listen.shutdown_timeout, stop).await
+    run(agent, incoming, config.listen.shutdown_timeout, stop).await?;
+    match failed.await {
+        Ok(error) => Err(error),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Waits for a token that has to be there.

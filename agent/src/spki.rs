@@ -4,10 +4,9 @@ use der::asn1::{Any, BitString, ObjectIdentifier, OctetString, UintRef};
 use der::{Decode as _, Encode as _, Sequence};
 use ring::signature::{ED25519, RSA_PKCS1_2048_8192_SHA256, RSA_PSS_2048_8192_SHA256, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256, Sha384, Sha512};
 use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
-use crate::algorithm::{Algorithm, Curve, Padding};
+use crate::algorithm::{Algorithm, Content, Curve, Padding};
 
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
@@ -65,12 +64,12 @@ impl SpkiDer {
     /// From CKA_EC_POINT: an uncompressed point (SEC 1, 2.3.3), bare or, as PKCS#11 asks, inside a DER OCTET
     /// STRING. Tokens do both.
     pub fn from_ec_point(curve: Curve, point: &[u8]) -> Result<Self, KeyError> {
-        Self::new(EC, Some(Any::from(curve.oid())), &unwrapped(point))
+        Self::new(EC, Some(Any::from(curve.oid())), &unwrapped(point, 1 + 2 * curve.field_len()))
     }
 
     /// From the point of an Edwards curve, bare or wrapped: 32 bytes for Ed25519.
     pub fn from_edwards_point(point: &[u8]) -> Result<Self, KeyError> {
-        let point = unwrapped(point);
+        let point = unwrapped(point, 32);
         if point.len() != 32 {
             return Err(KeyError::Unsupported(format!("its point has {} bytes", point.len())));
         }
@@ -121,21 +120,13 @@ impl SpkiDer {
 
     /// Whether `signature` over `message` was made by the private half.
     pub fn verifies(&self, algorithm: Algorithm, message: &[u8], signature: &[u8]) -> bool {
-        macro_rules! ecdsa {
-            ($curve:ident, $hash:ident) => {{
-                use $curve::ecdsa::signature::hazmat::PrehashVerifier as _;
-                use $curve::pkcs8::DecodePublicKey as _;
-                let key = $curve::ecdsa::VerifyingKey::from_public_key_der(&self.0).ok();
-                let signature = $curve::ecdsa::Signature::from_der(signature).ok();
-                let digest = $hash::digest(message);
-                key.zip(signature)
-                    .is_some_and(|(key, signature)| key.verify_prehash(&digest, &signature).is_ok())
-            }};
-        }
         let verification: &'static dyn ring::signature::VerificationAlgorithm = match algorithm {
-            Algorithm::Ecdsa(Curve::P256) => return ecdsa!(p256, Sha256),
-            Algorithm::Ecdsa(Curve::P384) => return ecdsa!(p384, Sha384),
-            Algorithm::Ecdsa(Curve::P521) => return ecdsa!(p521, Sha512),
+            Algorithm::Ecdsa(curve) => {
+                return match algorithm.content(message) {
+                    Content::Digest(digest) => self.verifies_ecdsa(curve, &digest, signature),
+                    Content::Message(_) => false,
+                };
+            }
             Algorithm::RsaPkcs1 => &RSA_PKCS1_2048_8192_SHA256,
             Algorithm::RsaPss => &RSA_PSS_2048_8192_SHA256,
             Algorithm::Ed25519 => &ED25519,
@@ -144,12 +135,43 @@ impl SpkiDer {
         let key = UnparsedPublicKey::new(verification, info.subject_public_key.raw_bytes());
         key.verify(message, signature).is_ok()
     }
+
+    /// The same for what a device was given. ring checks RSA against messages only: over a digest alone such a
+    /// signature passes here, and is checked by its caller.
+    pub fn verifies_content(&self, algorithm: Algorithm, content: &Content, signature: &[u8]) -> bool {
+        match (algorithm, content) {
+            (Algorithm::Ecdsa(curve), Content::Digest(digest)) => {
+                self.verifies_ecdsa(curve, digest, signature)
+            }
+            (_, Content::Message(message)) => self.verifies(algorithm, message, signature),
+            (_, Content::Digest(_)) => true,
+        }
+    }
+
+    fn verifies_ecdsa(&self, curve: Curve, digest: &[u8], signature: &[u8]) -> bool {
+        macro_rules! verify {
+            ($curve:ident) => {{
+                use $curve::ecdsa::signature::hazmat::PrehashVerifier as _;
+                use $curve::pkcs8::DecodePublicKey as _;
+                let key = $curve::ecdsa::VerifyingKey::from_public_key_der(&self.0).ok();
+                let signature = $curve::ecdsa::Signature::from_der(signature).ok();
+                key.zip(signature)
+                    .is_some_and(|(key, signature)| key.verify_prehash(digest, &signature).is_ok())
+            }};
+        }
+        match curve {
+            Curve::P256 => verify!(p256),
+            Curve::P384 => verify!(p384),
+            Curve::P521 => verify!(p521),
+        }
+    }
 }
 
-fn unwrapped(point: &[u8]) -> Vec<u8> {
+/// By its length: some bare points are also valid OCTET STRINGs.
+fn unwrapped(point: &[u8], bare: usize) -> Vec<u8> {
     match OctetString::from_der(point) {
-        Ok(octets) => octets.as_bytes().to_vec(),
-        Err(_) => point.to_vec(),
+        Ok(octets) if point.len() != bare => octets.as_bytes().to_vec(),
+        _ => point.to_vec(),
     }
 }
 
@@ -162,6 +184,7 @@ mod tests {
     use super::*;
     use p256::ecdsa::signature::hazmat::PrehashSigner as _;
     use p256::pkcs8::EncodePublicKey as _;
+    use sha2::{Digest as _, Sha256};
 
     fn key() -> (p256::ecdsa::SigningKey, SpkiDer) {
         let secret = p256::ecdsa::SigningKey::from_slice(&[7; 32]).expect("a scalar");
@@ -177,6 +200,14 @@ mod tests {
         assert_eq!(SpkiDer::from_ec_point(Curve::P256, point.as_bytes()).expect("bare"), spki);
         assert_eq!(SpkiDer::from_ec_point(Curve::P256, &wrapped).expect("wrapped"), spki);
         assert_eq!(spki.algorithm(Padding::Pkcs1).expect("P-256"), Algorithm::Ecdsa(Curve::P256));
+    }
+
+    #[test]
+    fn a_bare_point_that_looks_wrapped() {
+        // 04 3f: an OCTET STRING of 63 bytes, or the start of a point with an x of 3f….
+        let point = [&[4, 0x3f][..], &[7; 63]].concat();
+        let spki = SpkiDer::from_ec_point(Curve::P256, &point).expect("encodes");
+        assert!(spki.0.ends_with(&point), "{spki:?}");
     }
 
     #[test]

@@ -253,7 +253,7 @@ impl Agent {
             KeyState::Ready if !key.public_key.is_empty() => Ok(key),
             state => Err(AgentError::KeyNotReady {
                 key: key.name,
-                token: key.tokens.join(", "),
+                token: key.tokens.into_iter().next().unwrap_or_default(),
                 locked: state == KeyState::Locked,
                 reason: if state == KeyState::Starting {
                     "its token is being opened".into()

@@ -36,6 +36,9 @@ pub struct Entry<'a> {
     pub rule: Option<&'a str>,
     /// The key, or the token to unlock.
     pub key: &'a str,
+    /// Which of the key's tokens signed, or failed.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub token: &'a str,
     /// How the key signs.
     pub algorithm: Option<&'a str>,
     /// What was signed, hexadecimal.

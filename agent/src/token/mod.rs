@@ -1,8 +1,10 @@
 //! The front half of a token: a bounded queue, deadlines, and what callers are told. The process that owns the
 //! device is started, watched and replaced in `supervise.rs`.
 
+mod line;
 mod process;
 mod supervise;
+mod touch;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-use self::process::{Held, Host};
+use self::line::{Held, Host};
 pub(crate) use self::process::{generate, survey};
 use crate::algorithm::Content;
 use crate::config;

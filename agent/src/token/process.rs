@@ -1,170 +1,28 @@
 //! One life of a token's process: spawned, opened, fed with requests, watched for hangs, ended.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
 use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command as Spawn};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
-use super::{Command, Place, Token, TokenError, Unlocked};
-use crate::algorithm::{Content, KeyType};
+use super::line::Host;
+use super::{Command, Token, TokenError, Unlocked};
+use crate::algorithm::KeyType;
 use crate::config;
-use crate::host::wire::{
-    self, Answer, Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Sign, Survey,
-};
-use crate::replay::{Step, Tell};
+use crate::host::wire::{self, Answer, Class, Failure, KeySpec, OpenSpec, Opening, PublicKey, Sign, Survey};
 use crate::secret::Pin;
-
-/// Requests a session may have before it: enough that it never waits for the next one.
-const AHEAD: usize = 4;
-
-/// How long a `touch_command` may run.
-const NOTIFY: Duration = Duration::from_secs(30);
 
 /// How long a process may take to close its device when it is told to.
 const GRACE: Duration = Duration::from_secs(2);
-
-type Outcome = Result<Vec<u8>, Failure>;
-
-/// The line to a token's process.
-pub(super) struct Host {
-    pub(super) opened: Opened,
-    /// Requests that may be with the process at once. Closed when the process is being replaced.
-    pub(super) window: Arc<Semaphore>,
-    requests: mpsc::UnboundedSender<Sign>,
-    pending: Mutex<Pending>,
-    /// Where to run it, and what.
-    touch_command: (PathBuf, Vec<String>),
-    next_id: AtomicU64,
-}
-
-#[derive(Default)]
-struct Pending {
-    waiting: HashMap<u64, Waiting>,
-    last_answer: Option<Instant>,
-    /// Why the process ended. Nothing is sent after that.
-    ended: Option<String>,
-}
-
-/// A request that is with the process, whether or not its caller still waits.
-struct Waiting {
-    done: oneshot::Sender<Result<Outcome, String>>,
-    tell: Tell,
-    sent: Instant,
-    /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
-    /// pile up work without bound.
-    _held: Held,
-}
-
-/// What a request holds while it is with the process.
-pub(super) struct Held {
-    pub(super) _turn: OwnedSemaphorePermit,
-    pub(super) _place: Place,
-}
-
-impl Host {
-    /// Has the process sign. The outer error says why the process was replaced before it answered.
-    pub(super) async fn sign(
-        &self,
-        key: usize,
-        content: Content,
-        tell: &Tell,
-        held: Held,
-    ) -> Result<Outcome, String> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let (done, outcome) = oneshot::channel();
-        {
-            let mut pending = self.pending();
-            if let Some(reason) = &pending.ended {
-                return Err(reason.clone());
-            }
-            pending
-                .waiting
-                .insert(id, Waiting { done, tell: tell.clone(), sent: Instant::now(), _held: held });
-        }
-        // The window bounds how many there can be.
-        let _ = self.requests.send(Sign::new(id, key, content));
-        outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
-    }
-
-    /// Frees everybody who waits for this process.
-    pub(super) fn fail_pending(&self, reason: &str) {
-        let waiting = {
-            let mut pending = self.pending();
-            pending.ended = Some(reason.to_owned());
-            std::mem::take(&mut pending.waiting)
-        };
-        for waiting in waiting.into_values() {
-            let _ = waiting.done.send(Err(reason.to_owned()));
-        }
-        self.window.close();
-    }
-
-    /// Whether it was of any use.
-    pub(super) fn has_answered(&self) -> bool {
-        self.pending().last_answer.is_some()
-    }
-
-    fn answered(&self, answer: Answer) {
-        let mut pending = self.pending();
-        pending.last_answer = Some(Instant::now());
-        if !answer.touch.is_empty() {
-            if let Some(waiting) = pending.waiting.get_mut(&answer.id) {
-                waiting.sent = Instant::now();
-                waiting.tell.send_replace(Step::Touch(answer.touch.clone()));
-            }
-            self.notify(answer.touch);
-            return;
-        }
-        let waiting = pending.waiting.remove(&answer.id);
-        drop(pending);
-        if let Some(waiting) = waiting {
-            // The caller may have given up at its deadline.
-            let _ = waiting.done.send(Ok(answer.outcome()));
-        }
-    }
-
-    /// Runs the operator's command, such as a desktop notification. What becomes of it is its own affair.
-    fn notify(&self, message: String) {
-        let Some((program, arguments)) = self.touch_command.1.split_first() else { return };
-        let mut command = Spawn::new(program);
-        command.current_dir(&self.touch_command.0);
-        command.args(arguments).arg(message).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
-        let program = program.clone();
-        tokio::spawn(async move {
-            match command.spawn() {
-                Ok(mut child) => drop(timeout(NOTIFY, child.wait()).await),
-                Err(error) => tracing::warn!(%program, %error, "touch_command cannot be run"),
-            }
-        });
-    }
-
-    /// Whether an operation takes longer than `limit`. Requests are taken in order and each session has at
-    /// most [`AHEAD`] of them, so a request that is older than that many operations is stuck, and so is
-    /// everything when nothing at all was answered for one.
-    fn hangs(&self, limit: Duration) -> bool {
-        let pending = self.pending();
-        let Some(oldest) = pending.waiting.values().map(|waiting| waiting.sent).min() else { return false };
-        let ahead = u32::try_from(AHEAD).unwrap_or(u32::MAX);
-        let quiet_since = pending.last_answer.map_or(oldest, |last| last.max(oldest));
-        quiet_since.elapsed() > limit || oldest.elapsed() > limit.saturating_mul(ahead)
-    }
-
-    fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
 
 /// How a process's life ended.
 pub(super) enum End {
@@ -173,6 +31,8 @@ pub(super) enum End {
     Locked(String),
     /// An operator wants it opened again, since some keys were not usable.
     Reopen(Option<Pin>, Unlocked),
+    /// The same, by itself: they may be there by now.
+    LookAgain,
     Stop(oneshot::Sender<()>),
 }
 
@@ -204,15 +64,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
     let (child, socket, opening) = start(&token.name, &spec, launch.pin).await?;
     match opening {
         Opening::Opened(opened) => {
-            let (requests, inbox) = mpsc::unbounded_channel();
-            let host = Host {
-                window: Arc::new(Semaphore::new(opened.sessions * AHEAD)),
-                opened,
-                requests,
-                pending: Mutex::default(),
-                touch_command: (token.config.directory.clone(), token.config.touch_command.clone()),
-                next_id: AtomicU64::new(0),
-            };
+            let (host, inbox) = Host::new(opened, &token.config);
             Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
         }
         Opening::Failed(failure) => Err(failure),
@@ -322,14 +174,22 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
 
 impl Process {
     /// Passes requests and answers until the process dies, hangs, or we are told to stop.
-    pub(super) async fn drive(&mut self, host: &Host, commands: &mut mpsc::Receiver<Command>) -> End {
+    /// With unusable keys it ends after `look_again`, when nobody waits for it.
+    pub(super) async fn drive(
+        &mut self,
+        host: &Host,
+        commands: &mut mpsc::Receiver<Command>,
+        look_again: Option<Duration>,
+    ) -> End {
         let (reader, mut writer) = self.socket.split();
         let mut reader = BufReader::new(reader);
         let write = async {
             let (mut batch, mut buffer) = (Vec::new(), Vec::new());
             while self.requests.recv_many(&mut batch, 64).await > 0 {
                 buffer.clear();
-                batch.drain(..).for_each(|request| wire::put(&mut buffer, &request));
+                // Nobody waits for some of them any more: the device is spared those.
+                let wanted = batch.drain(..).filter(|request| host.is_wanted(request.id));
+                wanted.for_each(|request| wire::put(&mut buffer, &request));
                 writer.write_all(&buffer).await?;
             }
             io::Result::Ok(())
@@ -373,7 +233,19 @@ impl Process {
                 }
             }
         };
-        let end = tokio::select! {
+        let missing = host.opened.keys.iter().any(Result::is_err);
+        let look_again = async {
+            match look_again.filter(|_| missing) {
+                Some(pause) => loop {
+                    tokio::time::sleep(pause).await;
+                    if host.is_idle() {
+                        return End::LookAgain;
+                    }
+                },
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
             result = write => End::Died(ended(&result)),
             result = read => match result {
                 Ok(reason) => End::Locked(reason),
@@ -381,18 +253,16 @@ impl Process {
             },
             reason = watch => End::Died(reason),
             end = told => end,
-        };
-        if matches!(end, End::Stop(_) | End::Reopen(..)) {
-            // End of file tells it to close the device.
-            let _ = writer.shutdown().await;
+            end = look_again => end,
         }
-        end
     }
 
     /// Sees the process off: in peace if it was told to end, by force otherwise. One that does not die even so
     /// (a driver in the kernel) is left to the system.
     pub(super) async fn bury(mut self, end: &End) {
         if !matches!(end, End::Died(_) | End::Locked(_)) {
+            // End of file tells it to close the device.
+            let _ = self.socket.shutdown().await;
             let _ = timeout(GRACE, self.child.wait()).await;
         }
         let _ = timeout(GRACE, self.child.kill()).await;

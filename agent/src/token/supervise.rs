@@ -18,9 +18,13 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// A process that lived this long, or answered a request, earns an immediate replacement.
 const HEALTHY: Duration = Duration::from_secs(10);
 
+/// How long keys that could not be used are left alone before the token is opened anew: at first, and at most.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
 /// Runs until told to stop.
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
     let mut pause = PAUSES.0;
+    let mut look_again = LOOK_AGAIN.0;
     let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
     // Why the configured PIN source may not be used again: what it holds was refused once. Only an operator who
     // has it read anew clears this.
@@ -46,7 +50,11 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 let host = Arc::new(host);
                 token.state.send_replace(Status::Ready(Arc::clone(&host)));
                 answer(&mut unlocked, Ok(()));
-                let end = process.drive(&host, &mut commands).await;
+                let missing = host.opened.keys.iter().any(Result::is_err);
+                look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
+                // What an operator typed is not ours to offer again.
+                let wait = from_source.then_some(look_again);
+                let end = process.drive(&host, &mut commands, wait).await;
                 // Requests that wait for this host must find the new state, so it is set before they are freed.
                 token.state.send_replace(Status::Starting);
                 match &end {
@@ -58,7 +66,9 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         token.state.send_replace(Status::Locked(reason.clone()));
                         host.fail_pending(reason);
                     }
-                    End::Stop(_) | End::Reopen(..) => host.fail_pending("the token is being closed"),
+                    End::Stop(_) | End::Reopen(..) | End::LookAgain => {
+                        host.fail_pending("the token is being closed")
+                    }
                 }
                 process.bury(&end).await;
                 match end {
@@ -70,6 +80,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         login = (pin, Some(unlocked));
                         continue;
                     }
+                    End::LookAgain => continue,
                     End::Locked(message) => {
                         // Wherever this PIN came from, it is not the token's any more.
                         refused_source = Some(message.clone());

@@ -16,6 +16,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         ),
         Error::WrongPin { tries } => (Class::Locked, format!("it refused the PIN; {tries} tries are left")),
         Error::SizeError
+        | Error::ParseError
         | Error::NotSupported
         | Error::NotFound
         | Error::AlgorithmError

@@ -4,7 +4,7 @@ use x509_cert::der::Encode as _;
 use yubikey::piv::{self, AlgorithmId, SlotAlgorithmId, SlotId};
 use yubikey::{Error, PinPolicy, TouchPolicy};
 
-use super::super::{challenge, gone, refused};
+use super::super::{challenge, refused};
 use super::Card;
 use super::errors::classify;
 use crate::algorithm::{Algorithm, Content, Padding, digest_info};
@@ -19,6 +19,7 @@ const LONGEST_MESSAGE: usize = 1000;
 pub(super) struct Key {
     pub(super) slot: SlotId,
     pub(super) algorithm: Algorithm,
+    pub(super) spki: SpkiDer,
     pub(super) algorithm_id: AlgorithmId,
     pub(super) pin: PinPolicy,
     pub(super) touch: TouchPolicy,
@@ -30,6 +31,10 @@ impl Key {
         let bytes = self.algorithm.bytes(content).map_err(refused)?;
         match self.algorithm {
             Algorithm::Ecdsa(_) => Ok(bytes.to_vec()),
+            // The crate cannot encode this one length.
+            Algorithm::Ed25519 if bytes.len() == 255 => Err(refused(
+                "the statement has a length that cannot be sent to the card; use a P-256 key".into(),
+            )),
             Algorithm::Ed25519 if bytes.len() > LONGEST_MESSAGE => Err(refused(format!(
                 "the statement has {} bytes, and an Ed25519 key on a card takes {LONGEST_MESSAGE}; use a P-256 key",
                 bytes.len()
@@ -77,12 +82,12 @@ pub(super) fn find(card: &mut Card, object: &Object, padding: Padding) -> Result
         pin => pin,
     };
     let touch = if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch };
-    let key = Key { slot, algorithm, algorithm_id, pin, touch };
+    let key = Key { slot, algorithm, spki: spki.clone(), algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
         let challenge = challenge()?;
         let signature = card.sign(&key, &key.input(&algorithm.content(&challenge))?)?;
         if !spki.verifies(algorithm, &challenge, &signature) {
-            return Err(gone(format!("slot {number:02x} makes signatures that do not verify")));
+            return Err(refused(format!("slot {number:02x} makes signatures that do not verify")));
         }
     }
     Ok((key, PublicKey { algorithm, spki }))

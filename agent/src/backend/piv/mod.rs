@@ -22,19 +22,22 @@ use crate::secret::Pin;
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
 const CACHED: Duration = Duration::from_secs(15);
 
+/// In bytes (NIST SP 800-73-4, part 2, 2.4.3).
+const LONGEST_PIN: usize = 8;
+
 /// A card that refuses after this long waited for a finger; without one it refuses at once.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A card whose PIN was accepted.
 struct OpenPiv {
     card: Mutex<Card>,
-    serial: u32,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
 }
 
 struct Card {
     yubikey: YubiKey,
+    serial: u32,
     /// Keys of slot 9c want it before every signature.
     pin: Option<Pin>,
     last_touch: Option<Instant>,
@@ -50,7 +53,7 @@ pub(super) fn open(
     let mut yubikey = connect(serial)?;
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let pin = verified(&mut yubikey, spec, pin, say)?;
-    let mut card = Card { yubikey, pin, last_touch: None };
+    let mut card = Card { yubikey, serial, pin, last_touch: None };
     let (mut keys, mut public) = (Vec::new(), Vec::new());
     for KeySpec { name, object, padding } in &spec.keys {
         match keys::find(&mut card, object, *padding) {
@@ -67,7 +70,7 @@ pub(super) fn open(
         }
     }
     let opened = Opened { device, sessions: 1, keys: public };
-    Ok((Box::new(OpenPiv { card: Mutex::new(card), serial, keys }), opened))
+    Ok((Box::new(OpenPiv { card: Mutex::new(card), keys }), opened))
 }
 
 /// Looks at a card without offering a PIN.
@@ -127,9 +130,18 @@ fn verified(
         let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
         return Err(locked(message.into()));
     }
+    if pin.expose().len() > LONGEST_PIN {
+        return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
+    }
     // The agent has to know before the card does.
     say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
-    yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| classify("verify the PIN", &error))?;
+    yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| {
+        match classify("verify the PIN", &error) {
+            // A card that is not there took no PIN. Whatever else went wrong may have cost a try.
+            failure if matches!(error, yubikey::Error::PcscError { .. }) => failure,
+            failure => locked(failure.message),
+        }
+    })?;
     say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     Ok(Some(pin))
 }
@@ -146,19 +158,24 @@ impl Card {
             yubikey::Error::AuthenticationError if started.elapsed() >= PATIENCE => {
                 return Err(refused("nobody touched it in time".into()));
             }
-            // Another program reset the card, as most do when they end. Connecting again verifies the PIN too.
+            // Another program reset the card, as most do when they end. Not the crate's own way to connect again:
+            // it offers the PIN without a look at the tries that are left.
             yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) } => {
-                self.yubikey.reconnect().map_err(|error| classify("connect to the card again", &error))?;
+                let old = std::mem::replace(&mut self.yubikey, connect(self.serial)?);
+                // Dropped, it would reset the card once more.
+                let _ = old.disconnect(pcsc::Disposition::LeaveCard);
             }
-            yubikey::Error::AuthenticationError | yubikey::Error::GenericError => {
-                // Selects our application again, and costs no try.
-                let tries = self.yubikey.get_pin_retries();
-                tries.map_err(|error| classify("select the PIV application", &error))?;
-                if key.pin != PinPolicy::Never {
-                    self.verify().map_err(|error| classify("verify the PIN", &error))?;
-                }
-            }
+            yubikey::Error::AuthenticationError | yubikey::Error::GenericError => {}
             error => return Err(classify("sign", &error)),
+        }
+        // Selects our application again, and costs no try.
+        let tries = self.yubikey.get_pin_retries();
+        let tries = tries.map_err(|error| classify("select the PIV application", &error))?;
+        if key.pin != PinPolicy::Never && self.pin.is_some() {
+            if tries <= 1 {
+                return Err(locked("somebody entered wrong PINs: one more would block it".into()));
+            }
+            self.verify().map_err(|error| classify("verify the PIN", &error))?;
         }
         self.attempt(key, input).map_err(|error| classify("sign", &error))
     }
@@ -174,7 +191,13 @@ impl Card {
     /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
     fn verify(&mut self) -> Result<(), yubikey::Error> {
         match &self.pin {
-            Some(pin) => self.yubikey.verify_pin(pin.expose().as_bytes()),
+            Some(pin) => {
+                let verified = self.yubikey.verify_pin(pin.expose().as_bytes());
+                if matches!(verified, Err(yubikey::Error::WrongPin { .. })) {
+                    self.pin = None;
+                }
+                verified
+            }
             // Without a PIN the key says itself that it wants one.
             None => Ok(()),
         }
@@ -199,8 +222,10 @@ impl Device for OpenPiv {
         let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Some(key)) = self.keys.iter().find(|key| key.is_some()) else { return Ok(()) };
         match piv::metadata(&mut card.yubikey, key.slot) {
-            // Another program's application may be selected; the card is there.
-            Ok(_) | Err(yubikey::Error::GenericError | yubikey::Error::NotSupported) => Ok(()),
+            // Another program may have selected its own application, or reset the card: it is there.
+            Ok(_)
+            | Err(yubikey::Error::GenericError | yubikey::Error::NotSupported)
+            | Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }) => Ok(()),
             Err(error) => Err(gone(classify("ask the card", &error).message)),
         }
     }
@@ -218,9 +243,12 @@ impl Signer for Thread<'_> {
         let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
         let waits = card.waits_for_touch(key);
         if waits {
-            touch(&format!("touch your YubiKey (serial {})", self.0.serial));
+            touch(&format!("touch your YubiKey (serial {})", card.serial));
         }
         let signature = card.sign(key, &input)?;
+        if !key.spki.verifies_content(key.algorithm, content, &signature) {
+            return Err(gone("the slot holds another key than before".into()));
+        }
         if waits {
             card.last_touch = Some(Instant::now());
         }

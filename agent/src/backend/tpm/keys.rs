@@ -14,12 +14,12 @@ use tss_esapi::structures::{
 };
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
-use super::super::{challenge, gone, refused};
+use super::super::{challenge, gone, locked, refused};
 use super::errors::classify;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve, Padding};
 use crate::config::Object;
-use crate::host::wire::{Failure, PublicKey};
+use crate::host::wire::{Class, Failure, PublicKey};
 use crate::spki::SpkiDer;
 
 /// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
@@ -31,23 +31,35 @@ pub(super) fn open(
     object: &Object,
     padding: Padding,
     auth: Option<Auth>,
+    by_operator: bool,
 ) -> Result<(KeyHandle, PublicKey), Failure> {
+    let waits = || locked("it waits for its authorization value".into());
     let (handle, auth) = match object {
         Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
         Object::TpmFile(path) => {
             let file = KeyFile::read(path)?;
             let auth = auth.filter(|_| file.has_auth);
+            if file.has_auth && auth.is_none() {
+                return Err(waits());
+            }
             (load(context, file)?, auth)
         }
         object => return Err(refused(format!("{object} is not a key of a TPM"))),
     };
-    if let Some(auth) = auth {
-        let set = context.tr_set_auth(handle.into(), auth);
-        set.map_err(|error| classify("set the authorization value", &error))?;
-    }
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
         .map_err(|error| classify("read the public key", &error))?;
+    match (auth, object) {
+        (Some(auth), _) => {
+            let set = context.tr_set_auth(handle.into(), auth);
+            set.map_err(|error| classify("set the authorization value", &error))?;
+        }
+        // It may have a value after all, and the TPM counts wrong ones, the empty one too.
+        (None, Object::TpmHandle(_)) if !public.object_attributes().no_da() && !by_operator => {
+            return Err(waits());
+        }
+        (None, _) => {}
+    }
     let wrong = |what| refused(format!("the key with {object} {what}"));
     let spki = public_half(&public).map_err(wrong)?;
     let algorithm = spki.algorithm(padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
@@ -55,7 +67,7 @@ pub(super) fn open(
     let content = algorithm.content(&challenge);
     let signature = sign(context, handle, algorithm, algorithm.bytes(&content).map_err(refused)?)?;
     if !spki.verifies(algorithm, &challenge, &signature) {
-        return Err(gone(format!("the key with {object} makes signatures that do not verify")));
+        return Err(refused(format!("the key with {object} makes signatures that do not verify")));
     }
     let public = PublicKey { algorithm, spki };
     Ok((handle, public))
@@ -112,7 +124,7 @@ fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle, Failure> 
     let found = context
         .execute_without_session(|context| context.tr_from_tpm_public(TpmHandle::Persistent(persistent)));
     let found: ObjectHandle = found.map_err(|error| match classify("find it", &error) {
-        failure if failure.class == crate::host::wire::Class::Refused => {
+        failure if failure.class == Class::Refused => {
             refused(format!("the TPM has no key with handle {handle:#010x}"))
         }
         failure => failure,
@@ -134,7 +146,7 @@ fn load(context: &mut Context, file: KeyFile) -> Result<KeyHandle, Failure> {
         context.flush_context(parent.into()).map_err(|error| classify("flush the parent key", &error))?;
     }
     loaded.map_err(|error| match classify("load the key file", &error) {
-        failure if failure.class == crate::host::wire::Class::Refused => {
+        failure if failure.class == Class::Refused => {
             refused("this TPM did not make the key file: it cannot unwrap it".into())
         }
         failure => failure,
@@ -170,7 +182,12 @@ fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create_primary(Hierarchy::Owner, template, None, None, None, None)
     });
-    Ok(made.map_err(wrong)?.key_handle)
+    let made = made.map_err(|error| match wrong(error) {
+        // It is the hierarchy's value that is missing, not the key's.
+        failure if failure.class == Class::Locked => refused(failure.message),
+        failure => failure,
+    });
+    Ok(made?.key_handle)
 }
 
 /// A key's public half, or what is wrong with it.

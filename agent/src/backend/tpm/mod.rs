@@ -15,7 +15,7 @@ use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
 use super::{Device, Say, Signer, gone, locked, refused};
-use crate::algorithm::{Algorithm, Content};
+use crate::algorithm::Content;
 use crate::config::{PinSource, Tcti};
 use crate::host::wire::{
     Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken,
@@ -36,7 +36,7 @@ struct OpenTpm {
 /// A key that passed its check.
 struct Key {
     handle: KeyHandle,
-    algorithm: Algorithm,
+    public: PublicKey,
 }
 
 /// Connects, finds or loads every key, and has each sign a random challenge.
@@ -59,10 +59,10 @@ pub(super) fn open(
     }
     let (mut keys, mut public) = (Vec::new(), Vec::new());
     for KeySpec { name, object, padding } in &spec.keys {
-        match keys::open(&mut context, object, *padding, auth.clone()) {
-            Ok((handle, PublicKey { algorithm, spki })) => {
-                keys.push(Some(Key { handle, algorithm }));
-                public.push(Ok(PublicKey { algorithm, spki }));
+        match keys::open(&mut context, object, *padding, auth.clone(), spec.by_operator) {
+            Ok((handle, found)) => {
+                keys.push(Some(Key { handle, public: found.clone() }));
+                public.push(Ok(found));
             }
             // One refusal is one try of the TPM's counter: the value is offered to no other key.
             Err(failure) if failure.class != Class::Refused => return Err(failure),
@@ -185,8 +185,13 @@ struct Thread<'a>(&'a OpenTpm);
 impl Signer for Thread<'_> {
     fn sign(&mut self, key: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
-        let digest = key.algorithm.bytes(content).map_err(refused)?;
+        let digest = key.public.algorithm.bytes(content).map_err(refused)?;
         let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
-        keys::sign(&mut context, key.handle, key.algorithm, digest)
+        let signature = keys::sign(&mut context, key.handle, key.public.algorithm, digest)?;
+        // Another key may have been put under the handle meanwhile.
+        match key.public.spki.verifies_content(key.public.algorithm, content, &signature) {
+            true => Ok(signature),
+            false => Err(gone("the TPM has another key there than before".into())),
+        }
     }
 }
