@@ -17,7 +17,7 @@ use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
 use crate::algorithm::{Algorithm, Curve, KeyType};
 use crate::audit::{self, Audit, AuditError, Entry};
-use crate::config::{Config, PinSource};
+use crate::config::{self, Config, PinSource};
 use crate::host::wire::{KeySpec, PublicKey};
 use crate::identity::Identity;
 use crate::policy::allowed;
@@ -88,11 +88,10 @@ impl<'a> Operator<'a> {
         Ok(Self { config, identity, rule: &rule.name, audit })
     }
 
-    /// Makes the key of this name on each of its tokens' device; returns its public half, PEM.
+    /// Makes the key of this name on the first of its tokens; returns its public half, PEM.
     pub async fn generate(&self, name: &str, key_type: KeyType) -> Result<String, KeyLifeError> {
-        let (token, spec) = self.key(name)?;
-        let pin = self.asked(token)?;
-        let config = self.config.tokens.get(token).ok_or_else(|| KeyLifeError::NoKey(name.to_owned()))?;
+        let (token, config, spec) = self.key(name)?;
+        let pin = asked(token, config)?;
         let made = generate_on(token, config, spec, key_type, pin).await;
         let reason = made.as_ref().err().cloned().unwrap_or_default();
         let algorithm = made.as_ref().ok().map(|public| public.algorithm.name());
@@ -103,10 +102,10 @@ impl<'a> Operator<'a> {
     /// A certificate request for code signing (PKCS#10, RFC 2986), signed by the key; PEM.
     pub async fn csr(&self, name: &str, subject: &str) -> Result<String, KeyLifeError> {
         let subject: Name = subject.parse().map_err(|_| KeyLifeError::Subject(subject.to_owned()))?;
-        let (token, spec) = self.key(name)?;
-        let config = self.config.tokens.get(token).ok_or_else(|| KeyLifeError::NoKey(name.to_owned()))?;
+        let (token, config, spec) = self.key(name)?;
+        let pin = asked(token, config)?;
         let opened = Token::start(token, config.clone(), vec![spec]);
-        let made = self.request(&opened, token, subject).await;
+        let made = request(&opened, pin, subject).await;
         opened.stop().await;
         let reason = made.as_ref().err().map(ToString::to_string).unwrap_or_default();
         let algorithm = opened.key(0).and_then(Result::ok).map(|public| public.algorithm.name());
@@ -114,58 +113,13 @@ impl<'a> Operator<'a> {
         made
     }
 
-    async fn request(&self, token: &Token, name: &str, subject: Name) -> Result<String, KeyLifeError> {
-        if let Some(pin) = self.asked(name)? {
-            let unlocked = token.unlock(Some(pin), Instant::now() + SIGN).await;
-            unlocked.map_err(|error| KeyLifeError::Device(error.to_string()))?;
-        }
-        while matches!(token.state(), State::Starting) {
-            token.watch().await;
-        }
-        let public = match (token.state(), token.key(0)) {
-            (State::Locked(reason) | State::Down(reason), _) | (_, Some(Err(reason))) => {
-                return Err(KeyLifeError::Device(reason));
-            }
-            (_, Some(Ok(public))) => public,
-            (_, None) => return Err(KeyLifeError::Device("the device did not say anything about it".into())),
-        };
-        let info = info(&public, subject)?;
-        let content = public.algorithm.content(&info.to_der()?);
-        let (tell, mut steps) = watch::channel(Step::Working);
-        let touch = async {
-            while steps.changed().await.is_ok() {
-                if let Step::Touch(message) = &*steps.borrow_and_update() {
-                    eprintln!("{message}");
-                }
-            }
-            std::future::pending::<()>().await;
-        };
-        let signed = tokio::select! {
-            signed = token.sign(0, &content, &tell, Instant::now() + SIGN) => signed,
-            () = touch => return Err(KeyLifeError::Device("it was dropped".into())),
-        };
-        let signature = signed.map_err(|error| KeyLifeError::Device(error.to_string()))?.signature;
-        let algorithm = signature_algorithm(public.algorithm)?;
-        let request = CertReq { info, algorithm, signature: BitString::from_bytes(&signature)? };
-        Ok(request.to_pem(LineEnding::LF)?)
-    }
-
     /// A key that is configured, and the first of its tokens.
-    fn key(&self, name: &str) -> Result<(&'a str, KeySpec), KeyLifeError> {
-        let unknown = || KeyLifeError::NoKey(name.to_owned());
-        let key = self.config.keys.get(name).ok_or_else(unknown)?;
-        Ok((key.tokens.first().ok_or_else(unknown)?, key.spec(name)))
-    }
-
-    /// `pin = "prompt"`: asked here.
-    fn asked(&self, token: &str) -> Result<Option<Pin>, KeyLifeError> {
-        if self.config.tokens.get(token).is_none_or(|config| config.pin != PinSource::Prompt) {
-            return Ok(None);
-        }
-        let asked = rpassword::prompt_password(format!("PIN for token {token}: "));
-        let asked =
-            asked.map_err(|_| KeyLifeError::Device("it needs a PIN, and there is no terminal".into()))?;
-        Ok(Pin::new(asked))
+    fn key(&self, name: &str) -> Result<(&'a str, &'a config::Token, KeySpec), KeyLifeError> {
+        let found = self.config.keys.get(name).and_then(|key| {
+            let token = key.tokens.first()?;
+            Some((token.as_str(), self.config.tokens.get(token)?, key.spec(name)))
+        });
+        found.ok_or_else(|| KeyLifeError::NoKey(name.to_owned()))
     }
 
     async fn record(
@@ -193,6 +147,53 @@ impl<'a> Operator<'a> {
         };
         self.audit.record(&entry).await
     }
+}
+
+/// Opens the token, has the key sign the request, and encodes both.
+async fn request(token: &Token, pin: Option<Pin>, subject: Name) -> Result<String, KeyLifeError> {
+    if let Some(pin) = pin {
+        let unlocked = token.unlock(Some(pin), Instant::now() + SIGN).await;
+        unlocked.map_err(|error| KeyLifeError::Device(error.to_string()))?;
+    }
+    while matches!(token.state(), State::Starting) {
+        token.watch().await;
+    }
+    let public = match (token.state(), token.key(0)) {
+        (State::Locked(reason) | State::Down(reason), _) | (_, Some(Err(reason))) => {
+            return Err(KeyLifeError::Device(reason));
+        }
+        (_, Some(Ok(public))) => public,
+        (_, None) => return Err(KeyLifeError::Device("the device did not say anything about it".into())),
+    };
+    let info = info(&public, subject)?;
+    let content = public.algorithm.content(&info.to_der()?);
+    let (tell, mut steps) = watch::channel(Step::Working);
+    let touch = async {
+        while steps.changed().await.is_ok() {
+            if let Step::Touch(message) = &*steps.borrow_and_update() {
+                eprintln!("{message}");
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let signed = tokio::select! {
+        signed = token.sign(0, &content, &tell, Instant::now() + SIGN) => signed,
+        () = touch => return Err(KeyLifeError::Device("it was dropped".into())),
+    };
+    let signature = signed.map_err(|error| KeyLifeError::Device(error.to_string()))?.signature;
+    let algorithm = signature_algorithm(public.algorithm)?;
+    let request = CertReq { info, algorithm, signature: BitString::from_bytes(&signature)? };
+    Ok(request.to_pem(LineEnding::LF)?)
+}
+
+/// `pin = "prompt"`: asked here.
+fn asked(token: &str, config: &config::Token) -> Result<Option<Pin>, KeyLifeError> {
+    if config.pin != PinSource::Prompt {
+        return Ok(None);
+    }
+    let asked = rpassword::prompt_password(format!("PIN for token {token}: "));
+    let asked = asked.map_err(|_| KeyLifeError::Device("it needs a PIN, and there is no terminal".into()))?;
+    Ok(Pin::new(asked))
 }
 
 /// What is requested: this key, for code signing.

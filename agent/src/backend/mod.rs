@@ -7,8 +7,9 @@ mod tpm;
 use std::io;
 
 use crate::algorithm::Content;
-use crate::config;
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening, Survey};
+use crate::config::{self, PinSource};
+use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
+use crate::pin::read_pin;
 use crate::secret::Pin;
 
 /// Told when a PIN is about to be offered, and when it was accepted.
@@ -56,6 +57,42 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
         config::Device::Tpm(tcti) => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
     }
+}
+
+/// The PIN given, or else the configured one; none where none is configured.
+fn pin_for(spec: &OpenSpec, given: Option<Pin>) -> Result<Option<Pin>, Failure> {
+    match (given, &spec.token.pin) {
+        (Some(pin), _) => Ok(Some(pin)),
+        (None, PinSource::None) => Ok(None),
+        (None, source) => read_pin(source).map(Some).map_err(locked),
+    }
+}
+
+/// Keys in the order of the configuration: what signs with each, and what callers are told of it.
+type Keys<K> = (Vec<Option<K>>, Vec<Result<PublicKey, String>>);
+
+/// Opens each key. One that is refused is that key's own affair; any other failure is the device's, which is not
+/// asked again: one refused PIN is one try.
+fn open_keys<K>(
+    keys: &[KeySpec],
+    mut open: impl FnMut(&KeySpec) -> Result<(K, PublicKey), Failure>,
+) -> Result<Keys<K>, Failure> {
+    let (mut opened, mut public) = (Vec::new(), Vec::new());
+    for key in keys {
+        match open(key) {
+            Ok((key, found)) => {
+                opened.push(Some(key));
+                public.push(Ok(found));
+            }
+            Err(failure) if failure.class != Class::Refused => return Err(failure),
+            Err(failure) => {
+                tracing::warn!(key = %key.name, reason = %failure, "key cannot be used");
+                opened.push(None);
+                public.push(Err(failure.message));
+            }
+        }
+    }
+    Ok((opened, public))
 }
 
 /// What a key signs to show that its two halves belong together.

@@ -19,13 +19,8 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let (manifest, bytes) = Manifest::of_model(&files.model, files.selection().serialization()?)?;
     let root = format!("sha256:{}", manifest.root_digest());
     if arguments.json {
-        let digests: BTreeMap<&str, String> = manifest
-            .resources
-            .iter()
-            .map(|resource| (resource.name.as_str(), resource.digest.to_string()))
-            .collect();
         report::result(
-            json!({ "root_digest": root, "bytes": bytes, "algorithm": "sha256", "files": digests }),
+            json!({ "root_digest": root, "bytes": bytes, "algorithm": "sha256", "files": digests(&manifest) }),
         )?;
     } else {
         report::result(root)?;
@@ -52,11 +47,6 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
     };
     let root = format!("sha256:{}", manifest.root_digest());
     if arguments.json {
-        let digests: BTreeMap<&str, String> = manifest
-            .resources
-            .iter()
-            .map(|resource| (resource.name.as_str(), resource.digest.to_string()))
-            .collect();
         report::result(json!({
             "verified": false,
             "method": method,
@@ -65,7 +55,7 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
             "root_digest": root,
             "allow_symlinks": manifest.serialization.allow_symlinks,
             "ignore_paths": manifest.serialization.ignore_paths,
-            "files": digests,
+            "files": digests(&manifest),
         }))?;
         return Ok(());
     }
@@ -81,4 +71,9 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         report::result(format_args!("  {}  {}", resource.digest, resource.name.escape_debug()))?;
     }
     Ok(())
+}
+
+/// The digest of every file, by name.
+fn digests(manifest: &Manifest) -> BTreeMap<&str, String> {
+    manifest.resources.iter().map(|resource| (resource.name.as_str(), resource.digest.to_string())).collect()
 }

@@ -8,7 +8,12 @@ use openssl::pkey::{PKey, Private};
 use openssl::rand::rand_bytes;
 use openssl::symm::{Cipher, Crypter, Mode};
 
+use super::apdu::{
+    BLOCKED, FAILED, NO_REFERENCE, NOT_FOUND, NOT_SATISFIED, OK, OUT_OF_ORDER, UNKNOWN, WRONG_DATA,
+    WRONG_LENGTH, halves, split, template,
+};
 use super::keys::{self, Slot};
+use super::secret::Secret;
 use super::tlv::{parse, tlv, value};
 
 /// The firmware version that it claims.
@@ -23,25 +28,7 @@ const FACTORY_PUK: [u8; 8] = *b"12345678";
 const FACTORY_MANAGEMENT_KEY: [u8; 24] =
     [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8];
 
-// Status words (ISO 7816-4, 5.6).
-const OK: u16 = 0x9000;
-const WRONG_LENGTH: u16 = 0x6700;
-const NOT_SATISFIED: u16 = 0x6982;
-const BLOCKED: u16 = 0x6983;
-const OUT_OF_ORDER: u16 = 0x6985;
-const WRONG_DATA: u16 = 0x6a80;
-const NOT_FOUND: u16 = 0x6a82;
-const NO_REFERENCE: u16 = 0x6a88;
-const UNKNOWN: u16 = 0x6d00;
-const FAILED: u16 = 0x6f00;
-
 type Answer = Result<Vec<u8>, u16>;
-
-/// A PIN or PUK: its value and the tries that are left.
-struct Secret {
-    value: [u8; 8],
-    left: u8,
-}
 
 /// The card.
 pub(super) struct Card {
@@ -374,27 +361,6 @@ impl Card {
     }
 }
 
-impl Secret {
-    fn status(&self) -> u16 {
-        if self.left == 0 { BLOCKED } else { 0x63c0 | u16::from(self.left) }
-    }
-
-    fn check(&mut self, given: &[u8]) -> Result<(), u16> {
-        if given.len() != 8 {
-            return Err(WRONG_DATA);
-        }
-        if self.left == 0 {
-            return Err(BLOCKED);
-        }
-        if given == self.value {
-            self.left = 3;
-            return Ok(());
-        }
-        self.left -= 1;
-        Err(self.status())
-    }
-}
-
 impl Slot {
     /// Policies are asked for in the fields; the signature slot has its own default.
     fn new(number: u8, key: PKey<Private>, fields: &[(u8, &[u8])], imported: bool) -> Self {
@@ -418,34 +384,4 @@ fn card_holder() -> Result<Vec<u8>, ErrorStack> {
     rand_bytes(&mut guid)?;
     let fields = [(0x30, &fasc_n[..]), (0x34, &guid), (0x35, b"20400101"), (0x3e, &[]), (0xfe, &[])];
     Ok(fields.iter().flat_map(|(tag, content)| tlv(&[*tag], content)).collect())
-}
-
-/// The data of a command, and how many bytes of answer it takes (ISO 7816-4, 5.2).
-fn split(body: &[u8]) -> Option<(&[u8], usize)> {
-    let most = |le: usize, all: usize| if le == 0 { all } else { le };
-    match body {
-        [] => Some((&[], 256)),
-        [le] => Some((&[], most(usize::from(*le), 256))),
-        [0, high, low] => Some((&[], most(usize::from(u16::from_be_bytes([*high, *low])), 65_536))),
-        [0, high, low, rest @ ..] => {
-            let length = usize::from(u16::from_be_bytes([*high, *low]));
-            Some((rest.get(..length)?, 65_536))
-        }
-        [length, rest @ ..] => {
-            let (data, le) = rest.split_at_checked(usize::from(*length))?;
-            Some((data, most(le.first().map_or(0, |le| usize::from(*le)), 256)))
-        }
-    }
-}
-
-/// The fields of a dynamic authentication template.
-fn template(data: &[u8]) -> Result<Vec<(u8, &[u8])>, u16> {
-    let outer = parse(data).ok_or(WRONG_DATA)?;
-    value(&outer, 0x7c).and_then(parse).ok_or(WRONG_DATA)
-}
-
-/// Two values of 8 bytes.
-fn halves(data: &[u8]) -> Result<([u8; 8], [u8; 8]), u16> {
-    let (old, new) = data.split_at_checked(8).ok_or(WRONG_DATA)?;
-    Ok((old.try_into().map_err(|_| WRONG_DATA)?, new.try_into().map_err(|_| WRONG_DATA)?))
 }

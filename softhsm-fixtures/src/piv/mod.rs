@@ -1,7 +1,9 @@
 //! A virtual YubiKey with a PC/SC service of its own: our card program, on the vpcd protocol.
 
+mod apdu;
 mod card;
 mod keys;
+mod secret;
 mod tlv;
 
 use std::io::{Read as _, Write as _};

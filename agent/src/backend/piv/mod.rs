@@ -12,11 +12,9 @@ use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey};
 
 use self::errors::{classify, holder};
 use self::keys::Key;
-use super::{Device, Say, Signer, gone, locked, refused};
+use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
-use crate::config::PinSource;
-use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, Survey, SurveyedToken};
-use crate::pin::read_pin;
+use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
@@ -54,21 +52,7 @@ pub(super) fn open(
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let pin = verified(&mut yubikey, spec, pin, say)?;
     let mut card = Card { yubikey, serial, pin, last_touch: None };
-    let (mut keys, mut public) = (Vec::new(), Vec::new());
-    for KeySpec { name, object, padding } in &spec.keys {
-        match keys::find(&mut card, object, *padding) {
-            Ok((key, found)) => {
-                keys.push(Some(key));
-                public.push(Ok(found));
-            }
-            Err(failure) if failure.class != Class::Refused => return Err(failure),
-            Err(failure) => {
-                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
-                keys.push(None);
-                public.push(Err(failure.message));
-            }
-        }
-    }
+    let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
     let opened = Opened { device, sessions: 1, keys: public };
     Ok((Box::new(OpenPiv { card: Mutex::new(card), keys }), opened))
 }
@@ -115,11 +99,7 @@ fn verified(
     pin: Option<Pin>,
     say: Say<'_>,
 ) -> Result<Option<Pin>, Failure> {
-    let pin = match (pin, &spec.token.pin) {
-        (None, PinSource::None) => return Ok(None),
-        (Some(pin), _) => pin,
-        (None, source) => read_pin(source).map_err(locked)?,
-    };
+    let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
     let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
     if tries == 0 {
         return Err(locked(

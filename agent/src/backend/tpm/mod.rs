@@ -14,13 +14,10 @@ use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
-use super::{Device, Say, Signer, gone, locked, refused};
+use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
-use crate::config::{PinSource, Tcti};
-use crate::host::wire::{
-    Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken,
-};
-use crate::pin::read_pin;
+use crate::config::Tcti;
+use crate::host::wire::{Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
@@ -57,22 +54,10 @@ pub(super) fn open(
         // The agent has to know before the TPM does: its dictionary-attack counter may count what happens now.
         say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     }
-    let (mut keys, mut public) = (Vec::new(), Vec::new());
-    for KeySpec { name, object, padding } in &spec.keys {
-        match keys::open(&mut context, object, *padding, auth.clone(), spec.by_operator) {
-            Ok((handle, found)) => {
-                keys.push(Some(Key { handle, public: found.clone() }));
-                public.push(Ok(found));
-            }
-            // One refusal is one try of the TPM's counter: the value is offered to no other key.
-            Err(failure) if failure.class != Class::Refused => return Err(failure),
-            Err(failure) => {
-                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
-                keys.push(None);
-                public.push(Err(failure.message));
-            }
-        }
-    }
+    let (keys, public) = open_keys(&spec.keys, |key| {
+        let opened = keys::open(&mut context, &key.object, key.padding, auth.clone(), spec.by_operator);
+        opened.map(|(handle, public)| (Key { handle, public: public.clone() }, public))
+    })?;
     if offered {
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
@@ -151,11 +136,7 @@ fn locked_out(context: &mut Context) -> Result<bool, Failure> {
 
 /// The authorization value of the keys, if they have one.
 fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Result<Option<Auth>, Failure> {
-    let pin = match (pin, &spec.token.pin) {
-        (None, PinSource::None) => return Ok(None),
-        (Some(pin), _) => pin,
-        (None, source) => read_pin(source).map_err(locked)?,
-    };
+    let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
     if locked_out(context)? {
         let message = "the TPM is in lockout after wrong authorization values; wait until it forgives them, or run \
                        `tpm2_dictionarylockout --clear-lockout`, then unlock it";

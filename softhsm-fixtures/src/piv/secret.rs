@@ -1,0 +1,30 @@
+//! The card's PIN and PUK: what is checked, and how often it may be wrong.
+
+use super::apdu::{BLOCKED, WRONG_DATA};
+
+/// A PIN or PUK: its value and the tries that are left.
+pub(super) struct Secret {
+    pub(super) value: [u8; 8],
+    pub(super) left: u8,
+}
+
+impl Secret {
+    pub(super) fn status(&self) -> u16 {
+        if self.left == 0 { BLOCKED } else { 0x63c0 | u16::from(self.left) }
+    }
+
+    pub(super) fn check(&mut self, given: &[u8]) -> Result<(), u16> {
+        if given.len() != 8 {
+            return Err(WRONG_DATA);
+        }
+        if self.left == 0 {
+            return Err(BLOCKED);
+        }
+        if given == self.value {
+            self.left = 3;
+            return Ok(());
+        }
+        self.left -= 1;
+        Err(self.status())
+    }
+}
