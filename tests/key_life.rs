@@ -1,22 +1,37 @@
-//! `omsign-agent key`: keys made on the token, and certificate requests signed by it.
+//! `omsign-agent key`: a key's life from nothing to deletion, on every device, with an agent and without one.
 
-use std::process::{Command, Output};
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
-use omsign_tests::agent::Agent;
+use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::{Device, card, soft_hsm, tpm};
-use omsign_tests::world::{World, key_section, text, token_section};
+use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
+use openssl::pkey::PKey;
 
-/// Runs `omsign-agent key …` with the world's configuration.
-fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
+/// Runs `omsign-agent key …` with the world's configuration, and these lines to answer with.
+fn answering(world: &World, arguments: &[&str], answers: &str) -> anyhow::Result<Output> {
     let mut command = Command::new(built("omsign-agent")?);
     command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
-    world.without_surprises(&mut command);
-    Ok(command.output()?)
+    world.without_surprises(command.current_dir(world.path("")));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
+    Ok(child.wait_with_output()?)
+}
+
+fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
+    answering(world, arguments, "")
+}
+
+fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = key(world, arguments)?;
+    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
@@ -27,44 +42,165 @@ fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<
     Ok(())
 }
 
+fn openssl(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new("openssl").args(arguments).output()?;
+    let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+    ensure!(output.status.success(), "openssl {arguments:?}: {said}");
+    Ok(said)
+}
+
+/// SHA-256 of a public key in PEM, hexadecimal.
+fn fingerprint(pem: &str) -> anyhow::Result<String> {
+    let der = PKey::public_key_from_pem(pem.as_bytes())?.public_key_to_der()?;
+    Ok(hex::encode(openssl::sha::sha256(&der)))
+}
+
+/// Made, requested, certified, stored, listed, signed with, and deleted where the device can.
+fn whole_life(world: &World, name: &str, make: &[&str], stores: bool, deletes: bool) -> anyhow::Result<()> {
+    let public = does(world, &[&["generate", name][..], make].concat())?;
+    let public_file = text(&world.write(&format!("{name}.pem"), &public)?);
+    refuses(world, &["generate", name], "already; choose another")?;
+    let subject = ["--subject", "CN=Model Release,O=Acme", "--san", "uri:https://acme.example/release"];
+    let request = does(world, &[&["csr", name][..], &subject].concat())?;
+    let shown = openssl(&[
+        "req",
+        "-verify",
+        "-noout",
+        "-text",
+        "-pubkey",
+        "-in",
+        &text(&world.write("r.pem", &request)?),
+    ])?;
+    for part in
+        ["verify OK", "Code Signing", "Digital Signature", "URI:https://acme.example/release", &public]
+    {
+        ensure!(shown.contains(part), "{name}: {part}: {shown}");
+    }
+    let own = does(world, &[&["self-sign", name, "--days", "7"][..], &subject].concat())?;
+    let own = text(&world.write("own.pem", &own)?);
+    openssl(&["verify", "-x509_strict", "-check_ss_sig", "-CAfile", &own, "-purpose", "any", &own])?;
+    let ca = Ca::create("Release CA")?;
+    let key_half = PKey::public_key_from_pem(public.as_bytes())?;
+    let leaf = ca.code_signing(name, &key_half)?;
+    let certificate = world.path("leaf.pem");
+    write_chain(&certificate, &[&leaf, &ca.certificate])?;
+    let import = ["import-certificate", name, "leaf.pem"];
+    match stores {
+        true => drop(does(world, &import)?),
+        false => refuses(world, &import, "name its file in the configuration: certificate_chain")?,
+    }
+    let other_half = ca.certificate.public_key()?;
+    let other = ca.code_signing(name, &other_half)?;
+    write_chain(&certificate, &[&other])?;
+    refuses(world, &import, "the certificate is for another key")?;
+    let listed: serde_json::Value = serde_json::from_str(&does(world, &["list", "--json"])?)?;
+    let keys = listed["tokens"][0]["keys"].as_array().context("keys")?.clone();
+    let listed = keys.iter().find(|key| key["names"][0] == name).context("the key is not listed")?;
+    ensure!(listed["certificate"] == stores, "{listed}");
+    let der = hex::decode(listed["public_key"].as_str().context("public_key")?)?;
+    ensure!(PKey::public_key_from_der(&der)?.public_key_to_pem()? == public.as_bytes(), "{listed}");
+    // An agent that runs has it at once; one that starts, too.
+    if world.omsign(&["agent", "status"])?.status.success() {
+        eventually("a signature", || {
+            let sign = ["sign", "model", "--allow-nonstandard-key", "--key", name, "--signature", "s.sig"];
+            Ok(world.omsign(&sign)?.status.success())
+        })?;
+        world.omsign_ok(&["verify", "model", "--signature", "s.sig", "--public-key", &public_file])?;
+    }
+    let start = fingerprint(&public)?;
+    let start = start.get(..8).context("a fingerprint")?;
+    for wrong in ["", "no\n", &format!("{name}\n"), &format!("{name}\n00000000\n")] {
+        let output = answering(world, &["delete", name], wrong)?;
+        ensure!(output.status.code() == Some(2), "{wrong:?}: {output:?}");
+    }
+    does(world, &["csr", name, "--subject", "CN=still there"])?;
+    let output = answering(world, &["delete", name], &format!("{name}\n{start}\n"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !deletes {
+        ensure!(output.status.code() == Some(2) && errors.contains("ykman piv keys delete"), "{errors}");
+        return Ok(());
+    }
+    ensure!(output.status.success(), "{errors}");
+    let listed: serde_json::Value = serde_json::from_str(&does(world, &["list", "--json"])?)?;
+    let keys = listed["tokens"][0]["keys"].as_array().context("keys")?;
+    ensure!(keys.iter().all(|key| key["names"][0] != name), "{listed}");
+    Ok(())
+}
+
 #[test]
-fn a_key_from_nothing() -> anyhow::Result<()> {
+fn of_a_softhsm_key() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = SoftHsm::create(&world.path("t"), "t")?;
-    let names = [("k", "p384"), ("rsa", "rsa2048"), ("ed", "ed25519")];
-    let mut config = world.listen() + &token_section("t", &token, "");
-    for (name, _) in names {
-        config += &key_section(name, "t", name);
-    }
+    let config = world.listen()
+        + &token_section("t", &token, "")
+        + &key_section("k", "t", "k")
+        + &key_section("other", "t", "other");
     world.write("agent.toml", &config)?;
-    for (name, key_type) in names {
-        let output = key(&world, &["generate", name, "--type", key_type])?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        world.write(&format!("{name}.pem"), &output.stdout)?;
-    }
-    refuses(&world, &["generate", "k"], "the token has a key with label \"k\" already")?;
-    refuses(&world, &["generate", "nobody"], "there is no [key.nobody] in the configuration")?;
-    let agent = Agent::start(&world, &config)?;
     world.model()?;
-    for (name, _) in names {
-        let (signature, public) = (format!("{name}.sig"), format!("{name}.pem"));
-        let sign = ["sign", "model", "--allow-nonstandard-key", "--key", name, "--signature", &signature];
-        world.omsign_ok(&sign)?;
-        world.omsign_ok(&["verify", "model", "--signature", &signature, "--public-key", &public])?;
-    }
-    refuses(&world, &["generate", "k"], "an agent is running and owns the device; stop it first")?;
-    drop(agent);
-    // Recorded, each in a file of its own.
-    let mut recorded = Vec::new();
+    does(&world, &["generate", "other", "--type", "rsa2048"])?;
+    whole_life(&world, "k", &["--type", "p256"], true, true)?;
+    refuses(&world, &["generate", "k", "--no-da"], "takes only --type")?;
+    refuses(&world, &["generate", "nobody"], "there is no [key.nobody] in the configuration")?;
+    let _agent = Agent::start(&world, &config)?;
+    whole_life(&world, "k", &["--type", "p384"], true, true)?;
+    // Everything was recorded, without an agent in files of their own.
+    let mut recorded = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
     for entry in std::fs::read_dir(world.path("audit"))? {
         let path = entry?.path();
         if path.to_string_lossy().contains("operator-") {
-            recorded.push(std::fs::read_to_string(path)?);
+            recorded += &std::fs::read_to_string(path)?;
         }
     }
-    let recorded = recorded.concat();
-    ensure!(recorded.matches(r#""action":"generate""#).count() == 4, "{recorded}");
+    for (action, times) in [("generate", 7), ("delete", 2), ("import-certificate", 4), ("self-sign", 2)] {
+        let found = recorded.matches(&format!(r#""action":"{action}""#)).count();
+        ensure!(found == times, "{action}: {found}: {recorded}");
+    }
     ensure!(recorded.contains(r#""outcome":"failed""#) && !recorded.contains(PIN), "{recorded}");
+    Ok(())
+}
+
+#[test]
+fn of_tpm_keys() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let config = world.listen()
+        + &chip.section("tpm")
+        + &key_on("handle", "tpm", "handle = \"0x81000020\"")
+        + &key_on("file", "tpm", "file = \"made.pem\"");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    whole_life(&world, "file", &["--type", "p384"], false, true)?;
+    whole_life(&world, "handle", &["--type", "p256", "--no-da"], false, true)?;
+    refuses(&world, &["generate", "file", "--touch-policy", "always"], "are for a YubiKey's keys")?;
+    let _agent = Agent::start(&world, &config)?;
+    whole_life(&world, "handle", &["--type", "rsa2048"], false, true)?;
+    // A file that tpm2-openssl reads.
+    does(&world, &["generate", "file", "--type", "p256"])?;
+    let made = text(&world.path("made.pem"));
+    chip.tool("openssl", |tool| {
+        tool.args(["pkey", "-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2"]);
+        tool.args(["-in", &made, "-pubout", "-passin"]).arg(format!("file:{}", chip.pin_file().display()));
+    })
+}
+
+#[test]
+fn of_a_yubikey_key() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    yubikey.change_pin()?;
+    let config = world.listen() + &yubikey.section("card") + &key_on("k", "card", "slot = \"9c\"");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    // The factory's management key is refused, not used.
+    refuses(&world, &["generate", "k"], "its management key is the one from the factory")?;
+    yubikey.protect_management_key()?;
+    refuses(&world, &["generate", "k", "--type", "p521"], "a YubiKey has no P-521")?;
+    whole_life(&world, "k", &["--type", "p256", "--pin-policy", "once"], true, false)?;
+    let listed = does(&world, &["list"])?;
+    ensure!(
+        listed.contains("PIN policy once, touch policy never") && listed.contains("with its certificate"),
+        "{listed}"
+    );
     Ok(())
 }
 
@@ -84,24 +220,138 @@ fn certificate_requests_of_every_device() -> anyhow::Result<()> {
                 refuses(&world, &subject, "certificate requests for RSA-PSS keys are not supported")?;
                 continue;
             }
-            let output = key(&world, &subject)?;
-            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            let request = text(&world.write("request.pem", &output.stdout)?);
-            let mut openssl = Command::new("openssl");
-            let shown =
-                openssl.args(["req", "-verify", "-noout", "-text", "-pubkey", "-in", &request]).output()?;
-            let shown = [shown.stdout, shown.stderr].concat();
-            let shown = String::from_utf8_lossy(&shown);
-            ensure!(shown.contains("verify OK"), "{}: {shown}", one.name);
-            ensure!(shown.contains("Code Signing") && shown.contains("Digital Signature"), "{shown}");
-            ensure!(
-                shown.contains("O = Acme, CN = Model Release") || shown.contains("CN = Model Release"),
-                "{shown}"
-            );
+            let request = text(&world.write("request.pem", does(&world, &subject)?)?);
+            let shown = openssl(&["req", "-verify", "-noout", "-text", "-pubkey", "-in", &request])?;
             let public = std::fs::read_to_string(&one.public)?;
-            ensure!(shown.contains(&public), "{}: {shown}", one.name);
+            ensure!(shown.contains("verify OK") && shown.contains(&public), "{}: {shown}", one.name);
         }
     }
     refuses(&world, &["csr", "p256", "--subject", "Model Release"], "is not a distinguished name")?;
-    refuses(&world, &["generate", "p256"], "omsign makes keys on PKCS#11 tokens only so far")
+    refuses(&world, &["csr", "p256", "--subject", "CN=a", "--san", "x"], "is not a subject alternative name")
+}
+
+/// `key verify-attestation` of a file: its exit status and what it said.
+fn verified(world: &World, file: &str, more: &[&str]) -> anyhow::Result<(Option<i32>, String)> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.args(["key", "verify-attestation", file]).args(more);
+    world.without_surprises(command.current_dir(world.path("")));
+    let output = command.output()?;
+    Ok((output.status.code(), String::from_utf8([output.stdout, output.stderr].concat())?))
+}
+
+/// Every hexadecimal digit of the file that is changed makes it worthless.
+fn breaks_when_changed(world: &World, file: &str, more: &[&str]) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(world.path(file))?;
+    let evidence = text.find("\"evidence\"").context("evidence")?;
+    let digits: Vec<_> =
+        text.char_indices().filter(|(at, c)| *at > evidence + 60 && c.is_ascii_digit()).collect();
+    let mut tried = 0;
+    for (at, digit) in digits.iter().step_by(digits.len() / 60 + 1) {
+        let mut changed = text.clone();
+        changed.replace_range(*at..at + 1, if *digit == '7' { "8" } else { "7" });
+        world.write("changed.json", changed)?;
+        let (status, said) = verified(world, "changed.json", more)?;
+        ensure!(status != Some(0) && !said.contains("panicked"), "digit at {at}: {said}");
+        tried += 1;
+    }
+    ensure!(tried > 30, "only {tried} digits");
+    Ok(())
+}
+
+#[test]
+fn a_yubikey_attests_what_it_made() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    yubikey.change_pin()?;
+    yubikey.generate("9c", "ECCP256", &["--pin-policy=always", "--touch-policy=cached"])?;
+    world.write(
+        "agent.toml",
+        world.listen() + &yubikey.section("card") + &key_on("k", "card", "slot = \"9c\""),
+    )?;
+    world.write("proof.json", does(&world, &["attest", "k"])?)?;
+    world.write("maker.pem", yubikey.attestation_root()?)?;
+    let (status, said) = verified(&world, "proof.json", &["--roots", "maker.pem"])?;
+    ensure!(status == Some(0), "{said}");
+    for part in [
+        "made inside the card",
+        "serial 11223344",
+        "firmware 5.7.1",
+        "PIN policy always, touch policy cached",
+    ] {
+        ensure!(said.contains(part), "{part}: {said}");
+    }
+    // It is no card of Yubico's.
+    let (status, said) = verified(&world, "proof.json", &[])?;
+    ensure!(status == Some(1) && said.contains("do not lead to a root that is trusted"), "{said}");
+    breaks_when_changed(&world, "proof.json", &["--roots", "maker.pem"])
+}
+
+/// Attestations of cards that Yubico made, published by go-piv/piv-go (5.4.3) and obelisk/sshcerts (5.2.4, 5.7.4): the
+/// older root, certificates without basicConstraints, and the newer root with its intermediates.
+#[test]
+fn real_yubikeys_are_believed() -> anyhow::Result<()> {
+    let world = World::new()?;
+    for version in ["5.2.4", "5.4.3", "5.7.4"] {
+        let file = format!("attestation-yubikey-{version}.json");
+        std::fs::copy(
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(&file),
+            world.path(&file),
+        )?;
+        let (status, said) = verified(&world, &file, &[])?;
+        ensure!(status == Some(0) && said.contains(&format!("firmware {version}")), "{version}: {said}");
+        breaks_when_changed(&world, &file, &[])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_tpm_certifies_what_it_made() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::manufactured(&world.path("tpm"))?;
+    world.write(
+        "agent.toml",
+        world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "handle = \"0x81000020\""),
+    )?;
+    does(&world, &["generate", "k", "--type", "p256"])?;
+    world.write("proof.json", does(&world, &["attest", "k", "--nonce", "c0ffee"])?)?;
+    let maker = text(&chip.maker()?);
+    let (status, said) = verified(&world, "proof.json", &["--roots", &maker, "--nonce", "c0ffee"])?;
+    // That the two keys are of one TPM, no file can prove.
+    ensure!(status == Some(1) && said.contains("NOT proven: that attestation key "), "{said}");
+    ensure!(
+        said.contains("made inside the TPM, and bound to it")
+            && said.contains("the endorsement certificate is by the TPM's maker"),
+        "{said}"
+    );
+    let by = said
+        .split("that attestation key ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .context("its key")?
+        .to_owned();
+    let trust = ["--roots", &maker, "--nonce", "c0ffee", "--attestation-key", &by];
+    let (status, said) = verified(&world, "proof.json", &trust)?;
+    ensure!(status == Some(0), "{said}");
+    let (status, said) = verified(&world, "proof.json", &["--roots", &maker, "--nonce", "00"])?;
+    ensure!(status == Some(1) && said.contains("the nonce is another one"), "{said}");
+    let (status, said) = verified(&world, "proof.json", &["--attestation-key", "00"])?;
+    ensure!(status == Some(1) && said.contains("another attestation key"), "{said}");
+    breaks_when_changed(&world, "proof.json", &trust)
+}
+
+#[test]
+fn pkcs11_proves_nothing() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    world.write(
+        "agent.toml",
+        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
+    )?;
+    does(&world, &["generate", "k"])?;
+    world.write("proof.json", does(&world, &["attest", "k"])?)?;
+    let (status, said) = verified(&world, "proof.json", &[])?;
+    ensure!(status == Some(1) && said.contains("NOT proven: CKA_NEVER_EXTRACTABLE is true"), "{said}");
+    let (status, said) = verified(&world, "agent.toml", &[])?;
+    ensure!(status == Some(2) && said.contains("is not an attestation that"), "{said}");
+    Ok(())
 }

@@ -1,7 +1,6 @@
 //! What the agent does once a caller is known: its tokens and keys, a signature and its record.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -11,12 +10,10 @@ use tonic::Status;
 use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
-use crate::host::wire::KeySpec;
 use crate::identity::Identity;
-use crate::key::{KeyEntry, Place};
-use crate::policy::Rule;
 use crate::replay::{Outcome, Replay, Tell};
 use crate::secret::Pin;
+use crate::setup::Setup;
 use crate::token::{Token, TokenError};
 
 /// A caller that waits for two of these ticks is told what for. One clock serves all requests: a timer for
@@ -31,45 +28,37 @@ const RECORD: Duration = Duration::from_secs(5);
 
 /// Everything that requests share.
 pub(crate) struct Agent {
-    pub(crate) tokens: BTreeMap<String, Arc<Token>>,
-    pub(crate) keys: BTreeMap<Arc<str>, KeyEntry>,
-    pub(crate) operators: Vec<Rule>,
+    setup: RwLock<Arc<Setup>>,
     pub(crate) replay: Replay,
-    audit: Audit,
+    pub(crate) audit: Audit,
     ticks: watch::Sender<u64>,
 }
 
 impl Agent {
     /// Starts every token.
-    pub(crate) fn start(config: &Config, audit: Audit) -> Self {
-        // What each token has to find, and where each key then is.
-        let mut objects: BTreeMap<&str, Vec<KeySpec>> = BTreeMap::new();
-        let mut indices = BTreeMap::new();
-        for (name, key) in &config.keys {
-            for token in &key.tokens {
-                let on_token = objects.entry(token).or_default();
-                indices.insert((name, token), on_token.len());
-                on_token.push(key.spec(name));
-            }
-        }
-        let start = |(name, token): (&String, &crate::config::Token)| {
-            let keys = objects.remove(name.as_str()).unwrap_or_default();
-            (name.clone(), Token::start(name, token.clone(), keys))
-        };
-        let tokens: BTreeMap<_, _> = config.tokens.iter().map(start).collect();
-        let entry = |(name, key): (&String, &crate::config::Key)| {
-            let place = |token: &String| {
-                let index = indices.get(&(name, token)).copied()?;
-                Some(Place { token: Arc::clone(tokens.get(token)?), index })
-            };
-            let shared: Arc<str> = name.as_str().into();
-            let places = key.tokens.iter().filter_map(place).collect();
-            (Arc::clone(&shared), KeyEntry::new(shared, key, places))
-        };
-        let keys = config.keys.iter().map(entry).collect();
+    pub(crate) fn start(config: Config, audit: Audit) -> Self {
         let ticks = watch::Sender::new(0);
         tokio::spawn(tick(ticks.clone()));
-        Self { tokens, keys, operators: config.operators.clone(), audit, replay: Replay::default(), ticks }
+        let setup = RwLock::new(Arc::new(Setup::new(config, None)));
+        Self { setup, audit, replay: Replay::default(), ticks }
+    }
+
+    /// What the configuration makes of it now.
+    pub(crate) fn setup(&self) -> Arc<Setup> {
+        Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes over another configuration; returns the tokens that it does not have any more, and those that are new.
+    /// Requests that have begun end as they would have.
+    pub(crate) fn reload(&self, config: Config) -> (Vec<Arc<Token>>, Vec<Arc<Token>>) {
+        let before = self.setup();
+        let next = Arc::new(Setup::new(config, Some(&before)));
+        let (closed, new) = (before.without(&next), next.since(&before));
+        for token in closed.clone() {
+            tokio::spawn(async move { token.close().await });
+        }
+        *self.setup.write().unwrap_or_else(PoisonError::into_inner) = next;
+        (closed, new)
     }
 
     /// Ends between one and two ticks from now.
@@ -89,7 +78,8 @@ impl Agent {
             self.record(&Entry { action: "audit", ..authorised.entry("resumed", reason, None) }, deadline)
                 .await?;
         }
-        let key = self.key(&authorised.key)?;
+        let setup = self.setup();
+        let key = setup.key(&authorised.key)?;
         let _announced = self.audit.announce();
         let signed = key.sign(&authorised.content, tell, deadline).await;
         let (outcome, reason, token) = match &signed {
@@ -128,11 +118,6 @@ impl Agent {
         let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
         self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + RECORD)).await?;
         unlocked.map_err(|error| status(&token.name, &error))
-    }
-
-    /// A key by its name.
-    pub(crate) fn key(&self, name: &str) -> Result<&KeyEntry, Status> {
-        self.keys.get(name).ok_or_else(|| Status::not_found(format!("no key {name:?} is configured")))
     }
 }
 

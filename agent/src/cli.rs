@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use omsign_agent::algorithm::KeyType;
+use omsign_agent::key_life::{Subject, Template};
 
 /// Signs digests with keys that live in HSMs, TPMs and smartcards.
 #[derive(Debug, Parser)]
@@ -29,7 +29,7 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Makes keys and certificate requests; for operators, while no agent runs
+    /// Keys: listed, made, certified, attested, deleted; for operators, whether an agent runs or not
     Key {
         #[command(subcommand)]
         command: KeyCommand,
@@ -50,21 +50,75 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KeyCommand {
+    /// Names every key on every token, and what the configuration calls it
+    List {
+        /// Only this token
+        #[arg(long)]
+        token: Option<String>,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Makes a configured key on its token; prints its public half, PEM
     Generate {
         /// The key's name in the configuration
         name: String,
-        /// What kind of key
-        #[arg(long = "type", value_name = "TYPE", default_value = "p384")]
-        key_type: KeyType,
+        #[command(flatten)]
+        template: Template,
     },
     /// Prints a certificate request for code signing, PEM
     Csr {
         /// The key's name in the configuration
         name: String,
-        /// Subject of the certificate, such as "CN=Model Release,O=Acme"
+        #[command(flatten)]
+        subject: Subject,
+    },
+    /// Prints a certificate by the key about itself, PEM; for trials: nobody but you has a reason to trust it
+    SelfSign {
+        /// The key's name in the configuration
+        name: String,
+        #[command(flatten)]
+        subject: Subject,
+        /// Days that it is valid
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3650))]
+        days: u32,
+    },
+    /// Keeps the key's certificate beside it on the device
+    ImportCertificate {
+        /// The key's name in the configuration
+        name: String,
+        /// The certificate, PEM; of a chain, the first
+        certificate: PathBuf,
+    },
+    /// Prints how the key came to be, as the device shows it, for verify-attestation elsewhere
+    Attest {
+        /// The key's name in the configuration
+        name: String,
+        /// Hexadecimal; from whoever wants to know, so that they see that it was made for them (TPM)
+        #[arg(long, default_value = "")]
+        nonce: String,
+    },
+    /// Says what an attestation proves; needs no device. Exit 1 when the key's origin is not proven
+    VerifyAttestation {
+        /// What `key attest` printed
+        file: PathBuf,
+        /// Certificates to trust instead of Yubico's, or those of a TPM's maker, PEM
         #[arg(long)]
-        subject: String,
+        roots: Option<PathBuf>,
+        /// The nonce that was asked for, hexadecimal
+        #[arg(long)]
+        nonce: Option<String>,
+        /// SHA-256 of the TPM's attestation key, hexadecimal
+        #[arg(long)]
+        attestation_key: Option<String>,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Deletes a key for ever. Asks for its name, and then for its fingerprint
+    Delete {
+        /// The key's name in the configuration
+        name: String,
     },
 }
 

@@ -202,7 +202,7 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
     let Some(token) = config.tokens.get(name) else { return };
     let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
-    let opened = Token::start(name, token.clone(), keys.clone());
+    let opened = Token::start(name, token.clone(), keys.clone(), None);
     let deadline = Instant::now() + OPEN;
     while matches!(opened.state(), State::Starting) {
         if tokio::time::timeout_at(deadline, opened.watch()).await.is_err() {

@@ -252,7 +252,7 @@ fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixLis
 }
 
 /// Binds under a temporary name, sets group and mode, and renames: nobody can connect before they are right.
-fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
+pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
     let path = &config.path;
     let fail = |source| ListenError::System { at: path.display().to_string(), source };
     match std::fs::symlink_metadata(path) {

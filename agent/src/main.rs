@@ -1,6 +1,7 @@
 //! `omsign-agent`: the signing daemon.
 
 mod cli;
+mod commands;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -9,10 +10,9 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
-use omsign_agent::key_life::Operator;
 use omsign_agent::{host, log, secret, serve};
 
-use self::cli::{Cli, Command, ConfigFile, KeyCommand};
+use self::cli::{Cli, Command, ConfigFile};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -35,7 +35,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
             log::start();
             secret::harden_process();
-            runtime()?.block_on(serve::serve(&config))?;
+            runtime()?.block_on(serve::serve(config, &file.config))?;
         }
         Command::OneShot { uri } => {
             log::start();
@@ -57,15 +57,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Key { command, file } => {
             secret::harden_process();
-            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
-            let operator = Operator::new(&config)?;
-            let made = runtime()?.block_on(async {
-                match &command {
-                    KeyCommand::Generate { name, key_type } => operator.generate(name, *key_type).await,
-                    KeyCommand::Csr { name, subject } => operator.csr(name, subject).await,
-                }
-            });
-            write!(std::io::stdout(), "{}", made?)?;
+            let Some(outcome) = commands::key(command, || load(&file))? else { return Ok(ExitCode::from(2)) };
+            return Ok(outcome);
         }
         Command::Doctor { config: file, json } => {
             secret::harden_process();

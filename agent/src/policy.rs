@@ -3,7 +3,7 @@
 use crate::identity::Identity;
 
 /// One `[[key.NAME.allow]]` or `[[operator]]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// Its `name`, or its place in the file, such as `key.release.allow[0]`.
     pub name: String,

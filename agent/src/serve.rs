@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -20,6 +21,7 @@ use crate::algorithm::Padding;
 use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::listen::{Connection, ListenError, Listeners};
+use crate::operator;
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
 use crate::server::Service;
@@ -62,20 +64,28 @@ pub enum ServeError {
     Grpc(#[from] tonic::transport::Error),
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
-pub async fn serve(config: &Config) -> Result<(), ServeError> {
+/// Runs the daemon until SIGTERM or SIGINT. SIGHUP has it read its configuration, from `path`, anew.
+pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let listeners = Listeners::bind(&config.listen)?;
     let audit = Audit::open(&config.audit, "audit.jsonl").map_err(ServeError::Audit)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let hangup = signal(SignalKind::hangup())?;
+    let operators = match &config.listen.operator {
+        Some(path) => Some(operator::bind(path, &config.operators)?),
+        None => None,
+    };
+    let shutdown_timeout = config.listen.shutdown_timeout;
+    let required: Vec<_> =
+        config.tokens.iter().filter(|(_, token)| token.required).map(|(name, _)| name.clone()).collect();
     let agent = Arc::new(Agent::start(config, audit));
-    tokio::spawn(ask_for_pins(agent.tokens.values().cloned().collect()));
+    let tokens = &agent.setup().tokens;
+    tokio::spawn(ask_for_pins(tokens.values().cloned().collect()));
     let incoming = ReceiverStream::new(listeners.accept());
-    let mut required = agent.tokens.clone();
-    required.retain(|name, _| config.tokens.get(name).is_some_and(|token| token.required));
+    let required: Vec<_> = required.iter().filter_map(|name| tokens.get(name)).cloned().collect();
     let (missing, failed) = tokio::sync::oneshot::channel();
     let stop = async move {
         let ready = async {
-            for token in required.into_values() {
+            for token in required {
                 if let Err(error) = ready(&token).await {
                     let _ = missing.send(error);
                     return;
@@ -93,7 +103,11 @@ pub async fn serve(config: &Config) -> Result<(), ServeError> {
         tracing::info!("stopping: no new requests, those in flight are finished");
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     };
-    run(agent, incoming, config.listen.shutdown_timeout, stop).await?;
+    let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent))));
+    run(agent, incoming, shutdown_timeout, stop, Some((hangup, path.to_owned()))).await?;
+    if let Some(served) = served {
+        served.abort();
+    }
     match failed.await {
         Ok(error) => Err(error),
         Err(_) => Ok(()),
@@ -127,13 +141,13 @@ pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Resu
         std::process::id()
     );
     let audit = Audit::open(&config.audit, &name).map_err(ServeError::Audit)?;
-    let agent = Arc::new(Agent::start(&config, audit));
+    let agent = Arc::new(Agent::start(config, audit));
     let (closed, end) = tokio::sync::oneshot::channel();
     let connection = Connection::private(socket, closed)?;
     // Its stream of connections has this one and stays open: tonic would take its end for ours.
     let incoming = tokio_stream::once(Ok(connection)).chain(tokio_stream::pending());
     let stop = async { drop(end.await) };
-    run(agent, incoming, Duration::ZERO, stop).await
+    run(agent, incoming, Duration::ZERO, stop, None).await
 }
 
 fn private_config(uri: &str) -> Result<Config, ServeError> {
@@ -175,11 +189,15 @@ async fn run(
     incoming: impl Stream<Item = std::io::Result<Connection>> + Send + 'static,
     shutdown_timeout: Duration,
     stop: impl Future<Output = ()> + Send + 'static,
+    reload: Option<(Signal, PathBuf)>,
 ) -> Result<(), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
-    for token in agent.tokens.values() {
+    for token in agent.setup().tokens.values() {
         tokio::spawn(report(Arc::clone(token), reporter.clone()));
+    }
+    if let Some((hangup, path)) = reload {
+        tokio::spawn(reload_on(hangup, path, Arc::clone(&agent), reporter.clone()));
     }
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -191,7 +209,7 @@ async fn run(
         stop.await;
         stopping.send_replace(true);
     };
-    let tokens: Vec<_> = agent.tokens.values().cloned().collect();
+    let serving = Arc::clone(&agent);
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .max_concurrent_streams(256)
@@ -213,7 +231,7 @@ async fn run(
         }
     };
     let close = async {
-        for token in &tokens {
+        for token in serving.setup().tokens.values() {
             token.stop().await;
         }
     };
@@ -221,11 +239,43 @@ async fn run(
     Ok(ended?)
 }
 
+/// Reads the configuration anew at each signal. One with mistakes changes nothing.
+async fn reload_on(mut hangup: Signal, path: PathBuf, agent: Arc<Agent>, reporter: HealthReporter) {
+    while hangup.recv().await.is_some() {
+        let config = match Config::load(&path) {
+            Ok(config) => config,
+            Err(mistakes) => {
+                for mistake in mistakes {
+                    tracing::error!(%mistake, "the configuration is not reloaded");
+                }
+                continue;
+            }
+        };
+        let before = agent.setup();
+        if config.listen != before.config.listen || config.audit != before.config.audit {
+            tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
+        }
+        let (closed, new) = agent.reload(config);
+        tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
+        for token in closed {
+            let name = format!("token.{}", token.name);
+            let _ = reporter.clone().clear_service_status(&name).await;
+        }
+        for token in new {
+            tokio::spawn(report(token, reporter.clone()));
+        }
+    }
+}
+
 /// Tells the health service what a token is doing, each time that changes.
 async fn report(token: Arc<Token>, reporter: HealthReporter) {
     let name = format!("token.{}", token.name);
     loop {
         let change = token.watch();
+        if token.is_over() {
+            // Another one may have its name now.
+            return;
+        }
         let status = match token.state() {
             State::Ready => ServingStatus::Serving,
             State::Starting | State::Locked(_) | State::Down(_) => ServingStatus::NotServing,

@@ -23,7 +23,7 @@ use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
 use crate::algorithm::Content;
 use crate::audit::Entry;
 use crate::identity::Identity;
-use crate::key::{KeyEntry, token_to_proto};
+use crate::key::token_to_proto;
 use crate::policy::allowed;
 use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
@@ -53,8 +53,9 @@ impl AgentService for Service {
     ) -> Result<Response<ListKeysResponse>, Status> {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
+        let setup = self.0.setup();
         let usable: Vec<_> =
-            self.0.keys.values().filter(|key| allowed(&key.allow, &caller).is_some()).collect();
+            setup.keys.values().filter(|key| allowed(&key.allow, &caller).is_some()).collect();
         let settled = async {
             for key in &usable {
                 key.settled(deadline).await;
@@ -62,13 +63,14 @@ impl AgentService for Service {
         };
         // All of them together may take no longer than one.
         let _ = timeout(SETTLE, settled).await;
-        Ok(Response::new(ListKeysResponse { keys: usable.into_iter().map(KeyEntry::to_proto).collect() }))
+        Ok(Response::new(ListKeysResponse { keys: usable.into_iter().map(|key| key.to_proto()).collect() }))
     }
 
     async fn get_key(&self, request: Request<GetKeyRequest>) -> Result<Response<GetKeyResponse>, Status> {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
-        let key = self.0.key(&request.get_ref().name)?;
+        let setup = self.0.setup();
+        let key = setup.key(&request.get_ref().name)?;
         if allowed(&key.allow, &caller).is_none() {
             return Err(denied(&caller, "look at", &key.name, &format!("key.{}.allow", key.name)));
         }
@@ -80,7 +82,8 @@ impl AgentService for Service {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
-        let key = self.0.key(&request.key)?;
+        let setup = self.0.setup();
+        let key = setup.key(&request.key)?;
         let id: [u8; 16] = request.request_id.as_slice().try_into().map_err(|_| {
             Status::invalid_argument("request_id must be 16 bytes, chosen at random for each request")
         })?;
@@ -171,11 +174,12 @@ impl AgentService for Service {
         request: Request<ListTokensRequest>,
     ) -> Result<Response<ListTokensResponse>, Status> {
         let caller = identity(&request)?;
-        let operator = allowed(&self.0.operators, &caller).is_some();
+        let setup = self.0.setup();
+        let operator = allowed(&setup.config.operators, &caller).is_some();
         let uses = |name: &str| {
-            self.0.keys.values().any(|key| key.is_on(name) && allowed(&key.allow, &caller).is_some())
+            setup.keys.values().any(|key| key.is_on(name) && allowed(&key.allow, &caller).is_some())
         };
-        let seen = self.0.tokens.values().filter(|token| operator || uses(&token.name));
+        let seen = setup.tokens.values().filter(|token| operator || uses(&token.name));
         Ok(Response::new(ListTokensResponse { tokens: seen.map(|token| token_to_proto(token)).collect() }))
     }
 
@@ -187,9 +191,10 @@ impl AgentService for Service {
         let deadline = deadline(request.metadata());
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let pin = pin.and_then(Pin::new);
-        let token = self.0.tokens.get(&name);
+        let setup = self.0.setup();
+        let token = setup.tokens.get(&name);
         let token = token.ok_or_else(|| Status::not_found(format!("no token {name:?} is configured")))?;
-        let rule = allowed(&self.0.operators, &caller).map(|rule| rule.name.clone());
+        let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
         let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: name.clone() };
         if entry.rule.is_none() {
             self.0.record(&entry.with("denied", "operator"), deadline).await?;

@@ -37,6 +37,48 @@ impl SwTpm {
         bail!("swtpm finds no free port")
     }
 
+    /// Starts one that left a factory: with endorsement certificates by a maker of its own.
+    pub fn manufactured(directory: &Path) -> anyhow::Result<Self> {
+        let maker = directory.join("maker");
+        std::fs::create_dir_all(&maker).context("the maker's directory")?;
+        let path = |name: &str| maker.join(name).display().to_string();
+        let authority = format!(
+            "statedir = {}\nsigningkey = {}\nissuercert = {}\ncertserial = {}\n",
+            maker.display(),
+            path("signkey.pem"),
+            path("issuercert.pem"),
+            path("certserial")
+        );
+        std::fs::write(maker.join("localca.conf"), authority)?;
+        let platform = "--platform-manufacturer Stand-in\n--platform-version 1\n--platform-model Stand-in\n";
+        std::fs::write(maker.join("localca.options"), platform)?;
+        let setup = format!(
+            "create_certs_tool = /usr/bin/swtpm_localca\ncreate_certs_tool_config = {}\n\
+             create_certs_tool_options = {}\nactive_pcr_banks = sha256\n",
+            path("localca.conf"),
+            path("localca.options")
+        );
+        std::fs::write(maker.join("setup.conf"), setup)?;
+        let mut tool = Command::new("swtpm_setup");
+        tool.args(["--tpm2", "--create-ek-cert", "--config", &path("setup.conf"), "--tpm-state"]);
+        tool.arg(format!("dir://{}", directory.display())).args(["--logfile", &path("setup.log")]);
+        let made = tool.output().context("swtpm_setup (apt: swtpm-tools)")?;
+        ensure!(made.status.success(), "swtpm_setup: {}", String::from_utf8_lossy(&made.stdout));
+        Self::create(directory)
+    }
+
+    /// The certificates of the maker of a TPM that was [`SwTpm::manufactured`], PEM.
+    pub fn maker(&self) -> anyhow::Result<PathBuf> {
+        let maker = self.directory.join("maker");
+        let mut chain = Vec::new();
+        for name in ["issuercert.pem", "swtpm-localca-rootca-cert.pem"] {
+            chain.extend(std::fs::read(maker.join(name)).context(name)?);
+        }
+        let path = maker.join("chain.pem");
+        std::fs::write(&path, chain).context("chain.pem")?;
+        Ok(path)
+    }
+
     /// Switches it on. `false`: its port is taken.
     pub fn start(&mut self) -> anyhow::Result<bool> {
         let (port, control) = (self.port, self.port + 1);

@@ -4,10 +4,13 @@ mod piv;
 mod pkcs11;
 mod tpm;
 
+pub(crate) use self::tpm::attest as tpm_attestation;
+
 use std::io;
 
 use crate::algorithm::Content;
 use crate::config::{self, PinSource};
+use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
 use crate::pin::read_pin;
 use crate::secret::Pin;
@@ -21,6 +24,8 @@ pub(crate) trait Device: Sync {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure>;
     /// Whether the device still answers. Asked when it is idle.
     fn probe(&self) -> Result<(), Failure>;
+    /// Does what an operator asks for. `touch` as in [`Signer::sign`].
+    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure>;
     /// Lets go of the device.
     fn close(self: Box<Self>);
 }
@@ -38,11 +43,6 @@ pub(crate) fn open(
     pin: Option<Pin>,
     say: Say<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
-    if spec.generate.is_some() && !matches!(spec.token.device, config::Device::Pkcs11 { .. }) {
-        let message =
-            "omsign makes keys on PKCS#11 tokens only so far; for TPMs and YubiKeys, hsm-config/ shows how";
-        return Err(refused(message.into()));
-    }
     match &spec.token.device {
         config::Device::Pkcs11 { module, select } => pkcs11::open(module, select, spec, pin, say),
         config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),

@@ -9,18 +9,30 @@ use super::read::{Reader, Section};
 use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
 use crate::listen::check_tls;
 
+/// How the operators' socket ends, beside that of callers: `agent.operator.sock`.
+const OPERATOR: &str = "operator.sock";
+
 pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Listen {
     let default = || UnixListen { path: default_socket(), mode: 0o660, group: None };
     let shutdown_timeout = Duration::from_secs(10);
     let Some(mut section) = section else {
-        return Listen { unix: Some(default()), tls: None, shutdown_timeout };
+        let operator = Some(default_socket().with_extension(OPERATOR));
+        return Listen { unix: Some(default()), operator, tls: None, shutdown_timeout };
     };
     let shutdown_timeout = section.duration(reader, "shutdown_timeout").unwrap_or(shutdown_timeout);
     let unix = section.only_table(reader, "unix").and_then(|table| unix(reader, table));
     let tls = section.only_table(reader, "tls").and_then(|table| tls(reader, table));
+    let operator = section.only_table(reader, "operator").and_then(|mut table| {
+        let path = table.path(reader, "path");
+        table.finish(reader);
+        path
+    });
     section.finish(reader);
     let unix = if unix.is_none() && tls.is_none() { Some(default()) } else { unix };
-    Listen { unix, tls, shutdown_timeout }
+    // Beside the callers' socket, if there is one.
+    let beside = || unix.as_ref().map(|unix| unix.path.with_extension(OPERATOR));
+    let operator = operator.or_else(beside);
+    Listen { unix, operator, tls, shutdown_timeout }
 }
 
 fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen> {
@@ -40,7 +52,8 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
         let (at, key) = (section.position("group"), section.path_of("group"));
         group_id(reader, at, &key, &name)
     });
-    if path.as_os_str().len() > 100 {
+    // What is bound beside it has a longer name.
+    if path.as_os_str().len() > 85 {
         let message =
             format!("{} is too long for a Unix socket (107 bytes); choose a shorter path", path.display());
         reader.mistake(section.position("path"), &section.path_of("path"), message);

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
+pub(crate) use self::objects::PIV_SLOTS;
 pub use self::tpm::Tcti;
 use crate::algorithm::Padding;
 use crate::host::wire::KeySpec;
@@ -41,10 +42,12 @@ pub struct Config {
 }
 
 /// `[listen]`
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Listen {
     /// `unix = { path, mode, group }`
     pub unix: Option<UnixListen>,
+    /// `operator = { path }`: where operators' commands over keys are taken.
+    pub operator: Option<PathBuf>,
     /// `tls = { address, certificate, private_key, client_ca }`
     pub tls: Option<TlsListen>,
     /// How long requests in flight may take to finish when the agent stops.
@@ -52,7 +55,7 @@ pub struct Listen {
 }
 
 /// A Unix socket; callers are identified by the kernel's peer credentials.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnixListen {
     /// Where the socket is made.
     pub path: PathBuf,
@@ -63,7 +66,7 @@ pub struct UnixListen {
 }
 
 /// TCP with mutual TLS; callers are identified by their certificate.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsListen {
     /// IP address and port.
     pub address: SocketAddr,
@@ -76,7 +79,7 @@ pub struct TlsListen {
 }
 
 /// `[audit]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
     /// Where `audit.jsonl` is kept.
     pub directory: PathBuf,
@@ -94,7 +97,7 @@ pub enum Durability {
 }
 
 /// `[token.NAME]`: a device and how it is opened. Sent as it is to the process that owns the device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {
     /// Which device, and how it is reached.
     pub device: Device,
@@ -201,7 +204,7 @@ pub enum PinSource {
 }
 
 /// `[key.NAME]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key {
     /// The tokens it lives on, names in [`Config::tokens`]: any of them signs.
     pub tokens: Vec<String>,
@@ -316,6 +319,19 @@ impl fmt::Display for Object {
             Self::TpmHandle(handle) => write!(f, "handle {handle:#010x}"),
             Self::TpmFile(path) => write!(f, "file {}", path.display()),
             Self::PivSlot(slot) => write!(f, "slot {slot:02x}"),
+        }
+    }
+}
+
+impl Object {
+    /// Whether this names the object that a device lists as `listed`.
+    pub(crate) fn names(&self, listed: &Self) -> bool {
+        match (self, listed) {
+            (Self::Pkcs11(wanted), Self::Pkcs11(found)) => {
+                (wanted.label.is_none() || wanted.label == found.label)
+                    && (wanted.id.is_none() || wanted.id == found.id)
+            }
+            (wanted, found) => wanted == found,
         }
     }
 }

@@ -5,7 +5,7 @@ use super::uri::Pkcs11Uri;
 use super::{Object, ObjectSelector};
 
 /// Slots that hold signing keys: authentication, signature, key management, card authentication, retired.
-const PIV_SLOTS: [std::ops::RangeInclusive<u8>; 3] = [0x9a..=0x9a, 0x9c..=0x9e, 0x82..=0x95];
+pub(crate) const PIV_SLOTS: [std::ops::RangeInclusive<u8>; 3] = [0x9a..=0x9a, 0x9c..=0x9e, 0x82..=0x95];
 
 /// The handles that an owner may make persistent (TPM 2.0 Part 2, 7.5).
 const TPM_HANDLES: std::ops::RangeInclusive<u32> = 0x8100_0000..=0x81ff_ffff;

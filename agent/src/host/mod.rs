@@ -2,6 +2,7 @@
 //! logs in once, keeps handles, and signs in N threads. Whatever it cannot heal within a session it leaves to
 //! its replacement: it answers "gone" and exits, and the agent starts another.
 
+pub(crate) mod task;
 pub(crate) mod wire;
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
-use self::wire::{Answer, Class, Failure, Opening, Sign};
+use self::wire::{Answer, Asked, Class, Failure, Opening, Request};
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
 
@@ -80,7 +81,7 @@ struct Shared<'a> {
 
 /// What comes next.
 enum Next {
-    Sign(Sign, bool),
+    Request(Request, bool),
     Idle,
 }
 
@@ -90,7 +91,7 @@ impl Shared<'_> {
     fn work(&self, mut signer: Box<dyn Signer + '_>) {
         loop {
             let (request, more) = match self.next() {
-                Ok(Next::Sign(request, more)) => (request, more),
+                Ok(Next::Request(request, more)) => (request, more),
                 Ok(Next::Idle) => match self.device.probe() {
                     Ok(()) => continue,
                     Err(failure) => self.die(&failure),
@@ -99,18 +100,30 @@ impl Shared<'_> {
                 Err(_) => return,
             };
             let started = Instant::now();
-            let (id, index) = (request.id, usize::try_from(request.key).unwrap_or(usize::MAX));
+            let id = request.id;
             let touch = |message: &str| {
-                let touch = Answer { id, touch: message.to_owned(), ..Answer::default() };
                 // When the agent is gone, the next read says so.
-                let _ = self.answer(&touch, false);
+                let _ = self.answer(&Answer::touch(id, message.to_owned()), false);
             };
-            let outcome = signer.sign(index, &request.content(), &touch);
+            let (answer, failure) = match request.asked() {
+                Ok(Asked::Sign(index, content)) => {
+                    let outcome = signer.sign(index, &content, &touch);
+                    let failure = outcome.as_ref().err().cloned();
+                    (Answer::new(id, outcome), failure)
+                }
+                Ok(Asked::Do(task)) => {
+                    let _ = self.answer(&Answer::begun(id), false);
+                    let outcome = self.device.operate(&task, &touch);
+                    let failure = outcome.as_ref().err().cloned();
+                    (Answer::done(id, outcome), failure)
+                }
+                // The agent is of the same build: this is no request of its.
+                Err(_) => return,
+            };
             // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
-            let last = |failure: &&Failure| matches!(failure.class, Class::Gone | Class::Locked);
-            let last = outcome.as_ref().err().filter(last).cloned();
+            let last = failure.filter(|failure| matches!(failure.class, Class::Gone | Class::Locked));
             let hold = more && last.is_none() && started.elapsed() < QUICK;
-            if self.answer(&Answer::new(id, outcome), hold).is_err() {
+            if self.answer(&answer, hold).is_err() {
                 return;
             }
             if let Some(failure) = last {
@@ -132,7 +145,7 @@ impl Shared<'_> {
             Err(error) => return Err(error),
         }
         let request = wire::decode(&wire::read(&mut *reader)?)?;
-        Ok(Next::Sign(request, !reader.buffer().is_empty()))
+        Ok(Next::Request(request, !reader.buffer().is_empty()))
     }
 
     fn answer(&self, answer: &Answer, hold: bool) -> io::Result<()> {

@@ -7,7 +7,8 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-use crate::algorithm::{Algorithm, Content, KeyType, Padding};
+use super::task::{Done, Task};
+use crate::algorithm::{Algorithm, Content, Padding};
 use crate::config;
 use crate::spki::SpkiDer;
 
@@ -30,18 +31,16 @@ pub(crate) struct Open {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct OpenSpec {
     pub(crate) token: config::Token,
-    /// [`Sign::key`] is an index into it.
+    /// [`Request::key`] is an index into it.
     pub(crate) keys: Vec<KeySpec>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
-    /// Make the only key of `keys` before it is looked for.
-    pub(crate) generate: Option<KeyType>,
     /// Only look, for `doctor`: no login, no keys.
     pub(crate) survey: bool,
 }
 
 /// A key to find.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct KeySpec {
     pub(crate) name: String,
     pub(crate) object: config::Object,
@@ -118,74 +117,116 @@ pub(crate) enum Class {
     Busy = 3,
 }
 
-/// To the host: sign this.
+/// To the host: sign this, or do a task.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Sign {
+pub(crate) struct Request {
     #[prost(uint64, tag = "1")]
     pub(crate) id: u64,
     /// Index into [`OpenSpec::keys`].
     #[prost(uint32, tag = "2")]
-    pub(crate) key: u32,
+    key: u32,
     #[prost(bytes = "vec", tag = "3")]
-    pub(crate) bytes: Vec<u8>,
+    bytes: Vec<u8>,
     /// Whether they are a message rather than a digest.
     #[prost(bool, tag = "4")]
-    pub(crate) message: bool,
+    message: bool,
+    /// A [`Task`] as JSON; the rest is empty then.
+    #[prost(string, tag = "5")]
+    task: String,
 }
 
-impl Sign {
-    /// The request `id` for the key of this index.
-    pub(crate) fn new(id: u64, key: usize, content: Content) -> Self {
-        let key = u32::try_from(key).unwrap_or(u32::MAX);
-        match content {
-            Content::Digest(bytes) => Self { id, key, bytes, message: false },
-            Content::Message(bytes) => Self { id, key, bytes, message: true },
+/// What a token is asked for.
+pub(crate) enum Asked {
+    /// A signature by the key of this index.
+    Sign(usize, Content),
+    /// Something else, by an operator.
+    Do(Task),
+}
+
+impl Request {
+    /// The request `id`.
+    pub(crate) fn new(id: u64, asked: Asked) -> Self {
+        match asked {
+            Asked::Sign(key, content) => {
+                let key = u32::try_from(key).unwrap_or(u32::MAX);
+                let (bytes, message) = match content {
+                    Content::Digest(bytes) => (bytes, false),
+                    Content::Message(bytes) => (bytes, true),
+                };
+                Self { id, key, bytes, message, task: String::new() }
+            }
+            Asked::Do(task) => {
+                let task = serde_json::to_string(&task).expect("tasks are plain data");
+                Self { id, task, ..Self::default() }
+            }
         }
     }
 
-    /// What is to be signed.
-    pub(crate) fn content(self) -> Content {
-        if self.message { Content::Message(self.bytes) } else { Content::Digest(self.bytes) }
+    /// What is asked for.
+    pub(crate) fn asked(self) -> io::Result<Asked> {
+        if !self.task.is_empty() {
+            return Ok(Asked::Do(serde_json::from_str(&self.task)?));
+        }
+        let content = if self.message { Content::Message(self.bytes) } else { Content::Digest(self.bytes) };
+        Ok(Asked::Sign(usize::try_from(self.key).unwrap_or(usize::MAX), content))
     }
 }
 
-/// From the host: the answer to the [`Sign`] of the same id.
+/// From the host: the answer to the [`Request`] of the same id.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Answer {
     #[prost(uint64, tag = "1")]
     pub(crate) id: u64,
-    /// DER; empty on failure.
+    /// The signature, or a [`Done`] as JSON; empty on failure.
     #[prost(bytes = "vec", tag = "2")]
-    pub(crate) signature: Vec<u8>,
+    result: Vec<u8>,
     #[prost(enumeration = "Class", tag = "3")]
-    pub(crate) class: i32,
+    class: i32,
     #[prost(string, tag = "4")]
     pub(crate) message: String,
     /// Not the answer yet: the device waits for a touch, and this says which.
     #[prost(string, tag = "5")]
     pub(crate) touch: String,
+    /// Not the answer yet: the task has begun, and may take long.
+    #[prost(bool, tag = "6")]
+    pub(crate) begun: bool,
 }
 
 impl Answer {
     /// The answer to the request `id`.
     pub(crate) fn new(id: u64, outcome: Result<Vec<u8>, Failure>) -> Self {
         match outcome {
-            Ok(signature) => Self { id, signature, ..Self::default() },
+            Ok(result) => Self { id, result, ..Self::default() },
             Err(failure) => {
                 Self { id, class: failure.class as i32, message: failure.message, ..Self::default() }
             }
         }
     }
 
-    /// Whether a PIN was refused.
-    pub(crate) fn locks(&self) -> bool {
-        self.signature.is_empty() && self.touch.is_empty() && self.class() == Class::Locked
+    /// The answer to a task.
+    pub(crate) fn done(id: u64, outcome: Result<Done, Failure>) -> Self {
+        Self::new(id, outcome.map(|done| serde_json::to_vec(&done).expect("answers are plain data")))
     }
 
-    /// Signature or failure.
+    /// The request `id` waits for a touch.
+    pub(crate) fn touch(id: u64, touch: String) -> Self {
+        Self { id, touch, ..Self::default() }
+    }
+
+    /// The task `id` has begun.
+    pub(crate) fn begun(id: u64) -> Self {
+        Self { id, begun: true, ..Self::default() }
+    }
+
+    /// Whether a PIN was refused.
+    pub(crate) fn locks(&self) -> bool {
+        self.result.is_empty() && self.touch.is_empty() && !self.begun && self.class() == Class::Locked
+    }
+
+    /// What was asked for, or the failure.
     pub(crate) fn outcome(self) -> Result<Vec<u8>, Failure> {
-        if !self.signature.is_empty() {
-            return Ok(self.signature);
+        if !self.result.is_empty() {
+            return Ok(self.result);
         }
         Err(Failure { class: self.class(), message: self.message })
     }

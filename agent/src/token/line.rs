@@ -10,9 +10,8 @@ use tokio::time::Instant;
 
 use super::Place;
 use super::touch::TouchCommand;
-use crate::algorithm::Content;
 use crate::config;
-use crate::host::wire::{Answer, Failure, Opened, Sign};
+use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
 use crate::replay::{Step, Tell};
 
 /// Requests a session may have before it: enough that it never waits for the next one.
@@ -21,6 +20,9 @@ const AHEAD: usize = 4;
 /// How long a device waits for a finger; YubiKeys take 15 s.
 const TOUCH: Duration = Duration::from_secs(16);
 
+/// How long an operator's task may take: YubiKeys and TPMs need minutes for some RSA keys.
+const TASK: Duration = Duration::from_secs(300);
+
 type Outcome = Result<Vec<u8>, Failure>;
 
 /// The line to a token's process.
@@ -28,7 +30,7 @@ pub(super) struct Host {
     pub(super) opened: Opened,
     /// Requests that may be with the process at once. Closed when the process is being replaced.
     pub(super) window: Arc<Semaphore>,
-    requests: mpsc::UnboundedSender<Sign>,
+    requests: mpsc::UnboundedSender<Request>,
     pending: Mutex<Pending>,
     touch_command: TouchCommand,
     next_id: AtomicU64,
@@ -38,6 +40,8 @@ pub(super) struct Host {
 struct Pending {
     waiting: HashMap<u64, Waiting>,
     last_answer: Option<Instant>,
+    /// When a request ended that the device was busy with.
+    free_since: Option<Instant>,
     /// Why the process ended. Nothing is sent after that.
     ended: Option<String>,
 }
@@ -47,6 +51,8 @@ struct Waiting {
     done: oneshot::Sender<Result<Outcome, String>>,
     tell: Tell,
     sent: Instant,
+    /// It takes its time: somebody has to touch the device, or an operator's task.
+    busy_until: Option<Instant>,
     /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
     /// pile up work without bound.
     _held: Held,
@@ -58,9 +64,26 @@ pub(super) struct Held {
     pub(super) _place: Place,
 }
 
+impl Pending {
+    /// The device is busy with this request, for this long at most; everybody else waits behind it.
+    fn allow(&mut self, id: u64, busy: Duration) {
+        if let Some(waiting) = self.waiting.get_mut(&id) {
+            waiting.busy_until = Some(Instant::now() + busy);
+        }
+    }
+
+    fn take(&mut self, id: u64) -> Option<Waiting> {
+        let waiting = self.waiting.remove(&id)?;
+        if waiting.busy_until.is_some() {
+            self.free_since = Some(Instant::now());
+        }
+        Some(waiting)
+    }
+}
+
 impl Host {
     /// The line to a process that has opened its device, and the end of it that the process is fed from.
-    pub(super) fn new(opened: Opened, token: &config::Token) -> (Self, mpsc::UnboundedReceiver<Sign>) {
+    pub(super) fn new(opened: Opened, token: &config::Token) -> (Self, mpsc::UnboundedReceiver<Request>) {
         let (requests, inbox) = mpsc::unbounded_channel();
         let host = Self {
             window: Arc::new(Semaphore::new(opened.sessions * AHEAD)),
@@ -73,14 +96,8 @@ impl Host {
         (host, inbox)
     }
 
-    /// Has the process sign. The outer error says why the process was replaced before it answered.
-    pub(super) async fn sign(
-        &self,
-        key: usize,
-        content: Content,
-        tell: &Tell,
-        held: Held,
-    ) -> Result<Outcome, String> {
+    /// Has the process do it. The outer error says why the process was replaced before it answered.
+    pub(super) async fn ask(&self, asked: Asked, tell: &Tell, held: Held) -> Result<Outcome, String> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (done, outcome) = oneshot::channel();
         {
@@ -88,12 +105,11 @@ impl Host {
             if let Some(reason) = &pending.ended {
                 return Err(reason.clone());
             }
-            pending
-                .waiting
-                .insert(id, Waiting { done, tell: tell.clone(), sent: Instant::now(), _held: held });
+            let (tell, sent) = (tell.clone(), Instant::now());
+            pending.waiting.insert(id, Waiting { done, tell, sent, busy_until: None, _held: held });
         }
         // The window bounds how many there can be.
-        let _ = self.requests.send(Sign::new(id, key, content));
+        let _ = self.requests.send(Request::new(id, asked));
         outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
     }
 
@@ -115,7 +131,7 @@ impl Host {
         let mut pending = self.pending();
         let wanted = pending.waiting.get(&id).is_some_and(|waiting| !waiting.done.is_closed());
         if !wanted {
-            pending.waiting.remove(&id);
+            pending.take(id);
         }
         wanted
     }
@@ -133,10 +149,14 @@ impl Host {
     pub(super) fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         pending.last_answer = Some(Instant::now());
+        if answer.begun {
+            pending.allow(answer.id, TASK);
+            return;
+        }
         if !answer.touch.is_empty() {
+            // A person gets the time that the device gives them, before anybody calls it a hang.
+            pending.allow(answer.id, TOUCH);
             if let Some(waiting) = pending.waiting.get_mut(&answer.id) {
-                // A person gets the time that the device gives them, before anybody calls it a hang.
-                waiting.sent = Instant::now() + TOUCH;
                 let over = waiting.done.is_closed();
                 waiting.tell.send_if_modified(|step| {
                     let tells = !over && !matches!(step, Step::Done(_));
@@ -146,11 +166,10 @@ impl Host {
                     tells
                 });
             }
-            pending.last_answer = Some(Instant::now() + TOUCH);
             self.touch_command.run(answer.touch);
             return;
         }
-        let waiting = pending.waiting.remove(&answer.id);
+        let waiting = pending.take(answer.id);
         drop(pending);
         if let Some(waiting) = waiting {
             // The caller may have given up at its deadline.
@@ -163,7 +182,15 @@ impl Host {
     /// everything when nothing at all was answered for one.
     pub(super) fn hangs(&self, limit: Duration) -> bool {
         let pending = self.pending();
-        let Some(oldest) = pending.waiting.values().map(|waiting| waiting.sent).min() else { return false };
+        let now = Instant::now();
+        if pending.waiting.values().any(|waiting| waiting.busy_until.is_some_and(|until| until > now)) {
+            return false;
+        }
+        let sent = pending.waiting.values().map(|waiting| waiting.sent);
+        let Some(oldest) = sent.map(|sent| pending.free_since.map_or(sent, |free| free.max(sent))).min()
+        else {
+            return false;
+        };
         let ahead = u32::try_from(AHEAD).unwrap_or(u32::MAX);
         let quiet_since = pending.last_answer.map_or(oldest, |last| last.max(oldest));
         quiet_since.elapsed() > limit || oldest.elapsed() > limit.saturating_mul(ahead)

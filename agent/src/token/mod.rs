@@ -7,18 +7,23 @@ mod supervise;
 mod touch;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
 use self::line::{Held, Host};
-pub(crate) use self::process::{generate, survey};
+pub(crate) use self::process::survey;
 use crate::algorithm::Content;
 use crate::config;
-use crate::host::wire::{Class, KeySpec, Opened, PublicKey};
+use crate::host::task::{Done, Task};
+use crate::host::wire::{Asked, Class, Failure, KeySpec, Opened, PublicKey};
 use crate::replay::Tell;
 use crate::secret::Pin;
+
+/// How long requests that have begun keep a token open that a new configuration does not have.
+const LAST_REQUESTS: Duration = Duration::from_secs(20);
 
 /// Why a token did not sign, by what the caller can do.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -77,6 +82,8 @@ pub struct Token {
     last_opened: watch::Sender<Option<Opened>>,
     commands: mpsc::Sender<Command>,
     waiting: Arc<AtomicUsize>,
+    /// It was closed, and stays so.
+    over: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -93,12 +100,20 @@ type Unlocked = oneshot::Sender<Result<(), TokenError>>;
 /// What the supervisor can be told.
 enum Command {
     Unlock(Option<Pin>, Unlocked),
+    /// Keys were made or deleted.
+    LookAgain,
     Stop(oneshot::Sender<()>),
 }
 
 impl Token {
     /// Starts the token's supervisor, which starts its process. Returns at once.
-    pub(crate) fn start(name: &str, config: config::Token, keys: Vec<KeySpec>) -> Arc<Self> {
+    /// A token that it takes the place of is closed first: a device belongs to one process.
+    pub(crate) fn start(
+        name: &str,
+        config: config::Token,
+        keys: Vec<KeySpec>,
+        before: Option<Arc<Self>>,
+    ) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
             name: name.to_owned(),
@@ -108,8 +123,15 @@ impl Token {
             last_opened: watch::Sender::new(None),
             commands,
             waiting: Arc::default(),
+            over: AtomicBool::new(false),
         });
-        tokio::spawn(supervise::supervise(Arc::clone(&token), inbox));
+        let supervised = Arc::clone(&token);
+        tokio::spawn(async move {
+            if let Some(before) = before {
+                before.close().await;
+            }
+            supervise::supervise(supervised, inbox).await;
+        });
         token
     }
 
@@ -134,15 +156,8 @@ impl Token {
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
                 None => return Err(TokenError::Refused("no such key".into())),
             };
-            // A closed window means that this process is being replaced: wait for the next one.
-            let turn = timeout_at(deadline, Arc::clone(&host.window).acquire_owned());
-            let Ok(turn) = turn.await.map_err(|_| TokenError::Deadline)? else {
-                self.replaced(&host, deadline).await?;
-                continue;
-            };
-            let held = Held { _turn: turn, _place: place };
-            let answer = timeout_at(deadline, host.sign(key, content.clone(), tell, held)).await;
-            let answer = answer.map_err(|_| TokenError::Deadline)?;
+            let asked = Asked::Sign(key, content.clone());
+            let Some(answer) = self.ask(&host, asked, tell, place, deadline).await? else { continue };
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),
                 Ok(Err(failure)) => failure,
@@ -157,6 +172,46 @@ impl Token {
         }
     }
 
+    /// Does what an operator asks for. Not tried again: what a device did before it failed, nobody knows.
+    pub(crate) async fn operate(
+        &self,
+        task: Task,
+        tell: &Tell,
+        deadline: Instant,
+    ) -> Result<Done, TokenError> {
+        let place = self.queue()?;
+        let host = self.ready(deadline).await?;
+        let answer = self.ask(&host, Asked::Do(task), tell, place, deadline).await?;
+        match answer {
+            Some(Ok(Ok(done))) => {
+                serde_json::from_slice(&done).map_err(|error| TokenError::Unavailable(error.to_string()))
+            }
+            Some(Ok(Err(failure))) => Err(failure.into()),
+            Some(Err(killed)) => Err(TokenError::Unavailable(killed)),
+            None => Err(TokenError::Unavailable("it is being replaced".into())),
+        }
+    }
+
+    /// Has the process do it once it has room. None: this process is being replaced; ask the next one.
+    async fn ask(
+        &self,
+        host: &Arc<Host>,
+        asked: Asked,
+        tell: &Tell,
+        place: Place,
+        deadline: Instant,
+    ) -> Result<Option<Result<Result<Vec<u8>, Failure>, String>>, TokenError> {
+        // A closed window means that it is being replaced.
+        let turn = timeout_at(deadline, Arc::clone(&host.window).acquire_owned());
+        let Ok(turn) = turn.await.map_err(|_| TokenError::Deadline)? else {
+            self.replaced(host, deadline).await?;
+            return Ok(None);
+        };
+        let held = Held { _turn: turn, _place: place };
+        let answer = timeout_at(deadline, host.ask(asked, tell, held)).await;
+        answer.map(Some).map_err(|_| TokenError::Deadline)
+    }
+
     /// Logs in again: with this PIN, or with the configured source read anew.
     pub async fn unlock(&self, pin: Option<Pin>, deadline: Instant) -> Result<(), TokenError> {
         let (done, outcome) = oneshot::channel();
@@ -166,12 +221,39 @@ impl Token {
         timeout_at(deadline, outcome).await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?
     }
 
+    /// Has the keys found anew, unless that would need a person to give the PIN again.
+    pub(crate) async fn look_again(&self) {
+        // A supervisor that ended looks at nothing any more.
+        let _ = self.commands.send(Command::LookAgain).await;
+    }
+
+    /// Whether it is what this configuration asks for.
+    pub(crate) fn is_for(&self, config: &config::Token, keys: &[KeySpec]) -> bool {
+        self.config == *config && self.keys == keys
+    }
+
+    /// Closes the device once the requests that have begun are answered, or have had their time.
+    pub(crate) async fn close(&self) {
+        let deadline = Instant::now() + LAST_REQUESTS;
+        while self.waiting.load(Ordering::Relaxed) > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.stop().await;
+    }
+
+    /// Whether it was closed.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
     /// Closes the device. Requests in flight should have ended.
     pub async fn stop(&self) {
         let (done, stopped) = oneshot::channel();
         if self.commands.send(Command::Stop(done)).await.is_ok() {
             let _ = stopped.await;
         }
+        self.over.store(true, Ordering::Relaxed);
+        self.state.send_replace(Status::Down("it was closed".into()));
     }
 
     /// What it is doing.

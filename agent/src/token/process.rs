@@ -16,9 +16,8 @@ use zeroize::Zeroizing;
 
 use super::line::Host;
 use super::{Command, Token, TokenError, Unlocked};
-use crate::algorithm::KeyType;
 use crate::config;
-use crate::host::wire::{self, Answer, Class, Failure, KeySpec, OpenSpec, Opening, PublicKey, Sign, Survey};
+use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opening, Request, Survey};
 use crate::secret::Pin;
 
 /// How long a process may take to close its device when it is told to.
@@ -47,7 +46,7 @@ pub(super) struct Launch<'a> {
 pub(super) struct Process {
     child: Child,
     socket: UnixStream,
-    requests: mpsc::UnboundedReceiver<Sign>,
+    requests: mpsc::UnboundedReceiver<Request>,
     timeout: Duration,
 }
 
@@ -58,7 +57,6 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         token: token.config.clone(),
         keys: token.keys.clone(),
         by_operator: launch.by_operator,
-        generate: None,
         survey: false,
     };
     let (child, socket, opening) = start(&token.name, &spec, launch.pin).await?;
@@ -76,32 +74,9 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
 
 /// Has a process of its own look at a module without logging in.
 pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
-    let spec =
-        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, generate: None, survey: true };
+    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, survey: true };
     match start(name, &spec, None).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
-        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
-        Ok(_) => Err("its process did what was not asked".into()),
-    }
-}
-
-/// Has a process of its own make a key, and check it as every key is checked.
-pub(crate) async fn generate(
-    name: &str,
-    token: &config::Token,
-    key: KeySpec,
-    key_type: KeyType,
-    pin: Option<Pin>,
-) -> Result<PublicKey, String> {
-    let (token, generate) = (token.clone(), Some(key_type));
-    let spec = OpenSpec { token, keys: vec![key], by_operator: true, generate, survey: false };
-    match start(name, &spec, pin).await {
-        Ok((mut child, socket, Opening::Opened(opened))) => {
-            // End of file tells it to close the device.
-            drop(socket);
-            let _ = timeout(GRACE, child.wait()).await;
-            opened.keys.into_iter().next().unwrap_or_else(|| Err("the device did not answer".into()))
-        }
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
         Ok(_) => Err("its process did what was not asked".into()),
     }
@@ -228,6 +203,12 @@ impl Process {
                     Some(Command::Unlock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
+                    // What an operator typed is not ours to offer again.
+                    Some(Command::LookAgain) if look_again.is_none() => {}
+                    Some(Command::LookAgain) => {
+                        idle(host).await;
+                        return End::LookAgain;
+                    }
                     Some(Command::Stop(stopped)) => return End::Stop(stopped),
                     None => return End::Stop(oneshot::channel().0),
                 }
@@ -267,6 +248,16 @@ impl Process {
         }
         let _ = timeout(GRACE, self.child.kill()).await;
     }
+}
+
+/// Waits until nobody waits for this process, or for the longest that they may be kept from the new keys.
+async fn idle(host: &Host) {
+    let idle = async {
+        while !host.is_idle() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let _ = timeout(GRACE, idle).await;
 }
 
 fn ended(result: &io::Result<()>) -> String {

@@ -122,7 +122,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             Some(wake)
         };
         match command_or_wake(&mut commands, wake).await {
-            None => {}
+            None | Some(Command::LookAgain) => {}
             Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
             Some(Command::Stop(stopped)) => {
                 let _ = stopped.send(());
@@ -146,6 +146,8 @@ async fn command_or_wake(commands: &mut mpsc::Receiver<Command>, wake: Option<In
             command = commands.recv() => match command {
                 // Nobody waits for this one any more: no PIN try is spent for them.
                 Some(Command::Unlock(_, unlocked)) if unlocked.is_closed() => {}
+                // It is not open, and will be looked at when it is.
+                Some(Command::LookAgain) => {}
                 Some(command) => return Some(command),
                 None => return Some(Command::Stop(oneshot::channel().0)),
             },

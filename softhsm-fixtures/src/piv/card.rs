@@ -13,6 +13,7 @@ use super::apdu::{
     WRONG_LENGTH, halves, split, template,
 };
 use super::keys::{self, Slot};
+use super::objects::{self, ADMIN, PRINTED};
 use super::secret::Secret;
 use super::tlv::{parse, tlv, value};
 
@@ -63,7 +64,7 @@ impl Card {
         let certificate = keys::attestation_ca(&attestation)?;
         let certificate = [tlv(&[0x70], &certificate), tlv(&[0x71], &[0]), tlv(&[0xfe], &[])].concat();
         objects.insert(vec![0x5f, 0xff, 1], certificate);
-        objects.insert(vec![0x5f, 0xc1, 2], card_holder()?);
+        objects.insert(vec![0x5f, 0xc1, 2], objects::card_holder()?);
         Ok(Self {
             serial,
             slots: BTreeMap::new(),
@@ -74,6 +75,14 @@ impl Card {
             attestation,
             session: Session::default(),
         })
+    }
+
+    /// Takes a random management key, which it keeps for whoever knows the PIN.
+    pub(super) fn protect_management_key(&mut self) -> Result<(), ErrorStack> {
+        rand_bytes(&mut self.management_key)?;
+        self.objects.insert(PRINTED.to_vec(), objects::protected(&self.management_key));
+        self.objects.insert(ADMIN.to_vec(), objects::admin());
+        Ok(())
     }
 
     /// Power off, or a reset.
@@ -210,6 +219,9 @@ impl Card {
                 &[0x7e],
                 &[&tlv(&[0x4f], &[PIV, &[0, 0, 0x10, 0, 1, 0]].concat())[..], &policy].concat(),
             ));
+        }
+        if name == PRINTED && !self.session.verified {
+            return Err(NOT_SATISFIED);
         }
         self.objects.get(&name).map(|object| tlv(&[0x53], object)).ok_or(NOT_FOUND)
     }
@@ -372,16 +384,4 @@ impl Slot {
         };
         Self { key, pin_policy, touch_policy: asked(0xab).max(1), imported }
     }
-}
-
-/// The card holder unique identifier, which OpenSC asks for: FASC-N, a random GUID, expiry, no signature.
-fn card_holder() -> Result<Vec<u8>, ErrorStack> {
-    let fasc_n = [
-        0xd4, 0xe7, 0x39, 0xda, 0x73, 0x9c, 0xed, 0x39, 0xce, 0x73, 0x9d, 0x83, 0x68, 0x58, 0x21, 0x08, 0x42,
-        0x10, 0x84, 0x21, 0xc8, 0x42, 0x10, 0xc3, 0xeb,
-    ];
-    let mut guid = [0; 16];
-    rand_bytes(&mut guid)?;
-    let fields = [(0x30, &fasc_n[..]), (0x34, &guid), (0x35, b"20400101"), (0x3e, &[]), (0xfe, &[])];
-    Ok(fields.iter().flat_map(|(tag, content)| tlv(&[*tag], content)).collect())
 }

@@ -3,6 +3,7 @@
 mod apdu;
 mod card;
 mod keys;
+mod objects;
 mod secret;
 mod tlv;
 
@@ -162,9 +163,20 @@ impl VirtualPiv {
         self.tool(&["-a", "import-certificate", "-s", slot, "-i", &path]).map(drop)
     }
 
+    /// The certificate of the key that signs its attestations, which stands in for Yubico's; PEM.
+    pub fn attestation_root(&self) -> anyhow::Result<Vec<u8>> {
+        self.tool(&["-a", "read-certificate", "-s", "f9"])
+    }
+
     /// Changes the factory's PIN to [`PIN`].
     pub fn change_pin(&self) -> anyhow::Result<()> {
         self.tool(&["-a", "change-pin", "-P", "123456", "-N", PIN]).map(drop)
+    }
+
+    /// Changes the factory's management key to a random one that the card keeps behind its PIN, as `ykman piv access
+    /// change-management-key --generate --protect` does.
+    pub fn protect_management_key(&self) -> anyhow::Result<()> {
+        self.inside.card().protect_management_key().context("OpenSSL")
     }
 
     /// How many wrong PINs the card would still take.

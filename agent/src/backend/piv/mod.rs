@@ -3,6 +3,7 @@
 
 mod errors;
 mod keys;
+mod life;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use self::errors::{classify, holder};
 use self::keys::Key;
 use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
+use crate::host::task::{Done, Task};
 use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
@@ -183,6 +185,11 @@ impl Card {
         }
     }
 
+    /// What whoever waits is told.
+    fn touch_me(&self) -> String {
+        format!("touch your YubiKey (serial {})", self.serial)
+    }
+
     /// Whether the next signature of this key needs a finger.
     fn waits_for_touch(&self, key: &Key) -> bool {
         match key.touch {
@@ -210,6 +217,11 @@ impl Device for OpenPiv {
         }
     }
 
+    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+        let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
+        life::operate(&mut card, task, touch)
+    }
+
     fn close(self: Box<Self>) {}
 }
 
@@ -223,7 +235,7 @@ impl Signer for Thread<'_> {
         let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
         let waits = card.waits_for_touch(key);
         if waits {
-            touch(&format!("touch your YubiKey (serial {})", card.serial));
+            touch(&card.touch_me());
         }
         let signature = card.sign(key, &input)?;
         if !key.spki.verifies_content(key.algorithm, content, &signature) {

@@ -53,7 +53,16 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             | RvError::MechanismParamInvalid
             | RvError::AttributeTypeInvalid
             | RvError::AttributeValueInvalid
-            | RvError::AttributeSensitive => Class::Refused,
+            | RvError::AttributeSensitive
+            | RvError::AttributeReadOnly
+            | RvError::TemplateIncomplete
+            | RvError::TemplateInconsistent
+            | RvError::CurveNotSupported
+            | RvError::DomainParamsInvalid
+            | RvError::FunctionNotSupported
+            | RvError::ActionProhibited
+            | RvError::TokenWriteProtected
+            | RvError::SessionReadOnly => Class::Refused,
             _ => Class::Gone,
         },
         _ => Class::Gone,

@@ -9,10 +9,15 @@ use super::errors::classify;
 use super::objects::find;
 use crate::algorithm::KeyType;
 use crate::config::Object;
+use crate::host::task::Template;
 use crate::host::wire::{Failure, KeySpec};
 
 /// Makes the key that the configuration names. One that is there already stays.
-pub(super) fn generate(session: &Session, key: &KeySpec, key_type: KeyType) -> Result<(), Failure> {
+pub(super) fn generate(session: &Session, key: &KeySpec, template: &Template) -> Result<(), Failure> {
+    if template.no_da || template.pin_policy.is_some() || template.touch_policy.is_some() {
+        return Err(refused("a PKCS#11 token takes only --type; its own tools set the rest".into()));
+    }
+    let key_type = template.key_type;
     let Object::Pkcs11(wanted) = &key.object else { return Err(refused("not an object of a token".into())) };
     for class in [ObjectClass::PRIVATE_KEY, ObjectClass::PUBLIC_KEY] {
         if !find(session, class, wanted)?.is_empty() {

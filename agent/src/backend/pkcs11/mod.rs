@@ -2,6 +2,7 @@
 
 mod errors;
 mod generate;
+mod life;
 mod login;
 mod objects;
 
@@ -19,6 +20,7 @@ use self::objects::Found;
 use super::{Device, Say, gone, refused};
 use crate::algorithm::{Algorithm, Content};
 use crate::config::{Object, ObjectSelector, TokenSelector};
+use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
 
@@ -64,12 +66,6 @@ pub(super) fn open(
     }
     let sessions = spec.token.sessions.min(limit);
     let again = Again::new(login::log_in(&anchor, &info, spec, pin, say)?);
-    if let (Some(key_type), Some(key)) = (spec.generate, spec.keys.first()) {
-        // The login is the token's, not the session's: this one may write.
-        let session =
-            pkcs11.open_rw_session(slot).map_err(|error| classify("open a session to write", &error))?;
-        generate::generate(&session, key, key_type)?;
-    }
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
@@ -139,6 +135,10 @@ impl Device for OpenToken {
     fn probe(&self) -> Result<(), Failure> {
         let asked = self.pkcs11.get_token_info(self.slot);
         asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
+    }
+
+    fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
+        life::operate(self, task)
     }
 
     /// Logs out and finalizes the module.

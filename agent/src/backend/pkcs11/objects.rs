@@ -39,7 +39,7 @@ pub(super) fn find_key(
         &[AttributeType::KeyType, AttributeType::Sign, AttributeType::AlwaysAuthenticate, AttributeType::Id],
     )?;
     let mut details = Details::default();
-    attributes.into_iter().for_each(|attribute| details.take(attribute));
+    details.take_all(attributes);
     let Some(kind) = details.key_type.and_then(Kind::of) else {
         let found = details.key_type.map_or("unknown".to_owned(), |found| found.to_string());
         let message = format!(
@@ -53,9 +53,7 @@ pub(super) fn find_key(
     let again = (details.always_authenticate == Some(true)).then_some(again);
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.
-    read(session, private, kind.public_attributes())?
-        .into_iter()
-        .for_each(|attribute| details.take(attribute));
+    details.take_all(read(session, private, kind.public_attributes())?);
     candidates.extend(details.spki(kind));
     let mut reasons = Vec::new();
     for candidate in candidates {
@@ -114,17 +112,22 @@ pub(super) fn find(
     session.find_objects(&template).map_err(|error| classify("find objects", &error))
 }
 
-fn read(session: &Session, object: ObjectHandle, types: &[AttributeType]) -> Result<Vec<Attribute>, Failure> {
+pub(super) fn read(
+    session: &Session,
+    object: ObjectHandle,
+    types: &[AttributeType],
+) -> Result<Vec<Attribute>, Failure> {
     session.get_attributes(object, types).map_err(|error| classify("read attributes", &error))
 }
 
-/// What is known of a private key.
+/// What is known of an object.
 #[derive(Default)]
-struct Details {
-    key_type: Option<KeyType>,
-    sign: Option<bool>,
-    always_authenticate: Option<bool>,
-    id: Option<Vec<u8>>,
+pub(super) struct Details {
+    pub(super) key_type: Option<KeyType>,
+    pub(super) sign: Option<bool>,
+    pub(super) always_authenticate: Option<bool>,
+    pub(super) id: Option<Vec<u8>>,
+    pub(super) label: Option<Vec<u8>>,
     ec_params: Option<Vec<u8>>,
     ec_point: Option<Vec<u8>>,
     modulus: Option<Vec<u8>>,
@@ -134,14 +137,14 @@ struct Details {
 
 /// The kinds of keys that sign.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Ec,
     Edwards,
     Rsa,
 }
 
 impl Kind {
-    fn of(key_type: KeyType) -> Option<Self> {
+    pub(super) fn of(key_type: KeyType) -> Option<Self> {
         match key_type {
             KeyType::EC => Some(Self::Ec),
             KeyType::EC_EDWARDS => Some(Self::Edwards),
@@ -160,11 +163,17 @@ impl Kind {
 }
 
 impl Details {
+    /// Takes over what is known of an object.
+    pub(super) fn take_all(&mut self, attributes: Vec<Attribute>) {
+        attributes.into_iter().for_each(|attribute| self.take(attribute));
+    }
+
     fn take(&mut self, attribute: Attribute) {
         match attribute {
             Attribute::KeyType(value) => self.key_type = Some(value),
             Attribute::Sign(value) => self.sign = Some(value),
             Attribute::AlwaysAuthenticate(value) => self.always_authenticate = Some(value),
+            Attribute::Label(value) if !value.is_empty() => self.label = Some(value),
             Attribute::Id(value) if !value.is_empty() => self.id = Some(value),
             Attribute::EcParams(value) if !value.is_empty() => self.ec_params = Some(value),
             Attribute::EcPoint(value) if !value.is_empty() => self.ec_point = Some(value),
@@ -176,7 +185,7 @@ impl Details {
     }
 
     /// The public half, if the object shows one; or what is wrong with it.
-    fn spki(&self, kind: Kind) -> Option<Result<SpkiDer, String>> {
+    pub(super) fn spki(&self, kind: Kind) -> Option<Result<SpkiDer, String>> {
         let spki = match kind {
             Kind::Ec => {
                 let point = self.ec_point.as_ref()?;
@@ -204,12 +213,12 @@ fn public_halves(
     for public in find(session, ObjectClass::PUBLIC_KEY, wanted)? {
         let mut details = Details::default();
         let attributes = read(session, public, kind.public_attributes())?;
-        attributes.into_iter().for_each(|attribute| details.take(attribute));
+        details.take_all(attributes);
         found.extend(details.spki(kind));
     }
     for certificate in find(session, ObjectClass::CERTIFICATE, wanted)? {
         let mut details = Details::default();
-        read(session, certificate, &[AttributeType::Value])?.into_iter().for_each(|a| details.take(a));
+        details.take_all(read(session, certificate, &[AttributeType::Value])?);
         if let Some(der) = details.value {
             found.push(from_certificate(&der));
         }

@@ -4,15 +4,18 @@
 use std::path::Path;
 
 use der::asn1::{Any, ObjectIdentifier, OctetString};
-use der::{Decode as _, Sequence, Tag, Tagged as _, pem};
+use der::{Decode as _, Encode as _, Sequence, Tag, Tagged as _, pem};
 use tss_esapi::structures::{Private, Public};
-use tss_esapi::traits::UnMarshall as _;
+use tss_esapi::traits::{Marshall as _, UnMarshall as _};
 
 use super::super::refused;
+use super::keys::OWNER;
 use crate::host::wire::Failure;
 
 /// `id-loadablekey`: TPM2_Load takes it below its parent.
 const LOADABLE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.23.133.10.1.3");
+
+const LABEL: &str = "TSS2 PRIVATE KEY";
 
 /// `TPMKey` (the ASN.1 specification for TPM 2.0 key files, section 3.1).
 #[derive(Sequence)]
@@ -51,8 +54,8 @@ impl KeyFile {
         let wrong = |what: &str| refused(format!("the key file {shown} {what}"));
         let text = std::fs::read(path).map_err(|error| refused(format!("the key file {shown}: {error}")))?;
         let (label, der) = pem::decode_vec(&text).map_err(|_| wrong("is not PEM"))?;
-        if label != "TSS2 PRIVATE KEY" {
-            return Err(wrong(&format!("holds a {label}, not a TSS2 PRIVATE KEY")));
+        if label != LABEL {
+            return Err(wrong(&format!("holds a {label}, not a {LABEL}")));
         }
         let key = TpmKey::from_der(&der).map_err(|error| wrong(&format!("is malformed: {error}")))?;
         if key.kind != LOADABLE || key.secret.is_some() {
@@ -80,6 +83,32 @@ impl KeyFile {
 /// tpm2-openssl writes TRUE as BER may: any byte but zero.
 fn is_true(boolean: &Any) -> bool {
     boolean.tag() == Tag::Boolean && boolean.value().iter().any(|byte| *byte != 0)
+}
+
+/// A new file, PEM, for a key below the owner hierarchy's storage primary.
+pub(super) fn encode(public: &Public, private: &Private, has_auth: bool) -> Result<String, Failure> {
+    let failed = |what: String| refused(format!("the key file cannot be encoded: {what}"));
+    let public = public.marshall().map_err(|error| failed(error.to_string()))?;
+    let boolean = |set: bool| set.then(|| Any::new(Tag::Boolean, [0xff])).transpose();
+    let buffer = |bytes: &[u8]| {
+        let size = u16::try_from(bytes.len()).map_err(|error| failed(error.to_string()))?;
+        let sized = [&size.to_be_bytes()[..], bytes].concat();
+        OctetString::new(sized).map_err(|error| failed(error.to_string()))
+    };
+    let key = TpmKey {
+        kind: LOADABLE,
+        empty_auth: boolean(!has_auth).map_err(|error| failed(error.to_string()))?,
+        policy: None,
+        secret: None,
+        auth_policy: None,
+        description: None,
+        rsa_parent: None,
+        parent: OWNER,
+        public: buffer(&public)?,
+        private: buffer(private.value())?,
+    };
+    let der = key.to_der().map_err(|error| failed(error.to_string()))?;
+    pem::encode_string(LABEL, pem::LineEnding::LF, &der).map_err(|error| failed(error.to_string()))
 }
 
 /// What a TPM2B holds, whose size comes first, in 16 bits.

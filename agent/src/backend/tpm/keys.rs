@@ -23,7 +23,7 @@ use crate::host::wire::{Class, Failure, PublicKey};
 use crate::spki::SpkiDer;
 
 /// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
-const OWNER: u32 = 0x4000_0001;
+pub(super) const OWNER: u32 = 0x4000_0001;
 
 /// Finds or loads a key and has it sign a random challenge.
 pub(super) fn open(
@@ -33,6 +33,26 @@ pub(super) fn open(
     auth: Option<Auth>,
     by_operator: bool,
 ) -> Result<(KeyHandle, PublicKey), Failure> {
+    let (handle, public) = locate(context, object, auth, by_operator)?;
+    let wrong = |what| refused(format!("the key with {object} {what}"));
+    let spki = public_half(&public).map_err(wrong)?;
+    let algorithm = spki.algorithm(padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
+    let challenge = challenge()?;
+    let content = algorithm.content(&challenge);
+    let signature = sign(context, handle, algorithm, algorithm.bytes(&content).map_err(refused)?)?;
+    if !spki.verifies(algorithm, &challenge, &signature) {
+        return Err(refused(format!("the key with {object} makes signatures that do not verify")));
+    }
+    Ok((handle, PublicKey { algorithm, spki }))
+}
+
+/// Finds or loads a key, with its authorization value if it has one.
+pub(super) fn locate(
+    context: &mut Context,
+    object: &Object,
+    auth: Option<Auth>,
+    by_operator: bool,
+) -> Result<(KeyHandle, Public), Failure> {
     let waits = || locked("it waits for its authorization value".into());
     let (handle, auth) = match object {
         Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
@@ -60,16 +80,6 @@ pub(super) fn open(
         }
         (None, _) => {}
     }
-    let wrong = |what| refused(format!("the key with {object} {what}"));
-    let spki = public_half(&public).map_err(wrong)?;
-    let algorithm = spki.algorithm(padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
-    let challenge = challenge()?;
-    let content = algorithm.content(&challenge);
-    let signature = sign(context, handle, algorithm, algorithm.bytes(&content).map_err(refused)?)?;
-    if !spki.verifies(algorithm, &challenge, &signature) {
-        return Err(refused(format!("the key with {object} makes signatures that do not verify")));
-    }
-    let public = PublicKey { algorithm, spki };
     Ok((handle, public))
 }
 
@@ -118,7 +128,7 @@ pub(super) fn sign(
     }
 }
 
-fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle, Failure> {
+pub(super) fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle, Failure> {
     let wrong = |error: tss_esapi::Error| classify("use the handle", &error);
     let persistent = PersistentTpmHandle::new(handle).map_err(wrong)?;
     let found = context
@@ -155,7 +165,7 @@ fn load(context: &mut Context, file: KeyFile) -> Result<KeyHandle, Failure> {
 
 /// The standard ECC storage primary of the owner hierarchy (TCG EK Credential Profile, template H-2 without its
 /// policy), which is what the key files of tpm2-openssl have for a parent.
-fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
+pub(super) fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
     let wrong = |error: tss_esapi::Error| classify("make the storage primary key", &error);
     let attributes = ObjectAttributesBuilder::new()
         .with_fixed_tpm(true)
@@ -190,7 +200,7 @@ fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
     Ok(made?.key_handle)
 }
 
-/// A key's public half, or what is wrong with it.
+/// A key's public half, or why it cannot sign.
 fn public_half(public: &Public) -> Result<SpkiDer, String> {
     let attributes = public.object_attributes();
     if !attributes.sign_encrypt() {
@@ -202,6 +212,11 @@ fn public_half(public: &Public) -> Result<SpkiDer, String> {
     if !attributes.user_with_auth() {
         return Err("asks for a policy, which is not supported yet".into());
     }
+    encoded(public)
+}
+
+/// The public key in a TPM's structure.
+pub(super) fn encoded(public: &Public) -> Result<SpkiDer, String> {
     let spki = match public {
         Public::Ecc { parameters, unique, .. } => {
             let curve = match parameters.ecc_curve() {
@@ -232,7 +247,7 @@ fn public_half(public: &Public) -> Result<SpkiDer, String> {
 }
 
 /// A number with leading zeros.
-fn padded(number: &[u8], width: usize) -> Option<Vec<u8>> {
+pub(super) fn padded(number: &[u8], width: usize) -> Option<Vec<u8>> {
     let zeros = width.checked_sub(number.len())?;
     Some([vec![0; zeros], number.to_vec()].concat())
 }

@@ -1,9 +1,11 @@
 //! TPM 2.0 keys: persistent handles and wrapped key files. A TPM does one thing at a time, so there is one
 //! thread, one context, and, after anything unexpected, another process with another context.
 
+pub(crate) mod attest;
 mod errors;
 mod keyfile;
 mod keys;
+mod life;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -17,6 +19,7 @@ use self::errors::{classify, describe};
 use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::Tcti;
+use crate::host::task::{Done, Task};
 use crate::host::wire::{Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
@@ -28,6 +31,8 @@ struct OpenTpm {
     context: Mutex<Context>,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
+    /// The authorization value of new keys, and of those that an operator looks at.
+    auth: Option<Auth>,
 }
 
 /// A key that passed its check.
@@ -62,7 +67,7 @@ pub(super) fn open(
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
     let opened = Opened { device, sessions: 1, keys: public };
-    Ok((Box::new(OpenTpm { context: Mutex::new(context), keys }), opened))
+    Ok((Box::new(OpenTpm { context: Mutex::new(context), keys, auth }), opened))
 }
 
 /// Looks at a TPM without using any key.
@@ -154,6 +159,11 @@ impl Device for OpenTpm {
     fn probe(&self) -> Result<(), Failure> {
         let mut context = self.context.lock().unwrap_or_else(PoisonError::into_inner);
         property(&mut context, PropertyTag::Permanent).map(drop).map_err(|failure| gone(failure.message))
+    }
+
+    fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
+        let mut context = self.context.lock().unwrap_or_else(PoisonError::into_inner);
+        life::operate(&mut context, self.auth.as_ref(), task)
     }
 
     /// Dropping the context flushes the keys that were loaded from files.

@@ -1,0 +1,180 @@
+//! What operators do with the slots of a card.
+
+use x509_cert::der::Encode as _;
+use yubikey::certificate::CertInfo;
+use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
+use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
+
+use super::super::refused;
+use super::errors::classify;
+use super::{Card, keys};
+use crate::algorithm::KeyType;
+use crate::config::{Object, PIV_SLOTS};
+use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
+use crate::host::wire::{Failure, KeySpec};
+
+/// The key that signs attestations, made in the factory (Yubico, "PIV attestation").
+const ATTESTATION: u8 = 0xf9;
+
+pub(super) fn operate(card: &mut Card, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+    match task {
+        Task::List(_) => list(card),
+        Task::Generate(key, template) => generate(card, key, template),
+        Task::Find(key) => keys::find(card, &key.object, key.padding).map(|(_, public)| Done::Key(public)),
+        Task::Sign(key, message) => {
+            let (key, public) = keys::find(card, &key.object, key.padding)?;
+            let input = key.input(&public.algorithm.content(message))?;
+            if card.waits_for_touch(&key) {
+                touch(&card.touch_me());
+            }
+            card.sign(&key, &input).map(Done::Signature)
+        }
+        Task::Store(key, certificate) => {
+            let slot = slot(key)?;
+            let certificate = Certificate::from_bytes(certificate.clone())
+                .map_err(|error| classify("read the certificate", &error))?;
+            manage(card)?;
+            let written = certificate.write(&mut card.yubikey, slot, CertInfo::Uncompressed);
+            written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
+        }
+        Task::Attest(key, _) => attest(card, slot(key)?),
+        Task::Delete(_) => Err(refused(
+            "omsign cannot delete a YubiKey's key: use `ykman piv keys delete SLOT` (firmware 5.7), or make another \
+             key in its slot with ykman"
+                .into(),
+        )),
+    }
+}
+
+fn slot(key: &KeySpec) -> Result<SlotId, Failure> {
+    match key.object {
+        Object::PivSlot(number) => {
+            SlotId::try_from(number).map_err(|_| refused(format!("there is no slot {number:02x}")))
+        }
+        ref object => Err(refused(format!("{object} is not a PIV slot"))),
+    }
+}
+
+fn list(card: &mut Card) -> Result<Done, Failure> {
+    let mut listed = Vec::new();
+    for number in PIV_SLOTS.into_iter().flatten() {
+        let Ok(slot) = SlotId::try_from(number) else { continue };
+        let metadata = match piv::metadata(&mut card.yubikey, slot) {
+            Ok(metadata) => metadata,
+            Err(Error::NotFound) => continue,
+            Err(error) => return Err(classify("read the slot's metadata", &error)),
+        };
+        let SlotAlgorithmId::Asymmetric(algorithm) = metadata.algorithm else { continue };
+        let spki = metadata.public.and_then(|public| public.to_der().ok()).map(crate::spki::SpkiDer);
+        let known = spki.as_ref().and_then(|spki| spki.algorithm(Default::default()).ok());
+        let mut notes = Vec::new();
+        if let Some((pin, touch)) = metadata.policy {
+            notes.push(
+                format!("PIN policy {pin:?}, touch policy {touch:?}").to_lowercase().replace("pin", "PIN"),
+            );
+        }
+        notes.extend((metadata.origin == Some(Origin::Imported)).then(|| "imported".to_owned()));
+        listed.push(Listed {
+            object: Object::PivSlot(number),
+            public_key: spki.map(|spki| spki.0).unwrap_or_default(),
+            algorithm: known.map_or_else(|| format!("{algorithm:?}"), |known| known.name().to_owned()),
+            certificate: Certificate::read(&mut card.yubikey, slot).is_ok(),
+            notes,
+        });
+    }
+    Ok(Done::Listed(listed))
+}
+
+fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done, Failure> {
+    let slot = slot(key)?;
+    if template.no_da {
+        return Err(refused("--no-da is for keys of a TPM".into()));
+    }
+    let algorithm = match template.key_type {
+        KeyType::P256 => AlgorithmId::EccP256,
+        KeyType::P384 => AlgorithmId::EccP384,
+        KeyType::Rsa2048 => AlgorithmId::Rsa2048,
+        KeyType::Rsa3072 => AlgorithmId::Rsa3072,
+        KeyType::Rsa4096 => AlgorithmId::Rsa4096,
+        KeyType::Ed25519 => AlgorithmId::Ed25519,
+        KeyType::P521 => return Err(refused("a YubiKey has no P-521; use p256 or p384".into())),
+    };
+    match piv::metadata(&mut card.yubikey, slot) {
+        Err(Error::NotFound) => {}
+        Ok(_) => {
+            return Err(refused(format!(
+                "the card has a key in {} already; choose another slot",
+                key.object
+            )));
+        }
+        Err(error) => return Err(classify("read the slot's metadata", &error)),
+    }
+    manage(card)?;
+    let (pin, touch) = (pin_policy(template), touch_policy(template));
+    piv::generate(&mut card.yubikey, slot, algorithm, pin, touch).map_err(|error| match error {
+        Error::AlgorithmError => {
+            refused("the card's firmware has no such keys, or not with this policy".into())
+        }
+        error => classify("make the key", &error),
+    })?;
+    // What follows may need the PIN again: the management key took its place.
+    card.verify().map_err(|error| classify("verify the PIN", &error))?;
+    keys::find(card, &key.object, key.padding).map(|(_, public)| Done::Key(public))
+}
+
+/// Shows the card the management key, which the card keeps for whoever knows the PIN. One from the factory is never
+/// used: whoever has the card in hand for a moment could use it too.
+fn manage(card: &mut Card) -> Result<(), Failure> {
+    let management =
+        SlotId::try_from(0x9b).map_err(|error| classify("ask for the management key", &error))?;
+    let metadata = piv::metadata(&mut card.yubikey, management);
+    if metadata.is_ok_and(|metadata| metadata.default == Some(true)) {
+        return Err(refused(
+            "its management key is the one from the factory; run `omsign-agent init yubikey`, or \
+             `ykman piv access change-management-key --generate --protect`"
+                .into(),
+        ));
+    }
+    card.verify().map_err(|error| classify("verify the PIN", &error))?;
+    let key = MgmKey::get_protected(&mut card.yubikey).map_err(|_| {
+        refused(
+            "its management key is not kept on the card; run `ykman piv access change-management-key --protect`"
+                .into(),
+        )
+    })?;
+    card.yubikey.authenticate(&key).map_err(|error| classify("show the management key", &error))
+}
+
+fn attest(card: &mut Card, slot: SlotId) -> Result<Done, Failure> {
+    let own = piv::attest(&mut card.yubikey, slot).map_err(|error| match error {
+        Error::NotSupported => refused("its firmware is older than 4.3 and attests nothing".into()),
+        Error::GenericError => {
+            refused("the card attests only keys that it made itself, and this one was imported".into())
+        }
+        error => classify("attest the key", &error),
+    })?;
+    let by = SlotId::try_from(ATTESTATION).map_err(|error| classify("find slot f9", &error))?;
+    let by = Certificate::read(&mut card.yubikey, by).map_err(|_| {
+        refused("slot f9 has no certificate: somebody replaced the factory's attestation key".into())
+    })?;
+    let by = by.cert.to_der().map_err(|error| refused(error.to_string()))?;
+    Ok(Done::Attested(Evidence::Piv { certificates: vec![own.to_vec(), by] }))
+}
+
+fn pin_policy(template: &Template) -> PinPolicy {
+    match template.pin_policy {
+        None => PinPolicy::Default,
+        Some(task::PinPolicy::Never) => PinPolicy::Never,
+        Some(task::PinPolicy::Once) => PinPolicy::Once,
+        Some(task::PinPolicy::Always) => PinPolicy::Always,
+    }
+}
+
+fn touch_policy(template: &Template) -> TouchPolicy {
+    match template.touch_policy {
+        None => TouchPolicy::Default,
+        Some(task::TouchPolicy::Never) => TouchPolicy::Never,
+        Some(task::TouchPolicy::Always) => TouchPolicy::Always,
+        Some(task::TouchPolicy::Cached) => TouchPolicy::Cached,
+    }
+}

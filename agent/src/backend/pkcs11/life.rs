@@ -1,0 +1,196 @@
+//! What operators do with the keys of a token, in a session of its own that may write.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cryptoki::object::{Attribute, AttributeType, CertificateType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use x509_cert::Certificate;
+use x509_cert::der::{Decode as _, Encode as _};
+
+use super::super::refused;
+use super::errors::classify;
+use super::objects::{Details, Found, Kind, find, find_key, find_private, read, sign};
+use super::{OpenToken, generate};
+use crate::config::{Object, ObjectSelector};
+use crate::host::task::{Done, Evidence, Listed, Task};
+use crate::host::wire::{Failure, KeySpec};
+
+pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
+    let session = token.pkcs11.open_rw_session(token.slot);
+    let session = session.map_err(|error| classify("open a session to write", &error))?;
+    let found = |key: &KeySpec| find_key(&session, selector(key)?, key.padding, &token.again);
+    match task {
+        Task::List(_) => list(&session).map(Done::Listed),
+        Task::Generate(key, template) => {
+            generate::generate(&session, key, template)?;
+            found(key).map(|found| Done::Key(found.public))
+        }
+        Task::Find(key) => found(key).map(|found| Done::Key(found.public)),
+        Task::Sign(key, message) => {
+            let Found { handle, public, always } = found(key)?;
+            let content = public.algorithm.content(message);
+            let bytes = public.algorithm.bytes(&content).map_err(refused)?;
+            let again = always.then_some(&token.again);
+            let signed = sign(&session, handle, public.algorithm, bytes, again);
+            let signed = signed.map_err(|error| classify("sign", &error))?;
+            signed.map(Done::Signature).map_err(|malformed| refused(malformed.to_string()))
+        }
+        Task::Store(key, certificate) => store(&session, selector(key)?, certificate),
+        Task::Attest(key, _) => attributes(&session, selector(key)?),
+        Task::Delete(key) => delete(&session, selector(key)?),
+    }
+}
+
+fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
+    match &key.object {
+        Object::Pkcs11(select) => Ok(select),
+        object => Err(refused(format!("{object} is not an object of a PKCS#11 token"))),
+    }
+}
+
+/// Every private key, with its public half found by CKA_ID: each object is read once, however many there are.
+fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
+    let all = ObjectSelector::default();
+    let mut public = BTreeMap::new();
+    for object in find(session, ObjectClass::PUBLIC_KEY, &all)? {
+        let details = details(session, object)?;
+        let kind = details.key_type.and_then(Kind::of);
+        if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
+            public.insert(id.clone(), spki);
+        }
+    }
+    let mut certified = BTreeSet::new();
+    for object in find(session, ObjectClass::CERTIFICATE, &all)? {
+        let mut details = Details::default();
+        details.take_all(read(session, object, &[AttributeType::Id])?);
+        certified.extend(details.id);
+    }
+    let mut listed = Vec::new();
+    for object in find(session, ObjectClass::PRIVATE_KEY, &all)? {
+        let details = details(session, object)?;
+        let kind = details.key_type.and_then(Kind::of);
+        let own = || kind.and_then(|kind| details.spki(kind)).and_then(Result::ok);
+        let spki = details.id.as_ref().and_then(|id| public.get(id).cloned()).or_else(own);
+        let algorithm = spki.as_ref().and_then(|spki| spki.algorithm(Default::default()).ok());
+        let algorithm = match (algorithm, details.key_type) {
+            (Some(algorithm), _) => algorithm.name().to_owned(),
+            (None, Some(key_type)) => key_type.to_string(),
+            (None, None) => "unknown".to_owned(),
+        };
+        let flags = [
+            (details.sign == Some(false), "may not sign"),
+            (details.always_authenticate == Some(true), "asks for the PIN before every signature"),
+            (spki.is_none(), "its public half is not on the token"),
+        ];
+        let notes = flags.into_iter().filter(|(set, _)| *set).map(|(_, note)| note.to_owned()).collect();
+        let certificate = details.id.as_ref().is_some_and(|id| certified.contains(id));
+        let label = details.label.as_ref().map(|label| String::from_utf8_lossy(label).into_owned());
+        listed.push(Listed {
+            object: Object::Pkcs11(ObjectSelector { label, id: details.id }),
+            public_key: spki.map(|spki| spki.0).unwrap_or_default(),
+            algorithm,
+            certificate,
+            notes,
+        });
+    }
+    listed.sort_by_key(|key| key.object.to_string());
+    Ok(listed)
+}
+
+/// Everything that is listed of a key, in one call.
+fn details(session: &Session, object: ObjectHandle) -> Result<Details, Failure> {
+    let wanted = [
+        AttributeType::KeyType,
+        AttributeType::Sign,
+        AttributeType::AlwaysAuthenticate,
+        AttributeType::Id,
+        AttributeType::Label,
+        AttributeType::EcParams,
+        AttributeType::EcPoint,
+        AttributeType::Modulus,
+        AttributeType::PublicExponent,
+    ];
+    let mut details = Details::default();
+    details.take_all(read(session, object, &wanted)?);
+    Ok(details)
+}
+
+/// The selector of everything that belongs to a private key: its CKA_ID, unless other keys have that too.
+fn family(
+    session: &Session,
+    private: ObjectHandle,
+    wanted: &ObjectSelector,
+) -> Result<ObjectSelector, Failure> {
+    let Some(id) = details(session, private)?.id else { return Ok(wanted.clone()) };
+    let by_id = ObjectSelector { label: None, id: Some(id) };
+    match find(session, ObjectClass::PRIVATE_KEY, &by_id)?.as_slice() {
+        [_] => Ok(by_id),
+        _ => Ok(ObjectSelector { label: wanted.label.clone(), ..by_id }),
+    }
+}
+
+/// Puts a certificate beside its key; one that was there before goes once the new one is stored.
+fn store(session: &Session, wanted: &ObjectSelector, der: &[u8]) -> Result<Done, Failure> {
+    let private = find_private(session, wanted)?;
+    let details = details(session, private)?;
+    let family = family(session, private, wanted)?;
+    let before = find(session, ObjectClass::CERTIFICATE, &family)?;
+    let malformed = |error| refused(format!("the certificate is malformed: {error}"));
+    let certificate = Certificate::from_der(der).map_err(malformed)?;
+    let tbs = certificate.tbs_certificate();
+    let mut object = vec![
+        Attribute::Class(ObjectClass::CERTIFICATE),
+        Attribute::CertificateType(CertificateType::X_509),
+        Attribute::Token(true),
+        Attribute::Private(false),
+        Attribute::Subject(tbs.subject().to_der().map_err(malformed)?),
+        Attribute::Issuer(tbs.issuer().to_der().map_err(malformed)?),
+        Attribute::SerialNumber(tbs.serial_number().to_der().map_err(malformed)?),
+        Attribute::Value(der.to_vec()),
+    ];
+    object.extend(details.id.map(Attribute::Id));
+    object.extend(details.label.map(Attribute::Label));
+    session.create_object(&object).map_err(|error| classify("store the certificate", &error))?;
+    for old in before {
+        session.destroy_object(old).map_err(|error| classify("remove the old certificate", &error))?;
+    }
+    Ok(Done::Nothing)
+}
+
+/// The private key first: when that fails, nothing is lost.
+fn delete(session: &Session, wanted: &ObjectSelector) -> Result<Done, Failure> {
+    let private = find_private(session, wanted)?;
+    let family = family(session, private, wanted)?;
+    session.destroy_object(private).map_err(|error| classify("delete the key", &error))?;
+    for class in [ObjectClass::PUBLIC_KEY, ObjectClass::CERTIFICATE] {
+        for object in find(session, class, &family)? {
+            session.destroy_object(object).map_err(|error| classify("delete its public half", &error))?;
+        }
+    }
+    Ok(Done::Nothing)
+}
+
+/// What PKCS#11 says about how a key came to be (v3.1, 4.9). A module may say what it likes.
+fn attributes(session: &Session, wanted: &ObjectSelector) -> Result<Done, Failure> {
+    let private = find_private(session, wanted)?;
+    let types = [
+        AttributeType::Local,
+        AttributeType::Sensitive,
+        AttributeType::AlwaysSensitive,
+        AttributeType::Extractable,
+        AttributeType::NeverExtractable,
+        AttributeType::KeyGenMechanism,
+    ];
+    let shown = |attribute| match attribute {
+        Attribute::Local(value) => Some(("CKA_LOCAL", value.to_string())),
+        Attribute::Sensitive(value) => Some(("CKA_SENSITIVE", value.to_string())),
+        Attribute::AlwaysSensitive(value) => Some(("CKA_ALWAYS_SENSITIVE", value.to_string())),
+        Attribute::Extractable(value) => Some(("CKA_EXTRACTABLE", value.to_string())),
+        Attribute::NeverExtractable(value) => Some(("CKA_NEVER_EXTRACTABLE", value.to_string())),
+        Attribute::KeyGenMechanism(value) => Some(("CKA_KEY_GEN_MECHANISM", value.to_string())),
+        _ => None,
+    };
+    let attributes = read(session, private, &types)?.into_iter().filter_map(shown);
+    let attributes = attributes.map(|(name, value)| (name.to_owned(), value)).collect();
+    Ok(Done::Attested(Evidence::Pkcs11 { attributes }))
+}

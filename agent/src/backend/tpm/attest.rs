@@ -1,0 +1,157 @@
+//! How a TPM shows that a key is its own: TPM2_Certify by an attestation key, which signs nothing but what the TPM
+//! itself made, and the endorsement key's certificate by the TPM's maker.
+
+use der::{Decode as _, Encode as _};
+use sha2::{Digest as _, Sha256};
+use tss_esapi::Context;
+use tss_esapi::abstraction::AsymmetricAlgorithmSelection;
+use tss_esapi::abstraction::ek::retrieve_ek_pubcert;
+use tss_esapi::attributes::ObjectAttributesBuilder;
+use tss_esapi::handles::KeyHandle;
+use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
+use tss_esapi::interface_types::ecc::EccCurve;
+use tss_esapi::interface_types::key_bits::RsaKeyBits;
+use tss_esapi::interface_types::resource_handles::Hierarchy;
+use tss_esapi::interface_types::session_handles::AuthSession;
+use tss_esapi::structures::{
+    Attest, AttestInfo, Data, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
+    PublicEccParametersBuilder, Signature, SignatureScheme,
+};
+use tss_esapi::traits::{Marshall as _, UnMarshall as _};
+
+use super::super::refused;
+use super::errors::classify;
+use super::keys::{encoded, padded};
+use crate::algorithm::{Algorithm, Curve};
+use crate::host::task::Evidence;
+use crate::host::wire::Failure;
+use crate::spki::SpkiDer;
+
+/// The endorsement keys that TPMs have certificates for, the better one first (TCG EK Credential Profile, 2.2.1.4).
+const ENDORSEMENT: [AsymmetricAlgorithmSelection; 3] = [
+    AsymmetricAlgorithmSelection::Ecc(EccCurve::NistP256),
+    AsymmetricAlgorithmSelection::Ecc(EccCurve::NistP384),
+    AsymmetricAlgorithmSelection::Rsa(RsaKeyBits::Rsa2048),
+];
+
+/// Has the attestation key certify a loaded key.
+pub(super) fn attest(context: &mut Context, key: KeyHandle, nonce: &[u8]) -> Result<Evidence, Failure> {
+    let failed = |error: tss_esapi::Error| classify("attest the key", &error);
+    let nonce =
+        Data::try_from(nonce.to_vec()).map_err(|_| refused("the nonce is longer than a TPM takes".into()))?;
+    let (public, _, _) =
+        context.execute_without_session(|context| context.read_public(key)).map_err(failed)?;
+    let (attestation_key, by) = primary(context, attestation_template().map_err(failed)?)?;
+    let sessions = (Some(AuthSession::Password), Some(AuthSession::Password), None);
+    let scheme = SignatureScheme::EcDsa { hash_scheme: HashScheme::new(HashingAlgorithm::Sha256) };
+    let certified =
+        context.execute_with_sessions(sessions, |context| context.certify(key.into(), by, nonce, scheme));
+    context.flush_context(by.into()).map_err(failed)?;
+    let (info, signature) = certified.map_err(failed)?;
+    Ok(Evidence::Tpm {
+        public: public.marshall().map_err(failed)?,
+        attestation_key: attestation_key.marshall().map_err(failed)?,
+        certify_info: info.marshall().map_err(failed)?,
+        signature: signature.marshall().map_err(failed)?,
+        endorsement_certificate: endorsement_certificate(context),
+    })
+}
+
+/// The certificate that the TPM's maker left, DER; empty where there is none.
+fn endorsement_certificate(context: &mut Context) -> Vec<u8> {
+    for which in ENDORSEMENT {
+        if let Ok(stored) = retrieve_ek_pubcert(context, which)
+            // Some makers pad the NV index.
+            && let Ok((certificate, _)) = x509_cert::Certificate::from_der_partial(&stored)
+            && let Ok(der) = certificate.to_der()
+        {
+            return der;
+        }
+    }
+    Vec::new()
+}
+
+/// A primary key of the endorsement hierarchy: the same template makes the same key each time.
+fn primary(context: &mut Context, template: Public) -> Result<(Public, KeyHandle), Failure> {
+    let made = context.execute_with_session(Some(AuthSession::Password), |context| {
+        context.create_primary(Hierarchy::Endorsement, template, None, None, None, None)
+    });
+    // Its value, if it has one, is not ours to know; it must not lock our own keys.
+    let made = made.map_err(|error| refused(classify("make the attestation key", &error).message))?;
+    Ok((made.out_public, made.key_handle))
+}
+
+/// ECDSA on P-256, restricted: it signs only structures that begin with TPM_GENERATED (TPM 2.0 Part 1, 31.2).
+fn attestation_template() -> tss_esapi::Result<Public> {
+    let attributes = ObjectAttributesBuilder::new()
+        .with_fixed_tpm(true)
+        .with_fixed_parent(true)
+        .with_sensitive_data_origin(true)
+        .with_user_with_auth(true)
+        .with_sign_encrypt(true)
+        .with_restricted(true)
+        .with_no_da(true)
+        .build()?;
+    let scheme = EccScheme::EcDsa(HashScheme::new(HashingAlgorithm::Sha256));
+    let parameters = PublicEccParametersBuilder::new_unrestricted_signing_key(scheme, EccCurve::NistP256);
+    let parameters = parameters.with_restricted(true);
+    PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Ecc)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes)
+        .with_ecc_parameters(parameters.build()?)
+        .with_ecc_unique_identifier(EccPoint::default())
+        .build()
+}
+
+/// What a proof says, once it holds.
+pub(crate) struct Proven {
+    pub(crate) key: SpkiDer,
+    pub(crate) nonce: Vec<u8>,
+    /// Attributes of the key worth knowing.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Checks TPM2_Certify on any machine: the attestation key's kind and signature, the key's name and attributes.
+/// Whether the attestation key and the endorsement key are of one TPM, only that TPM can show.
+pub(crate) fn verify(
+    public: &[u8],
+    attestation_key: &[u8],
+    certify_info: &[u8],
+    signature: &[u8],
+) -> Result<Proven, String> {
+    let malformed =
+        |what: &'static str| move |error: tss_esapi::Error| format!("{what} is malformed: {error}");
+    let attestation_key = Public::unmarshall(attestation_key).map_err(malformed("the attestation key"))?;
+    let attributes = attestation_key.object_attributes();
+    if !(attributes.restricted() && attributes.sign_encrypt() && attributes.fixed_tpm()) {
+        return Err("the attestation key is not one: it signs more than what a TPM made".into());
+    }
+    let Signature::EcDsa(signature) = Signature::unmarshall(signature).map_err(malformed("the signature"))?
+    else {
+        return Err("the signature is not ECDSA".into());
+    };
+    let half = |number: &[u8]| padded(number, Curve::P256.field_len()).ok_or("the signature is malformed");
+    let raw = [half(signature.signature_r().value())?, half(signature.signature_s().value())?].concat();
+    let der = Curve::P256.der_from_raw(&raw).map_err(|error| error.to_string())?;
+    if !encoded(&attestation_key)?.verifies(Algorithm::Ecdsa(Curve::P256), certify_info, &der) {
+        return Err("the attestation key's signature does not verify".into());
+    }
+    let info = Attest::unmarshall(certify_info).map_err(malformed("what the TPM certified"))?;
+    let AttestInfo::Certify { info: certified } = info.attested() else {
+        return Err("the TPM certified something else than a key".into());
+    };
+    let key = Public::unmarshall(public).map_err(malformed("the key"))?;
+    // A name is the hash algorithm (SHA-256) and the hash of the public area (TPM 2.0 Part 1, 16).
+    let name = [&[0, 0x0b][..], &Sha256::digest(public)].concat();
+    if certified.name().value() != name {
+        return Err("the TPM certified another key".into());
+    }
+    let attributes = key.object_attributes();
+    if !(attributes.fixed_tpm() && attributes.fixed_parent() && attributes.sensitive_data_origin()) {
+        return Err("the key may exist outside the TPM: it was imported, or may be moved".into());
+    }
+    let mut notes = vec!["made inside the TPM, and bound to it".to_owned()];
+    notes.extend(attributes.no_da().then(|| "outside the protection against guessing".to_owned()));
+    Ok(Proven { key: encoded(&key)?, nonce: info.extra_data().value().to_vec(), notes })
+}

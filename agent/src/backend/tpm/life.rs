@@ -1,0 +1,256 @@
+//! What operators do with the keys of a TPM.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use tss_esapi::Context;
+use tss_esapi::attributes::ObjectAttributesBuilder;
+use tss_esapi::constants::CapabilityType;
+use tss_esapi::handles::{KeyHandle, PersistentTpmHandle, TpmHandle};
+use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
+use tss_esapi::interface_types::dynamic_handles::Persistent;
+use tss_esapi::interface_types::ecc::EccCurve;
+use tss_esapi::interface_types::key_bits::RsaKeyBits;
+use tss_esapi::interface_types::resource_handles::Provision;
+use tss_esapi::interface_types::session_handles::AuthSession;
+use tss_esapi::structures::{
+    Auth, CapabilityData, CreateKeyResult, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
+    PublicEccParametersBuilder, PublicKeyRsa, PublicRsaParametersBuilder, RsaExponent, RsaScheme,
+};
+
+use super::super::{gone, refused};
+use super::errors::classify;
+use super::keyfile::{self, KeyFile};
+use super::{attest, keys};
+use crate::algorithm::KeyType;
+use crate::config::Object;
+use crate::host::task::{Done, Listed, Task, Template};
+use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
+
+/// The first persistent handle, and the most that are asked for (TPM 2.0 Part 2, 7.5).
+const PERSISTENT: (u32, u32) = (0x8100_0000, 64);
+
+pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -> Result<Done, Failure> {
+    match task {
+        Task::List(objects) => list(context, objects).map(Done::Listed),
+        Task::Generate(key, template) => {
+            generate(context, key, template, auth)?;
+            open(context, auth, key, |_, _, public| Ok(Done::Key(public)))
+        }
+        Task::Find(key) => open(context, auth, key, |_, _, public| Ok(Done::Key(public))),
+        Task::Sign(key, message) => open(context, auth, key, |context, handle, public| {
+            let content = public.algorithm.content(message);
+            let digest = public.algorithm.bytes(&content).map_err(refused)?;
+            keys::sign(context, handle, public.algorithm, digest).map(Done::Signature)
+        }),
+        Task::Store(..) => Err(refused(
+            "a TPM has no place for a key's certificate; name its file in the configuration: certificate_chain".into(),
+        )),
+        Task::Attest(key, nonce) => open(context, auth, key, |context, handle, _| {
+            attest::attest(context, handle, nonce).map(Done::Attested)
+        }),
+        Task::Delete(key) => delete(context, &key.object),
+    }
+}
+
+/// Opens a key for this alone: a TPM has room for three keys or so.
+fn open(
+    context: &mut Context,
+    auth: Option<&Auth>,
+    key: &KeySpec,
+    then: impl FnOnce(&mut Context, KeyHandle, PublicKey) -> Result<Done, Failure>,
+) -> Result<Done, Failure> {
+    let (handle, public) = keys::open(context, &key.object, key.padding, auth.cloned(), false)?;
+    let done = then(context, handle, public);
+    if matches!(key.object, Object::TpmFile(_)) {
+        context.flush_context(handle.into()).map_err(|error| classify("flush the key", &error))?;
+    }
+    done
+}
+
+fn list(context: &mut Context, objects: &[Object]) -> Result<Vec<Listed>, Failure> {
+    let asked = context.execute_without_session(|context| {
+        context.get_capability(CapabilityType::Handles, PERSISTENT.0, PERSISTENT.1)
+    });
+    let (data, _) = asked.map_err(|error| classify("list the persistent handles", &error))?;
+    let CapabilityData::Handles(handles) = data else { return Ok(Vec::new()) };
+    let mut listed = Vec::new();
+    for handle in handles.into_inner() {
+        let TpmHandle::Persistent(number) = handle else { continue };
+        let (number, failed) =
+            (u32::from(number), |error: tss_esapi::Error| classify("read a public key", &error));
+        let found = keys::persistent(context, number)?;
+        let read = context.execute_without_session(|context| context.read_public(found));
+        let (public, _, _) = read.map_err(failed)?;
+        context.tr_close(&mut found.into()).map_err(failed)?;
+        // Storage keys and the like are no keys to sign with.
+        if public.object_attributes().sign_encrypt() {
+            listed.push(shown(&Object::TpmHandle(number), &public));
+        }
+    }
+    for object in objects {
+        if let Object::TpmFile(path) = object
+            && let Ok(file) = KeyFile::read(path)
+        {
+            listed.push(shown(object, &file.public));
+        }
+    }
+    Ok(listed)
+}
+
+fn shown(object: &Object, public: &Public) -> Listed {
+    let spki = keys::encoded(public);
+    let algorithm = spki.as_ref().ok().and_then(|spki| spki.algorithm(Default::default()).ok());
+    let attributes = public.object_attributes();
+    let flags = [
+        (attributes.restricted(), "is restricted: it signs only what the TPM itself made"),
+        (!attributes.user_with_auth(), "asks for a policy"),
+        (attributes.no_da(), "outside the protection against guessing"),
+        (!attributes.fixed_tpm(), "may be moved to another TPM"),
+    ];
+    Listed {
+        object: object.clone(),
+        algorithm: algorithm.map_or_else(|| "unknown".to_owned(), |algorithm| algorithm.name().to_owned()),
+        public_key: spki.map(|spki| spki.0).unwrap_or_default(),
+        certificate: false,
+        notes: flags.into_iter().filter(|(set, _)| *set).map(|(_, note)| note.to_owned()).collect(),
+    }
+}
+
+/// Makes a key below the owner's storage primary, and leaves it where the configuration says: under a persistent
+/// handle, or in a file that no other TPM can use. What is there already stays.
+fn generate(
+    context: &mut Context,
+    key: &KeySpec,
+    template: &Template,
+    auth: Option<&Auth>,
+) -> Result<(), Failure> {
+    if template.pin_policy.is_some() || template.touch_policy.is_some() {
+        return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
+    }
+    let taken = match &key.object {
+        Object::TpmHandle(handle) => match keys::persistent(context, *handle) {
+            Ok(_) => true,
+            Err(failure) if failure.class == Class::Refused => false,
+            Err(failure) => return Err(failure),
+        },
+        Object::TpmFile(path) => path.exists(),
+        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+    };
+    if taken {
+        return Err(refused(format!(
+            "there is a key with {} already; choose another handle or file",
+            key.object
+        )));
+    }
+    let public = public(template).map_err(|error| classify("describe the key", &error))?;
+    let parent = keys::storage_primary(context)?;
+    let made = context.execute_with_session(Some(AuthSession::Password), |context| {
+        context.create(parent, public, auth.cloned(), None, None, None)
+    });
+    let done = made.map_err(|error| classify("make the key", &error)).and_then(|made| match &key.object {
+        Object::TpmHandle(handle) => persist(context, parent, made, *handle),
+        Object::TpmFile(path) => {
+            let text = keyfile::encode(&made.out_public, &made.out_private, auth.is_some())?;
+            write_new(path, &text).map_err(|error| {
+                refused(format!("the key file {} cannot be written: {error}", path.display()))
+            })
+        }
+        object => Err(refused(format!("{object} is not a key of a TPM"))),
+    });
+    context.flush_context(parent.into()).map_err(|error| classify("flush the parent key", &error))?;
+    done
+}
+
+fn persist(
+    context: &mut Context,
+    parent: KeyHandle,
+    made: CreateKeyResult,
+    number: u32,
+) -> Result<(), Failure> {
+    let failed = |error: tss_esapi::Error| classify("keep the key in the TPM", &error);
+    let handle = PersistentTpmHandle::new(number).map_err(failed)?;
+    let kept = context.execute_with_session(Some(AuthSession::Password), |context| {
+        let loaded = context.load(parent, made.out_private, made.out_public)?;
+        let kept = context.evict_control(Provision::Owner, loaded.into(), Persistent::Persistent(handle));
+        context.clear_sessions();
+        context.flush_context(loaded.into())?;
+        kept
+    });
+    let mut kept = kept.map_err(failed)?;
+    context.tr_close(&mut kept).map_err(failed)
+}
+
+/// Signs whatever it is given, with the TPM's own randomness, and never leaves this TPM.
+fn public(template: &Template) -> tss_esapi::Result<Public> {
+    let attributes = ObjectAttributesBuilder::new()
+        .with_fixed_tpm(true)
+        .with_fixed_parent(true)
+        .with_sensitive_data_origin(true)
+        .with_user_with_auth(true)
+        .with_sign_encrypt(true)
+        .with_no_da(template.no_da)
+        .build()?;
+    let builder = PublicBuilder::new()
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes);
+    // With its hash, which is what callers send: the crate knows no elliptic-curve key without a scheme.
+    let curve = |curve, hash| {
+        let scheme = EccScheme::EcDsa(HashScheme::new(hash));
+        let parameters = PublicEccParametersBuilder::new_unrestricted_signing_key(scheme, curve);
+        let builder = builder.clone().with_public_algorithm(PublicAlgorithm::Ecc);
+        let builder = builder.with_ecc_parameters(parameters.build()?);
+        builder.with_ecc_unique_identifier(EccPoint::default()).build()
+    };
+    let rsa = |bits| {
+        let exponent = RsaExponent::default();
+        let parameters =
+            PublicRsaParametersBuilder::new_unrestricted_signing_key(RsaScheme::Null, bits, exponent);
+        let builder = builder.clone().with_public_algorithm(PublicAlgorithm::Rsa);
+        let builder = builder.with_rsa_parameters(parameters.build()?);
+        builder.with_rsa_unique_identifier(PublicKeyRsa::default()).build()
+    };
+    match template.key_type {
+        KeyType::P256 => curve(EccCurve::NistP256, HashingAlgorithm::Sha256),
+        KeyType::P384 => curve(EccCurve::NistP384, HashingAlgorithm::Sha384),
+        KeyType::P521 => curve(EccCurve::NistP521, HashingAlgorithm::Sha512),
+        KeyType::Rsa2048 => rsa(RsaKeyBits::Rsa2048),
+        KeyType::Rsa3072 => rsa(RsaKeyBits::Rsa3072),
+        KeyType::Rsa4096 => rsa(RsaKeyBits::Rsa4096),
+        KeyType::Ed25519 => {
+            Err(tss_esapi::Error::WrapperError(tss_esapi::WrapperErrorKind::UnsupportedParam))
+        }
+    }
+}
+
+/// A file that was not there, whole or not at all.
+fn write_new(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // The key was never used: nothing is lost with it.
+        let _ = std::fs::remove_file(path);
+    }
+    written
+}
+
+fn delete(context: &mut Context, object: &Object) -> Result<Done, Failure> {
+    match object {
+        Object::TpmHandle(number) => {
+            let found = keys::persistent(context, *number)?;
+            let failed = |error: tss_esapi::Error| classify("delete the key", &error);
+            let handle = PersistentTpmHandle::new(*number).map_err(failed)?;
+            let evicted = context.execute_with_session(Some(AuthSession::Password), |context| {
+                context.evict_control(Provision::Owner, found.into(), Persistent::Persistent(handle))
+            });
+            evicted.map(|_| Done::Nothing).map_err(failed)
+        }
+        Object::TpmFile(path) => {
+            let removed = std::fs::remove_file(path);
+            removed.map(|()| Done::Nothing).map_err(|error| refused(format!("{}: {error}", path.display())))
+        }
+        object => Err(gone(format!("{object} is not a key of a TPM"))),
+    }
+}

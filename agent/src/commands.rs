@@ -1,0 +1,163 @@
+//! `omsign-agent key …`: from what was typed to what is printed.
+
+use std::io::{BufRead as _, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail, ensure};
+use omsign_agent::config::Config;
+use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
+use omsign_agent::key_life::{Command, Output, TokenKeys};
+use omsign_agent::operator;
+use sha2::{Digest as _, Sha256};
+
+use crate::cli::KeyCommand;
+use crate::runtime;
+
+/// Runs a command over keys. None: the configuration has mistakes, which were printed.
+pub(crate) fn key(
+    command: KeyCommand,
+    load: impl FnOnce() -> Option<Config>,
+) -> anyhow::Result<Option<ExitCode>> {
+    if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, json } = command {
+        let roots = roots.map(|path| read(&path)).transpose()?.unwrap_or_default().into_bytes();
+        let nonce = nonce.map(|text| nonce_of(&text)).transpose()?;
+        let findings = Attestation::parse(&read(&file)?)?.verify(&Trust { roots, nonce, attestation_key });
+        return findings_of(findings, json).map(Some);
+    }
+    let Some(config) = load() else { return Ok(None) };
+    let (mut json, mut confirm) = (false, None);
+    let command = match command {
+        KeyCommand::List { token, json: wanted } => {
+            json = wanted;
+            Command::List { token }
+        }
+        KeyCommand::Generate { name, template } => Command::Generate { key: name, template },
+        KeyCommand::Csr { name, subject } => Command::Csr { key: name, subject },
+        KeyCommand::SelfSign { name, subject, days } => Command::SelfSign { key: name, subject, days },
+        KeyCommand::ImportCertificate { name, certificate } => {
+            Command::ImportCertificate { key: name, certificate: read(&certificate)? }
+        }
+        KeyCommand::Attest { name, nonce } => Command::Attest { key: name, nonce: nonce_of(&nonce)? },
+        KeyCommand::Delete { name } => {
+            confirm = Some(name.clone());
+            Command::Delete { key: name }
+        }
+        KeyCommand::VerifyAttestation { .. } => return Ok(None),
+    };
+    let runtime = runtime()?;
+    let ask = |command| runtime.block_on(operator::run(&config, command, &|said| eprintln!("{said}")));
+    if let Some(name) = confirm {
+        let Output::Pem(public) = ask(Command::Public { key: name.clone() })? else { return Ok(None) };
+        confirmed(&name, &public)?;
+    }
+    let mut out = std::io::stdout().lock();
+    match ask(command)? {
+        Output::Pem(text) => write!(out, "{text}")?,
+        Output::Listed(tokens) if json => writeln!(out, "{}", as_json(&tokens))?,
+        Output::Listed(tokens) => tokens.iter().try_for_each(|token| list(&mut out, token))?,
+        Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
+        Output::Done => eprintln!("done"),
+    }
+    Ok(Some(ExitCode::SUCCESS))
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))
+}
+
+fn nonce_of(text: &str) -> anyhow::Result<Vec<u8>> {
+    hex::decode(text).context("the nonce is not hexadecimal")
+}
+
+/// Asks twice, for two things: a habit answers one question, not two.
+fn confirmed(name: &str, public: &str) -> anyhow::Result<()> {
+    let fingerprint = fingerprint(public)?;
+    let Some(start) = fingerprint.get(..8) else { bail!("the key has no fingerprint") };
+    eprintln!("The key {name} will be gone for ever; nobody has a copy. Its public half:");
+    eprintln!("  SHA-256 {fingerprint}");
+    let mut lines = std::io::stdin().lock().lines();
+    let mut answer = |question: &str| -> anyhow::Result<String> {
+        eprint!("{question}: ");
+        Ok(lines.next().transpose()?.unwrap_or_default().trim().to_owned())
+    };
+    ensure!(answer("Type the key's name")? == name, "that is not its name; nothing was deleted");
+    let typed = answer("Type the first 8 digits of its fingerprint")?;
+    ensure!(typed.eq_ignore_ascii_case(start), "that is not its fingerprint; nothing was deleted");
+    Ok(())
+}
+
+/// SHA-256 of a SubjectPublicKeyInfo in PEM, hexadecimal.
+fn fingerprint(pem: &str) -> anyhow::Result<String> {
+    let (_, der) = der::pem::decode_vec(pem.as_bytes()).map_err(|error| anyhow::anyhow!("{error}"))?;
+    Ok(hex::encode(Sha256::digest(der)))
+}
+
+fn list(out: &mut impl std::io::Write, token: &TokenKeys) -> std::io::Result<()> {
+    let keys = match &token.keys {
+        Ok(keys) => keys,
+        Err(reason) => return writeln!(out, "{}: {reason}", token.token),
+    };
+    if keys.is_empty() {
+        return writeln!(out, "{}: no keys", token.token);
+    }
+    writeln!(out, "{}:", token.token)?;
+    for key in keys {
+        let names = if key.names.is_empty() { "-".to_owned() } else { key.names.join(", ") };
+        let mut notes = key.listed.notes.clone();
+        notes.extend(key.listed.certificate.then(|| "with its certificate".to_owned()));
+        let notes = if notes.is_empty() { String::new() } else { format!("  ({})", notes.join("; ")) };
+        writeln!(out, "  {names:<20} {:<20} {}{notes}", key.listed.algorithm, key.listed.object)?;
+    }
+    Ok(())
+}
+
+fn as_json(tokens: &[TokenKeys]) -> serde_json::Value {
+    let token = |token: &TokenKeys| {
+        let key = |key: &omsign_agent::key_life::Named| {
+            serde_json::json!({
+                "names": key.names,
+                "object": key.listed.object.to_string(),
+                "algorithm": key.listed.algorithm,
+                "public_key": hex::encode(&key.listed.public_key),
+                "certificate": key.listed.certificate,
+                "notes": key.listed.notes,
+            })
+        };
+        match &token.keys {
+            Ok(keys) => {
+                serde_json::json!({ "token": token.token, "keys": keys.iter().map(key).collect::<Vec<_>>() })
+            }
+            Err(reason) => serde_json::json!({ "token": token.token, "error": reason }),
+        }
+    };
+    serde_json::json!({ "tokens": tokens.iter().map(token).collect::<Vec<_>>() })
+}
+
+fn findings_of(
+    findings: Result<Findings, omsign_agent::key_life::attestation::AttestationError>,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    use omsign_agent::key_life::attestation::AttestationError;
+    let findings = match findings {
+        Ok(findings) => findings,
+        Err(error @ AttestationError::Wrong(_)) => {
+            eprintln!("error: {error}");
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut out = std::io::stdout().lock();
+    if json {
+        writeln!(out, "{}", serde_json::to_string(&findings)?)?;
+    } else {
+        writeln!(out, "public key (SHA-256): {}", findings.public_key_sha256)?;
+        for line in &findings.proven {
+            writeln!(out, "proven: {line}")?;
+        }
+        for line in &findings.unproven {
+            writeln!(out, "NOT proven: {line}")?;
+        }
+    }
+    Ok(if findings.unproven.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

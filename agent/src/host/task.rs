@@ -1,0 +1,142 @@
+//! What operators have done on a device, beside signing: the same words for every backend. A device that cannot do
+//! one of them says so.
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::{KeySpec, PublicKey};
+use crate::algorithm::KeyType;
+use crate::config::Object;
+
+/// What to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Task {
+    /// Name every key on the device, and those of these that it does not list itself: key files.
+    List(Vec<Object>),
+    /// Make this key, which must not be there yet, and check it as every key is checked.
+    Generate(KeySpec, Template),
+    /// Find this key and check it.
+    Find(KeySpec),
+    /// Sign a message with this key.
+    Sign(KeySpec, #[serde(with = "hex")] Vec<u8>),
+    /// Keep this certificate, DER, beside this key.
+    Store(KeySpec, #[serde(with = "hex")] Vec<u8>),
+    /// Show how this key came to be. The nonce makes the proof a fresh one, where the device takes one.
+    Attest(KeySpec, #[serde(with = "hex")] Vec<u8>),
+    /// Delete this key and what belongs to it.
+    Delete(KeySpec),
+}
+
+/// How a key is made. What a device does not have is refused, not left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+pub struct Template {
+    /// What kind of key
+    #[arg(long = "type", value_name = "TYPE", default_value = "p384")]
+    pub key_type: KeyType,
+    /// TPM: keep the key out of the protection against guessing, so that nobody can lock it; its authorization value
+    /// has to be long
+    #[arg(long)]
+    pub no_da: bool,
+    /// YubiKey: when it asks for its PIN
+    #[arg(long, value_name = "WHEN")]
+    pub pin_policy: Option<PinPolicy>,
+    /// YubiKey: when it waits for a touch
+    #[arg(long, value_name = "WHEN")]
+    pub touch_policy: Option<TouchPolicy>,
+}
+
+/// When a PIV key asks for its PIN (Yubico, "PIN and touch policies").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum PinPolicy {
+    /// Never.
+    Never,
+    /// Once for each session with the card.
+    Once,
+    /// Before every signature.
+    Always,
+}
+
+/// When a PIV key waits for a touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum TouchPolicy {
+    /// Never.
+    Never,
+    /// Before every signature.
+    Always,
+    /// Before a signature, unless there was a touch within 15 s.
+    Cached,
+}
+
+/// What was done.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Done {
+    Listed(Vec<Listed>),
+    Key(PublicKey),
+    Signature(#[serde(with = "hex")] Vec<u8>),
+    Attested(Evidence),
+    Nothing,
+}
+
+/// A key on a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
+    /// Where it is.
+    pub object: Object,
+    /// Its public half: SubjectPublicKeyInfo, DER, hexadecimal. Empty when the device does not show it.
+    #[serde(with = "hex")]
+    pub public_key: Vec<u8>,
+    /// `ecdsa-p256-sha256` and the like, or what is known of it.
+    pub algorithm: String,
+    /// Whether its certificate is on the device.
+    pub certificate: bool,
+    /// What else is worth knowing, such as policies.
+    pub notes: Vec<String>,
+}
+
+/// How a key came to be, as its device shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub(crate) enum Evidence {
+    /// What the module says of the key. Nothing proves it.
+    Pkcs11 {
+        /// `CKA_…` and its value.
+        attributes: Vec<(String, String)>,
+    },
+    /// A certificate by the card about the key, and the card's own (Yubico, "PIV attestation").
+    Piv {
+        /// Both, DER: the key's first.
+        #[serde(with = "hexes")]
+        certificates: Vec<Vec<u8>>,
+    },
+    /// TPM2_Certify by an attestation key of the endorsement hierarchy.
+    Tpm {
+        /// The key's TPMT_PUBLIC.
+        #[serde(with = "hex")]
+        public: Vec<u8>,
+        /// The attestation key's TPMT_PUBLIC.
+        #[serde(with = "hex")]
+        attestation_key: Vec<u8>,
+        /// TPMS_ATTEST.
+        #[serde(with = "hex")]
+        certify_info: Vec<u8>,
+        /// TPMT_SIGNATURE over it.
+        #[serde(with = "hex")]
+        signature: Vec<u8>,
+        /// The endorsement key's certificate, DER; empty where the TPM has none.
+        #[serde(with = "hex")]
+        endorsement_certificate: Vec<u8>,
+    },
+}
+
+/// Byte strings, each as hexadecimal.
+mod hexes {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(all: &[Vec<u8>], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(all.iter().map(hex::encode))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Vec<u8>>, D::Error> {
+        let all = Vec::<String>::deserialize(from)?;
+        all.iter().map(|one| hex::decode(one).map_err(serde::de::Error::custom)).collect()
+    }
+}

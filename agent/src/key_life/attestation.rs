@@ -1,0 +1,252 @@
+//! How a key came to be: what a device says of it, as a file, and what of that another machine can prove.
+
+use openssl::stack::Stack;
+use openssl::x509::store::X509StoreBuilder;
+use openssl::x509::{X509, X509StoreContext};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use x509_cert::Certificate;
+use x509_cert::der::{Decode as _, Encode as _};
+
+use crate::backend::tpm_attestation;
+use crate::host::task::Evidence;
+use crate::host::wire::PublicKey;
+
+/// Yubico's roots, older and newer, and what the newer one certifies cards with
+/// (developers.yubico.com/PKI, SHA-256 63ece914…07b546 and 62760c6a…586cd5a8).
+const YUBICO: [&str; 2] =
+    [include_str!("yubico/piv-root.pem"), include_str!("yubico/attestation-root-1.pem")];
+const YUBICO_INTERMEDIATES: &str = include_str!("yubico/intermediates.pem");
+
+/// The only form so far.
+const FORM: &str = "omsign-attestation-1";
+
+/// A file about one key.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Attestation {
+    /// `omsign-attestation-1`
+    form: String,
+    /// The key's name where it was made.
+    key: String,
+    /// How it signs.
+    algorithm: String,
+    /// SubjectPublicKeyInfo, DER.
+    #[serde(with = "hex")]
+    public_key: Vec<u8>,
+    /// What the device says.
+    evidence: Evidence,
+}
+
+/// What somebody knows who wants proof.
+#[derive(Debug, Default)]
+pub struct Trust {
+    /// Roots instead of Yubico's, and those of TPM makers; PEM.
+    pub roots: Vec<u8>,
+    /// The nonce that was asked for.
+    pub nonce: Option<Vec<u8>>,
+    /// SHA-256 of the TPM's attestation key (TPMT_PUBLIC), from whoever set the machine up.
+    pub attestation_key: Option<String>,
+}
+
+/// What is known of a key now.
+#[derive(Debug, Default, Serialize)]
+pub struct Findings {
+    /// SHA-256 of its SubjectPublicKeyInfo, hexadecimal.
+    pub public_key_sha256: String,
+    /// What is proven.
+    pub proven: Vec<String>,
+    /// What is said, and not proven. With anything here, the key's origin is not proven.
+    pub unproven: Vec<String>,
+}
+
+/// Why a file proves nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum AttestationError {
+    /// It is not one of ours.
+    #[error("the file is not an attestation that `omsign-agent key attest` wrote: {0}")]
+    Form(String),
+    /// Roots that cannot be read.
+    #[error("the roots are not PEM certificates: {0}")]
+    Roots(openssl::error::ErrorStack),
+    /// A proof that does not hold: the file was changed, or the key is another.
+    #[error("the attestation does not hold: {0}")]
+    Wrong(String),
+}
+
+impl Attestation {
+    pub(super) fn new(key: &str, public: &PublicKey, evidence: Evidence) -> Self {
+        Self {
+            form: FORM.to_owned(),
+            key: key.to_owned(),
+            algorithm: public.algorithm.name().to_owned(),
+            public_key: public.spki.0.clone(),
+            evidence,
+        }
+    }
+
+    /// Reads a file.
+    pub fn parse(text: &str) -> Result<Self, AttestationError> {
+        let parsed: Self =
+            serde_json::from_str(text).map_err(|error| AttestationError::Form(error.to_string()))?;
+        if parsed.form != FORM {
+            return Err(AttestationError::Form(format!("its form is {:?}", parsed.form)));
+        }
+        Ok(parsed)
+    }
+
+    /// What of it holds.
+    pub fn verify(&self, trust: &Trust) -> Result<Findings, AttestationError> {
+        let mut findings = match &self.evidence {
+            Evidence::Pkcs11 { attributes } => Findings {
+                unproven: attributes.iter().map(|(name, value)| format!("{name} is {value}")).collect(),
+                ..Findings::default()
+            },
+            Evidence::Piv { certificates } => self.piv(certificates, trust)?,
+            Evidence::Tpm { .. } => self.tpm(trust)?,
+        };
+        if matches!(self.evidence, Evidence::Pkcs11 { .. }) {
+            findings.unproven.push("PKCS#11 has no proof: the module says so, and this file".to_owned());
+        }
+        findings.public_key_sha256 = hex::encode(Sha256::digest(&self.public_key));
+        Ok(findings)
+    }
+
+    /// The card certifies its own keys with the one in slot f9, which its maker certified.
+    fn piv(&self, certificates: &[Vec<u8>], trust: &Trust) -> Result<Findings, AttestationError> {
+        let wrong = |what: &str| AttestationError::Wrong(what.to_owned());
+        let [own, by] = certificates else { return Err(wrong("there have to be two certificates")) };
+        let intermediates =
+            X509::stack_from_pem(YUBICO_INTERMEDIATES.as_bytes()).map_err(AttestationError::Roots)?;
+        let by = X509::from_der(by).map_err(|_| wrong("the card's certificate is malformed"))?;
+        let leaf = X509::from_der(own).map_err(|_| wrong("the key's certificate is malformed"))?;
+        // Older cards' certificates do not say that they are a CA's, so the last step is not the path's.
+        path(&by, intermediates, &self.roots(trust, &YUBICO.concat())?)?;
+        let signed = by.public_key().and_then(|key| leaf.verify(&key));
+        if by.issued(&leaf) != openssl::x509::X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
+            return Err(wrong("the card did not sign the key's certificate"));
+        }
+        let certificate =
+            Certificate::from_der(own).map_err(|_| wrong("the key's certificate is malformed"))?;
+        let tbs = certificate.tbs_certificate();
+        let certified = tbs.subject_public_key_info().to_der().map_err(|error| wrong(&error.to_string()))?;
+        if certified != self.public_key {
+            return Err(wrong("the card attests another key"));
+        }
+        let mut proven = vec![format!("made inside the card: {}", tbs.subject())];
+        // Yubico, "PIV attestation": 1.3.6.1.4.1.41482.3.
+        for extension in tbs.extensions().into_iter().flatten() {
+            let value = extension.extn_value.as_bytes();
+            proven.extend(match (extension.extn_id.to_string().as_str(), value) {
+                ("1.3.6.1.4.1.41482.3.3", [major, minor, patch]) => {
+                    Some(format!("firmware {major}.{minor}.{patch}"))
+                }
+                ("1.3.6.1.4.1.41482.3.7", [2, _, number @ ..]) => {
+                    let serial = number.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
+                    Some(format!("serial {serial}"))
+                }
+                ("1.3.6.1.4.1.41482.3.8", [pin, touch]) => {
+                    Some(format!("PIN policy {}, touch policy {}", policy(*pin), touch_policy(*touch)))
+                }
+                _ => None,
+            });
+        }
+        if !proven.iter().any(|line| line.starts_with("serial ")) {
+            proven.push("no serial number: it is too old to say which card".to_owned());
+        }
+        let mut findings = Findings { proven, ..Findings::default() };
+        if trust.nonce.is_some() {
+            findings.unproven.push("when this was made: cards take no nonce".to_owned());
+        }
+        Ok(findings)
+    }
+
+    fn tpm(&self, trust: &Trust) -> Result<Findings, AttestationError> {
+        let Evidence::Tpm { public, attestation_key, certify_info, signature, endorsement_certificate } =
+            &self.evidence
+        else {
+            return Ok(Findings::default());
+        };
+        let proof = tpm_attestation::verify(public, attestation_key, certify_info, signature)
+            .map_err(AttestationError::Wrong)?;
+        if proof.key.0 != self.public_key {
+            return Err(AttestationError::Wrong("the TPM certified another key".into()));
+        }
+        if trust.nonce.as_ref().is_some_and(|nonce| *nonce != proof.nonce) {
+            return Err(AttestationError::Wrong(
+                "the nonce is another one: it was made for another request".into(),
+            ));
+        }
+        let mut findings = Findings { proven: proof.notes, ..Findings::default() };
+        let by = hex::encode(Sha256::digest(attestation_key));
+        match trust.attestation_key.as_ref().map(|wanted| wanted.to_ascii_lowercase().replace(':', "")) {
+            Some(wanted) if wanted == by => findings.proven.push(format!("certified by attestation key {by}")),
+            Some(_) => {
+                return Err(AttestationError::Wrong(format!("it was certified by another attestation key: {by}")));
+            }
+            None => findings.unproven.push(format!(
+                "that attestation key {by} is a TPM's: compare it with the one that the machine itself shows, then \
+                 give it with --attestation-key"
+            )),
+        }
+        if endorsement_certificate.is_empty() {
+            findings.unproven.push("whose TPM it is: it has no endorsement certificate".to_owned());
+        } else if trust.roots.is_empty() {
+            findings.unproven.push("whose TPM it is: give its maker's certificates with --roots".to_owned());
+        } else {
+            let malformed = |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
+            let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
+            path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
+            findings.proven.push("the endorsement certificate is by the TPM's maker".to_owned());
+        }
+        Ok(findings)
+    }
+
+    fn roots(&self, trust: &Trust, known: &str) -> Result<Vec<X509>, AttestationError> {
+        let pem = if trust.roots.is_empty() { known.as_bytes() } else { &trust.roots };
+        X509::stack_from_pem(pem).map_err(AttestationError::Roots)
+    }
+}
+
+/// Whether a certificate leads to a root (RFC 5280, 6).
+fn path(leaf: &X509, between: Vec<X509>, roots: &[X509]) -> Result<(), AttestationError> {
+    let check = || {
+        let mut store = X509StoreBuilder::new()?;
+        for root in roots {
+            store.add_cert(root.clone())?;
+        }
+        let mut chain = Stack::new()?;
+        for certificate in between {
+            chain.push(certificate)?;
+        }
+        let store = store.build();
+        X509StoreContext::new()?.init(&store, leaf, &chain, |context| {
+            Ok(context.verify_cert()?.then_some(()).ok_or_else(|| context.error().error_string()))
+        })
+    };
+    let outcome: Result<Result<(), &str>, openssl::error::ErrorStack> = check();
+    match outcome {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(reason)) => Err(AttestationError::Wrong(format!(
+            "its certificates do not lead to a root that is trusted: {reason}; roots are given with --roots"
+        ))),
+        Err(error) => Err(AttestationError::Wrong(error.to_string())),
+    }
+}
+
+fn policy(number: u8) -> String {
+    match number {
+        1 => "never".to_owned(),
+        2 => "once".to_owned(),
+        3 => "always".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn touch_policy(number: u8) -> String {
+    match number {
+        1 => "never".to_owned(),
+        2 => "always".to_owned(),
+        3 => "cached".to_owned(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,373 @@
+//! What operators do over a key's life: the same whether an agent does it for them, in the process that owns the
+//! device, or, while no agent runs, this process starts one for it. Never over the network; each is recorded.
+
+pub mod attestation;
+mod certificate;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use der::pem::LineEnding;
+use der::{Decode as _, EncodePem as _};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use x509_cert::spki::SubjectPublicKeyInfoOwned;
+
+use self::attestation::Attestation;
+pub use self::certificate::Subject;
+use crate::audit::{self, Audit, AuditError, Entry};
+use crate::config::Config;
+pub use crate::host::task::Template;
+use crate::host::task::{Done, Listed, Task};
+use crate::host::wire::{KeySpec, PublicKey};
+use crate::identity::Identity;
+use crate::replay::Step;
+use crate::spki::SpkiDer;
+use crate::token::{Token, TokenError};
+
+/// How long a command may take: somebody may have to touch the device, and some keys take minutes to make.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// Is told what a person has to do meanwhile.
+pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
+
+/// What an operator asks for. Names are those of the configuration: nothing else can be reached.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Command {
+    /// Every key on a token, or on all.
+    List {
+        /// Name of the token.
+        token: Option<String>,
+    },
+    /// Makes a key on the first of its tokens.
+    Generate {
+        /// Name of the key.
+        key: String,
+        /// What kind.
+        template: Template,
+    },
+    /// The public half.
+    Public {
+        /// Name of the key.
+        key: String,
+    },
+    /// A certificate request (PKCS#10, RFC 2986), signed by the key.
+    Csr {
+        /// Name of the key.
+        key: String,
+        /// Whose certificate it will be.
+        subject: Subject,
+    },
+    /// A certificate by the key about itself.
+    SelfSign {
+        /// Name of the key.
+        key: String,
+        /// Whose certificate it is.
+        subject: Subject,
+        /// How long it is valid.
+        days: u32,
+    },
+    /// Keeps the key's certificate beside it on the device.
+    ImportCertificate {
+        /// Name of the key.
+        key: String,
+        /// PEM.
+        certificate: String,
+    },
+    /// Proof of how the key came to be.
+    Attest {
+        /// Name of the key.
+        key: String,
+        /// What shows that the proof was made now, where the device takes it.
+        nonce: Vec<u8>,
+    },
+    /// Deletes a key and what belongs to it.
+    Delete {
+        /// Name of the key.
+        key: String,
+    },
+}
+
+/// What an operator gets.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Output {
+    /// Public key, request or certificate.
+    Pem(String),
+    /// Keys, by token.
+    Listed(Vec<TokenKeys>),
+    /// How a key came to be.
+    Attested(Attestation),
+    /// Nothing but that it is done.
+    Done,
+}
+
+/// The keys on one token.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct TokenKeys {
+    /// The token's name in the configuration.
+    pub token: String,
+    /// Its keys, or why it cannot say.
+    pub keys: Result<Vec<Named>, String>,
+}
+
+/// A key on a token, and what callers name it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Named {
+    /// Names in the configuration.
+    pub names: Vec<String>,
+    /// What the device shows.
+    pub listed: Listed,
+}
+
+/// Why it was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyLifeError {
+    /// The name is not in the configuration.
+    #[error("there is no [key.{0}] in the configuration; add it first, and reload the agent if one runs")]
+    NoKey(String),
+    /// The name is not in the configuration.
+    #[error("there is no [token.{0}] in the configuration")]
+    NoToken(String),
+    /// The device.
+    #[error("token {token}: {error}")]
+    Device {
+        /// Its name.
+        token: String,
+        /// Why.
+        error: TokenError,
+    },
+    /// A certificate that cannot be made or taken.
+    #[error(transparent)]
+    Certificate(#[from] certificate::CertificateError),
+    /// DER.
+    #[error("the public key cannot be encoded")]
+    Der(#[from] der::Error),
+    /// It was not recorded, so nothing is released.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+/// An operator, what they work on, and where it is recorded.
+pub struct Operator<'a> {
+    /// What names mean.
+    pub config: &'a Config,
+    /// Open tokens, by name.
+    pub tokens: &'a BTreeMap<String, Arc<Token>>,
+    /// Where it is recorded.
+    pub audit: &'a Audit,
+    /// Who asks.
+    pub identity: &'a Identity,
+    /// The rule that lets them.
+    pub rule: &'a str,
+}
+
+/// A key and where it is.
+struct Place<'a> {
+    name: &'a str,
+    token: &'a Arc<Token>,
+    spec: KeySpec,
+}
+
+impl Command {
+    /// The tokens that it is about.
+    pub fn tokens<'a>(&'a self, config: &'a Config) -> Vec<&'a str> {
+        let key = match self {
+            Self::List { token: Some(token) } => return vec![token],
+            Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
+            Self::Generate { key, .. }
+            | Self::Public { key }
+            | Self::Csr { key, .. }
+            | Self::SelfSign { key, .. }
+            | Self::ImportCertificate { key, .. }
+            | Self::Attest { key, .. }
+            | Self::Delete { key } => key,
+        };
+        config.keys.get(key).and_then(|key| key.tokens.first()).map(String::as_str).into_iter().collect()
+    }
+
+    /// What the record calls it, and the key; none where nothing is recorded.
+    fn recorded(&self) -> Option<(&'static str, &str)> {
+        match self {
+            Self::List { .. } | Self::Public { .. } => None,
+            Self::Generate { key, .. } => Some(("generate", key)),
+            Self::Csr { key, .. } => Some(("csr", key)),
+            Self::SelfSign { key, .. } => Some(("self-sign", key)),
+            Self::ImportCertificate { key, .. } => Some(("import-certificate", key)),
+            Self::Attest { key, .. } => Some(("attest", key)),
+            Self::Delete { key } => Some(("delete", key)),
+        }
+    }
+}
+
+impl Operator<'_> {
+    /// Does it, and records it before anything is released. `say` is told what a person has to do meanwhile.
+    pub async fn run(&self, command: &Command, say: Say<'_>) -> Result<Output, KeyLifeError> {
+        let done = self.carry_out(command, say).await;
+        if let Some((action, key)) = command.recorded() {
+            let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
+            self.record(action, key, &reason).await?;
+        }
+        done
+    }
+
+    async fn carry_out(&self, command: &Command, say: Say<'_>) -> Result<Output, KeyLifeError> {
+        match command {
+            Command::List { token } => self.list(token.as_deref(), say).await.map(Output::Listed),
+            Command::Generate { key, template } => {
+                let place = self.place(key)?;
+                let made = place.public(Task::Generate(place.spec.clone(), template.clone()), say).await?;
+                // Whoever waits for this key need not wait for the next look.
+                place.token.look_again().await;
+                Ok(Output::Pem(pem(&made.spki)?))
+            }
+            Command::Public { key } => {
+                let place = self.place(key)?;
+                let found = place.public(Task::Find(place.spec.clone()), say).await?;
+                Ok(Output::Pem(pem(&found.spki)?))
+            }
+            Command::Csr { key, subject } => {
+                let place = self.place(key)?;
+                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let unsigned = certificate::Request::new(&public, subject)?;
+                let signature = place.sign(unsigned.message()?, say).await?;
+                Ok(Output::Pem(unsigned.signed(&signature)?))
+            }
+            Command::SelfSign { key, subject, days } => {
+                let place = self.place(key)?;
+                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let unsigned = certificate::SelfSigned::new(&public, subject, *days)?;
+                let signature = place.sign(unsigned.message()?, say).await?;
+                Ok(Output::Pem(unsigned.signed(&signature)?))
+            }
+            Command::ImportCertificate { key, certificate } => {
+                let place = self.place(key)?;
+                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let certificate = certificate::of(&public.spki, certificate)?;
+                place.ask(Task::Store(place.spec.clone(), certificate), say).await?;
+                Ok(Output::Done)
+            }
+            Command::Attest { key, nonce } => {
+                let place = self.place(key)?;
+                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                match place.ask(Task::Attest(place.spec.clone(), nonce.clone()), say).await? {
+                    Done::Attested(evidence) => {
+                        Ok(Output::Attested(Attestation::new(key, &public, evidence)))
+                    }
+                    _ => Err(place.failed(surprise())),
+                }
+            }
+            Command::Delete { key } => {
+                let place = self.place(key)?;
+                place.ask(Task::Delete(place.spec.clone()), say).await?;
+                place.token.look_again().await;
+                Ok(Output::Done)
+            }
+        }
+    }
+
+    async fn list(&self, only: Option<&str>, say: Say<'_>) -> Result<Vec<TokenKeys>, KeyLifeError> {
+        if let Some(name) = only.filter(|name| !self.tokens.contains_key(*name)) {
+            return Err(KeyLifeError::NoToken(name.to_owned()));
+        }
+        let mut all = Vec::new();
+        for (name, token) in self.tokens.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
+            let configured = || {
+                let on_it = self.config.keys.iter().filter(|(_, key)| key.tokens.contains(name));
+                on_it.map(|(key_name, key)| (key_name, &key.object))
+            };
+            let objects = configured().map(|(_, object)| object.clone()).collect();
+            let keys = match ask(token, Task::List(objects), say).await {
+                Ok(Done::Listed(listed)) => Ok(listed
+                    .into_iter()
+                    .map(|listed| {
+                        let names = configured().filter(|(_, object)| object.names(&listed.object));
+                        Named { names: names.map(|(name, _)| name.clone()).collect(), listed }
+                    })
+                    .collect()),
+                Ok(_) => Err(surprise().to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            all.push(TokenKeys { token: name.clone(), keys });
+        }
+        Ok(all)
+    }
+
+    /// A key that is configured, on the first of its tokens.
+    fn place<'b>(&'b self, name: &'b str) -> Result<Place<'b>, KeyLifeError> {
+        let found = self.config.keys.get(name).and_then(|key| {
+            Some(Place { name, token: self.tokens.get(key.tokens.first()?)?, spec: key.spec(name) })
+        });
+        found.ok_or_else(|| KeyLifeError::NoKey(name.to_owned()))
+    }
+
+    async fn record(&self, action: &'static str, key: &str, reason: &str) -> Result<(), AuditError> {
+        let token = self.place(key).map(|place| place.token.name.clone()).unwrap_or_default();
+        let entry = Entry {
+            time: audit::now(),
+            action,
+            request_id: "",
+            identity: self.identity,
+            rule: Some(self.rule),
+            key,
+            token: &token,
+            algorithm: None,
+            digest: "",
+            claimed_context: "",
+            outcome: if reason.is_empty() { "done" } else { "failed" },
+            reason,
+        };
+        self.audit.record(&entry).await
+    }
+}
+
+impl Place<'_> {
+    async fn ask(&self, task: Task, say: Say<'_>) -> Result<Done, KeyLifeError> {
+        ask(self.token, task, say).await.map_err(|error| self.failed(error))
+    }
+
+    async fn public(&self, task: Task, say: Say<'_>) -> Result<PublicKey, KeyLifeError> {
+        match self.ask(task, say).await? {
+            Done::Key(public) => Ok(public),
+            _ => Err(self.failed(surprise())),
+        }
+    }
+
+    async fn sign(&self, message: Vec<u8>, say: Say<'_>) -> Result<Vec<u8>, KeyLifeError> {
+        match self.ask(Task::Sign(self.spec.clone(), message), say).await? {
+            Done::Signature(signature) => Ok(signature),
+            _ => Err(self.failed(surprise())),
+        }
+    }
+
+    fn failed(&self, error: TokenError) -> KeyLifeError {
+        tracing::debug!(key = self.name, %error, "an operator's task failed");
+        KeyLifeError::Device { token: self.token.name.clone(), error }
+    }
+}
+
+/// Has a token do something, and says what it waits for.
+async fn ask(token: &Token, task: Task, say: Say<'_>) -> Result<Done, TokenError> {
+    let (tell, mut steps) = watch::channel(Step::Working);
+    let touch = async {
+        while steps.changed().await.is_ok() {
+            if let Step::Touch(message) = &*steps.borrow_and_update() {
+                say(message);
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        done = token.operate(task, &tell, Instant::now() + DEADLINE) => done,
+        () = touch => Err(surprise()),
+    }
+}
+
+fn surprise() -> TokenError {
+    TokenError::Unavailable("its process did what was not asked".into())
+}
+
+fn pem(spki: &SpkiDer) -> Result<String, der::Error> {
+    SubjectPublicKeyInfoOwned::from_der(&spki.0)?.to_pem(LineEnding::LF)
+}

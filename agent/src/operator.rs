@@ -1,0 +1,253 @@
+//! The operators' socket: commands over keys for an agent that runs, and so owns the devices. Local only; who may is
+//! decided by the kernel's peer credentials and `[[operator]]`. Both ends are one program, so the form may change.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+
+use crate::agent::Agent;
+use crate::audit::{self, Audit, Entry};
+use crate::config::{Config, UnixListen};
+use crate::host::wire;
+use crate::identity::Identity;
+use crate::key_life::{Command, KeyLifeError, Operator, Output, Say};
+use crate::listen::{ListenError, bind_unix};
+use crate::policy::{Match, Rule, allowed};
+use crate::secret::Pin;
+use crate::token::{State, Token};
+
+/// How many operators are served at a time.
+const CONNECTIONS: usize = 8;
+
+/// How long an operator's program may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a device may take to open.
+const OPEN: Duration = Duration::from_secs(60);
+
+/// Why it was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// Somebody else's agent.
+    #[error("no [[operator]] rule lets you do this")]
+    NotOperator,
+    /// An agent that cannot be asked.
+    #[error("an agent is running and owns the device, but {0}")]
+    Agent(String),
+    /// A PIN that nobody can be asked for.
+    #[error("token {0} needs a PIN, and there is no terminal")]
+    NoTerminal(String),
+    /// A device that does not open.
+    #[error("token {token}: {reason}")]
+    Token {
+        /// Its name.
+        token: String,
+        /// Why.
+        reason: String,
+    },
+    /// What was asked for.
+    #[error(transparent)]
+    KeyLife(#[from] KeyLifeError),
+    /// It was done elsewhere, and failed there.
+    #[error("{0}")]
+    Told(String),
+    /// The log cannot be opened.
+    #[error("nothing is done without an audit log")]
+    Log(#[source] io::Error),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Ask {
+    version: String,
+    command: Command,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    /// Something that a person has to do meanwhile.
+    Say(String),
+    Done(Result<Output, String>),
+}
+
+/// The socket of an agent.
+pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
+    let own = rustix::process::geteuid().as_raw();
+    let ours = |rule: &Rule| matches!(rule.matches, Match::Uid(uid) if uid == own || uid == 0);
+    // With operators who are somebody else, the rules alone decide.
+    let mode = if operators.iter().all(ours) { 0o600 } else { 0o666 };
+    bind_unix(&UnixListen { path: path.to_owned(), mode, group: None })
+}
+
+/// Serves operators until dropped.
+pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok((stream, _)) = socket.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let agent = Arc::clone(&agent);
+        tokio::spawn(async move {
+            if let Err(error) = converse(stream, &agent).await {
+                tracing::warn!(%error, "an operator's connection ended early");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn converse(mut stream: UnixStream, agent: &Arc<Agent>) -> io::Result<()> {
+    // The user database may be slow: not on the event loop.
+    let credentials = stream.peer_cred()?;
+    let identified = tokio::task::spawn_blocking(move || {
+        Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
+    });
+    let identity = timeout(PATIENCE, identified).await??;
+    let frame = timeout(PATIENCE, wire::read_async(&mut stream)).await??;
+    let (say, mut said) = mpsc::unbounded_channel();
+    let asked: Result<Ask, _> = serde_json::from_slice(&frame);
+    let own = env!("CARGO_PKG_VERSION");
+    let agent = Arc::clone(agent);
+    // A task of its own: what a device has begun is finished and recorded even when the operator hangs up.
+    let mut work = tokio::spawn(async move {
+        match asked {
+            Ok(Ask { version, command }) if version == own => {
+                let say = |message: &str| drop(say.send(message.to_owned()));
+                attend(&agent, identity, &command, &say).await.map_err(|error| error.to_string())
+            }
+            _ => Err(format!("it is version {own}, and this program another; restart the agent")),
+        }
+    });
+    let done = loop {
+        tokio::select! {
+            Some(message) = said.recv() => send(&mut stream, &Answer::Say(message)).await?,
+            done = &mut work => break done?,
+        }
+    };
+    send(&mut stream, &Answer::Done(done)).await
+}
+
+/// Does what an operator asks of a running agent, if they are one.
+async fn attend(
+    agent: &Agent,
+    identity: Identity,
+    command: &Command,
+    say: Say<'_>,
+) -> Result<Output, OperatorError> {
+    let setup = agent.setup();
+    let Some(rule) = allowed(&setup.config.operators, &identity) else {
+        tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
+        let entry = Entry {
+            time: audit::now(),
+            action: "operate",
+            request_id: "",
+            identity: &identity,
+            rule: None,
+            key: "",
+            token: "",
+            algorithm: None,
+            digest: "",
+            claimed_context: "",
+            outcome: "denied",
+            reason: "operator",
+        };
+        agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
+        return Err(OperatorError::NotOperator);
+    };
+    let (config, tokens, audit) = (&setup.config, &setup.tokens, &agent.audit);
+    let operator = Operator { config, tokens, audit, identity: &identity, rule: &rule.name };
+    Ok(operator.run(command, say).await?)
+}
+
+/// Does what whoever runs this asks for: in the agent, if one runs, else with a process of its own for the device.
+pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
+    if let Some(path) = &config.listen.operator
+        && let Ok(stream) = UnixStream::connect(path).await
+    {
+        return tell(stream, command, say).await;
+    }
+    if let Some(unix) = &config.listen.unix
+        && UnixStream::connect(&unix.path).await.is_ok()
+    {
+        return Err(OperatorError::Agent("you may not use its operators' socket, or it has none".into()));
+    }
+    alone(config, &command, say).await
+}
+
+async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
+    let lost = |error: io::Error| OperatorError::Agent(format!("it does not answer: {error}"));
+    let ask = Ask { version: env!("CARGO_PKG_VERSION").to_owned(), command };
+    send(&mut stream, &ask).await.map_err(lost)?;
+    loop {
+        let frame = wire::read_async(&mut stream).await.map_err(lost)?;
+        match serde_json::from_slice(&frame).map_err(|error| lost(error.into()))? {
+            Answer::Say(message) => say(&message),
+            Answer::Done(done) => return done.map_err(OperatorError::Told),
+        }
+    }
+}
+
+/// Without an agent. Recorded in a file of its own beside the agent's log.
+async fn alone(config: &Config, command: &Command, say: Say<'_>) -> Result<Output, OperatorError> {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let identity = Identity::from_unix(uid, gid, None);
+    let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
+    let now = humantime::format_rfc3339_micros(SystemTime::now());
+    let name = format!("operator-{now}-{}.jsonl", std::process::id());
+    let audit = Audit::open(&config.audit, &name).map_err(OperatorError::Log)?;
+    let mut tokens = BTreeMap::new();
+    let mut failed = None;
+    for name in command.tokens(config) {
+        let Some(token) = config.tokens.get(name) else { continue };
+        match open(name, token).await {
+            Ok(token) => drop(tokens.insert(name.to_owned(), token)),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    let operator = Operator { config, tokens: &tokens, audit: &audit, identity: &identity, rule: &rule.name };
+    let done = match failed {
+        Some(error) if tokens.is_empty() => Err(error),
+        _ => operator.run(command, say).await.map_err(OperatorError::from),
+    };
+    for token in tokens.values() {
+        token.stop().await;
+    }
+    done
+}
+
+/// Starts a process for a token and waits for its device; asks for the PIN if it has to.
+async fn open(name: &str, config: &crate::config::Token) -> Result<Arc<Token>, OperatorError> {
+    let token = Token::start(name, config.clone(), Vec::new(), None);
+    let failed = |reason: String| OperatorError::Token { token: name.to_owned(), reason };
+    if token.wants_prompt() {
+        let asked = rpassword::prompt_password(format!("PIN for token {name}: "));
+        let pin = asked.ok().and_then(Pin::new).ok_or_else(|| OperatorError::NoTerminal(name.to_owned()))?;
+        let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
+        unlocked.map_err(|error| failed(error.to_string()))?;
+    }
+    loop {
+        let change = token.watch();
+        match token.state() {
+            State::Ready => return Ok(token),
+            State::Starting => {
+                timeout(OPEN, change).await.map_err(|_| failed("it does not open".into()))?;
+            }
+            State::Locked(reason) | State::Down(reason) => return Err(failed(reason)),
+        }
+    }
+}
+
+async fn send(stream: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
+    let mut frame = Vec::new();
+    wire::put_bytes(&mut frame, &serde_json::to_vec(message)?);
+    stream.write_all(&frame).await
+}

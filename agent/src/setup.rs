@@ -1,0 +1,86 @@
+//! What a configuration makes of the agent: its tokens and keys. Another configuration makes another, which takes
+//! over whatever stays the same.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tonic::Status;
+
+use crate::config::{self, Config};
+use crate::host::wire::KeySpec;
+use crate::key::{KeyEntry, Place};
+use crate::token::Token;
+
+/// Tokens and keys by their names, and the configuration that they come from.
+pub(crate) struct Setup {
+    pub(crate) config: Config,
+    pub(crate) tokens: BTreeMap<String, Arc<Token>>,
+    pub(crate) keys: BTreeMap<Arc<str>, Arc<KeyEntry>>,
+}
+
+impl Setup {
+    /// Starts every token that `before` has not, or has otherwise.
+    pub(crate) fn new(config: Config, before: Option<&Self>) -> Self {
+        // What each token has to find, and where each key then is.
+        let mut objects: BTreeMap<&str, Vec<KeySpec>> = BTreeMap::new();
+        let mut indices = BTreeMap::new();
+        for (name, key) in &config.keys {
+            for token in &key.tokens {
+                let on_token = objects.entry(token).or_default();
+                indices.insert((name, token), on_token.len());
+                on_token.push(key.spec(name));
+            }
+        }
+        let start = |(name, token): (&String, &config::Token)| {
+            let keys = objects.remove(name.as_str()).unwrap_or_default();
+            let old = before.and_then(|before| before.tokens.get(name));
+            let token = match old {
+                Some(old) if old.is_for(token, &keys) => Arc::clone(old),
+                old => Token::start(name, token.clone(), keys, old.cloned()),
+            };
+            (name.clone(), token)
+        };
+        let tokens: BTreeMap<_, _> = config.tokens.iter().map(start).collect();
+        let stays = |name: &String| {
+            let old = before.and_then(|before| before.tokens.get(name));
+            old.zip(tokens.get(name)).is_some_and(|(old, new)| Arc::ptr_eq(old, new))
+        };
+        let entry = |(name, key): (&String, &config::Key)| {
+            let old = before.filter(|before| before.config.keys.get(name) == Some(key));
+            if let Some((shared, old)) = old.and_then(|before| before.keys.get_key_value(name.as_str()))
+                && key.tokens.iter().all(stays)
+            {
+                return (Arc::clone(shared), Arc::clone(old));
+            }
+            let place = |token: &String| {
+                let index = indices.get(&(name, token)).copied()?;
+                Some(Place { token: Arc::clone(tokens.get(token)?), index })
+            };
+            let shared: Arc<str> = name.as_str().into();
+            let places = key.tokens.iter().filter_map(place).collect();
+            (Arc::clone(&shared), Arc::new(KeyEntry::new(shared, key, places)))
+        };
+        let keys = config.keys.iter().map(entry).collect();
+        Self { config, tokens, keys }
+    }
+
+    /// Tokens of this one that `next` does not have: nobody closes those.
+    pub(crate) fn without(&self, next: &Self) -> Vec<Arc<Token>> {
+        let gone = self.tokens.iter().filter(|(name, _)| !next.tokens.contains_key(*name));
+        gone.map(|(_, token)| Arc::clone(token)).collect()
+    }
+
+    /// Tokens of this one that `before` does not have, or has otherwise.
+    pub(crate) fn since(&self, before: &Self) -> Vec<Arc<Token>> {
+        let new = self
+            .tokens
+            .iter()
+            .filter(|(name, token)| before.tokens.get(*name).is_none_or(|old| !Arc::ptr_eq(old, token)));
+        new.map(|(_, token)| Arc::clone(token)).collect()
+    }
+
+    /// A key by its name.
+    pub(crate) fn key(&self, name: &str) -> Result<&Arc<KeyEntry>, Status> {
+        self.keys.get(name).ok_or_else(|| Status::not_found(format!("no key {name:?} is configured")))
+    }
+}
