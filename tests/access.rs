@@ -128,6 +128,45 @@ fn users_and_groups_are_told_apart() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Needs root, as above.
+#[test]
+fn only_operators_manage_keys() -> anyhow::Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test becomes another user; run it as root");
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let runtime = tempfile::Builder::new().prefix("omsign-run-").tempdir()?;
+    std::fs::set_permissions(runtime.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let (program, file) = (runtime.path().join("omsign-agent"), runtime.path().join("agent.toml"));
+    std::fs::copy(built("omsign-agent")?, &program)?;
+    let listen = world.listen().replace("agent.sock", &text(&runtime.path().join("agent.sock")));
+    let listen = listen.replace("\"audit\"", &format!("\"{}\"", text(&world.path("audit"))));
+    let rest = token_section("t", &token, "") + &key_section("k", "t", "k");
+    let named = format!("\n[[operator]]\nname = \"night shift\"\nunix = {{ uid = {NOBODY} }}\n");
+    for (operators, uid, expected) in [
+        (named.as_str(), NOBODY, Ok("label \"k\"")),
+        (&named, 1, Err("no [[operator]] rule lets you do this")),
+        ("", NOBODY, Err("you may not use its operators' socket")),
+        ("", 0, Ok("label \"k\"")),
+    ] {
+        let config = listen.clone() + &rest + operators;
+        std::fs::write(&file, &config)?;
+        let agent = Agent::start(&world, &config)?;
+        let mut command = Command::new(&program);
+        command.args(["key", "list", "--config"]).arg(&file).uid(uid).gid(65534).current_dir("/");
+        let output = command.output()?;
+        let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+        let (Ok(part) | Err(part)) = expected;
+        ensure!(
+            output.status.success() == expected.is_ok() && said.contains(part),
+            "{operators} {uid}: {said}"
+        );
+        drop(agent);
+    }
+    let denied = world.audit()?.into_iter().filter(|entry| entry["outcome"] == "denied").count();
+    ensure!(denied == 1, "{denied} denials recorded");
+    Ok(())
+}
+
 #[test]
 fn client_certificates() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -115,6 +115,28 @@ pub(crate) enum KeyCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Makes the key that is to take this one's place, and, with --finish, puts it there
+    ///
+    /// First the next key is made beside the present one, and named in the configuration as NAME/next: ask for its
+    /// certificate (key csr NAME/next), tell verifiers about it. Then --finish writes it into the configuration; callers
+    /// get it when the agent reads that anew (systemctl reload). The old key stays listed, for verification, and stays
+    /// on its device until it is deleted.
+    Rotate {
+        /// The key's name in the configuration
+        name: String,
+        #[command(flatten)]
+        template: Template,
+        /// Where the next key is made, as in the configuration: label=…, id=…, handle=…, file=… or slot=…
+        /// [default: the present label, handle or file, counted on]
+        #[arg(long, value_name = "OBJECT")]
+        object: Option<String>,
+        /// Puts the next key in its place
+        #[arg(long)]
+        finish: bool,
+        /// The next key's certificates, PEM, leaf first
+        #[arg(long, value_name = "FILE", requires = "finish")]
+        certificate_chain: Option<PathBuf>,
+    },
     /// Deletes a key for ever. Asks for its name, and then for its fingerprint
     Delete {
         /// The key's name in the configuration

@@ -12,11 +12,13 @@ use omsign_agent::operator;
 use sha2::{Digest as _, Sha256};
 
 use crate::cli::KeyCommand;
+use crate::rotate::Rotation;
 use crate::runtime;
 
 /// Runs a command over keys. None: the configuration has mistakes, which were printed.
 pub(crate) fn key(
     command: KeyCommand,
+    path: &Path,
     load: impl FnOnce() -> Option<Config>,
 ) -> anyhow::Result<Option<ExitCode>> {
     if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, json } = command {
@@ -26,6 +28,15 @@ pub(crate) fn key(
         return findings_of(findings, json).map(Some);
     }
     let Some(config) = load() else { return Ok(None) };
+    if let KeyCommand::Rotate { name, template, object, finish, certificate_chain } = command {
+        let rotation = Rotation { path, config: &config, name: &name };
+        let said = match finish {
+            true => rotation.finish(certificate_chain.as_deref())?,
+            false => rotation.begin(template, object.as_deref())?,
+        };
+        write!(std::io::stdout(), "{said}")?;
+        return Ok(Some(ExitCode::SUCCESS));
+    }
     let (mut json, mut confirm) = (false, None);
     let command = match command {
         KeyCommand::List { token, json: wanted } => {
@@ -43,16 +54,16 @@ pub(crate) fn key(
             confirm = Some(name.clone());
             Command::Delete { key: name }
         }
-        KeyCommand::VerifyAttestation { .. } => return Ok(None),
+        KeyCommand::VerifyAttestation { .. } | KeyCommand::Rotate { .. } => return Ok(None),
     };
-    let runtime = runtime()?;
-    let ask = |command| runtime.block_on(operator::run(&config, command, &|said| eprintln!("{said}")));
     if let Some(name) = confirm {
-        let Output::Pem(public) = ask(Command::Public { key: name.clone() })? else { return Ok(None) };
+        let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
+            return Ok(None);
+        };
         confirmed(&name, &public)?;
     }
     let mut out = std::io::stdout().lock();
-    match ask(command)? {
+    match ask(&config, command)? {
         Output::Pem(text) => write!(out, "{text}")?,
         Output::Listed(tokens) if json => writeln!(out, "{}", as_json(&tokens))?,
         Output::Listed(tokens) => tokens.iter().try_for_each(|token| list(&mut out, token))?,
@@ -60,6 +71,11 @@ pub(crate) fn key(
         Output::Done => eprintln!("done"),
     }
     Ok(Some(ExitCode::SUCCESS))
+}
+
+/// Has it done by the agent, or by this process.
+pub(crate) fn ask(config: &Config, command: Command) -> anyhow::Result<Output> {
+    Ok(runtime()?.block_on(operator::run(config, command, &|said| eprintln!("{said}")))?)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {

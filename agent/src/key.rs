@@ -5,14 +5,13 @@ use std::sync::{Arc, OnceLock};
 
 use omsign_proto::v1::{self, KeyState};
 use tokio::time::{Instant, timeout_at};
-use x509_cert::Certificate;
-use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
 use crate::host::wire::PublicKey;
 use crate::policy::Rule;
 use crate::replay::Tell;
+use crate::spki::SpkiDer;
 use crate::token::{Signed, State, Token, TokenError};
 
 /// Why a token may not sign.
@@ -25,6 +24,8 @@ pub(crate) struct KeyEntry {
     /// Never empty.
     places: Vec<Place>,
     certificate_chain: Vec<Vec<u8>>,
+    /// Keys that it took the place of.
+    previous: Vec<v1::PreviousKey>,
     /// Where the next signature is tried first: round robin.
     turn: AtomicUsize,
     /// The public key of its certificate, or the first that was seen: SubjectPublicKeyInfo, DER.
@@ -49,10 +50,18 @@ pub(crate) struct Failed {
 impl KeyEntry {
     pub(crate) fn new(name: Arc<str>, key: &crate::config::Key, places: Vec<Place>) -> Self {
         let (allow, certificate_chain) = (key.allow.clone(), key.certificate_chain.clone());
-        let identity = certificate_chain.first().and_then(|leaf| certified(leaf)).map(OnceLock::from);
+        let identity = certificate_chain
+            .first()
+            .and_then(|leaf| SpkiDer::of_certificate(leaf))
+            .map(|spki| OnceLock::from(spki.0));
         let (turn, identity, warned) =
             (AtomicUsize::new(0), identity.unwrap_or_default(), AtomicBool::new(false));
-        Self { name, allow, places, certificate_chain, turn, identity, warned }
+        let previous = key.previous.iter().map(|previous| v1::PreviousKey {
+            public_key: previous.public_key.0.clone(),
+            certificate_chain: previous.certificate_chain.clone(),
+        });
+        let previous = previous.collect();
+        Self { name, allow, places, certificate_chain, previous, turn, identity, warned }
     }
 
     /// Signs with the first token that can. A token that fails or takes more than its share of the time costs no
@@ -182,6 +191,7 @@ impl KeyEntry {
             algorithm: algorithm.into(),
             public_key: public.map(|public| public.spki.0).unwrap_or_default(),
             certificate_chain: self.certificate_chain.clone(),
+            previous: self.previous.clone(),
         }
     }
 }
@@ -193,12 +203,6 @@ fn rank(place: &Place) -> u8 {
         State::Starting => 1,
         State::Locked(_) | State::Down(_) => 2,
     }
-}
-
-/// The public key in a certificate.
-fn certified(leaf: &[u8]) -> Option<Vec<u8>> {
-    let leaf = Certificate::from_der(leaf).ok()?;
-    leaf.tbs_certificate().subject_public_key_info().to_der().ok()
 }
 
 /// A token as callers see it.

@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod rotate;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -57,7 +58,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Key { command, file } => {
             secret::harden_process();
-            let Some(outcome) = commands::key(command, || load(&file))? else { return Ok(ExitCode::from(2)) };
+            let Some(outcome) = commands::key(command, &file.config, || load(&file))? else {
+                return Ok(ExitCode::from(2));
+            };
             return Ok(outcome);
         }
         Command::Doctor { config: file, json } => {

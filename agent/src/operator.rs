@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
 use crate::agent::Agent;
@@ -59,6 +59,9 @@ pub enum OperatorError {
     /// It was done elsewhere, and failed there.
     #[error("{0}")]
     Told(String),
+    /// A configuration with mistakes.
+    #[error("the configuration is not reloaded: {0}")]
+    Reload(String),
     /// The log cannot be opened.
     #[error("nothing is done without an audit log")]
     Log(#[source] io::Error),
@@ -77,6 +80,9 @@ enum Answer {
     Done(Result<Output, String>),
 }
 
+/// Where it is told whether the configuration was read anew, or what is wrong with it.
+pub(crate) type Reloaded = oneshot::Sender<Result<(), String>>;
+
 /// The socket of an agent.
 pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
     let own = rustix::process::geteuid().as_raw();
@@ -87,7 +93,7 @@ pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, List
 }
 
 /// Serves operators until dropped.
-pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>) {
+pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>, reload: mpsc::Sender<Reloaded>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -95,9 +101,9 @@ pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>) {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let agent = Arc::clone(&agent);
+        let (agent, reload) = (Arc::clone(&agent), reload.clone());
         tokio::spawn(async move {
-            if let Err(error) = converse(stream, &agent).await {
+            if let Err(error) = converse(stream, &agent, reload).await {
                 tracing::warn!(%error, "an operator's connection ended early");
             }
             drop(place);
@@ -105,7 +111,11 @@ pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>) {
     }
 }
 
-async fn converse(mut stream: UnixStream, agent: &Arc<Agent>) -> io::Result<()> {
+async fn converse(
+    mut stream: UnixStream,
+    agent: &Arc<Agent>,
+    reload: mpsc::Sender<Reloaded>,
+) -> io::Result<()> {
     // The user database may be slow: not on the event loop.
     let credentials = stream.peer_cred()?;
     let identified = tokio::task::spawn_blocking(move || {
@@ -122,7 +132,7 @@ async fn converse(mut stream: UnixStream, agent: &Arc<Agent>) -> io::Result<()> 
         match asked {
             Ok(Ask { version, command }) if version == own => {
                 let say = |message: &str| drop(say.send(message.to_owned()));
-                attend(&agent, identity, &command, &say).await.map_err(|error| error.to_string())
+                attend(&agent, identity, &command, &reload, &say).await.map_err(|error| error.to_string())
             }
             _ => Err(format!("it is version {own}, and this program another; restart the agent")),
         }
@@ -141,6 +151,7 @@ async fn attend(
     agent: &Agent,
     identity: Identity,
     command: &Command,
+    reload: &mpsc::Sender<Reloaded>,
     say: Say<'_>,
 ) -> Result<Output, OperatorError> {
     let setup = agent.setup();
@@ -163,6 +174,15 @@ async fn attend(
         agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
         return Err(OperatorError::NotOperator);
     };
+    if matches!(command, Command::Reload) {
+        let (done, reloaded) = oneshot::channel();
+        let sent = reload.send(done).await.is_ok();
+        return match reloaded.await {
+            Ok(Ok(())) if sent => Ok(Output::Done),
+            Ok(Err(mistakes)) => Err(OperatorError::Reload(mistakes)),
+            _ => Err(OperatorError::Agent("it is stopping".into())),
+        };
+    }
     let (config, tokens, audit) = (&setup.config, &setup.tokens, &agent.audit);
     let operator = Operator { config, tokens, audit, identity: &identity, rule: &rule.name };
     Ok(operator.run(command, say).await?)
@@ -170,15 +190,18 @@ async fn attend(
 
 /// Does what whoever runs this asks for: in the agent, if one runs, else with a process of its own for the device.
 pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
-    if let Some(path) = &config.listen.operator
-        && let Ok(stream) = UnixStream::connect(path).await
-    {
-        return tell(stream, command, say).await;
+    let closed = || OperatorError::Agent("you may not use its operators' socket, or it has none".into());
+    if let Some(path) = &config.listen.operator {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return tell(stream, command, say).await,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(closed()),
+            Err(_) => {}
+        }
     }
     if let Some(unix) = &config.listen.unix
         && UnixStream::connect(&unix.path).await.is_ok()
     {
-        return Err(OperatorError::Agent("you may not use its operators' socket, or it has none".into()));
+        return Err(closed());
     }
     alone(config, &command, say).await
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -21,7 +22,7 @@ use crate::algorithm::Padding;
 use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::listen::{Connection, ListenError, Listeners};
-use crate::operator;
+use crate::operator::{self, Reloaded};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
 use crate::server::Service;
@@ -103,8 +104,10 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
         tracing::info!("stopping: no new requests, those in flight are finished");
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     };
-    let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent))));
-    run(agent, incoming, shutdown_timeout, stop, Some((hangup, path.to_owned()))).await?;
+    let (ask, asked) = mpsc::channel(1);
+    let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent), ask)));
+    let reload = Reload { path: path.to_owned(), hangup, asked };
+    run(agent, incoming, shutdown_timeout, stop, Some(reload)).await?;
     if let Some(served) = served {
         served.abort();
     }
@@ -169,6 +172,8 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
     let key = Key {
         tokens: vec![PRIVATE_KEY.into()],
         object,
+        next: None,
+        previous: Vec::new(),
         padding: Padding::Pkcs1,
         certificate_chain: Vec::new(),
         allow: vec![own.clone()],
@@ -189,15 +194,15 @@ async fn run(
     incoming: impl Stream<Item = std::io::Result<Connection>> + Send + 'static,
     shutdown_timeout: Duration,
     stop: impl Future<Output = ()> + Send + 'static,
-    reload: Option<(Signal, PathBuf)>,
+    reload: Option<Reload>,
 ) -> Result<(), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
     for token in agent.setup().tokens.values() {
         tokio::spawn(report(Arc::clone(token), reporter.clone()));
     }
-    if let Some((hangup, path)) = reload {
-        tokio::spawn(reload_on(hangup, path, Arc::clone(&agent), reporter.clone()));
+    if let Some(reload) = reload {
+        tokio::spawn(reload.run(Arc::clone(&agent), reporter.clone()));
     }
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -239,18 +244,37 @@ async fn run(
     Ok(ended?)
 }
 
-/// Reads the configuration anew at each signal. One with mistakes changes nothing.
-async fn reload_on(mut hangup: Signal, path: PathBuf, agent: Arc<Agent>, reporter: HealthReporter) {
-    while hangup.recv().await.is_some() {
-        let config = match Config::load(&path) {
-            Ok(config) => config,
-            Err(mistakes) => {
-                for mistake in mistakes {
-                    tracing::error!(%mistake, "the configuration is not reloaded");
+/// How the configuration is read anew.
+struct Reload {
+    path: PathBuf,
+    hangup: Signal,
+    /// Operators who wait for it.
+    asked: mpsc::Receiver<Reloaded>,
+}
+
+impl Reload {
+    /// At each signal, and whenever an operator asks.
+    async fn run(mut self, agent: Arc<Agent>, reporter: HealthReporter) {
+        loop {
+            tokio::select! {
+                Some(()) = self.hangup.recv() => {
+                    if let Err(mistakes) = self.once(&agent, &reporter).await {
+                        tracing::error!(mistakes, "the configuration is not reloaded");
+                    }
                 }
-                continue;
+                Some(done) = self.asked.recv() => {
+                    // An operator who hung up needs no answer.
+                    let _ = done.send(self.once(&agent, &reporter).await);
+                }
+                else => return,
             }
-        };
+        }
+    }
+
+    /// A configuration with mistakes changes nothing.
+    async fn once(&self, agent: &Agent, reporter: &HealthReporter) -> Result<(), String> {
+        let config = Config::load(&self.path)
+            .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
         let before = agent.setup();
         if config.listen != before.config.listen || config.audit != before.config.audit {
             tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
@@ -258,12 +282,12 @@ async fn reload_on(mut hangup: Signal, path: PathBuf, agent: Arc<Agent>, reporte
         let (closed, new) = agent.reload(config);
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
         for token in closed {
-            let name = format!("token.{}", token.name);
-            let _ = reporter.clone().clear_service_status(&name).await;
+            reporter.clone().clear_service_status(&format!("token.{}", token.name)).await;
         }
         for token in new {
             tokio::spawn(report(token, reporter.clone()));
         }
+        Ok(())
     }
 }
 

@@ -67,6 +67,12 @@ impl SpkiDer {
         Self::new(EC, Some(Any::from(curve.oid())), &unwrapped(point, 1 + 2 * curve.field_len()))
     }
 
+    /// The public key that a certificate, DER, is about.
+    pub fn of_certificate(der: &[u8]) -> Option<Self> {
+        let certificate = x509_cert::Certificate::from_der(der).ok()?;
+        certificate.tbs_certificate().subject_public_key_info().to_der().ok().map(Self)
+    }
+
     /// From the point of an Edwards curve, bare or wrapped: 32 bytes for Ed25519.
     pub fn from_edwards_point(point: &[u8]) -> Result<Self, KeyError> {
         let point = unwrapped(point, 32);

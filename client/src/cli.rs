@@ -169,6 +169,9 @@ pub(crate) enum KeysCommand {
         /// Prints the public key also where there is a chain
         #[arg(long)]
         public_key: bool,
+        /// Prints the keys that it took the place of instead, the newest first: they verify what was signed before
+        #[arg(long)]
+        previous: bool,
         #[command(flatten)]
         connection: Connection,
     },

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use nix::unistd::{Group, User};
-use x509_cert::der::Encode as _;
+use x509_cert::der::{Encode as _, pem};
 
 use super::read::{Reader, Section};
-use super::{Key, objects};
+use super::{Key, Previous, objects};
 use crate::algorithm::Padding;
 use crate::policy::{Match, Rule};
+use crate::spki::SpkiDer;
 
 /// Name of the rule that lets the agent's own user in where no rule is written: the private agent of one
 /// client, and the default operators.
@@ -22,7 +23,10 @@ pub(super) fn key(
 ) -> Option<Key> {
     let names = on_tokens(reader, &mut section, tokens);
     let backend = names.iter().find_map(|name| tokens.get(name)).copied().unwrap_or_default();
-    let object = objects::object(reader, &mut section, backend);
+    let object = objects::object(reader, &mut section, "object", backend);
+    let next =
+        if section.has("next") { objects::object(reader, &mut section, "next", backend) } else { None };
+    let previous = previous(reader, &mut section);
     let certificate_chain = match section.path(reader, "certificate_chain") {
         None => Some(Vec::new()),
         Some(path) => match chain(&path) {
@@ -50,7 +54,15 @@ pub(super) fn key(
         reader.mistake(section.at, &path, message);
     }
     section.finish(reader);
-    Some(Key { tokens: names, object: object?, padding, certificate_chain: certificate_chain?, allow })
+    Some(Key {
+        tokens: names,
+        object: object?,
+        next,
+        previous,
+        padding,
+        certificate_chain: certificate_chain?,
+        allow,
+    })
 }
 
 /// `token = "…"` or `token = ["…", "…"]`: all of one backend.
@@ -86,6 +98,40 @@ fn on_tokens(
         reader.mistake(at, &path, "names no token; write token = [\"hsm-a\", \"hsm-b\"]".into());
     }
     names
+}
+
+/// `previous = ["…"]`: files with a public key, or with its certificates.
+fn previous(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Vec<Previous> {
+    let mut found = Vec::new();
+    // Known here also where it is left out.
+    if !section.has("previous") {
+        section.take("previous");
+        return found;
+    }
+    for name in section.strings(reader, "previous") {
+        let path = reader.resolve(&name);
+        match public_key(&path) {
+            Ok(previous) => found.push(previous),
+            Err(message) => {
+                reader.mistake(section.position("previous"), &section.path_of("previous"), message)
+            }
+        }
+    }
+    found
+}
+
+fn public_key(path: &Path) -> Result<Previous, String> {
+    let shown = path.display();
+    let text = std::fs::read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    if let Ok(("PUBLIC KEY", der)) = pem::decode_vec(&text) {
+        return Ok(Previous { public_key: SpkiDer(der), certificate_chain: Vec::new() });
+    }
+    let certificate_chain = chain(path).map_err(|_| {
+        format!("{shown} holds neither a public key nor certificates, PEM; `omsign keys export` writes both")
+    })?;
+    let public_key = certificate_chain.first().and_then(|leaf| SpkiDer::of_certificate(leaf));
+    let public_key = public_key.ok_or_else(|| format!("{shown} holds no public key"))?;
+    Ok(Previous { public_key, certificate_chain })
 }
 
 /// Reads a PEM file of certificates as DER, in order.

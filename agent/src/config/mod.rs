@@ -1,6 +1,7 @@
 //! What the operator configured: one TOML file, every value typed. Unknown keys are errors, relative paths
 //! are relative to the file, and every mistake is reported at once.
 
+pub mod edit;
 mod key_uri;
 mod keys;
 mod listen;
@@ -25,6 +26,7 @@ pub use self::tpm::Tcti;
 use crate::algorithm::Padding;
 use crate::host::wire::KeySpec;
 use crate::policy::Rule;
+use crate::spki::SpkiDer;
 
 /// Everything in the file, checked.
 #[derive(Debug)]
@@ -210,12 +212,25 @@ pub struct Key {
     pub tokens: Vec<String>,
     /// Which object of each.
     pub object: Object,
+    /// The key that is to take its place, on the first of its tokens.
+    pub next: Option<Object>,
+    /// Keys that it took the place of, the newest first.
+    pub previous: Vec<Previous>,
     /// How an RSA key pads.
     pub padding: Padding,
     /// Certificates, DER, leaf first: makes it the OMS certificate method.
     pub certificate_chain: Vec<Vec<u8>>,
     /// Who may use it. Everything else is denied.
     pub allow: Vec<Rule>,
+}
+
+/// A key that signs no more: what is needed to verify what it signed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Previous {
+    /// SubjectPublicKeyInfo.
+    pub public_key: SpkiDer,
+    /// Certificates, DER, leaf first. May be empty.
+    pub certificate_chain: Vec<Vec<u8>>,
 }
 
 /// One thing wrong in the file.
@@ -286,6 +301,11 @@ impl Key {
     /// What its token has to find.
     pub(crate) fn spec(&self, name: &str) -> KeySpec {
         KeySpec { name: name.to_owned(), object: self.object.clone(), padding: self.padding }
+    }
+
+    /// The key that is to take its place.
+    pub(crate) fn next_spec(&self, name: &str) -> Option<KeySpec> {
+        Some(KeySpec { name: name.to_owned(), object: self.next.clone()?, padding: self.padding })
     }
 }
 

@@ -10,19 +10,25 @@ pub(crate) const PIV_SLOTS: [std::ops::RangeInclusive<u8>; 3] = [0x9a..=0x9a, 0x
 /// The handles that an owner may make persistent (TPM 2.0 Part 2, 7.5).
 const TPM_HANDLES: std::ops::RangeInclusive<u32> = 0x8100_0000..=0x81ff_ffff;
 
-pub(super) fn object(reader: &mut Reader<'_>, section: &mut Section<'_>, backend: &str) -> Option<Object> {
+/// `key` is `object`, or `next`.
+pub(super) fn object(
+    reader: &mut Reader<'_>,
+    section: &mut Section<'_>,
+    key: &'static str,
+    backend: &str,
+) -> Option<Object> {
     match backend {
-        "tpm" => tpm(reader, section),
-        "piv" => piv(reader, section),
-        _ => pkcs11(reader, section).map(Object::Pkcs11),
+        "tpm" => tpm(reader, section, key),
+        "piv" => piv(reader, section, key),
+        _ => pkcs11(reader, section, key).map(Object::Pkcs11),
     }
 }
 
 /// `object = { handle | file }`
-fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
+fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<Object> {
     const EXAMPLES: &str = "{ handle = \"0x81000010\" } or { file = \"release-key.pem\" }";
-    let (at, path) = (section.position("object"), section.path_of("object"));
-    let Some(mut table) = section.table("object") else {
+    let (at, path) = (section.position(key), section.path_of(key));
+    let Some(mut table) = section.table(key) else {
         let message =
             format!("a key of a TPM is a persistent handle or a key file; write object = {EXAMPLES}");
         reader.mistake(at, &path, message);
@@ -48,9 +54,9 @@ fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
 }
 
 /// `object = { slot }`
-fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
-    let (at, path) = (section.position("object"), section.path_of("object"));
-    let slot = section.table("object").and_then(|mut table| {
+fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<Object> {
+    let (at, path) = (section.position(key), section.path_of(key));
+    let slot = section.table(key).and_then(|mut table| {
         let slot = table.string(reader, "slot");
         table.finish(reader);
         slot
@@ -61,6 +67,18 @@ fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Object> {
         reader.mistake(at, &path, message.into());
     }
     slot.map(Object::PivSlot)
+}
+
+impl Object {
+    /// A persistent handle of a TPM, hexadecimal.
+    pub fn tpm_handle(text: &str) -> Option<Self> {
+        parse_handle(text).map(Self::TpmHandle)
+    }
+
+    /// A PIV slot, hexadecimal.
+    pub fn piv_slot(text: &str) -> Option<Self> {
+        parse_slot(text).map(Self::PivSlot)
+    }
 }
 
 /// A persistent handle in hexadecimal.
@@ -76,9 +94,9 @@ pub(super) fn parse_slot(text: &str) -> Option<u8> {
 }
 
 /// `object = { label | id }` or `object = "pkcs11:…"`.
-fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSelector> {
-    let (at, path) = (section.position("object"), section.path_of("object"));
-    let select = if let Some(mut table) = section.table("object") {
+fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<ObjectSelector> {
+    let (at, path) = (section.position(key), section.path_of(key));
+    let select = if let Some(mut table) = section.table(key) {
         let label = table.string(reader, "label");
         let id = match table.string(reader, "id") {
             None => None,
@@ -94,7 +112,7 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<ObjectSe
         table.finish(reader);
         ObjectSelector { label, id }
     } else {
-        let text = section.required(reader, "object", "{ label = \"model-release\" }")?;
+        let text = section.required(reader, key, "{ label = \"model-release\" }")?;
         match Pkcs11Uri::parse(&text) {
             Ok(uri) if uri.names_more_than_an_object() => {
                 let message = "only object=… and id=… belong here; the rest is for [token.NAME]".into();

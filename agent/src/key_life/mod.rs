@@ -33,7 +33,11 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// Is told what a person has to do meanwhile.
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
 
-/// What an operator asks for. Names are those of the configuration: nothing else can be reached.
+/// After a key's name: the key that is to take its place.
+pub const NEXT: &str = "/next";
+
+/// What an operator asks for. Names are those of the configuration, with [`NEXT`] for a key's `next`: nothing else
+/// can be reached.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
     /// Every key on a token, or on all.
@@ -83,6 +87,8 @@ pub enum Command {
         /// What shows that the proof was made now, where the device takes it.
         nonce: Vec<u8>,
     },
+    /// Has an agent read its configuration anew; without one there is nothing to do.
+    Reload,
     /// Deletes a key and what belongs to it.
     Delete {
         /// Name of the key.
@@ -127,6 +133,9 @@ pub enum KeyLifeError {
     /// The name is not in the configuration.
     #[error("there is no [key.{0}] in the configuration; add it first, and reload the agent if one runs")]
     NoKey(String),
+    /// No key is to take its place.
+    #[error("[key.{0}] has no `next`; begin with `omsign-agent key rotate {0}`")]
+    NoNext(String),
     /// The name is not in the configuration.
     #[error("there is no [token.{0}] in the configuration")]
     NoToken(String),
@@ -176,6 +185,7 @@ impl Command {
         let key = match self {
             Self::List { token: Some(token) } => return vec![token],
             Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
+            Self::Reload => return Vec::new(),
             Self::Generate { key, .. }
             | Self::Public { key }
             | Self::Csr { key, .. }
@@ -184,13 +194,14 @@ impl Command {
             | Self::Attest { key, .. }
             | Self::Delete { key } => key,
         };
+        let key = key.strip_suffix(NEXT).unwrap_or(key);
         config.keys.get(key).and_then(|key| key.tokens.first()).map(String::as_str).into_iter().collect()
     }
 
     /// What the record calls it, and the key; none where nothing is recorded.
     fn recorded(&self) -> Option<(&'static str, &str)> {
         match self {
-            Self::List { .. } | Self::Public { .. } => None,
+            Self::List { .. } | Self::Public { .. } | Self::Reload => None,
             Self::Generate { key, .. } => Some(("generate", key)),
             Self::Csr { key, .. } => Some(("csr", key)),
             Self::SelfSign { key, .. } => Some(("self-sign", key)),
@@ -258,6 +269,7 @@ impl Operator<'_> {
                     _ => Err(place.failed(surprise())),
                 }
             }
+            Command::Reload => Ok(Output::Done),
             Command::Delete { key } => {
                 let place = self.place(key)?;
                 place.ask(Task::Delete(place.spec.clone()), say).await?;
@@ -275,7 +287,10 @@ impl Operator<'_> {
         for (name, token) in self.tokens.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
             let configured = || {
                 let on_it = self.config.keys.iter().filter(|(_, key)| key.tokens.contains(name));
-                on_it.map(|(key_name, key)| (key_name, &key.object))
+                on_it.flat_map(|(name, key)| {
+                    let next = key.next.iter().map(move |next| (format!("{name}{NEXT}"), next));
+                    std::iter::once((name.clone(), &key.object)).chain(next)
+                })
             };
             let objects = configured().map(|(_, object)| object.clone()).collect();
             let keys = match ask(token, Task::List(objects), say).await {
@@ -283,7 +298,7 @@ impl Operator<'_> {
                     .into_iter()
                     .map(|listed| {
                         let names = configured().filter(|(_, object)| object.names(&listed.object));
-                        Named { names: names.map(|(name, _)| name.clone()).collect(), listed }
+                        Named { names: names.map(|(name, _)| name).collect(), listed }
                     })
                     .collect()),
                 Ok(_) => Err(surprise().to_string()),
@@ -296,10 +311,15 @@ impl Operator<'_> {
 
     /// A key that is configured, on the first of its tokens.
     fn place<'b>(&'b self, name: &'b str) -> Result<Place<'b>, KeyLifeError> {
-        let found = self.config.keys.get(name).and_then(|key| {
-            Some(Place { name, token: self.tokens.get(key.tokens.first()?)?, spec: key.spec(name) })
-        });
-        found.ok_or_else(|| KeyLifeError::NoKey(name.to_owned()))
+        let (plain, next) = name.strip_suffix(NEXT).map_or((name, false), |plain| (plain, true));
+        let missing = || KeyLifeError::NoKey(plain.to_owned());
+        let key = self.config.keys.get(plain).ok_or_else(missing)?;
+        let token = key.tokens.first().and_then(|token| self.tokens.get(token)).ok_or_else(missing)?;
+        let spec = match next {
+            true => key.next_spec(name).ok_or_else(|| KeyLifeError::NoNext(plain.to_owned()))?,
+            false => key.spec(name),
+        };
+        Ok(Place { name, token, spec })
     }
 
     async fn record(&self, action: &'static str, key: &str, reason: &str) -> Result<(), AuditError> {

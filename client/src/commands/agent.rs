@@ -12,25 +12,24 @@ use crate::cli;
 use crate::report;
 
 pub(crate) fn keys(arguments: &cli::Keys) -> Done {
-    if let Some(cli::KeysCommand::Export { name, public_key, connection }) = &arguments.command {
+    if let Some(cli::KeysCommand::Export { name, public_key, previous, connection }) = &arguments.command {
         let key = Agent::connect(&address(connection)?)?.get_key(name)?;
-        if key.certificate_chain.is_empty() || *public_key {
-            if key.public_key.is_empty() {
-                return Err(AgentError::KeyNotReady {
-                    key: key.name,
-                    token: key.tokens.join(", "),
-                    locked: key.state == i32::from(KeyState::Locked),
-                    reason: key.state_detail,
-                }
-                .into());
+        if *previous {
+            for old in &key.previous {
+                export(&old.public_key, &old.certificate_chain, *public_key)?;
             }
-            report::raw(&PublicKey::from_spki(&key.public_key)?.to_pem())?;
-        } else {
-            for der in &key.certificate_chain {
-                let pem = X509::from_der(der).and_then(|certificate| certificate.to_pem());
-                report::raw(&pem.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?)?;
-            }
+            return Ok(());
         }
+        if key.public_key.is_empty() && (key.certificate_chain.is_empty() || *public_key) {
+            return Err(AgentError::KeyNotReady {
+                key: key.name,
+                token: key.tokens.join(", "),
+                locked: key.state == i32::from(KeyState::Locked),
+                reason: key.state_detail,
+            }
+            .into());
+        }
+        export(&key.public_key, &key.certificate_chain, *public_key)?;
         return Ok(());
     }
     let keys = Agent::connect(&address(&arguments.connection)?)?.list_keys()?;
@@ -55,6 +54,18 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
     Ok(())
 }
 
+/// Prints certificates, or the public key where there are none.
+fn export(public_key: &[u8], chain: &[Vec<u8>], only_key: bool) -> Done {
+    if chain.is_empty() || only_key {
+        return report::raw(&PublicKey::from_spki(public_key)?.to_pem());
+    }
+    for der in chain {
+        let pem = X509::from_der(der).and_then(|certificate| certificate.to_pem());
+        report::raw(&pem.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?)?;
+    }
+    Ok(())
+}
+
 fn key_json(key: &Key) -> serde_json::Value {
     json!({
         "name": key.name,
@@ -64,6 +75,7 @@ fn key_json(key: &Key) -> serde_json::Value {
         "state_detail": key.state_detail,
         "algorithm": algorithm(key),
         "certificates": key.certificate_chain.len(),
+        "previous": key.previous.len(),
     })
 }
 

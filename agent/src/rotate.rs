@@ -1,0 +1,202 @@
+//! `omsign-agent key rotate`: the next key beside the present one, then in its place.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail, ensure};
+use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, edit};
+use omsign_agent::key_life::{Command, NEXT, Output, Template};
+
+use crate::commands::ask;
+
+/// A key that is rotated, and the file that names it.
+pub(crate) struct Rotation<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) config: &'a Config,
+    pub(crate) name: &'a str,
+}
+
+impl Rotation<'_> {
+    /// Names the next key in the configuration and makes it; returns its public half, PEM.
+    pub(crate) fn begin(&self, template: Template, object: Option<&str>) -> anyhow::Result<String> {
+        let key = self.key()?;
+        ensure!(key.next.is_none(), "{0} has a next key already; --finish puts it in its place", self.name);
+        ensure!(
+            key.tokens.len() == 1,
+            "{} lives on several tokens: make the next key on each with the vendor's tools, name it in the configuration \
+             as `next`, then run this with --finish",
+            self.name
+        );
+        let next = match object {
+            Some(text) => self.given(key, text)?,
+            None => following(self.name, &key.object)?,
+        };
+        let before = self.text()?;
+        self.write(&edit::begin(&before, self.name, &next)?)?;
+        let made = self.make(template);
+        if made.is_err() {
+            // As it was: nothing was made that the file could name.
+            self.write(&before)?;
+        }
+        let public = made?;
+        eprintln!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name);
+        eprintln!("  omsign-agent key csr {}{NEXT} --subject …    asks for its certificate", self.name);
+        eprintln!("  omsign-agent key rotate {} --finish         puts it in its place", self.name);
+        Ok(public)
+    }
+
+    fn make(&self, template: Template) -> anyhow::Result<String> {
+        let changed = self.reloaded()?;
+        ask(&changed, Command::Reload)?;
+        match ask(&changed, Command::Generate { key: format!("{}{NEXT}", self.name), template })? {
+            Output::Pem(public) => Ok(public),
+            _ => bail!("the device did not answer"),
+        }
+    }
+
+    /// Writes the next key into the place of the present one.
+    pub(crate) fn finish(&self, chain: Option<&Path>) -> anyhow::Result<String> {
+        let key = self.key()?;
+        ensure!(
+            key.next.is_some(),
+            "{0} has no next key; begin with `omsign-agent key rotate {0}`",
+            self.name
+        );
+        ensure!(
+            chain.is_some() || key.certificate_chain.is_empty(),
+            "{} signs with certificates, and those are for its present key; give the next key's with --certificate-chain",
+            self.name
+        );
+        let next = self.public(&format!("{}{NEXT}", self.name))?;
+        let before = self.text()?;
+        let old = match self.written_chain(&before)? {
+            // The file that it has is all that verifiers need.
+            Some(file) => file,
+            None => self.keep(&self.public(self.name)?, key.previous.len() + 1)?,
+        };
+        let chain = chain.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
+        self.write(&edit::finish(&before, self.name, chain.as_deref(), &old)?)?;
+        // Certificates for another key, or none at all: as it was.
+        if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next)) {
+            self.write(&before)?;
+            return Err(error);
+        }
+        eprintln!(
+            "{} is the next key once the agent reads its configuration: systemctl reload omsign-agent",
+            self.name
+        );
+        Ok(next)
+    }
+
+    fn public(&self, name: &str) -> anyhow::Result<String> {
+        match ask(self.config, Command::Public { key: name.to_owned() })? {
+            Output::Pem(public) => Ok(public),
+            _ => bail!("the device did not answer"),
+        }
+    }
+
+    /// Leaves a public key beside the configuration.
+    fn keep(&self, public: &str, number: usize) -> anyhow::Result<String> {
+        let file = format!("{}.previous-{number}.pem", self.name);
+        let path = self.directory().join(&file);
+        std::fs::write(&path, public).with_context(|| format!("{} cannot be written", path.display()))?;
+        Ok(file)
+    }
+
+    /// `certificate_chain`, as the file has it.
+    fn written_chain(&self, text: &str) -> anyhow::Result<Option<String>> {
+        let table: toml::Table = text.parse()?;
+        let found = table.get("key").and_then(|keys| keys.get(self.name));
+        let chain = found.and_then(|key| key.get("certificate_chain")).and_then(|chain| chain.as_str());
+        Ok(chain.map(str::to_owned))
+    }
+
+    fn key(&self) -> anyhow::Result<&Key> {
+        let key = self.config.keys.get(self.name);
+        key.with_context(|| format!("there is no [key.{}] in the configuration", self.name))
+    }
+
+    /// `label=…` and the like, for the backend of the key.
+    fn given(&self, key: &Key, text: &str) -> anyhow::Result<Object> {
+        let wrong = || {
+            format!("{text:?} names no place for this key; write label=…, id=…, handle=…, file=… or slot=…")
+        };
+        let (kind, value) = text.split_once('=').with_context(wrong)?;
+        let token = key.tokens.first().and_then(|token| self.config.tokens.get(token));
+        let device = token.map(|token| &token.device);
+        Ok(match (device, kind) {
+            (Some(Device::Pkcs11 { .. }), "label") => {
+                Object::Pkcs11(ObjectSelector { label: Some(value.to_owned()), id: None })
+            }
+            (Some(Device::Pkcs11 { .. }), "id") => {
+                let id = hex::decode(value).ok().with_context(wrong)?;
+                Object::Pkcs11(ObjectSelector { label: None, id: Some(id) })
+            }
+            (Some(Device::Tpm(_)), "handle") => Object::tpm_handle(value).with_context(wrong)?,
+            (Some(Device::Tpm(_)), "file") => Object::TpmFile(self.directory().join(value)),
+            (Some(Device::Piv { .. }), "slot") => Object::piv_slot(value).with_context(wrong)?,
+            _ => bail!(wrong()),
+        })
+    }
+
+    fn directory(&self) -> PathBuf {
+        let path = std::path::absolute(self.path).unwrap_or_else(|_| self.path.to_owned());
+        path.parent().unwrap_or(Path::new("/")).to_owned()
+    }
+
+    fn text(&self) -> anyhow::Result<String> {
+        std::fs::read_to_string(self.path).with_context(|| format!("{} cannot be read", self.path.display()))
+    }
+
+    fn write(&self, text: &str) -> anyhow::Result<()> {
+        edit::write(self.path, text).with_context(|| format!("{} cannot be changed", self.path.display()))
+    }
+
+    /// The configuration as it is now.
+    fn reloaded(&self) -> anyhow::Result<Config> {
+        Config::load(self.path).map_err(|mistakes| {
+            let mistakes: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
+            anyhow::anyhow!("{}", mistakes.join("; "))
+        })
+    }
+}
+
+/// Whether the certificates of a key are for this public half.
+fn fits(config: &Config, name: &str, public: &str) -> anyhow::Result<()> {
+    let leaf = config.keys.get(name).and_then(|key| key.certificate_chain.first());
+    let Some(leaf) = leaf else { return Ok(()) };
+    let (_, spki) = der::pem::decode_vec(public.as_bytes()).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let certified = omsign_agent::spki::SpkiDer::of_certificate(leaf);
+    ensure!(
+        certified.is_some_and(|found| found.0 == spki),
+        "the certificates are for another key, not for the next one"
+    );
+    Ok(())
+}
+
+/// The place after this one: `release`, `release-2`, `release-3`; the next handle; `key.pem`, `key-2.pem`.
+fn following(name: &str, object: &Object) -> anyhow::Result<Object> {
+    Ok(match object {
+        Object::Pkcs11(select) => {
+            let label = select.label.as_deref().unwrap_or(name);
+            Object::Pkcs11(ObjectSelector { label: Some(counted_on(label)), id: None })
+        }
+        Object::TpmHandle(handle) => Object::TpmHandle(handle + 1),
+        Object::TpmFile(path) => {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            let mut next = path.with_file_name(counted_on(&stem));
+            if let Some(extension) = path.extension() {
+                next.set_extension(extension);
+            }
+            Object::TpmFile(next)
+        }
+        Object::PivSlot(_) => bail!("say which slot the next key goes into: --object slot=82"),
+    })
+}
+
+fn counted_on(name: &str) -> String {
+    let counted = name.rsplit_once('-').and_then(|(stem, number)| Some((stem, number.parse::<u32>().ok()?)));
+    match counted {
+        Some((stem, number)) => format!("{stem}-{}", number.saturating_add(1)),
+        None => format!("{name}-2"),
+    }
+}

@@ -1,0 +1,198 @@
+//! Keys that take another's place, and configurations that an agent reads anew, without a request lost.
+
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::ca::{Ca, write_chain};
+use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::softhsm::{KeyType, SoftHsm};
+use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::agent::{Agent, SOON, eventually, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::world::{World, key as key_on, key_section, token_section};
+use openssl::pkey::PKey;
+use rustix::process::Signal;
+
+fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
+    world.without_surprises(command.current_dir(world.path("")));
+    Ok(command.output()?)
+}
+
+fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = key(world, arguments)?;
+    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Refuses, and leaves the configuration as it was.
+fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
+    let before = std::fs::read_to_string(world.path("agent.toml"))?;
+    let output = key(world, arguments)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{arguments:?}: {errors}");
+    ensure!(std::fs::read_to_string(world.path("agent.toml"))? == before, "{arguments:?} changed the file");
+    Ok(())
+}
+
+fn exported(world: &World, more: &[&str]) -> anyhow::Result<String> {
+    world.omsign_ok(&[&["keys", "export", "k", "--public-key"], more].concat())
+}
+
+#[test]
+fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    let config = world.listen() + &token_section("t", &token, "") + "# mine\n" + &key_section("k", "t", "k");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    let first = does(&world, &["generate", "k", "--type", "p256"])?;
+    let agent = Agent::start(&world, &config)?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "first.sig"])?;
+    refuses(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
+    refuses(&world, &["rotate", "k", "--object", "slot=9c"], "names no place for this key")?;
+    refuses(&world, &["rotate", "k", "--object", "label=k"], "already; choose another")?;
+    let second = does(&world, &["rotate", "k", "--type", "p384"])?;
+    ensure!(second != first && exported(&world, &[])? == first);
+    refuses(&world, &["rotate", "k"], "has a next key already")?;
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.contains("k/next ") && listed.contains("label \"k-2\""), "{listed}");
+    does(&world, &["csr", "k/next", "--subject", "CN=Next"])?;
+    let finished = does(&world, &["rotate", "k", "--finish"])?;
+    // Callers get it when the agent reads its configuration, not before.
+    ensure!(finished == second && exported(&world, &[])? == first);
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("the next key", || Ok(exported(&world, &[])? == second))?;
+    ensure!(exported(&world, &["--previous"])? == first);
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "second.sig"])?;
+    for (signature, public) in [("first.sig", &first), ("second.sig", &second)] {
+        world.write("public.pem", public)?;
+        world.omsign_ok(&["verify", "model", "--signature", signature, "--public-key", "public.pem"])?;
+    }
+    let text = std::fs::read_to_string(world.path("agent.toml"))?;
+    ensure!(text.contains("# mine") && text.contains("previous = [\"k.previous-1.pem\"]"), "{text}");
+    // And once more, with certificates.
+    let third = does(&world, &["rotate", "k", "--type", "p256"])?;
+    ensure!(does(&world, &["list"])?.contains("label \"k-3\""));
+    let ca = Ca::create("Release CA")?;
+    for (name, public) in [("right.pem", &third), ("wrong.pem", &first)] {
+        let half = PKey::public_key_from_pem(public.as_bytes())?;
+        write_chain(&world.path(name), &[&ca.code_signing("release", &half)?, &ca.certificate])?;
+    }
+    refuses(&world, &["rotate", "k", "--finish", "--certificate-chain", "wrong.pem"], "are for another key")?;
+    refuses(&world, &["rotate", "k", "--finish", "--certificate-chain", "none.pem"], "cannot be read")?;
+    does(&world, &["rotate", "k", "--finish", "--certificate-chain", "right.pem"])?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("the third key", || Ok(exported(&world, &[])? == third))?;
+    ensure!(exported(&world, &["--previous"])? == second + &first);
+    // Its certificates are for this one alone.
+    does(&world, &["rotate", "k"])?;
+    refuses(&world, &["rotate", "k", "--finish"], "give the next key's with --certificate-chain")
+}
+
+#[test]
+fn of_tpms_and_yubikeys() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (chip, yubikey) =
+        (SwTpm::create(&world.path("tpm"))?, VirtualPiv::create(&world.path("card"), 11_223_344)?);
+    yubikey.change_pin()?;
+    yubikey.protect_management_key()?;
+    let config = world.listen()
+        + &chip.section("tpm")
+        + &yubikey.section("card")
+        + &key_on("handle", "tpm", "handle = \"0x81000020\"")
+        + &key_on("file", "tpm", "file = \"made.pem\"")
+        + &key_on("slot", "card", "slot = \"9c\"");
+    world.write("agent.toml", &config)?;
+    for (name, next, place) in [
+        ("handle", None, "handle 0x81000021"),
+        ("file", None, "made-2.pem"),
+        ("slot", Some("slot=82"), "slot 82"),
+    ] {
+        does(&world, &["generate", name, "--type", "p256"])?;
+        if name == "slot" {
+            refuses(&world, &["rotate", name], "--object slot=82")?;
+        }
+        let object: Vec<_> = next.map(|next| ["--object", next]).into_iter().flatten().collect();
+        let made = does(&world, &[&["rotate", name, "--type", "p256"][..], &object].concat())?;
+        ensure!(does(&world, &["list"])?.contains(place), "{name}");
+        ensure!(does(&world, &["rotate", name, "--finish"])? == made, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_configuration_is_read_anew() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (first, second) = (world.token("a", "k", KeyType::P256)?, world.token("b", "k", KeyType::P256)?);
+    let one = world.listen() + &token_section("a", &first, "") + &key_section("k", "a", "k");
+    let agent = Agent::start(&world, &one)?;
+    let (host, status) = (agent.hosts()?, || world.omsign_ok(&["agent", "status"]));
+    let two = one.clone() + &token_section("b", &second, "") + &key_section("l", "b", "k");
+    // Mistakes change nothing.
+    world.write("agent.toml", two.replace("label = \"b\"", "labl = \"b\""))?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("a mistake", || Ok(agent.log()?.contains("token.b.token.labl: unknown key")))?;
+    ensure!(!status()?.contains("b "), "{}", status()?);
+    world.write("agent.toml", &two)?;
+    signal(agent.pid(), Signal::HUP)?;
+    world.model()?;
+    eventually("the new key", || {
+        Ok(world.omsign(&["sign", "model", "--key", "l", "--signature", "l.sig"])?.status.success())
+    })?;
+    // What did not change was not opened anew.
+    let now = agent.hosts()?;
+    ensure!(now.len() == 2 && host.iter().all(|old| now.contains(old)), "{host:?} {now:?}");
+    world.write("agent.toml", &one)?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("one process", || Ok(agent.hosts()? == host))?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "l", "--signature", "m.sig"])?;
+    ensure!(errors.contains("no key \"l\" is configured"), "{errors}");
+    Ok(())
+}
+
+/// Every request is answered with a signature, by the old process of the token or by the new one.
+#[test]
+fn no_request_is_lost_when_a_token_is_opened_anew() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = |timeout: &str| {
+        world.listen()
+            + &token_section("t", &token, &format!("timeout = \"{timeout}\""))
+            + &key_section("k", "t", "k")
+    };
+    let agent = Agent::start(&world, &config("9s"))?;
+    let socket = world.path("agent.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let first = agent.hosts()?;
+    runtime.block_on(async {
+        let work = (0..8_u128).map(|client| {
+            let socket = socket.clone();
+            tokio::spawn(async move {
+                let mut channel = connect(socket).await?;
+                for number in 0..150_u128 {
+                    let digest = [u8::try_from(number)?; 32];
+                    let asked = request("k", client << 32 | number, &digest);
+                    sign(&mut channel, asked, SOON).await?;
+                }
+                anyhow::Ok(())
+            })
+        });
+        let work: Vec<_> = work.collect();
+        for round in 0..4 {
+            world.write("agent.toml", config(&format!("{}s", 10 + round)))?;
+            signal(agent.pid(), Signal::HUP)?;
+            let before = agent.hosts()?;
+            while agent.hosts()? == before && !work.iter().all(|work| work.is_finished()) {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
+        for work in work {
+            work.await.context("a task")??;
+        }
+        anyhow::Ok(())
+    })?;
+    eventually("another process", || Ok(agent.hosts()? != first && agent.hosts()?.len() == 1))
+}
