@@ -31,6 +31,7 @@ pub enum Curve {
 
 /// What kind of key to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum KeyType {
     /// ECDSA on P-256.
     P256,

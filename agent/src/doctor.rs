@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use crate::config::{Config, Key, PinSource, UnixListen};
+use crate::config::{self, Config, Key, PinSource, UnixListen};
 use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
@@ -76,6 +76,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             }
             Err(reason) => report.add(Level::Error, &subject, reason.clone()),
         }
+        environment(token, &subject, &mut report);
         let source = pin::check(&token.pin);
         match &source {
             Ok(()) if token.pin == PinSource::Prompt => {
@@ -100,6 +101,18 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         certificates(name, key, &mut report);
     }
     report.0
+}
+
+/// What the module is known to need.
+fn environment(token: &config::Token, subject: &str, report: &mut Report) {
+    let config::Device::Pkcs11 { profile, .. } = &token.device else { return };
+    let set = |name: &String| token.env.contains_key(name) || std::env::var_os(name).is_some();
+    for name in profile.environment.iter().filter(|name| !set(name)) {
+        let message = format!(
+            "this module is told by {name} where its configuration is, which is not set; add it to env"
+        );
+        report.add(Level::Warning, subject, message);
+    }
 }
 
 /// Whether an agent answers on the configured socket.

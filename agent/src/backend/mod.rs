@@ -7,6 +7,7 @@ mod tpm;
 pub(crate) use self::tpm::attest as tpm_attestation;
 
 use std::io;
+use std::time::Duration;
 
 use crate::algorithm::Content;
 use crate::config::{self, PinSource};
@@ -15,6 +16,9 @@ use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, Publ
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
+/// How often an idle device is asked whether it is still there.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+
 /// Told when a PIN is about to be offered, and when it was accepted.
 pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 
@@ -22,6 +26,10 @@ pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 pub(crate) trait Device: Sync {
     /// What signs, one for each thread.
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure>;
+    /// How long it may be left alone.
+    fn rests(&self) -> Duration {
+        PROBE_EVERY
+    }
     /// Whether the device still answers. Asked when it is idle.
     fn probe(&self) -> Result<(), Failure>;
     /// Does what an operator asks for. `touch` as in [`Signer::sign`].
@@ -44,7 +52,9 @@ pub(crate) fn open(
     say: Say<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     match &spec.token.device {
-        config::Device::Pkcs11 { module, select } => pkcs11::open(module, select, spec, pin, say),
+        config::Device::Pkcs11 { module, select, profile } => {
+            pkcs11::open(module, select, profile, spec, pin, say)
+        }
         config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
         config::Device::Piv { serial } => piv::open(*serial, spec, pin, say),
     }
@@ -53,7 +63,7 @@ pub(crate) fn open(
 /// Looks at a device without logging in, for `doctor`.
 pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
     match &token.device {
-        config::Device::Pkcs11 { module, select } => pkcs11::survey(module, select),
+        config::Device::Pkcs11 { module, select, .. } => pkcs11::survey(module, select),
         config::Device::Tpm(tcti) => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
     }

@@ -7,7 +7,7 @@ use percent_encoding::percent_decode_str;
 
 use super::objects::{parse_handle, parse_slot};
 use super::uri::{Pkcs11Uri, UriError};
-use super::{Device, Object, ObjectSelector, PinSource, TokenSelector, tpm};
+use super::{Device, Object, ObjectSelector, PinSource, Profile, TokenSelector, tpm};
 
 /// What a URI names.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ fn pkcs11(text: &str) -> Result<KeyUri, KeyUriError> {
         return Err(missing("names no key; add object=… or id=%01…"));
     }
     Ok(KeyUri {
-        device: Device::Pkcs11 { module, select: uri.token },
+        device: Device::Pkcs11 { profile: Box::new(Profile::of_module(&module)), module, select: uri.token },
         object: Object::Pkcs11(uri.object),
         pin: uri.pin_source.unwrap_or(PinSource::Prompt),
     })

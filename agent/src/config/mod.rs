@@ -6,6 +6,7 @@ mod key_uri;
 mod keys;
 mod listen;
 mod objects;
+mod profile;
 mod read;
 mod tokens;
 mod tpm;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub(crate) use self::objects::PIV_SLOTS;
+pub use self::profile::Profile;
 pub use self::tpm::Tcti;
 use crate::algorithm::Padding;
 use crate::host::wire::KeySpec;
@@ -132,6 +134,8 @@ pub enum Device {
         module: PathBuf,
         /// Which of the module's tokens.
         select: TokenSelector,
+        /// What is known of the module.
+        profile: Box<Profile>,
     },
     /// `backend = "tpm"`
     Tpm(Tcti),

@@ -8,7 +8,7 @@ use toml::de::DeValue;
 
 use super::read::{Reader, Section};
 use super::uri::Pkcs11Uri;
-use super::{Device, ObjectSelector, PinSource, Token, TokenSelector};
+use super::{Device, ObjectSelector, PinSource, Profile, Token, TokenSelector};
 
 /// The backends, as `backend = …` names them.
 const BACKENDS: [&str; 3] = ["pkcs11", "tpm", "piv"];
@@ -51,6 +51,13 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         _ => Vec::new(),
     };
     let env = environment(reader, &mut section);
+    if let (Some(Device::Pkcs11 { profile, .. }), Some(PinSource::None)) = (&device, &pin)
+        && !profile.shows_public_before_login
+        && profile.pin.is_empty()
+    {
+        let message = "this module shows nothing without a login; write where its PIN comes from".into();
+        reader.mistake(section.position("pin"), &section.path_of("pin"), message);
+    }
     section.finish(reader);
     Some(Token {
         device: device?,
@@ -69,9 +76,30 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
 /// `module`, `token`, and the PIN source of a URI.
 fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>, Option<PinSource>) {
     let (select, uri) = selector(reader, section);
-    let module = match uri.as_ref().and_then(Pkcs11Uri::module) {
-        Some(module) => Some(module),
-        None => {
+    let named = section.string(reader, "profile").map(|name| Profile::named(&name));
+    let named = named.and_then(|named| match named {
+        Ok(profile) => Some(profile),
+        Err(message) => {
+            reader.mistake(section.position("profile"), &section.path_of("profile"), message);
+            None
+        }
+    });
+    let module = match (uri.as_ref().and_then(Pkcs11Uri::module), &named) {
+        (Some(module), _) => Some(module),
+        (None, Some(profile)) if !section.has("module") => {
+            section.take("module");
+            let library = profile.library();
+            if library.is_none() {
+                let known: Vec<_> = profile.libraries.iter().map(|path| path.display().to_string()).collect();
+                let message = format!(
+                    "none of the profile's libraries is installed ({}); install the driver, or write module = …",
+                    known.join(", ")
+                );
+                reader.mistake(section.position("profile"), &section.path_of("profile"), message);
+            }
+            library
+        }
+        (None, _) => {
             let text = section.required(reader, "module", "\"/usr/lib/softhsm/libsofthsm2.so\"");
             text.map(|text| reader.resolve(&text))
         }
@@ -83,7 +111,10 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
         );
         reader.mistake(section.position("module"), &section.path_of("module"), message);
     }
-    let device = module.zip(select).map(|(module, select)| Device::Pkcs11 { module, select });
+    let device = module.zip(select).map(|(module, select)| {
+        let profile = Box::new(named.unwrap_or_else(|| Profile::of_module(&module)));
+        Device::Pkcs11 { module, select, profile }
+    });
     (device, uri.and_then(|uri| uri.pin_source))
 }
 

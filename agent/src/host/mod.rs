@@ -16,9 +16,6 @@ use self::wire::{Answer, Asked, Class, Failure, Opening, Request};
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
 
-/// How often an idle token is asked whether it is still there.
-const PROBE_EVERY: Duration = Duration::from_secs(10);
-
 /// Answers to operations quicker than this are written together while more requests wait.
 const QUICK: Duration = Duration::from_micros(100);
 
@@ -52,7 +49,7 @@ pub fn run() -> anyhow::Result<()> {
     let (answer, device) = opening;
     wire::say(&mut &socket, &answer)?;
     let Some(device) = device else { return Ok(()) };
-    socket.set_read_timeout(Some(PROBE_EVERY))?;
+    socket.set_read_timeout(Some(device.rests()))?;
     {
         let signers = device.signers()?;
         let shared = Shared {

@@ -8,12 +8,24 @@ use super::super::{gone, refused};
 use super::errors::classify;
 use super::objects::find;
 use crate::algorithm::KeyType;
-use crate::config::Object;
+use crate::config::{Object, Profile};
 use crate::host::task::Template;
 use crate::host::wire::{Failure, KeySpec};
 
 /// Makes the key that the configuration names. One that is there already stays.
-pub(super) fn generate(session: &Session, key: &KeySpec, template: &Template) -> Result<(), Failure> {
+pub(super) fn generate(
+    session: &Session,
+    profile: &Profile,
+    key: &KeySpec,
+    template: &Template,
+) -> Result<(), Failure> {
+    if !profile.made_by.is_empty() {
+        return Err(refused(format!("this device's users cannot make keys; use {}", profile.made_by)));
+    }
+    if !profile.keys.is_empty() && !profile.keys.contains(&template.key_type) {
+        let known: Vec<_> = profile.keys.iter().map(|known| format!("{known:?}").to_lowercase()).collect();
+        return Err(refused(format!("this device makes keys of type {}", known.join(", "))));
+    }
     if template.no_da || template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("a PKCS#11 token takes only --type; its own tools set the rest".into()));
     }
@@ -30,7 +42,7 @@ pub(super) fn generate(session: &Session, key: &KeySpec, template: &Template) ->
     let id = match &wanted.id {
         Some(id) => id.clone(),
         None => {
-            let mut id = vec![0; 16];
+            let mut id = vec![0; profile.id_bytes];
             getrandom::fill(&mut id).map_err(|error| gone(format!("no random id: {error}")))?;
             id
         }

@@ -22,7 +22,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
     match task {
         Task::List(_) => list(&session).map(Done::Listed),
         Task::Generate(key, template) => {
-            generate::generate(&session, key, template)?;
+            generate::generate(&session, &token.profile, key, template)?;
             found(key).map(|found| Done::Key(found.public))
         }
         Task::Find(key) => found(key).map(|found| Done::Key(found.public)),

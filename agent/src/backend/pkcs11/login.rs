@@ -10,6 +10,7 @@ use cryptoki::types::AuthPin;
 
 use super::super::{Say, gone, locked};
 use super::errors::classify;
+use crate::config::Profile;
 use crate::host::wire::{Failure, OpenSpec, Opening};
 use crate::pin::read_pin;
 use crate::secret::Pin;
@@ -18,6 +19,7 @@ use crate::secret::Pin;
 pub(super) fn log_in(
     session: &Session,
     info: &TokenInfo,
+    profile: &Profile,
     spec: &OpenSpec,
     given: Option<Pin>,
     say: Say<'_>,
@@ -45,7 +47,11 @@ pub(super) fn log_in(
     match session.login(UserType::User, Some(&pin)) {
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
         Err(Error::Pkcs11(RvError::PinIncorrect, _)) => {
-            return Err(locked("it refused the PIN; correct the PIN, then unlock it".into()));
+            let form = match profile.pin.as_str() {
+                "" => String::new(),
+                form => format!(" (for this device, {form})"),
+            };
+            return Err(locked(format!("it refused the PIN; correct the PIN{form}, then unlock it")));
         }
         // The PIN did not get as far as the token.
         Err(error @ Error::Pkcs11(RvError::DeviceRemoved | RvError::TokenNotPresent, _)) => {

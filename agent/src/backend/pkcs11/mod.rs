@@ -7,7 +7,8 @@ mod login;
 mod objects;
 
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::object::ObjectHandle;
@@ -17,9 +18,9 @@ use cryptoki::slot::{Limit, Slot, TokenInfo};
 use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
-use super::{Device, Say, gone, refused};
+use super::{Device, PROBE_EVERY, Say, gone, refused};
 use crate::algorithm::{Algorithm, Content};
-use crate::config::{Object, ObjectSelector, TokenSelector};
+use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
@@ -33,6 +34,7 @@ struct OpenToken {
     /// Stays open so that the login outlives the other sessions: closing the last one logs out.
     anchor: Mutex<Session>,
     again: Again,
+    profile: Profile,
 }
 
 /// A key that passed its check.
@@ -49,23 +51,25 @@ struct Key {
 pub(super) fn open(
     module: &Path,
     select: &TokenSelector,
+    profile: &Profile,
     spec: &OpenSpec,
     pin: Option<Pin>,
     say: Say<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
-    let anchor = pkcs11.open_ro_session(slot).map_err(|error| classify("open a session", &error))?;
+    let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
     // One session is the anchor's.
     let limit = match info.max_session_count() {
         Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1),
         Limit::Infinite | Limit::Unavailable => usize::MAX,
     };
+    let limit = profile.max_sessions.map_or(limit, |most| limit.min(most.saturating_sub(1)));
     if limit == 0 {
         return Err(refused("the token allows one session at a time; two are needed".into()));
     }
     let sessions = spec.token.sessions.min(limit);
-    let again = Again::new(login::log_in(&anchor, &info, spec, pin, say)?);
+    let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
@@ -94,7 +98,8 @@ pub(super) fn open(
         return Err(failure);
     }
     let opened = Opened { device: device(&info), sessions, keys: public };
-    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor: Mutex::new(anchor), again }), opened))
+    let (anchor, profile) = (Mutex::new(anchor), profile.clone());
+    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, again, profile }), opened))
 }
 
 /// Looks at a module without logging in.
@@ -132,9 +137,20 @@ impl Device for OpenToken {
         (0..self.sessions).map(signer).collect()
     }
 
+    fn rests(&self) -> Duration {
+        self.profile.keep_alive.unwrap_or(PROBE_EVERY)
+    }
+
     fn probe(&self) -> Result<(), Failure> {
-        let asked = self.pkcs11.get_token_info(self.slot);
-        asked.map(drop).map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
+        let asked = match self.profile.keep_alive {
+            // The device itself has to hear of it, and within the login.
+            Some(_) => {
+                let anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);
+                anchor.generate_random_slice(&mut [0])
+            }
+            None => self.pkcs11.get_token_info(self.slot).map(drop),
+        };
+        asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
     }
 
     fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
@@ -160,8 +176,8 @@ struct Signer<'a> {
 
 impl<'a> Signer<'a> {
     fn new(token: &'a OpenToken) -> Result<Self, Failure> {
-        let session =
-            token.pkcs11.open_ro_session(token.slot).map_err(|error| classify("open a session", &error))?;
+        let session = open_session(&token.pkcs11, token.slot, &token.profile)
+            .map_err(|error| classify("open a session", &error))?;
         let handles = token.keys.iter().map(|key| key.as_ref().map(|key| key.handle)).collect();
         Ok(Self { token, session: Some(session), handles })
     }
@@ -180,7 +196,7 @@ impl<'a> Signer<'a> {
     /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
     fn renew_session(&mut self) -> Result<&Session, Failure> {
         drop(self.session.take());
-        let opened = self.token.pkcs11.open_ro_session(self.token.slot);
+        let opened = open_session(&self.token.pkcs11, self.token.slot, &self.token.profile);
         let opened = opened.map_err(|error| gone(classify("open a session", &error).message))?;
         Ok(self.session.insert(opened))
     }
@@ -220,6 +236,11 @@ impl super::Signer for Signer<'_> {
             }
         }
     }
+}
+
+/// A session to sign with.
+fn open_session(pkcs11: &Pkcs11, slot: Slot, profile: &Profile) -> cryptoki::error::Result<Session> {
+    if profile.only_writing_sessions { pkcs11.open_rw_session(slot) } else { pkcs11.open_ro_session(slot) }
 }
 
 fn load(module: &Path) -> Result<Pkcs11, Failure> {

@@ -1,0 +1,148 @@
+//! What is known of PKCS#11 modules, as data: `hsm-config/profiles/NAME.toml`, compiled in. A module that none is
+//! about is taken to do what PKCS#11 says.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::algorithm::KeyType;
+
+/// Every profile: its name and its text.
+const PROFILES: [(&str, &str); 12] = [
+    ("softhsm", include_str!("../../../hsm-config/profiles/softhsm.toml")),
+    ("kryoptic", include_str!("../../../hsm-config/profiles/kryoptic.toml")),
+    ("yubihsm2", include_str!("../../../hsm-config/profiles/yubihsm2.toml")),
+    ("cloudhsm", include_str!("../../../hsm-config/profiles/cloudhsm.toml")),
+    ("luna", include_str!("../../../hsm-config/profiles/luna.toml")),
+    ("nshield", include_str!("../../../hsm-config/profiles/nshield.toml")),
+    ("utimaco", include_str!("../../../hsm-config/profiles/utimaco.toml")),
+    ("nethsm", include_str!("../../../hsm-config/profiles/nethsm.toml")),
+    ("opensc", include_str!("../../../hsm-config/profiles/opensc.toml")),
+    ("ykcs11", include_str!("../../../hsm-config/profiles/ykcs11.toml")),
+    ("tpm2-pkcs11", include_str!("../../../hsm-config/profiles/tpm2-pkcs11.toml")),
+    ("p11-kit-client", include_str!("../../../hsm-config/profiles/p11-kit-client.toml")),
+];
+
+/// What is known of a module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Profile {
+    /// What it is.
+    pub about: String,
+    /// With which release it was tried, or `untested`.
+    pub tested: String,
+    /// Where this is known from.
+    pub sources: Vec<String>,
+    /// Where distributions and vendors put the library; the first that exists is taken.
+    pub libraries: Vec<PathBuf>,
+    /// Environment variables that the library needs.
+    pub environment: Vec<String>,
+    /// The most PKCS#11 sessions that are of use, or allowed. One of them is the agent's anchor.
+    pub max_sessions: Option<usize>,
+    /// How long the device may be left alone before it forgets the login: it is asked for a random byte before that.
+    #[serde(deserialize_with = "duration")]
+    pub keep_alive: Option<Duration>,
+    /// Whether public objects are found without a login.
+    pub shows_public_before_login: bool,
+    /// It refuses sessions that only read.
+    pub only_writing_sessions: bool,
+    /// The form of its PIN, where that is not just a PIN.
+    pub pin: String,
+    /// Length of the CKA_ID of a new key, in bytes.
+    pub id_bytes: usize,
+    /// The kinds of keys that it makes; empty where that is not known.
+    pub keys: Vec<KeyType>,
+    /// What makes its keys, where its users' login cannot.
+    pub made_by: String,
+}
+
+impl Default for Profile {
+    fn default() -> Self {
+        Self {
+            about: String::new(),
+            tested: String::new(),
+            sources: Vec::new(),
+            libraries: Vec::new(),
+            environment: Vec::new(),
+            max_sessions: None,
+            keep_alive: None,
+            shows_public_before_login: true,
+            only_writing_sessions: false,
+            pin: String::new(),
+            id_bytes: 16,
+            keys: Vec::new(),
+            made_by: String::new(),
+        }
+    }
+}
+
+impl Profile {
+    /// The profile of this name, or what is wrong with the name.
+    pub fn named(name: &str) -> Result<Self, String> {
+        let found = PROFILES.iter().find(|(known, _)| *known == name);
+        match found {
+            Some((_, text)) => Ok(parse(text)),
+            None => {
+                let known: Vec<_> = PROFILES.iter().map(|(name, _)| *name).collect();
+                Err(format!("{name:?} is unknown; write one of {}, or leave it out", known.join(", ")))
+            }
+        }
+    }
+
+    /// The profile that is about a module of this file name, whose users may not know that there are profiles.
+    pub fn of_module(module: &Path) -> Self {
+        let about = |profile: &Profile| {
+            profile.libraries.iter().any(|library| library.file_name() == module.file_name())
+        };
+        PROFILES.iter().map(|(_, text)| parse(text)).find(about).unwrap_or_default()
+    }
+
+    /// The library, if it is installed.
+    pub fn library(&self) -> Option<PathBuf> {
+        self.libraries.iter().find(|path| path.is_file()).cloned()
+    }
+}
+
+fn parse(text: &str) -> Profile {
+    toml::from_str(text).expect("profiles are parsed by a test")
+}
+
+fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    /// In the profile's words, and in those that go to the token's process.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Text(String),
+        Value(Option<Duration>),
+    }
+    match Written::deserialize(from)? {
+        Written::Text(text) => humantime::parse_duration(&text).map(Some).map_err(serde::de::Error::custom),
+        Written::Value(value) => Ok(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_profile_says_where_it_comes_from() {
+        let directory = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../hsm-config/profiles"));
+        let files = std::fs::read_dir(directory).expect("the profiles").count();
+        assert_eq!(files, PROFILES.len());
+        for (name, _) in PROFILES {
+            let profile = Profile::named(name).expect("known");
+            assert!(
+                !profile.about.is_empty() && !profile.tested.is_empty() && !profile.sources.is_empty(),
+                "{name}"
+            );
+            let first = profile.libraries.first().expect("a library");
+            assert_eq!(Profile::of_module(first), profile, "{name}");
+            let text = serde_json::to_string(&profile).expect("encodes");
+            assert_eq!(serde_json::from_str::<Profile>(&text).expect("decodes"), profile);
+        }
+        assert!(Profile::named("softhsm3").expect_err("unknown").contains("softhsm, kryoptic"));
+        assert_eq!(Profile::of_module(Path::new("/lib/other.so")), Profile::default());
+    }
+}
