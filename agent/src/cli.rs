@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use omsign_agent::algorithm::KeyType;
+use omsign_agent::init::Wish;
 use omsign_agent::key_life::{Subject, Template};
 
 /// Signs digests with keys that live in HSMs, TPMs and smartcards.
@@ -17,6 +19,25 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Runs the agent until SIGTERM or SIGINT
     Serve(ConfigFile),
+    /// From a device to a configuration, a key and a certificate request, asking what only its owner knows
+    ///
+    /// Answers are read from standard input where that is no terminal.
+    Init {
+        #[command(subcommand)]
+        device: Wish,
+        /// Where the configuration goes [default: /etc/omsign for root, ~/.config/omsign for others]
+        #[arg(long, global = true)]
+        directory: Option<PathBuf>,
+        /// The key's name
+        #[arg(long, global = true, default_value = "release", value_parser = name)]
+        name: String,
+        /// What kind of key [default: p384, or p256 on TPMs and YubiKeys]
+        #[arg(long = "type", value_name = "TYPE", global = true)]
+        key_type: Option<KeyType>,
+        /// Whose certificate is requested, such as "CN=Model Release,O=Acme" (RFC 4514)
+        #[arg(long, value_name = "DN", global = true, default_value = "CN=Model Release")]
+        subject: String,
+    },
     /// Checks a configuration file and reports every mistake in it
     CheckConfig(ConfigFile),
     /// Tries every module, token, PIN source, key and certificate, and says what to do
@@ -149,4 +170,11 @@ pub(crate) struct ConfigFile {
     /// Configuration file
     #[arg(long, global = true, value_name = "FILE", env = "OMSIGN_AGENT_CONFIG", default_value_os_t = omsign_agent::config::Config::default_path())]
     pub(crate) config: PathBuf,
+}
+
+/// A name that is a section of the configuration and part of file names.
+fn name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let right = !text.is_empty() && text.len() <= 64 && text.chars().all(plain);
+    right.then(|| text.to_owned()).ok_or_else(|| "names are 1 to 64 letters, digits, '-' or '_'".to_owned())
 }

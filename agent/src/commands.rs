@@ -1,15 +1,17 @@
 //! `omsign-agent key …`: from what was typed to what is printed.
 
-use std::io::{BufRead as _, Write as _};
-use std::path::Path;
+use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::Config;
+use omsign_agent::init::{Init, Secret};
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::{Command, Output, TokenKeys};
 use omsign_agent::operator;
 use sha2::{Digest as _, Sha256};
+use zeroize::Zeroizing;
 
 use crate::cli::KeyCommand;
 use crate::rotate::Rotation;
@@ -71,6 +73,46 @@ pub(crate) fn key(
         Output::Done => eprintln!("done"),
     }
     Ok(Some(ExitCode::SUCCESS))
+}
+
+/// Where configurations go that nobody gave a place.
+pub(crate) fn own_directory() -> PathBuf {
+    let base = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".config")));
+    match base {
+        Some(base) if !rustix::process::geteuid().is_root() => base.join("omsign"),
+        _ => PathBuf::from("/etc/omsign"),
+    }
+}
+
+/// Runs the guided way from a device to a key, and says what comes next.
+pub(crate) fn init(init: &Init) -> anyhow::Result<()> {
+    let say = |said: &str| eprintln!("{said}");
+    let made = runtime()?.block_on(init.run(&answered, &say))?;
+    let (config, name) = (made.config.display(), &init.name);
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "configuration        {config}")?;
+    writeln!(out, "certificate request  {}", made.request.display())?;
+    for note in &made.notes {
+        eprintln!("note: {note}");
+    }
+    eprintln!("next, start the agent and sign:");
+    eprintln!("  omsign-agent serve --config {config} &");
+    eprintln!("  omsign sign MODEL --key {name}");
+    eprintln!("and, to sign with a certificate, have the request certified for code signing, then write");
+    eprintln!("certificate_chain into [key.{name}]");
+    Ok(())
+}
+
+/// Asks on the terminal, or reads a line where there is none.
+fn answered(question: &str, secret: Secret) -> std::io::Result<Zeroizing<String>> {
+    if std::io::stdin().is_terminal() && secret == Secret::Yes {
+        return rpassword::prompt_password(format!("{question}: ")).map(Zeroizing::new);
+    }
+    eprint!("{question}: ");
+    let mut line = Zeroizing::new(String::new());
+    std::io::stdin().lock().read_line(&mut line)?;
+    Ok(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
 }
 
 /// Has it done by the agent, or by this process.

@@ -11,6 +11,7 @@ pub mod config;
 pub mod doctor;
 pub mod host;
 pub mod identity;
+pub mod init;
 mod key;
 pub mod key_life;
 pub mod listen;

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
+use omsign_agent::init::Init;
 use omsign_agent::{host, log, secret, serve};
 
 use self::cli::{Cli, Command, ConfigFile};
@@ -62,6 +63,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(2));
             };
             return Ok(outcome);
+        }
+        Command::Init { device, directory, name, key_type, subject } => {
+            secret::harden_process();
+            let directory = directory.unwrap_or_else(commands::own_directory);
+            let directory = std::path::absolute(directory)?;
+            commands::init(&Init { directory, name, key_type, subject, wish: device })?;
         }
         Command::Doctor { config: file, json } => {
             secret::harden_process();

@@ -203,7 +203,9 @@ pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Outp
     {
         return Err(closed());
     }
-    alone(config, &command, say).await
+    let ask =
+        |token: &str| rpassword::prompt_password(format!("PIN for token {token}: ")).ok().and_then(Pin::new);
+    alone(config, &command, say, &ask).await
 }
 
 async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
@@ -219,8 +221,14 @@ async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<
     }
 }
 
-/// Without an agent. Recorded in a file of its own beside the agent's log.
-async fn alone(config: &Config, command: &Command, say: Say<'_>) -> Result<Output, OperatorError> {
+/// Without an agent. Recorded in a file of its own beside the agent's log. `ask` is asked for the PINs of tokens that
+/// want one typed.
+pub async fn alone(
+    config: &Config,
+    command: &Command,
+    say: Say<'_>,
+    ask: &dyn Fn(&str) -> Option<Pin>,
+) -> Result<Output, OperatorError> {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let identity = Identity::from_unix(uid, gid, None);
     let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
@@ -231,7 +239,7 @@ async fn alone(config: &Config, command: &Command, say: Say<'_>) -> Result<Outpu
     let mut failed = None;
     for name in command.tokens(config) {
         let Some(token) = config.tokens.get(name) else { continue };
-        match open(name, token).await {
+        match open(name, token, ask).await {
             Ok(token) => drop(tokens.insert(name.to_owned(), token)),
             Err(error) => failed = failed.or(Some(error)),
         }
@@ -248,12 +256,15 @@ async fn alone(config: &Config, command: &Command, say: Say<'_>) -> Result<Outpu
 }
 
 /// Starts a process for a token and waits for its device; asks for the PIN if it has to.
-async fn open(name: &str, config: &crate::config::Token) -> Result<Arc<Token>, OperatorError> {
+async fn open(
+    name: &str,
+    config: &crate::config::Token,
+    ask: &dyn Fn(&str) -> Option<Pin>,
+) -> Result<Arc<Token>, OperatorError> {
     let token = Token::start(name, config.clone(), Vec::new(), None);
     let failed = |reason: String| OperatorError::Token { token: name.to_owned(), reason };
     if token.wants_prompt() {
-        let asked = rpassword::prompt_password(format!("PIN for token {name}: "));
-        let pin = asked.ok().and_then(Pin::new).ok_or_else(|| OperatorError::NoTerminal(name.to_owned()))?;
+        let pin = ask(name).ok_or_else(|| OperatorError::NoTerminal(name.to_owned()))?;
         let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }

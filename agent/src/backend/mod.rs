@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::algorithm::Content;
 use crate::config::{self, PinSource};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
@@ -66,6 +66,15 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
         config::Device::Pkcs11 { module, select, .. } => pkcs11::survey(module, select),
         config::Device::Tpm(tcti) => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
+    }
+}
+
+/// Gives a device that comes from the factory secrets of its own.
+pub(crate) fn prepare(token: &config::Token, pin: Option<Pin>, fresh: &Fresh) -> Result<(), Failure> {
+    match &token.device {
+        config::Device::Pkcs11 { module, .. } => pkcs11::prepare(module, fresh),
+        config::Device::Tpm(_) => Ok(()),
+        config::Device::Piv { serial } => piv::prepare(*serial, pin, fresh),
     }
 }
 

@@ -24,7 +24,7 @@ pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub(crate) use self::objects::PIV_SLOTS;
 pub use self::profile::Profile;
-pub use self::tpm::Tcti;
+pub use self::tpm::{DEFAULT as DEFAULT_TCTI, Tcti};
 use crate::algorithm::Padding;
 use crate::host::wire::KeySpec;
 use crate::policy::Rule;

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// The kernel's resource manager: the TPM can be shared with other programs.
-pub(super) const DEFAULT: &str = "device:/dev/tpmrm0";
+pub const DEFAULT: &str = "device:/dev/tpmrm0";
 
 /// The name and configuration of a TPM Command Transmission Interface, in tpm2-tss's words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
-use self::wire::{Answer, Asked, Class, Failure, Opening, Request};
+use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
 
@@ -34,20 +34,22 @@ pub fn run() -> anyhow::Result<()> {
     drop(frame);
     let spec: wire::OpenSpec = serde_json::from_str(&open.spec)?;
     let pin = open.pin.take().and_then(Pin::new);
-    let opening = if spec.survey {
-        match backend::survey(&spec.token) {
-            Ok(survey) => (Opening::Surveyed(survey), None),
-            Err(failure) => (Opening::Failed(failure), None),
+    let opening = match spec.purpose {
+        Purpose::Survey => (backend::survey(&spec.token).map(Opening::Surveyed), None),
+        Purpose::Prepare => {
+            let fresh = open.fresh.take().unwrap_or_default();
+            (backend::prepare(&spec.token, pin, &fresh).map(|()| Opening::Prepared), None)
         }
-    } else {
-        let say = |opening| wire::say(&mut &socket, &opening);
-        match backend::open(&spec, pin, &say) {
-            Ok((device, opened)) => (Opening::Opened(opened), Some(device)),
-            Err(failure) => (Opening::Failed(failure), None),
+        Purpose::Open => {
+            let say = |opening| wire::say(&mut &socket, &opening);
+            match backend::open(&spec, pin, &say) {
+                Ok((device, opened)) => (Ok(Opening::Opened(opened)), Some(device)),
+                Err(failure) => (Err(failure), None),
+            }
         }
     };
     let (answer, device) = opening;
-    wire::say(&mut &socket, &answer)?;
+    wire::say(&mut &socket, &answer.unwrap_or_else(Opening::Failed))?;
     let Some(device) = device else { return Ok(()) };
     socket.set_read_timeout(Some(device.rests()))?;
     {

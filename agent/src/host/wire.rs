@@ -25,6 +25,43 @@ pub(crate) struct Open {
     /// A PIN that an operator typed; it goes before the configured source.
     #[prost(string, optional, tag = "2")]
     pub(crate) pin: Option<String>,
+    /// What a device that comes from the factory gets, to be [`Purpose::Prepare`]d.
+    #[prost(message, optional, tag = "3")]
+    pub(crate) fresh: Option<Fresh>,
+}
+
+/// Secrets that a device is given in place of the factory's, each where it is to be changed.
+#[derive(Clone, PartialEq, prost::Message, zeroize::ZeroizeOnDrop)]
+#[prost(skip_debug)]
+pub(crate) struct Fresh {
+    #[prost(string, tag = "1")]
+    pub(crate) label: String,
+    #[prost(string, tag = "2")]
+    pub(crate) pin: String,
+    /// A YubiKey's PUK, or the security officer's PIN.
+    #[prost(string, tag = "3")]
+    pub(crate) puk: String,
+    #[prost(bool, tag = "4")]
+    pub(crate) management_key: bool,
+}
+
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Purpose {
+    /// To sign.
+    Open,
+    /// Only to look: no login, no keys.
+    Survey,
+    /// To give the device secrets of its own.
+    Prepare,
+}
+
+/// A secret that is still the factory's, and so everybody's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Factory {
+    Pin,
+    Puk,
+    ManagementKey,
 }
 
 /// What to open.
@@ -35,8 +72,7 @@ pub(crate) struct OpenSpec {
     pub(crate) keys: Vec<KeySpec>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
-    /// Only look, for `doctor`: no login, no keys.
-    pub(crate) survey: bool,
+    pub(crate) purpose: Purpose,
 }
 
 /// A key to find.
@@ -47,7 +83,7 @@ pub(crate) struct KeySpec {
     pub(crate) padding: Padding,
 }
 
-/// What the host says on [`Open`], each as JSON in a frame of its own. The last three end the conversation.
+/// What the host says on [`Open`], each as JSON in a frame of its own. The last four end the conversation.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Opening {
     /// The PIN is offered now. Whatever happens before `LoggedIn` may have cost a try.
@@ -56,6 +92,7 @@ pub(crate) enum Opening {
     LoggedIn,
     Opened(Opened),
     Surveyed(Survey),
+    Prepared,
     Failed(Failure),
 }
 
@@ -92,6 +129,7 @@ pub(crate) struct SurveyedToken {
     pub(crate) label: String,
     pub(crate) device: String,
     pub(crate) selected: bool,
+    pub(crate) factory: Vec<Factory>,
     /// Things worth knowing: PIN flags, session limit.
     pub(crate) notes: Vec<String>,
 }

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
 use self::line::{Held, Host};
-pub(crate) use self::process::survey;
+pub(crate) use self::process::{prepare, survey};
 use crate::algorithm::Content;
 use crate::config;
 use crate::host::task::{Done, Task};

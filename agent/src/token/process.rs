@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::line::Host;
 use super::{Command, Token, TokenError, Unlocked};
 use crate::config;
-use crate::host::wire::{self, Answer, Class, Failure, OpenSpec, Opening, Request, Survey};
+use crate::host::wire::{self, Answer, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Request, Survey};
 use crate::secret::Pin;
 
 /// How long a process may take to close its device when it is told to.
@@ -57,16 +57,16 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         token: token.config.clone(),
         keys: token.keys.clone(),
         by_operator: launch.by_operator,
-        survey: false,
+        purpose: Purpose::Open,
     };
-    let (child, socket, opening) = start(&token.name, &spec, launch.pin).await?;
+    let (child, socket, opening) = start(&token.name, &spec, launch.pin, None).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
             Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
         }
         Opening::Failed(failure) => Err(failure),
-        Opening::Surveyed(_) | Opening::LoggingIn | Opening::LoggedIn => {
+        Opening::Surveyed(_) | Opening::Prepared | Opening::LoggingIn | Opening::LoggedIn => {
             Err(gone("its process did what was not asked".into()))
         }
     }
@@ -74,9 +74,26 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
 
 /// Has a process of its own look at a module without logging in.
 pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
-    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, survey: true };
-    match start(name, &spec, None).await {
+    let spec =
+        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, purpose: Purpose::Survey };
+    match start(name, &spec, None, None).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
+        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
+        Ok(_) => Err("its process did what was not asked".into()),
+    }
+}
+
+/// Has a process of its own give a device secrets of its own.
+pub(crate) async fn prepare(
+    name: &str,
+    token: &config::Token,
+    pin: Option<Pin>,
+    fresh: Fresh,
+) -> Result<(), String> {
+    let (token, purpose) = (token.clone(), Purpose::Prepare);
+    let spec = OpenSpec { token, keys: Vec::new(), by_operator: true, purpose };
+    match start(name, &spec, pin, Some(fresh)).await {
+        Ok((_, _, Opening::Prepared)) => Ok(()),
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
         Ok(_) => Err("its process did what was not asked".into()),
     }
@@ -86,6 +103,7 @@ async fn start(
     name: &str,
     spec: &OpenSpec,
     pin: Option<Pin>,
+    fresh: Option<Fresh>,
 ) -> Result<(Child, UnixStream, Opening), Failure> {
     // Opening takes several operations.
     let limit = spec.token.timeout.saturating_mul(3);
@@ -93,7 +111,7 @@ async fn start(
     let opening = async {
         let (mut socket, child) = spawn(name, &spec.token)?;
         let spec = serde_json::to_string(spec).map_err(io::Error::other)?;
-        let open = wire::Open { spec, pin: pin.map(|pin| pin.expose().to_owned()) };
+        let open = wire::Open { spec, pin: pin.map(|pin| pin.expose().to_owned()), fresh };
         let message = Zeroizing::new(open.encode_to_vec());
         drop(Zeroizing::new(open.pin.unwrap_or_default()));
         let mut frame = Zeroizing::new(Vec::with_capacity(message.len() + 4));

@@ -7,7 +7,7 @@ use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
 use super::super::refused;
 use super::errors::classify;
-use super::{Card, keys};
+use super::{Card, is_factorys, keys};
 use crate::algorithm::KeyType;
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
@@ -125,10 +125,7 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
 /// Shows the card the management key, which the card keeps for whoever knows the PIN. One from the factory is never
 /// used: whoever has the card in hand for a moment could use it too.
 fn manage(card: &mut Card) -> Result<(), Failure> {
-    let management =
-        SlotId::try_from(0x9b).map_err(|error| classify("ask for the management key", &error))?;
-    let metadata = piv::metadata(&mut card.yubikey, management);
-    if metadata.is_ok_and(|metadata| metadata.default == Some(true)) {
+    if is_factorys(&mut card.yubikey, 0x9b) {
         return Err(refused(
             "its management key is the one from the factory; run `omsign-agent init yubikey`, or \
              `ykman piv access change-management-key --generate --protect`"

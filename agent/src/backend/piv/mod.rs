@@ -8,19 +8,24 @@ mod life;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use getrandom::SysRng;
 use yubikey::piv::{self, SlotId};
-use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey};
+use yubikey::{MgmKey, PinPolicy, Serial, TouchPolicy, YubiKey};
 
 use self::errors::{classify, holder};
 use self::keys::Key;
 use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Factory, Failure, Fresh, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
 const CACHED: Duration = Duration::from_secs(15);
+
+/// What every YubiKey has when it is new (Yubico, "PIV").
+const FACTORY_PIN: &[u8] = b"123456";
+const FACTORY_PUK: &[u8] = b"12345678";
 
 /// In bytes (NIST SP 800-73-4, part 2, 2.4.3).
 const LONGEST_PIN: usize = 8;
@@ -59,22 +64,74 @@ pub(super) fn open(
     Ok((Box::new(OpenPiv { card: Mutex::new(card), keys }), opened))
 }
 
-/// Looks at a card without offering a PIN.
+/// Looks at a card without offering a PIN; serial 0 stands for all cards.
 pub(super) fn survey(serial: u32) -> Result<Survey, Failure> {
+    let serials = match serial {
+        0 => connected()?,
+        serial => vec![serial],
+    };
+    let tokens = serials.into_iter().map(surveyed).collect::<Result<_, _>>()?;
+    Ok(Survey { library: "PC/SC".into(), tokens })
+}
+
+fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
     let mut yubikey = connect(serial)?;
     let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
     let mut notes = vec![format!("{tries} PIN tries left")];
-    let secrets = [("PIN", 0x80), ("PUK", 0x81), ("management key", 0x9b)];
-    for (name, reference) in secrets {
-        let slot = SlotId::try_from(reference).ok();
-        let metadata = slot.and_then(|slot| piv::metadata(&mut yubikey, slot).ok());
-        if metadata.is_some_and(|metadata| metadata.default == Some(true)) {
-            notes.push(format!("its {name} is the one from the factory; change it with `ykman piv access`"));
+    let mut factory = Vec::new();
+    for (which, name, reference) in [
+        (Factory::Pin, "PIN", 0x80),
+        (Factory::Puk, "PUK", 0x81),
+        (Factory::ManagementKey, "management key", 0x9b),
+    ] {
+        if is_factorys(&mut yubikey, reference) {
+            factory.push(which);
+            notes.push(format!(
+                "its {name} is the one from the factory; change it with `omsign-agent init yubikey` or `ykman piv access`"
+            ));
         }
     }
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
-    let found = SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, notes };
-    Ok(Survey { library: "PC/SC".into(), tokens: vec![found] })
+    Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, notes })
+}
+
+/// Whether a PIN, PUK or management key is one that everybody knows; no, where the firmware does not tell.
+fn is_factorys(yubikey: &mut YubiKey, reference: u8) -> bool {
+    let slot = SlotId::try_from(reference).ok();
+    let metadata = slot.and_then(|slot| piv::metadata(yubikey, slot).ok());
+    metadata.is_some_and(|metadata| metadata.default == Some(true))
+}
+
+/// The serial numbers of all cards.
+fn connected() -> Result<Vec<u32>, Failure> {
+    let failed = |error: yubikey::Error| classify("list the cards", &error);
+    let mut readers = yubikey::reader::Context::open().map_err(failed)?;
+    let opened = readers.iter().map_err(failed)?.filter_map(|reader| reader.open().ok());
+    Ok(opened.map(|yubikey| yubikey.serial().0).collect())
+}
+
+/// Replaces what everybody knows: PIN, PUK, and the management key by a random one that the card keeps behind its PIN.
+pub(super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) -> Result<(), Failure> {
+    let mut yubikey = connect(serial)?;
+    let failed = |what: &'static str| move |error: yubikey::Error| classify(what, &error);
+    let mut pin = pin;
+    if !fresh.pin.is_empty() {
+        let changed = yubikey.change_pin(FACTORY_PIN, fresh.pin.as_bytes());
+        changed.map_err(failed("change the PIN"))?;
+        pin = Pin::new(fresh.pin.clone());
+    }
+    if !fresh.puk.is_empty() {
+        yubikey.change_puk(FACTORY_PUK, fresh.puk.as_bytes()).map_err(failed("change the PUK"))?;
+    }
+    if fresh.management_key {
+        let pin = pin.ok_or_else(|| locked("it waits for its PIN".into()))?;
+        yubikey.verify_pin(pin.expose().as_bytes()).map_err(failed("verify the PIN"))?;
+        let factory = MgmKey::get_default(&yubikey).map_err(failed("ask for the management key"))?;
+        yubikey.authenticate(&factory).map_err(failed("show the management key"))?;
+        let own = MgmKey::generate_for(&yubikey, &mut SysRng).map_err(failed("make a management key"))?;
+        own.set_protected(&mut yubikey).map_err(failed("change the management key"))?;
+    }
+    Ok(())
 }
 
 fn connect(serial: u32) -> Result<YubiKey, Failure> {

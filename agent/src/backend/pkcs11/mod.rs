@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::object::ObjectHandle;
-use cryptoki::session::Session;
+use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Limit, Slot, TokenInfo};
+use cryptoki::types::AuthPin;
 
 use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
@@ -22,7 +23,7 @@ use super::{Device, PROBE_EVERY, Say, gone, refused};
 use crate::algorithm::{Algorithm, Content};
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -102,6 +103,23 @@ pub(super) fn open(
     Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, again, profile }), opened))
 }
 
+/// Makes a token in a slot that has none yet.
+pub(super) fn prepare(module: &Path, fresh: &Fresh) -> Result<(), Failure> {
+    let pkcs11 = load(module)?;
+    let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
+    let empty = |slot: &Slot| pkcs11.get_token_info(*slot).is_ok_and(|info| !info.token_initialized());
+    let slot = slots
+        .into_iter()
+        .find(empty)
+        .ok_or_else(|| refused("every slot of the module has a token".into()))?;
+    let officer = AuthPin::new(fresh.puk.as_str().into());
+    pkcs11.init_token(slot, &officer, &fresh.label).map_err(|error| classify("make the token", &error))?;
+    let session = pkcs11.open_rw_session(slot).map_err(|error| classify("open a session", &error))?;
+    session.login(UserType::So, Some(&officer)).map_err(|error| classify("log in", &error))?;
+    let set = session.init_pin(&AuthPin::new(fresh.pin.as_str().into()));
+    set.map_err(|error| classify("set the user's PIN", &error))
+}
+
 /// Looks at a module without logging in.
 pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Failure> {
     let pkcs11 = load(module)?;
@@ -118,6 +136,7 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             label: info.label().to_owned(),
             device: device(&info),
             selected: selects(select, slot, &info),
+            factory: Vec::new(),
             notes: login::notes(&info),
         });
     }

@@ -78,7 +78,8 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
         true => vec!["in lockout: wait, or run `tpm2_dictionarylockout --clear-lockout`".to_owned()],
         false => Vec::new(),
     };
-    let found = SurveyedToken { slot: 0, label: device.clone(), device, selected: true, notes };
+    let found =
+        SurveyedToken { slot: 0, label: device.clone(), device, selected: true, factory: Vec::new(), notes };
     Ok(Survey { library: format!("TPM at {tcti}"), tokens: vec![found] })
 }
 

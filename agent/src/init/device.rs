@@ -1,0 +1,304 @@
+//! Which device, and what only its owner knows of it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use super::{Ask, Init, InitError, Left, Secret};
+use crate::algorithm::KeyType;
+use crate::config::{Device, PinSource, Profile, Tcti, Token, TokenSelector};
+use crate::host::task::TouchPolicy;
+use crate::host::wire::{Factory, Fresh, Survey};
+use crate::secret::Pin;
+use crate::token::{prepare, survey};
+
+/// What kind of device somebody has.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub enum Wish {
+    /// A token in software, for trials: made in the directory
+    Softhsm,
+    /// A TPM 2.0: the key is a file that no other TPM can use
+    Tpm {
+        /// How it is reached [default: device:/dev/tpmrm0]
+        #[arg(long)]
+        tcti: Option<String>,
+    },
+    /// A YubiKey 5: PIN, PUK and management key from the factory are changed first
+    Yubikey {
+        /// Its serial number, where there are several
+        #[arg(long)]
+        serial: Option<u32>,
+        /// Where the key goes
+        #[arg(long, default_value = "9c")]
+        slot: String,
+        /// When it waits for a touch
+        #[arg(long, value_name = "WHEN")]
+        touch_policy: Option<TouchPolicy>,
+    },
+    /// Any device with a PKCS#11 module, whose token is initialized
+    Pkcs11 {
+        /// What is known of the module: softhsm, yubihsm2, luna and others of hsm-config/profiles
+        #[arg(long, required_unless_present = "module")]
+        profile: Option<String>,
+        /// The module [default: that of the profile]
+        #[arg(long)]
+        module: Option<PathBuf>,
+        /// The token's label, where there are several
+        #[arg(long)]
+        label: Option<String>,
+    },
+}
+
+/// A device, in the words of the configuration.
+pub(super) struct Chosen {
+    /// What goes into `[token.NAME]`.
+    pub(super) token: String,
+    /// `object = …`
+    pub(super) object: String,
+    /// What suits it.
+    pub(super) key_type: KeyType,
+    /// The PIN, where the configuration does not say where it is.
+    pub(super) pin: Option<Zeroizing<String>>,
+    pub(super) notes: Vec<String>,
+}
+
+impl Init {
+    /// Finds the device, and changes what everybody knows of it.
+    pub(super) async fn choose(
+        &self,
+        ask: Ask<'_>,
+        say: &(dyn Fn(&str) + Sync),
+        left: &mut Left,
+    ) -> Result<Chosen, InitError> {
+        match &self.wish {
+            Wish::Softhsm => self.softhsm(left).await,
+            Wish::Tpm { tcti } => self.tpm(tcti.as_deref(), left).await,
+            Wish::Yubikey { serial, slot, .. } => self.yubikey(*serial, slot, ask, say).await,
+            Wish::Pkcs11 { profile, module, label } => {
+                self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), ask).await
+            }
+        }
+    }
+
+    async fn softhsm(&self, left: &mut Left) -> Result<Chosen, InitError> {
+        let profile = Profile::named("softhsm").map_err(InitError::Device)?;
+        let absent = || InitError::Device("SoftHSM is not installed: apt-get install softhsm2".into());
+        let module = profile.library().ok_or_else(absent)?;
+        let directory = self.directory.join("softhsm");
+        std::fs::create_dir(&directory).map_err(super::system("make", &directory))?;
+        left.0.push(directory.clone());
+        let config = directory.join("softhsm2.conf");
+        left.write(&config, &format!("directories.tokendir = {}\nlog.level = ERROR\n", directory.display()))?;
+        let (pin, puk) = (random()?, random()?);
+        let mut token =
+            bare(Device::Pkcs11 { module, select: TokenSelector::default(), profile: Box::new(profile) });
+        token.env.insert("SOFTHSM2_CONF".into(), config.display().to_string());
+        let fresh = Fresh {
+            label: self.name.clone(),
+            pin: pin.to_string(),
+            puk: puk.to_string(),
+            management_key: false,
+        };
+        prepare(&self.name, &token, None, fresh).await.map_err(InitError::Device)?;
+        self.keep("pin", &pin, left)?;
+        self.keep("so-pin", &puk, left)?;
+        Ok(Chosen {
+            token: format!(
+                "backend = \"pkcs11\"\nprofile = \"softhsm\"\ntoken = {{ label = {0} }}\npin = {{ file = \"{1}.pin\" }}\n\
+                 env = {{ SOFTHSM2_CONF = {2} }}\n",
+                quoted(&self.name),
+                self.name,
+                quoted(&config.display().to_string())
+            ),
+            object: format!("{{ label = {} }}", quoted(&self.name)),
+            key_type: KeyType::P384,
+            pin: None,
+            notes: vec!["SoftHSM keeps keys in files: for trials, not for releases".into()],
+        })
+    }
+
+    async fn tpm(&self, tcti: Option<&str>, left: &mut Left) -> Result<Chosen, InitError> {
+        let text = tcti.unwrap_or(crate::config::DEFAULT_TCTI);
+        let parsed: Tcti = text.parse().map_err(|error| InitError::Device(format!("{error}")))?;
+        let found = survey(&self.name, &bare(Device::Tpm(parsed))).await.map_err(InitError::Device)?;
+        self.keep("pin", &random()?, left)?;
+        let notes = found.tokens.into_iter().flat_map(|token| token.notes).collect();
+        Ok(Chosen {
+            token: format!(
+                "backend = \"tpm\"\ntcti = {}\npin = {{ file = \"{}.pin\" }}\ntimeout = \"30s\"\n",
+                quoted(text),
+                self.name
+            ),
+            object: format!("{{ file = \"{}.tpm.pem\" }}", self.name),
+            key_type: KeyType::P256,
+            pin: None,
+            notes,
+        })
+    }
+
+    async fn yubikey(
+        &self,
+        serial: Option<u32>,
+        slot: &str,
+        ask: Ask<'_>,
+        say: &(dyn Fn(&str) + Sync),
+    ) -> Result<Chosen, InitError> {
+        let found = survey(&self.name, &bare(Device::Piv { serial: serial.unwrap_or(0) })).await;
+        let found = found.map_err(InitError::Device)?;
+        let card = match found.tokens.as_slice() {
+            [one] => one,
+            [] => return Err(InitError::Device("no YubiKey is connected; plug it in".into())),
+            several => {
+                let serials: Vec<_> = several.iter().map(|card| card.label.as_str()).collect();
+                let message =
+                    format!("several YubiKeys are connected; choose one: --serial {}", serials.join(" or "));
+                return Err(InitError::Device(message));
+            }
+        };
+        let (is, label) = (|which| card.factory.contains(&which), &card.label);
+        let serial = label.parse().map_err(|_| InitError::Device("the card has no serial number".into()))?;
+        let mut fresh = Fresh::default();
+        fresh.management_key = is(Factory::ManagementKey);
+        if is(Factory::Pin) {
+            say(
+                "this YubiKey has the PIN that all of them have when they are new; choose another, of 6 to 8 characters",
+            );
+            fresh.pin = chosen("new PIN", ask)?.to_string();
+        }
+        if is(Factory::Puk) {
+            say(
+                "its PUK, which unblocks the PIN, is the one from the factory, too; choose another, of 6 to 8 characters",
+            );
+            fresh.puk = chosen("new PUK", ask)?.to_string();
+        }
+        let pin = match fresh.pin.as_str() {
+            "" => answer("PIN", ask)?,
+            pin => Zeroizing::new(pin.to_owned()),
+        };
+        if !card.factory.is_empty() {
+            if fresh.management_key {
+                say(
+                    "its management key, the one from the factory, is replaced by a random one that it keeps behind its PIN",
+                );
+            }
+            let given = Pin::new(pin.to_string());
+            let done = prepare(&self.name, &bare(Device::Piv { serial }), given, fresh).await;
+            done.map_err(InitError::Device)?;
+        }
+        Ok(Chosen {
+            token: format!("backend = \"piv\"\nserial = {serial}\npin = \"prompt\"\n"),
+            object: format!("{{ slot = {} }}", quoted(slot)),
+            key_type: KeyType::P256,
+            pin: Some(pin),
+            notes: vec![
+                "keep the PUK where the PIN is not: it unblocks the PIN after three wrong ones".into(),
+            ],
+        })
+    }
+
+    async fn pkcs11(
+        &self,
+        profile: Option<&str>,
+        module: Option<PathBuf>,
+        label: Option<&str>,
+        ask: Ask<'_>,
+    ) -> Result<Chosen, InitError> {
+        let named = profile.map(Profile::named).transpose().map_err(InitError::Device)?;
+        let known = module.or_else(|| named.as_ref().and_then(Profile::library));
+        let absent = || {
+            InitError::Device("the profile's library is not installed; give its path with --module".into())
+        };
+        let module = known.ok_or_else(absent)?;
+        let known = named.unwrap_or_else(|| Profile::of_module(&module));
+        let select = TokenSelector { label: label.map(str::to_owned), ..TokenSelector::default() };
+        let token = bare(Device::Pkcs11 { module: module.clone(), select, profile: Box::new(known.clone()) });
+        let Survey { tokens, .. } = survey(&self.name, &token).await.map_err(InitError::Device)?;
+        let labels: Vec<_> = tokens.iter().map(|token| format!("{:?}", token.label)).collect();
+        let selected: Vec<_> = tokens.iter().filter(|token| token.selected).collect();
+        let [token] = selected.as_slice() else {
+            let message = match labels.as_slice() {
+                [] => {
+                    "the module shows no initialized token; initialize one with the vendor's tool".to_owned()
+                }
+                labels => format!("choose one token: --label {}", labels.join(" or ")),
+            };
+            return Err(InitError::Device(message));
+        };
+        let form = if known.pin.is_empty() { String::new() } else { format!(" ({})", known.pin) };
+        let pin = answer(&format!("PIN of the token {:?}{form}", token.label), ask)?;
+        let profile = profile.map(|name| format!("profile = {}\n", quoted(name))).unwrap_or_default();
+        // What the module needs is here now, and has to be there when the agent runs.
+        let set = known.environment.iter().filter_map(|name| Some((name, std::env::var(name).ok()?)));
+        let set: Vec<_> = set.map(|(name, value)| format!("{name} = {}", quoted(&value))).collect();
+        let env = if set.is_empty() { String::new() } else { format!("env = {{ {} }}\n", set.join(", ")) };
+        Ok(Chosen {
+            token: format!(
+                "backend = \"pkcs11\"\n{profile}module = {}\ntoken = {{ label = {} }}\n\
+                 # Or a file that only the agent can read: pin = {{ file = \"…\" }}\npin = \"prompt\"\n{env}",
+                quoted(&module.display().to_string()),
+                quoted(&token.label)
+            ),
+            object: format!("{{ label = {} }}", quoted(&self.name)),
+            key_type: KeyType::P384,
+            pin: Some(pin),
+            notes: token.notes.clone(),
+        })
+    }
+
+    /// Leaves a secret in a file for its owner alone.
+    fn keep(&self, extension: &str, secret: &str, left: &mut Left) -> Result<(), InitError> {
+        let line = Zeroizing::new(format!("{secret}\n"));
+        left.write(&self.directory.join(format!("{}.{extension}", self.name)), &line)
+    }
+}
+
+/// A device without anything else.
+fn bare(device: Device) -> Token {
+    Token {
+        device,
+        pin: PinSource::None,
+        sessions: 1,
+        timeout: Duration::from_secs(20),
+        queue: 1,
+        required: false,
+        touch_command: Vec::new(),
+        directory: PathBuf::from("/"),
+        env: BTreeMap::new(),
+        hidden_env: Vec::new(),
+    }
+}
+
+/// 128 random bits, hexadecimal.
+fn random() -> Result<Zeroizing<String>, InitError> {
+    let mut bytes = Zeroizing::new([0; 16]);
+    getrandom::fill(&mut *bytes).map_err(|error| InitError::Device(format!("no randomness: {error}")))?;
+    Ok(Zeroizing::new(hex::encode(*bytes)))
+}
+
+fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
+    let answer = ask(question, Secret::Yes)
+        .map_err(|source| InitError::System { what: format!("cannot ask for the {question}"), source })?;
+    if answer.is_empty() {
+        return Err(InitError::Answer(format!("no {question} was given; nothing was changed")));
+    }
+    Ok(answer)
+}
+
+/// A new PIN or PUK, typed twice. A card takes 6 to 8 bytes.
+fn chosen(what: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
+    let first = answer(what, ask)?;
+    if !(6..=8).contains(&first.len()) {
+        return Err(InitError::Answer(format!("a {what} has 6 to 8 characters; nothing was changed")));
+    }
+    if *answer(&format!("{what}, again"), ask)? != *first {
+        return Err(InitError::Answer(format!("the two are not the same {what}; nothing was changed")));
+    }
+    Ok(first)
+}
+
+/// A basic string of TOML.
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}

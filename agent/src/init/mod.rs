@@ -1,0 +1,163 @@
+//! `omsign-agent init`: from a device to a configuration, a key and a certificate request, asking what only its owner
+//! knows. What is there already stays; what was begun and failed is taken back.
+
+mod device;
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
+
+use self::device::Chosen;
+pub use self::device::Wish;
+use crate::algorithm::KeyType;
+use crate::config::Config;
+use crate::key_life::{Command, Output, Subject, Template};
+use crate::operator::{self, OperatorError};
+use crate::secret::Pin;
+
+/// The name of the configuration.
+const FILE: &str = "agent.toml";
+
+/// What to make, and where.
+pub struct Init {
+    /// Where the configuration goes.
+    pub directory: PathBuf,
+    /// The key's name.
+    pub name: String,
+    /// What kind of key; none for what suits the device.
+    pub key_type: Option<KeyType>,
+    /// Whose certificate is requested.
+    pub subject: String,
+    /// The device.
+    pub wish: Wish,
+}
+
+/// Asks a person something; what is secret is not shown while it is typed.
+pub type Ask<'a> = &'a dyn Fn(&str, Secret) -> io::Result<Zeroizing<String>>;
+
+/// Whether an answer is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Secret {
+    /// It is not.
+    Yes,
+    /// It is.
+    No,
+}
+
+/// What was made.
+pub struct Made {
+    /// The configuration.
+    pub config: PathBuf,
+    /// The certificate request.
+    pub request: PathBuf,
+    /// What else its owner should know.
+    pub notes: Vec<String>,
+}
+
+/// Why it was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    /// Nothing is overwritten.
+    #[error(
+        "{0} exists already; choose another --directory, or add the key to it by hand and run `omsign-agent key generate`"
+    )]
+    Exists(PathBuf),
+    /// The device, or its absence.
+    #[error("{0}")]
+    Device(String),
+    /// An answer that is none.
+    #[error("{0}")]
+    Answer(String),
+    /// The file system, or the terminal.
+    #[error("{what}")]
+    System {
+        /// What could not be done.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The key.
+    #[error(transparent)]
+    Operator(#[from] OperatorError),
+}
+
+impl Init {
+    /// Makes it.
+    pub async fn run(&self, ask: Ask<'_>, say: &(dyn Fn(&str) + Sync)) -> Result<Made, InitError> {
+        let (config, request) =
+            (self.directory.join(FILE), self.directory.join(format!("{}.csr", self.name)));
+        if let Some(there) = [&config, &request].into_iter().find(|path| path.exists()) {
+            return Err(InitError::Exists(there.clone()));
+        }
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.directory)
+            .map_err(system("make", &self.directory))?;
+        let mut left = Left(Vec::new());
+        let Chosen { token, object, key_type, pin, notes } = self.choose(ask, say, &mut left).await?;
+        let uid = rustix::process::geteuid().as_raw();
+        // Where it listens and what it records are the defaults, which callers know.
+        let text = format!(
+            "# Made by `omsign-agent init`. What every option means: hsm-config/ in omsign's repository.\n\n\
+             [token.{name}]\n{token}\n[key.{name}]\ntoken = \"{name}\"\nobject = {object}\n\
+             # certificate_chain = \"{name}-chain.pem\"\n[[key.{name}.allow]]\nunix = {{ uid = {uid} }}\n",
+            name = self.name,
+        );
+        left.write(&config, &text)?;
+        let loaded = Config::load(&config).map_err(|mistakes| {
+            InitError::Device(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+        })?;
+        let typed = |_: &str| Pin::new(pin.as_ref()?.as_str().to_owned());
+        let key_type = self.key_type.unwrap_or(key_type);
+        // An authorization value that init makes is too long to guess, and keys that nobody can lock stay usable.
+        let no_da = matches!(self.wish, Wish::Tpm { .. });
+        let touch_policy = match self.wish {
+            Wish::Yubikey { touch_policy, .. } => touch_policy,
+            _ => None,
+        };
+        let template = Template { key_type, no_da, pin_policy: None, touch_policy };
+        let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
+        say("making the key");
+        operator::alone(&loaded, &Command::Generate { key: self.name.clone(), template }, say, &typed)
+            .await?;
+        // From here on there is a key, and its configuration stays.
+        left.0.clear();
+        let csr = Command::Csr { key: self.name.clone(), subject };
+        if let Output::Pem(text) = operator::alone(&loaded, &csr, say, &typed).await? {
+            left.write(&request, &text)?;
+            left.0.clear();
+        }
+        Ok(Made { config, request, notes })
+    }
+}
+
+/// What goes when making it fails.
+struct Left(Vec<PathBuf>);
+
+impl Left {
+    /// Writes a file that was not there, for its owner alone.
+    fn write(&mut self, path: &Path, text: &str) -> Result<(), InitError> {
+        let mut options = fs::OpenOptions::new();
+        let mut file =
+            options.write(true).create_new(true).mode(0o600).open(path).map_err(system("make", path))?;
+        self.0.push(path.to_owned());
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(system("write", path))
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
+    }
+}
+
+fn system(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> InitError {
+    let what = format!("cannot {what} {}", path.display());
+    move |source| InitError::System { what, source }
+}

@@ -1,0 +1,161 @@
+//! `omsign-agent init`, as somebody new would use it: from a device to a signature that verifies.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::softhsm::{MODULE, PIN, SoftHsm};
+use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::agent::Agent;
+use omsign_tests::world::{World, text};
+
+/// Runs it in the world's directory, with these lines to answer with.
+fn init(
+    world: &World,
+    arguments: &[&str],
+    environment: &[(&str, String)],
+    answers: &str,
+) -> anyhow::Result<Output> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.arg("init").args(arguments).arg("--directory").arg(world.path(""));
+    world.without_surprises(command.current_dir("/"));
+    command.envs(environment.iter().map(|(name, value)| (name, value)));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
+    Ok(child.wait_with_output()?)
+}
+
+/// It fails with these words, and leaves nothing.
+fn refuses(world: &World, arguments: &[&str], answers: &str, expected: &str) -> anyhow::Result<()> {
+    refuses_with(world, arguments, &[], answers, expected)
+}
+
+fn refuses_with(
+    world: &World,
+    arguments: &[&str],
+    environment: &[(&str, String)],
+    answers: &str,
+    expected: &str,
+) -> anyhow::Result<()> {
+    let output = init(world, arguments, environment, answers)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{arguments:?}: {errors}");
+    ensure!(!errors.contains("panicked"), "{errors}");
+    for left in ["agent.toml", "release.csr", "release.pin", "softhsm"] {
+        ensure!(!world.path(left).exists(), "{arguments:?} left {left}");
+    }
+    Ok(())
+}
+
+/// It works, and so does what it made: doctor, an agent, a signature, the request.
+fn works(
+    world: &World,
+    arguments: &[&str],
+    environment: &[(&str, String)],
+    answers: &str,
+    pin: Option<&str>,
+) -> anyhow::Result<()> {
+    let output = init(world, arguments, environment, answers)?;
+    let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+    ensure!(output.status.success() && said.contains("omsign-agent serve --config"), "{said}");
+    for line in answers.lines() {
+        ensure!(!said.contains(line), "a secret was repeated: {said}");
+    }
+    let request = text(&world.path("release.csr"));
+    let openssl =
+        Command::new("openssl").args(["req", "-verify", "-noout", "-text", "-in", &request]).output()?;
+    let shown = String::from_utf8([openssl.stdout, openssl.stderr].concat())?;
+    ensure!(shown.contains("verify OK") && shown.contains("CN = Acme Models"), "{shown}");
+    let made = std::fs::read_to_string(world.path("agent.toml"))?;
+    ensure!(pin.is_none_or(|pin| !made.contains(pin)), "{made}");
+    // Where it listens is the machine's own place, which tests leave alone.
+    let mut config = world.listen() + &made;
+    for (name, value) in environment {
+        if !config.contains(name) {
+            config =
+                config.replace("[token.release]\n", &format!("[token.release]\nenv.{name} = \"{value}\"\n"));
+        }
+    }
+    if let Some(pin) = pin {
+        // Nobody sits at the agent's terminal.
+        omsign_fixtures::write_private(&world.path("typed.pin"), pin.as_bytes())?;
+        config = config.replace("pin = \"prompt\"", "pin = { file = \"typed.pin\" }");
+    }
+    let agent = Agent::start(world, &config)?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "release", "--signature", "model.sig"])?;
+    world.write("public.pem", world.omsign_ok(&["keys", "export", "release"])?)?;
+    world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", "public.pem"])?;
+    drop(agent);
+    // A second time, nothing is overwritten.
+    let output = init(world, arguments, environment, answers)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && errors.contains("exists already; choose another"), "{errors}");
+    Ok(())
+}
+
+const SUBJECT: [&str; 2] = ["--subject", "CN=Acme Models"];
+
+#[test]
+fn softhsm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    works(&world, &[&["softhsm"], &SUBJECT[..]].concat(), &[], "", None)
+}
+
+#[test]
+fn tpm() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let chip = SwTpm::create(&place.path("tpm"))?;
+    refuses(&world, &["tpm", "--tcti", "mssim:"], "", "is not supported; write")?;
+    refuses(&world, &["tpm", "--tcti", "swtpm:host=127.0.0.1,port=1"], "", "cannot reach the TPM")?;
+    works(&world, &[&["tpm", "--tcti", &chip.tcti()], &SUBJECT[..]].concat(), &[], "", None)
+}
+
+#[test]
+fn yubikey() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
+    let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
+    let arguments = [&["yubikey"], &SUBJECT[..]].concat();
+    for (answers, expected) in [
+        ("", "no new PIN was given; nothing was changed"),
+        ("12\n", "a new PIN has 6 to 8 characters; nothing was changed"),
+        ("97531864\n97531865\n", "the two are not the same new PIN; nothing was changed"),
+        ("97531864\n97531864\nabcdefgh\nabcdefg\n", "the two are not the same new PUK; nothing was changed"),
+    ] {
+        refuses_with(&world, &arguments, &environment, answers, expected)?;
+    }
+    refuses_with(
+        &world,
+        &[&arguments[..], &["--serial", "1"]].concat(),
+        &environment,
+        "",
+        "no YubiKey with serial 1",
+    )?;
+    // Nothing was changed: it still has everything from the factory, and all its tries.
+    let answers = "97531864\n97531864\nabcdefgh\nabcdefgh\n";
+    works(&world, &arguments, &environment, answers, Some("97531864"))?;
+    // The next key asks for the PIN only, and is made with the management key that the card keeps.
+    let other = World::new()?;
+    let arguments = [&["yubikey", "--slot", "9a"], &SUBJECT[..]].concat();
+    refuses_with(&other, &arguments, &environment, "00000000\n", "it refused the PIN; 2 tries are left")?;
+    works(&other, &arguments, &environment, "97531864\n", Some("97531864"))?;
+    ensure!(piv::PIN != "97531864");
+    Ok(())
+}
+
+#[test]
+fn pkcs11() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let token = SoftHsm::create(&place.path("t"), "acme")?;
+    let environment = [("SOFTHSM2_CONF", text(&token.config()))];
+    let arguments = [&["pkcs11", "--module", MODULE], &SUBJECT[..]].concat();
+    refuses(&world, &["pkcs11", "--profile", "nothing"], "", "\"nothing\" is unknown; write one of softhsm")?;
+    refuses(&world, &["pkcs11", "--profile", "luna"], "", "the profile's library is not installed")?;
+    let wrong = [&arguments[..], &["--label", "other"]].concat();
+    refuses_with(&world, &wrong, &environment, "", "choose one token: --label \"acme\"")?;
+    refuses_with(&world, &arguments, &environment, "wrong-pin-5714\n", "it refused the PIN")?;
+    works(&world, &arguments, &environment, &format!("{PIN}\n"), Some(PIN))
+}
