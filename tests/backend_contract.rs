@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::swtpm::{Abrmd, SwTpm};
 use omsign_tests::agent::Agent;
 use omsign_tests::device::{Device, card, card_through, soft_hsm, tpm, tpm_through_pkcs11};
 use omsign_tests::world::{World, text};
@@ -75,6 +75,23 @@ fn swtpm() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = SwTpm::create(&world.path("tpm"))?;
     let device = tpm(&stand_in)?;
+    holds(&world, &device)
+}
+
+/// The same through the resource manager in user space.
+#[test]
+fn tpm2_abrmd() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    let mut device = tpm(&stand_in)?;
+    let manager = Abrmd::create(&world.path("tpm"), &stand_in)?;
+    let (name, address) = manager.environment();
+    device.token =
+        device.token.replace(&stand_in.tcti(), manager.tcti()) + &format!("env.{name} = \"{address}\"\n");
+    for key in &mut device.expected {
+        key.uri = key.uri.replace(&stand_in.tcti(), manager.tcti());
+    }
+    device.environment.push((name, address.into()));
     holds(&world, &device)
 }
 

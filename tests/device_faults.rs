@@ -1,11 +1,12 @@
 //! TPMs and cards that fail: what callers see, that it heals, and that no PIN try is spent beyond the one allowed.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{Faults, VirtualPiv};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
-use omsign_fixtures::write_private;
+use omsign_fixtures::{built, write_private};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
@@ -82,6 +83,51 @@ fn a_tpm_that_goes_away_and_comes_back() -> anyhow::Result<()> {
     // A reset without a start, as a simulator does it.
     stand_in.reset()?;
     bench.heals()
+}
+
+/// A key that signs only while the PCRs are as they were when it was made.
+#[test]
+fn pcrs_that_change() -> anyhow::Result<()> {
+    for auth in [true, false] {
+        let world = World::new()?;
+        let stand_in = SwTpm::create(&world.path("tpm"))?;
+        let section = stand_in.section("device");
+        let token = match auth {
+            true => section,
+            false => section
+                .lines()
+                .filter(|line| !line.starts_with("pin"))
+                .map(|line| format!("{line}\n"))
+                .collect(),
+        };
+        let key = |name, object| key(name, "device", object).replace("\n[[", "\npcrs = \"sha256:16,23\"\n[[");
+        let keys = key("p256", "handle = \"0x81000010\"") + &key("file", "file = \"file.pem\"");
+        world.write("agent.toml", world.listen() + &token + &keys)?;
+        for name in ["p256", "file"] {
+            let mut make = Command::new(built("omsign-agent")?);
+            make.args(["key", "generate", name, "--type", "p256", "--config"]).arg(world.path("agent.toml"));
+            world.without_surprises(&mut make);
+            let output = make.output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let (expected, environment) = (Vec::new(), Vec::new());
+        let mut bench = Bench::new(world, &Device { token, keys, expected, environment, secret: AUTH })?;
+        ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+        let zeros = "0".repeat(64);
+        stand_in.tool("tpm2_pcrextend", |tool| {
+            tool.arg(format!("23:sha256={zeros}"));
+        })?;
+        bench.fails(Code::FailedPrecondition)?;
+        let errors = bench.world.omsign_fails(2, &["sign", "agent.log", "--key", "file"]);
+        ensure!(errors.is_ok_and(|errors| errors.contains("the PCRs sha256:16,23 are not as they were")));
+        // It did not count as a wrong authorization value, and heals by itself.
+        ensure!(stand_in.failed_tries()? == 0, "{} tries", stand_in.failed_tries()?);
+        stand_in.tool("tpm2_pcrreset", |tool| {
+            tool.arg("23");
+        })?;
+        bench.heals()?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -154,7 +154,7 @@ pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Resu
 }
 
 fn private_config(uri: &str) -> Result<Config, ServeError> {
-    let KeyUri { device, object, pin } =
+    let KeyUri { device, object, pcrs, pin } =
         KeyUri::parse(uri).map_err(|error| ServeError::Uri(error.to_string()))?;
     let token = config::Token {
         device,
@@ -175,6 +175,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
         next: None,
         previous: Vec::new(),
         padding: Padding::Pkcs1,
+        pcrs,
         certificate_chain: Vec::new(),
         allow: vec![own.clone()],
     };

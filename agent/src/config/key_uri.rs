@@ -7,7 +7,7 @@ use percent_encoding::percent_decode_str;
 
 use super::objects::{parse_handle, parse_slot};
 use super::uri::{Pkcs11Uri, UriError};
-use super::{Device, Object, ObjectSelector, PinSource, Profile, TokenSelector, tpm};
+use super::{Device, Object, ObjectSelector, Pcrs, PinSource, Profile, TokenSelector, tpm};
 
 /// What a URI names.
 #[derive(Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct KeyUri {
     pub device: Device,
     /// The key on it.
     pub object: Object,
+    /// What a TPM's key asks for: `pcrs=sha256:0,7`.
+    pub pcrs: Option<Pcrs>,
     /// Where its PIN comes from: `pin-source`; otherwise somebody is asked, except for keys of a TPM.
     pub pin: PinSource,
 }
@@ -65,6 +67,7 @@ fn pkcs11(text: &str) -> Result<KeyUri, KeyUriError> {
     Ok(KeyUri {
         device: Device::Pkcs11 { profile: Box::new(Profile::of_module(&module)), module, select: uri.token },
         object: Object::Pkcs11(uri.object),
+        pcrs: None,
         pin: uri.pin_source.unwrap_or(PinSource::Prompt),
     })
 }
@@ -77,10 +80,12 @@ fn tpm(rest: &str) -> Result<KeyUri, KeyUriError> {
         (None, Some(file)) => Object::TpmFile(PathBuf::from(file)),
         _ => return Err(KeyUriError::Missing("TPM", "names no key; add handle=0x81000010 or file=key.pem")),
     };
+    let pcrs = attributes.take("pcrs");
+    let pcrs = pcrs.map(|text| attributes.usable("pcrs", text.parse().ok())).transpose()?;
     // Most keys of a TPM have no authorization value.
     let pin = attributes.pin_source().unwrap_or(PinSource::None);
     attributes.finish()?;
-    Ok(KeyUri { device: Device::Tpm(tcti), object, pin })
+    Ok(KeyUri { device: Device::Tpm(tcti), object, pcrs, pin })
 }
 
 fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
@@ -92,7 +97,7 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
     let slot = attributes.usable("slot", parse_slot(&slot))?;
     let pin = attributes.pin_source().unwrap_or(PinSource::Prompt);
     attributes.finish()?;
-    Ok(KeyUri { device: Device::Piv { serial }, object: Object::PivSlot(slot), pin })
+    Ok(KeyUri { device: Device::Piv { serial }, object: Object::PivSlot(slot), pcrs: None, pin })
 }
 
 /// `name=value` between `;`, `?` and `&`, as RFC 7512 has them.

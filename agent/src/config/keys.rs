@@ -7,7 +7,7 @@ use nix::unistd::{Group, User};
 use x509_cert::der::{Encode as _, pem};
 
 use super::read::{Reader, Section};
-use super::{Key, Previous, objects};
+use super::{Key, Pcrs, Previous, objects};
 use crate::algorithm::Padding;
 use crate::policy::{Match, Rule};
 use crate::spki::SpkiDer;
@@ -47,6 +47,17 @@ pub(super) fn key(
             Padding::Pkcs1
         }
     };
+    let pcrs = match backend {
+        "tpm" => section.string(reader, "pcrs").map(|text| text.parse()),
+        _ => None,
+    };
+    let pcrs = pcrs.and_then(|parsed: Result<Pcrs, _>| {
+        parsed
+            .map_err(|error| {
+                reader.mistake(section.position("pcrs"), &section.path_of("pcrs"), error.to_string());
+            })
+            .ok()
+    });
     let allow = rules(reader, &mut section, "allow");
     if allow.is_empty() && !reader.mistakes.iter().any(|m| m.key.starts_with(&section.path_of("allow"))) {
         let path = section.path_of("allow");
@@ -60,6 +71,7 @@ pub(super) fn key(
         next,
         previous,
         padding,
+        pcrs,
         certificate_chain: certificate_chain?,
         allow,
     })

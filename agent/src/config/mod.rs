@@ -6,6 +6,7 @@ mod key_uri;
 mod keys;
 mod listen;
 mod objects;
+mod pcrs;
 mod profile;
 mod read;
 mod tokens;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub(crate) use self::objects::PIV_SLOTS;
+pub use self::pcrs::{Bank, Pcrs};
 pub use self::profile::Profile;
 pub use self::tpm::{DEFAULT as DEFAULT_TCTI, Tcti};
 use crate::algorithm::Padding;
@@ -222,6 +224,8 @@ pub struct Key {
     pub previous: Vec<Previous>,
     /// How an RSA key pads.
     pub padding: Padding,
+    /// What has to be as it was when a TPM's key was made.
+    pub pcrs: Option<Pcrs>,
     /// Certificates, DER, leaf first: makes it the OMS certificate method.
     pub certificate_chain: Vec<Vec<u8>>,
     /// Who may use it. Everything else is denied.
@@ -304,12 +308,13 @@ pub fn default_audit_directory() -> PathBuf {
 impl Key {
     /// What its token has to find.
     pub(crate) fn spec(&self, name: &str) -> KeySpec {
-        KeySpec { name: name.to_owned(), object: self.object.clone(), padding: self.padding }
+        let (object, padding, pcrs) = (self.object.clone(), self.padding, self.pcrs.clone());
+        KeySpec { name: name.to_owned(), object, padding, pcrs }
     }
 
     /// The key that is to take its place.
     pub(crate) fn next_spec(&self, name: &str) -> Option<KeySpec> {
-        Some(KeySpec { name: name.to_owned(), object: self.next.clone()?, padding: self.padding })
+        Some(KeySpec { object: self.next.clone()?, ..self.spec(name) })
     }
 }
 

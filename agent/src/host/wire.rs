@@ -81,6 +81,8 @@ pub(crate) struct KeySpec {
     pub(crate) name: String,
     pub(crate) object: config::Object,
     pub(crate) padding: Padding,
+    /// What a TPM's key asks for beside its authorization value.
+    pub(crate) pcrs: Option<config::Pcrs>,
 }
 
 /// What the host says on [`Open`], each as JSON in a frame of its own. The last four end the conversation.

@@ -74,7 +74,7 @@ pub(super) fn open(
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
-    for KeySpec { name, object, padding } in &spec.keys {
+    for KeySpec { name, object, padding, .. } in &spec.keys {
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };

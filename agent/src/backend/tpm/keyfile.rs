@@ -62,7 +62,7 @@ impl KeyFile {
             return Err(wrong("is for import or a sealed secret, not a loadable key"));
         }
         if key.policy.is_some() || key.auth_policy.is_some() {
-            return Err(wrong("asks for a policy, which is not supported yet"));
+            return Err(wrong("describes a policy of its own, which omsign does not follow"));
         }
         if key.rsa_parent.as_ref().is_some_and(is_true) {
             return Err(wrong("has an RSA parent, which is not supported yet"));

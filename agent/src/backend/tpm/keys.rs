@@ -16,43 +16,54 @@ use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
 use super::super::{challenge, gone, locked, refused};
 use super::errors::classify;
+use super::guard::Guard;
 use super::keyfile::KeyFile;
-use crate::algorithm::{Algorithm, Curve, Padding};
+use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
-use crate::host::wire::{Class, Failure, PublicKey};
+use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
 use crate::spki::SpkiDer;
 
 /// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
 pub(super) const OWNER: u32 = 0x4000_0001;
 
+/// A key that passed its check.
+pub(super) struct Key {
+    pub(super) handle: KeyHandle,
+    pub(super) public: PublicKey,
+    guard: Guard,
+}
+
 /// Finds or loads a key and has it sign a random challenge.
 pub(super) fn open(
     context: &mut Context,
-    object: &Object,
-    padding: Padding,
+    key: &KeySpec,
     auth: Option<Auth>,
     by_operator: bool,
-) -> Result<(KeyHandle, PublicKey), Failure> {
-    let (handle, public) = locate(context, object, auth, by_operator)?;
+) -> Result<(Key, PublicKey), Failure> {
+    let object = &key.object;
+    let (handle, public, guard) = locate(context, key, auth, by_operator)?;
     let wrong = |what| refused(format!("the key with {object} {what}"));
-    let spki = public_half(&public).map_err(wrong)?;
-    let algorithm = spki.algorithm(padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
+    let spki = public_half(&public, &guard).map_err(wrong)?;
+    let algorithm = spki.algorithm(key.padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
     let challenge = challenge()?;
     let content = algorithm.content(&challenge);
-    let signature = sign(context, handle, algorithm, algorithm.bytes(&content).map_err(refused)?)?;
-    if !spki.verifies(algorithm, &challenge, &signature) {
+    let public = PublicKey { algorithm, spki };
+    let key = Key { handle, guard, public: public.clone() };
+    let signature = key.sign(context, algorithm.bytes(&content).map_err(refused)?)?;
+    if !public.spki.verifies(algorithm, &challenge, &signature) {
         return Err(refused(format!("the key with {object} makes signatures that do not verify")));
     }
-    Ok((handle, PublicKey { algorithm, spki }))
+    Ok((key, public))
 }
 
 /// Finds or loads a key, with its authorization value if it has one.
-pub(super) fn locate(
+fn locate(
     context: &mut Context,
-    object: &Object,
+    key: &KeySpec,
     auth: Option<Auth>,
     by_operator: bool,
-) -> Result<(KeyHandle, Public), Failure> {
+) -> Result<(KeyHandle, Public, Guard), Failure> {
+    let object = &key.object;
     let waits = || locked("it waits for its authorization value".into());
     let (handle, auth) = match object {
         Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
@@ -69,62 +80,67 @@ pub(super) fn locate(
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
         .map_err(|error| classify("read the public key", &error))?;
+    let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     match (auth, object) {
         (Some(auth), _) => {
             let set = context.tr_set_auth(handle.into(), auth);
             set.map_err(|error| classify("set the authorization value", &error))?;
         }
         // It may have a value after all, and the TPM counts wrong ones, the empty one too.
-        (None, Object::TpmHandle(_)) if !public.object_attributes().no_da() && !by_operator => {
+        (None, Object::TpmHandle(_))
+            if guard.pcrs.is_none() && !public.object_attributes().no_da() && !by_operator =>
+        {
             return Err(waits());
         }
         (None, _) => {}
     }
-    Ok((handle, public))
+    Ok((handle, public, guard))
 }
 
-/// Signs a digest.
-pub(super) fn sign(
-    context: &mut Context,
-    key: KeyHandle,
-    algorithm: Algorithm,
-    digest: &[u8],
-) -> Result<Vec<u8>, Failure> {
-    let (hash, rsa) = match algorithm {
-        Algorithm::Ecdsa(Curve::P256) => (HashingAlgorithm::Sha256, false),
-        Algorithm::Ecdsa(Curve::P384) => (HashingAlgorithm::Sha384, false),
-        Algorithm::Ecdsa(Curve::P521) => (HashingAlgorithm::Sha512, false),
-        Algorithm::RsaPkcs1 => (HashingAlgorithm::Sha256, true),
-        // TPMs choose the salt's length themselves, and not all choose the hash's.
-        Algorithm::RsaPss => return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into())),
-        Algorithm::Ed25519 => return Err(refused("TPMs have no Ed25519".into())),
-    };
-    let hash_scheme = HashScheme::new(hash);
-    let scheme =
-        if rsa { SignatureScheme::RsaSsa { hash_scheme } } else { SignatureScheme::EcDsa { hash_scheme } };
-    let wrong = |error: tss_esapi::Error| classify("sign", &error);
-    let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
-    // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
-    let ticket = HashcheckTicket::try_from(TPMT_TK_HASHCHECK {
-        tag: TPM2_ST_HASHCHECK,
-        hierarchy: TPM2_RH_NULL,
-        digest: Default::default(),
-    });
-    let ticket = ticket.map_err(wrong)?;
-    let signed = context.execute_with_session(Some(AuthSession::Password), |context| {
-        context.sign(key, digest, scheme, ticket)
-    });
-    let malformed = || gone("the TPM's signature is malformed".into());
-    match (signed.map_err(wrong)?, algorithm) {
-        (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
-        (Signature::EcDsa(signature), Algorithm::Ecdsa(curve)) => {
-            // The TPM leaves leading zeros out.
-            let r = padded(signature.signature_r().value(), curve.field_len());
-            let s = padded(signature.signature_s().value(), curve.field_len());
-            let raw = r.zip(s).map(|(r, s)| [r, s].concat()).ok_or_else(malformed)?;
-            curve.der_from_raw(&raw).map_err(|_| malformed())
+impl Key {
+    /// Signs a digest.
+    pub(super) fn sign(&self, context: &mut Context, digest: &[u8]) -> Result<Vec<u8>, Failure> {
+        let algorithm = self.public.algorithm;
+        let (hash, rsa) = match algorithm {
+            Algorithm::Ecdsa(Curve::P256) => (HashingAlgorithm::Sha256, false),
+            Algorithm::Ecdsa(Curve::P384) => (HashingAlgorithm::Sha384, false),
+            Algorithm::Ecdsa(Curve::P521) => (HashingAlgorithm::Sha512, false),
+            Algorithm::RsaPkcs1 => (HashingAlgorithm::Sha256, true),
+            // TPMs choose the salt's length themselves, and not all choose the hash's.
+            Algorithm::RsaPss => {
+                return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
+            }
+            Algorithm::Ed25519 => return Err(refused("TPMs have no Ed25519".into())),
+        };
+        let hash_scheme = HashScheme::new(hash);
+        let scheme = if rsa {
+            SignatureScheme::RsaSsa { hash_scheme }
+        } else {
+            SignatureScheme::EcDsa { hash_scheme }
+        };
+        let wrong = |error: tss_esapi::Error| classify("sign", &error);
+        let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
+        // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
+        let ticket = HashcheckTicket::try_from(TPMT_TK_HASHCHECK {
+            tag: TPM2_ST_HASHCHECK,
+            hierarchy: TPM2_RH_NULL,
+            digest: Default::default(),
+        });
+        let ticket = ticket.map_err(wrong)?;
+        let signed =
+            self.guard.with(context, "sign", |context| context.sign(self.handle, digest, scheme, ticket))?;
+        let malformed = || gone("the TPM's signature is malformed".into());
+        match (signed, algorithm) {
+            (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
+            (Signature::EcDsa(signature), Algorithm::Ecdsa(curve)) => {
+                // The TPM leaves leading zeros out.
+                let r = padded(signature.signature_r().value(), curve.field_len());
+                let s = padded(signature.signature_s().value(), curve.field_len());
+                let raw = r.zip(s).map(|(r, s)| [r, s].concat()).ok_or_else(malformed)?;
+                curve.der_from_raw(&raw).map_err(|_| malformed())
+            }
+            _ => Err(gone("the TPM answered with a signature of another kind".into())),
         }
-        _ => Err(gone("the TPM answered with a signature of another kind".into())),
     }
 }
 
@@ -201,7 +217,7 @@ pub(super) fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failur
 }
 
 /// A key's public half, or why it cannot sign.
-fn public_half(public: &Public) -> Result<SpkiDer, String> {
+fn public_half(public: &Public, guard: &Guard) -> Result<SpkiDer, String> {
     let attributes = public.object_attributes();
     if !attributes.sign_encrypt() {
         return Err("may not sign: its attribute \"sign\" is clear".into());
@@ -209,8 +225,8 @@ fn public_half(public: &Public) -> Result<SpkiDer, String> {
     if attributes.restricted() {
         return Err("is restricted: it signs only what the TPM itself made".into());
     }
-    if !attributes.user_with_auth() {
-        return Err("asks for a policy, which is not supported yet".into());
+    if !attributes.user_with_auth() && guard.pcrs.is_none() {
+        return Err("asks for a policy; if that is about PCRs, write which: pcrs = \"sha256:0,7\"".into());
     }
     encoded(public)
 }

@@ -16,13 +16,15 @@ use tss_esapi::interface_types::key_bits::RsaKeyBits;
 use tss_esapi::interface_types::resource_handles::Provision;
 use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{
-    Auth, CapabilityData, CreateKeyResult, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
+    Auth, CapabilityData, CreateKeyResult, Digest, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
     PublicEccParametersBuilder, PublicKeyRsa, PublicRsaParametersBuilder, RsaExponent, RsaScheme,
 };
 
 use super::super::{gone, refused};
 use super::errors::classify;
+use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
+use super::keys::Key;
 use super::{attest, keys};
 use crate::algorithm::KeyType;
 use crate::config::Object;
@@ -40,16 +42,16 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
             open(context, auth, key, |_, _, public| Ok(Done::Key(public)))
         }
         Task::Find(key) => open(context, auth, key, |_, _, public| Ok(Done::Key(public))),
-        Task::Sign(key, message) => open(context, auth, key, |context, handle, public| {
+        Task::Sign(key, message) => open(context, auth, key, |context, key, public| {
             let content = public.algorithm.content(message);
             let digest = public.algorithm.bytes(&content).map_err(refused)?;
-            keys::sign(context, handle, public.algorithm, digest).map(Done::Signature)
+            key.sign(context, digest).map(Done::Signature)
         }),
         Task::Store(..) => Err(refused(
             "a TPM has no place for a key's certificate; name its file in the configuration: certificate_chain".into(),
         )),
-        Task::Attest(key, nonce) => open(context, auth, key, |context, handle, _| {
-            attest::attest(context, handle, nonce).map(Done::Attested)
+        Task::Attest(key, nonce) => open(context, auth, key, |context, key, _| {
+            attest::attest(context, key.handle, nonce).map(Done::Attested)
         }),
         Task::Delete(key) => delete(context, &key.object),
     }
@@ -60,12 +62,12 @@ fn open(
     context: &mut Context,
     auth: Option<&Auth>,
     key: &KeySpec,
-    then: impl FnOnce(&mut Context, KeyHandle, PublicKey) -> Result<Done, Failure>,
+    then: impl FnOnce(&mut Context, &Key, PublicKey) -> Result<Done, Failure>,
 ) -> Result<Done, Failure> {
-    let (handle, public) = keys::open(context, &key.object, key.padding, auth.cloned(), false)?;
-    let done = then(context, handle, public);
+    let (opened, public) = keys::open(context, key, auth.cloned(), false)?;
+    let done = then(context, &opened, public);
     if matches!(key.object, Object::TpmFile(_)) {
-        context.flush_context(handle.into()).map_err(|error| classify("flush the key", &error))?;
+        context.flush_context(opened.handle.into()).map_err(|error| classify("flush the key", &error))?;
     }
     done
 }
@@ -145,7 +147,9 @@ fn generate(
             key.object
         )));
     }
-    let public = public(template).map_err(|error| classify("describe the key", &error))?;
+    let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
+    let policy = guard.policy(context)?;
+    let public = public(template, policy).map_err(|error| classify("describe the key", &error))?;
     let parent = keys::storage_primary(context)?;
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create(parent, public, auth.cloned(), None, None, None)
@@ -184,18 +188,23 @@ fn persist(
 }
 
 /// Signs whatever it is given, with the TPM's own randomness, and never leaves this TPM.
-fn public(template: &Template) -> tss_esapi::Result<Public> {
+fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Public> {
     let attributes = ObjectAttributesBuilder::new()
         .with_fixed_tpm(true)
         .with_fixed_parent(true)
         .with_sensitive_data_origin(true)
-        .with_user_with_auth(true)
+        // With a policy, that alone lets it sign.
+        .with_user_with_auth(policy.is_none())
         .with_sign_encrypt(true)
         .with_no_da(template.no_da)
         .build()?;
     let builder = PublicBuilder::new()
         .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
         .with_object_attributes(attributes);
+    let builder = match policy {
+        Some(policy) => builder.with_auth_policy(policy),
+        None => builder,
+    };
     // With its hash, which is what callers send: the crate knows no elliptic-curve key without a scheme.
     let curve = |curve, hash| {
         let scheme = EccScheme::EcDsa(HashScheme::new(hash));

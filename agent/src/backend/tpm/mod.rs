@@ -3,6 +3,7 @@
 
 pub(crate) mod attest;
 mod errors;
+mod guard;
 mod keyfile;
 mod keys;
 mod life;
@@ -11,16 +12,16 @@ use std::sync::{Mutex, PoisonError};
 
 use tss_esapi::Context;
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
-use tss_esapi::handles::KeyHandle;
 use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
+use self::keys::Key;
 use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::Tcti;
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Failure, OpenSpec, Opened, Opening, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
@@ -33,12 +34,6 @@ struct OpenTpm {
     keys: Vec<Option<Key>>,
     /// The authorization value of new keys, and of those that an operator looks at.
     auth: Option<Auth>,
-}
-
-/// A key that passed its check.
-struct Key {
-    handle: KeyHandle,
-    public: PublicKey,
 }
 
 /// Connects, finds or loads every key, and has each sign a random challenge.
@@ -59,10 +54,8 @@ pub(super) fn open(
         // The agent has to know before the TPM does: its dictionary-attack counter may count what happens now.
         say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     }
-    let (keys, public) = open_keys(&spec.keys, |key| {
-        let opened = keys::open(&mut context, &key.object, key.padding, auth.clone(), spec.by_operator);
-        opened.map(|(handle, public)| (Key { handle, public: public.clone() }, public))
-    })?;
+    let (keys, public) =
+        open_keys(&spec.keys, |key| keys::open(&mut context, key, auth.clone(), spec.by_operator))?;
     if offered {
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
@@ -179,7 +172,7 @@ impl Signer for Thread<'_> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
         let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
-        let signature = keys::sign(&mut context, key.handle, key.public.algorithm, digest)?;
+        let signature = key.sign(&mut context, digest)?;
         // Another key may have been put under the handle meanwhile.
         match key.public.spki.verifies_content(key.public.algorithm, content, &signature) {
             true => Ok(signature),

@@ -1,0 +1,96 @@
+//! What a key asks for before it signs: its authorization value, and PCRs as they were when it was made.
+
+use tss_esapi::Context;
+use tss_esapi::constants::SessionType;
+use tss_esapi::handles::SessionHandle;
+use tss_esapi::interface_types::algorithm::HashingAlgorithm;
+use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
+use tss_esapi::structures::{Digest, PcrSelectionList, PcrSlot, SymmetricDefinition};
+
+use super::super::{gone, refused};
+use super::errors::classify;
+use crate::config::{Bank, Pcrs};
+use crate::host::wire::{Class, Failure};
+
+/// What a key asks for.
+#[derive(Clone, Debug)]
+pub(super) struct Guard {
+    pub(super) pcrs: Option<Pcrs>,
+    /// It has an authorization value, which its handle knows.
+    pub(super) auth: bool,
+}
+
+impl Guard {
+    /// Does something with the key, in a session that shows what it asks for.
+    pub(super) fn with<T>(
+        &self,
+        context: &mut Context,
+        what: &str,
+        then: impl FnOnce(&mut Context) -> tss_esapi::Result<T>,
+    ) -> Result<T, Failure> {
+        let Some(pcrs) = &self.pcrs else {
+            let done = context.execute_with_session(Some(AuthSession::Password), then);
+            return done.map_err(|error| classify(what, &error));
+        };
+        let session = self.session(context, pcrs, SessionType::Policy)?;
+        let done = context.execute_with_session(Some(session.into()), then);
+        flush(context, session)?;
+        done.map_err(|error| match classify(what, &error) {
+            failure if failure.class == Class::Refused => refused(format!(
+                "the PCRs {pcrs} are not as they were when the key was made, or it was made for others: {}",
+                failure.message
+            )),
+            failure => failure,
+        })
+    }
+
+    /// The policy of a new key (TPM 2.0 Part 1, 19.7); none where an authorization value alone guards it.
+    pub(super) fn policy(&self, context: &mut Context) -> Result<Option<Digest>, Failure> {
+        let Some(pcrs) = &self.pcrs else { return Ok(None) };
+        let session = self.session(context, pcrs, SessionType::Trial)?;
+        let digest = context.policy_get_digest(session);
+        flush(context, session)?;
+        digest.map(Some).map_err(|error| classify("make the policy", &error))
+    }
+
+    fn session(
+        &self,
+        context: &mut Context,
+        pcrs: &Pcrs,
+        kind: SessionType,
+    ) -> Result<PolicySession, Failure> {
+        let failed = |error: tss_esapi::Error| classify("begin a policy session", &error);
+        let selection = selection(pcrs).map_err(failed)?;
+        let symmetric = SymmetricDefinition::AES_128_CFB;
+        let session = context
+            .execute_without_session(|context| {
+                context.start_auth_session(None, None, None, kind, symmetric, HashingAlgorithm::Sha256)
+            })
+            .map_err(failed)?;
+        let session = session.ok_or_else(|| gone("the TPM began no session".into()))?;
+        let session = PolicySession::try_from(session).map_err(failed)?;
+        // The values that they have now.
+        let shown = context.policy_pcr(session, Digest::default(), selection);
+        let shown = shown.and_then(|()| if self.auth { context.policy_auth_value(session) } else { Ok(()) });
+        if let Err(error) = shown {
+            flush(context, session)?;
+            return Err(failed(error));
+        }
+        Ok(session)
+    }
+}
+
+fn flush(context: &mut Context, session: PolicySession) -> Result<(), Failure> {
+    let flushed = context.flush_context(SessionHandle::from(session).into());
+    flushed.map_err(|error| classify("end the session", &error))
+}
+
+fn selection(pcrs: &Pcrs) -> tss_esapi::Result<PcrSelectionList> {
+    let bank = match pcrs.bank {
+        Bank::Sha256 => HashingAlgorithm::Sha256,
+        Bank::Sha384 => HashingAlgorithm::Sha384,
+    };
+    let slots: Vec<_> =
+        pcrs.registers.iter().map(|number| PcrSlot::try_from(1_u32 << number)).collect::<Result<_, _>>()?;
+    PcrSelectionList::builder().with_selection(bank, &slots).build()
+}
