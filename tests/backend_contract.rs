@@ -4,10 +4,11 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::{Abrmd, SwTpm};
 use omsign_tests::agent::Agent;
-use omsign_tests::device::{Device, card, card_through, soft_hsm, tpm, tpm_through_pkcs11};
+use omsign_tests::device::{Device, card, card_through, kryoptic, soft_hsm, tpm, tpm_through_pkcs11};
 use omsign_tests::world::{World, text};
 
 /// Lists, signs and verifies with every key; says what the device is; keeps its secret to itself.
@@ -68,6 +69,14 @@ fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
 fn softhsm() -> anyhow::Result<()> {
     let world = World::new()?;
     holds(&world, &soft_hsm(&world)?)
+}
+
+#[test]
+fn kryoptic_with_ml_dsa() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = Kryoptic::create(&world.path("kryoptic"), "kry")?;
+    let device = kryoptic(&world, &stand_in)?;
+    holds(&world, &device)
 }
 
 #[test]

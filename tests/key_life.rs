@@ -194,7 +194,7 @@ fn of_a_yubikey_key() -> anyhow::Result<()> {
     // The factory's management key is refused, not used.
     refuses(&world, &["generate", "k"], "its management key is the one from the factory")?;
     yubikey.protect_management_key()?;
-    refuses(&world, &["generate", "k", "--type", "p521"], "a YubiKey has no P-521")?;
+    refuses(&world, &["generate", "k", "--type", "p521"], "a YubiKey has no such keys; use p256 or p384")?;
     whole_life(&world, "k", &["--type", "p256", "--pin-policy", "once"], true, false)?;
     let listed = does(&world, &["list"])?;
     ensure!(

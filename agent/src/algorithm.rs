@@ -16,6 +16,19 @@ pub enum Algorithm {
     RsaPss,
     /// Ed25519 over the message itself (RFC 8032).
     Ed25519,
+    /// ML-DSA over the message itself, without a context (FIPS 204, 5.2).
+    MlDsa(ParameterSet),
+}
+
+/// A parameter set of ML-DSA (FIPS 204, 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ParameterSet {
+    /// ML-DSA-44, security category 2.
+    MlDsa44,
+    /// ML-DSA-65, security category 3.
+    MlDsa65,
+    /// ML-DSA-87, security category 5.
+    MlDsa87,
 }
 
 /// A NIST curve.
@@ -47,6 +60,25 @@ pub enum KeyType {
     Rsa4096,
     /// Ed25519. Not in OMS.
     Ed25519,
+    /// ML-DSA-44. Not in OMS.
+    #[serde(rename = "ml-dsa-44")]
+    #[value(name = "ml-dsa-44")]
+    MlDsa44,
+    /// ML-DSA-65. Not in OMS.
+    #[serde(rename = "ml-dsa-65")]
+    #[value(name = "ml-dsa-65")]
+    MlDsa65,
+    /// ML-DSA-87. Not in OMS.
+    #[serde(rename = "ml-dsa-87")]
+    #[value(name = "ml-dsa-87")]
+    MlDsa87,
+}
+
+impl std::fmt::Display for KeyType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let value = clap::ValueEnum::to_possible_value(self).expect("every kind can be typed");
+        f.write_str(value.get_name())
+    }
 }
 
 /// How an RSA key pads; nothing about the key itself tells.
@@ -83,6 +115,9 @@ impl Algorithm {
             Self::RsaPkcs1 => "rsa-pkcs1-sha256",
             Self::RsaPss => "rsa-pss-sha256",
             Self::Ed25519 => "ed25519",
+            Self::MlDsa(ParameterSet::MlDsa44) => "ml-dsa-44",
+            Self::MlDsa(ParameterSet::MlDsa65) => "ml-dsa-65",
+            Self::MlDsa(ParameterSet::MlDsa87) => "ml-dsa-87",
         }
     }
 
@@ -95,6 +130,9 @@ impl Algorithm {
             Self::RsaPkcs1 => SignatureAlgorithm::RsaPkcs1Sha256,
             Self::RsaPss => SignatureAlgorithm::RsaPssSha256,
             Self::Ed25519 => SignatureAlgorithm::Ed25519,
+            Self::MlDsa(ParameterSet::MlDsa44) => SignatureAlgorithm::MlDsa44,
+            Self::MlDsa(ParameterSet::MlDsa65) => SignatureAlgorithm::MlDsa65,
+            Self::MlDsa(ParameterSet::MlDsa87) => SignatureAlgorithm::MlDsa87,
         }
     }
 
@@ -106,7 +144,7 @@ impl Algorithm {
             }
             Self::Ecdsa(Curve::P384) => Content::Digest(Sha384::digest(message).to_vec()),
             Self::Ecdsa(Curve::P521) => Content::Digest(Sha512::digest(message).to_vec()),
-            Self::Ed25519 => Content::Message(message.to_vec()),
+            Self::Ed25519 | Self::MlDsa(_) => Content::Message(message.to_vec()),
         }
     }
 
@@ -116,10 +154,10 @@ impl Algorithm {
         let wanted = match self {
             Self::Ecdsa(curve) => curve.digest_len(),
             Self::RsaPkcs1 | Self::RsaPss => 32,
-            Self::Ed25519 => {
+            Self::Ed25519 | Self::MlDsa(_) => {
                 return match content {
                     Content::Message(message) => Ok(message),
-                    Content::Digest(_) => Err("ed25519 signs messages: send the statement".to_owned()),
+                    Content::Digest(_) => Err(format!("{} signs messages: send the statement", self.name())),
                 };
             }
         };

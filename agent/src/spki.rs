@@ -6,7 +6,7 @@ use ring::signature::{ED25519, RSA_PKCS1_2048_8192_SHA256, RSA_PSS_2048_8192_SHA
 use serde::{Deserialize, Serialize};
 use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
-use crate::algorithm::{Algorithm, Content, Curve, Padding};
+use crate::algorithm::{Algorithm, Content, Curve, Padding, ParameterSet};
 
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
@@ -14,6 +14,10 @@ const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 const P521: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.35");
 const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const ED25519_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
+// RFC 9881, 2.
+const ML_DSA_44: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.3.17");
+const ML_DSA_65: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.3.18");
+const ML_DSA_87: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.3.19");
 
 /// The shortest RSA modulus, in bits: 112 bits of security (NIST SP 800-57).
 const LEAST_RSA_BITS: usize = 2048;
@@ -33,11 +37,21 @@ struct RsaPublicKey<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// Of a kind that is not supported.
-    #[error("{0}: omsign signs with ECDSA on P-256, P-384 or P-521, RSA from 2048 bits and Ed25519")]
+    #[error("{0}: omsign signs with ECDSA on P-256, P-384 or P-521, RSA from 2048 bits, Ed25519 and ML-DSA")]
     Unsupported(String),
     /// The device's answer is not a key.
     #[error("the public key is malformed: {0}")]
     Malformed(String),
+}
+
+impl ParameterSet {
+    pub(crate) fn oid(self) -> ObjectIdentifier {
+        match self {
+            Self::MlDsa44 => ML_DSA_44,
+            Self::MlDsa65 => ML_DSA_65,
+            Self::MlDsa87 => ML_DSA_87,
+        }
+    }
 }
 
 impl Curve {
@@ -82,6 +96,11 @@ impl SpkiDer {
         Self::new(ED25519_KEY, None, &point)
     }
 
+    /// From the encoded public key of ML-DSA (FIPS 204, 7.2).
+    pub fn from_ml_dsa(set: ParameterSet, key: &[u8]) -> Result<Self, KeyError> {
+        Self::new(set.oid(), None, key)
+    }
+
     /// From a modulus and an exponent, big-endian.
     pub fn from_rsa(modulus: &[u8], exponent: &[u8]) -> Result<Self, KeyError> {
         let key = RsaPublicKey {
@@ -120,6 +139,9 @@ impl SpkiDer {
                 })
             }
             ED25519_KEY => Ok(Algorithm::Ed25519),
+            ML_DSA_44 => Ok(Algorithm::MlDsa(ParameterSet::MlDsa44)),
+            ML_DSA_65 => Ok(Algorithm::MlDsa(ParameterSet::MlDsa65)),
+            ML_DSA_87 => Ok(Algorithm::MlDsa(ParameterSet::MlDsa87)),
             other => Err(KeyError::Unsupported(format!("its algorithm is {other}"))),
         }
     }
@@ -136,6 +158,7 @@ impl SpkiDer {
             Algorithm::RsaPkcs1 => &RSA_PKCS1_2048_8192_SHA256,
             Algorithm::RsaPss => &RSA_PSS_2048_8192_SHA256,
             Algorithm::Ed25519 => &ED25519,
+            Algorithm::MlDsa(set) => return self.verifies_ml_dsa(set, message, signature),
         };
         let Ok(info) = SubjectPublicKeyInfoOwned::from_der(&self.0) else { return false };
         let key = UnparsedPublicKey::new(verification, info.subject_public_key.raw_bytes());
@@ -151,6 +174,23 @@ impl SpkiDer {
             }
             (_, Content::Message(message)) => self.verifies(algorithm, message, signature),
             (_, Content::Digest(_)) => true,
+        }
+    }
+
+    fn verifies_ml_dsa(&self, set: ParameterSet, message: &[u8], signature: &[u8]) -> bool {
+        macro_rules! verify {
+            ($set:ty) => {{
+                use ml_dsa::Verifier as _;
+                use ml_dsa::pkcs8::DecodePublicKey as _;
+                let key = ml_dsa::VerifyingKey::<$set>::from_public_key_der(&self.0).ok();
+                let signature = ml_dsa::Signature::<$set>::try_from(signature).ok();
+                key.zip(signature).is_some_and(|(key, signature)| key.verify(message, &signature).is_ok())
+            }};
+        }
+        match set {
+            ParameterSet::MlDsa44 => verify!(ml_dsa::MlDsa44),
+            ParameterSet::MlDsa65 => verify!(ml_dsa::MlDsa65),
+            ParameterSet::MlDsa87 => verify!(ml_dsa::MlDsa87),
         }
     }
 

@@ -100,7 +100,7 @@ pub(crate) struct Sign {
     /// Environment variable with the password of --private-key
     #[arg(long, value_name = "NAME", requires = "private_key", conflicts_with = "password_file")]
     pub(crate) password_env: Option<String>,
-    /// Signs with RSA or Ed25519, which OMS does not name: omsign verifies it, other tools may refuse it
+    /// Signs with RSA, Ed25519 or ML-DSA, which OMS does not name: omsign verifies it, other tools may refuse it
     #[arg(long)]
     pub(crate) allow_nonstandard_key: bool,
     /// Certificate of the signing key, PEM: makes a bundle of the certificate method

@@ -15,6 +15,8 @@ use zeroize::Zeroizing;
 
 use crate::dsse::Pae;
 use crate::hash::Digest;
+use crate::ml_dsa::MlDsaKey;
+pub use crate::ml_dsa::ParameterSet;
 
 /// The shortest RSA modulus: 112 bits of security (NIST SP 800-57).
 const LEAST_RSA_BITS: u32 = 2048;
@@ -50,7 +52,7 @@ pub enum KeyError {
     #[error("the environment variable {0} is not set")]
     Variable(String),
     /// A key that nobody can use here.
-    #[error("{0}: omsign takes ECDSA on P-256, P-384 or P-521, RSA from 2048 bits and Ed25519")]
+    #[error("{0}: omsign takes ECDSA on P-256, P-384 or P-521, RSA from 2048 bits, Ed25519 and ML-DSA")]
     Unsupported(String),
     /// A key that OMS does not name.
     #[error("{0} is not an algorithm of OMS (algorithm registry): few verifiers take it")]
@@ -77,6 +79,8 @@ pub enum Algorithm {
     Rsa,
     /// Ed25519.
     Ed25519,
+    /// ML-DSA (FIPS 204).
+    MlDsa(ParameterSet),
 }
 
 impl Algorithm {
@@ -88,6 +92,9 @@ impl Algorithm {
             Self::P521 => "ECDSA P-521 with SHA-512",
             Self::Rsa => "RSA with SHA-256",
             Self::Ed25519 => "Ed25519",
+            Self::MlDsa(ParameterSet::MlDsa44) => "ML-DSA-44",
+            Self::MlDsa(ParameterSet::MlDsa65) => "ML-DSA-65",
+            Self::MlDsa(ParameterSet::MlDsa87) => "ML-DSA-87",
         }
     }
 
@@ -107,7 +114,7 @@ impl Algorithm {
             Self::P256 | Self::Rsa => Some(MessageDigest::sha256()),
             Self::P384 => Some(MessageDigest::sha384()),
             Self::P521 => Some(MessageDigest::sha512()),
-            Self::Ed25519 => None,
+            Self::Ed25519 | Self::MlDsa(_) => None,
         }
     }
 
@@ -139,7 +146,14 @@ impl Algorithm {
 pub struct PublicKey {
     /// How it signs.
     pub algorithm: Algorithm,
-    key: PKey<Public>,
+    half: Half,
+}
+
+/// A public key as the library that verifies with it has it.
+#[derive(Clone, Debug)]
+enum Half {
+    OpenSsl(PKey<Public>),
+    MlDsa(MlDsaKey),
 }
 
 impl PublicKey {
@@ -147,11 +161,22 @@ impl PublicKey {
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         let pem = read(path)?;
         let content = || KeyError::Content { path: path.to_owned(), what: "a public key" };
-        Self::new(PKey::public_key_from_pem(&pem).map_err(|_| content())?)
+        let spki = match der::pem::decode_vec(&pem) {
+            Ok(("PUBLIC KEY", spki)) => spki,
+            // With text around it, or of another kind.
+            _ => {
+                let key = PKey::public_key_from_pem(&pem).map_err(|_| content())?;
+                key.public_key_to_der().map_err(|_| content())?
+            }
+        };
+        Self::from_spki(&spki)
     }
 
     /// From SubjectPublicKeyInfo, DER.
     pub fn from_spki(der: &[u8]) -> Result<Self, KeyError> {
+        if let Some((set, key)) = MlDsaKey::from_spki(der) {
+            return Ok(Self { algorithm: Algorithm::MlDsa(set), half: Half::MlDsa(key) });
+        }
         let key = PKey::public_key_from_der(der);
         Self::new(key.map_err(|_| KeyError::Unsupported("the public key is malformed".into()))?)
     }
@@ -163,12 +188,15 @@ impl PublicKey {
     }
 
     fn new(key: PKey<Public>) -> Result<Self, KeyError> {
-        Ok(Self { algorithm: Algorithm::of(&key)?, key })
+        Ok(Self { algorithm: Algorithm::of(&key)?, half: Half::OpenSsl(key) })
     }
 
     /// SubjectPublicKeyInfo in PEM, lines of 64 characters, newline at the end.
     pub fn to_pem(&self) -> Vec<u8> {
-        self.key.public_key_to_pem().expect("a parsed key always serializes")
+        match &self.half {
+            Half::OpenSsl(key) => key.public_key_to_pem().expect("a parsed key always serializes"),
+            Half::MlDsa(key) => key.to_pem(),
+        }
     }
 
     /// Lower-case hexadecimal SHA-256 of the PEM: what `publicKey.hint` holds.
@@ -178,42 +206,51 @@ impl PublicKey {
 
     /// Whether `signature` is this key's over `pae`. Nothing about an RSA key tells how it pads; both ways are safe.
     pub fn verifies(&self, pae: &Pae, signature: &[u8]) -> bool {
+        let key = match &self.half {
+            Half::OpenSsl(key) => key,
+            Half::MlDsa(key) => return key.verifies(pae.as_bytes(), signature),
+        };
         let verified = match self.algorithm {
             Algorithm::P256 | Algorithm::P384 | Algorithm::P521 => {
-                return self.verifies_ecdsa(pae, signature);
+                return self.verifies_ecdsa(key, pae, signature);
             }
-            Algorithm::Ed25519 => Verifier::new_without_digest(&self.key)
+            Algorithm::MlDsa(_) => return false,
+            Algorithm::Ed25519 => Verifier::new_without_digest(key)
                 .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes())),
-            Algorithm::Rsa => Verifier::new(MessageDigest::sha256(), &self.key)
+            Algorithm::Rsa => Verifier::new(MessageDigest::sha256(), key)
                 .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes()))
-                .map(|verified| verified || self.verifies_pss(pae, signature).unwrap_or(false)),
+                .map(|verified| verified || verifies_pss(key, pae, signature).unwrap_or(false)),
         };
         verified.unwrap_or(false)
     }
 
-    fn verifies_pss(&self, pae: &Pae, signature: &[u8]) -> Result<bool, ErrorStack> {
-        let mut verifier = Verifier::new(MessageDigest::sha256(), &self.key)?;
-        verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
-        verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
-        verifier.verify_oneshot(signature, pae.as_bytes())
-    }
-
     /// The signature is a DER Ecdsa-Sig-Value (RFC 3279, 2.2.3).
-    fn verifies_ecdsa(&self, pae: &Pae, signature: &[u8]) -> bool {
+    fn verifies_ecdsa(&self, key: &PKey<Public>, pae: &Pae, signature: &[u8]) -> bool {
         let Some(digest) = self.algorithm.digest(pae) else { return false };
         let Ok(parsed) = EcdsaSig::from_der(signature) else { return false };
         // d2i accepts bytes after the end, and BER.
         if parsed.to_der().ok().as_deref() != Some(signature) {
             return false;
         }
-        let key: Result<EcKey<Public>, _> = self.key.ec_key();
+        let key: Result<EcKey<Public>, _> = key.ec_key();
         key.and_then(|key| parsed.verify(&digest, &key)).unwrap_or(false)
     }
 
     /// Whether two keys are the same.
     pub fn same_as(&self, other: &Self) -> bool {
-        self.key.public_eq(&other.key)
+        match (&self.half, &other.half) {
+            (Half::OpenSsl(one), Half::OpenSsl(other)) => one.public_eq(other),
+            (Half::MlDsa(one), Half::MlDsa(other)) => one == other,
+            (Half::OpenSsl(_), Half::MlDsa(_)) | (Half::MlDsa(_), Half::OpenSsl(_)) => false,
+        }
     }
+}
+
+fn verifies_pss(key: &PKey<Public>, pae: &Pae, signature: &[u8]) -> Result<bool, ErrorStack> {
+    let mut verifier = Verifier::new(MessageDigest::sha256(), key)?;
+    verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
+    verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
+    verifier.verify_oneshot(signature, pae.as_bytes())
 }
 
 /// A private key from a PEM file.

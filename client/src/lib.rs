@@ -8,6 +8,7 @@ pub mod dsse;
 pub mod hash;
 pub mod key;
 pub mod manifest;
+mod ml_dsa;
 pub mod model;
 pub mod oneshot;
 pub mod sign;

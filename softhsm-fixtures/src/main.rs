@@ -42,7 +42,7 @@ enum Cli {
     /// Runs a command with stand-ins, each with a key named after it: OMSIGN_AGENT_CONFIG names a configuration for
     /// `omsign-agent serve`, OMSIGN_AGENT its socket, OMSIGN_FIXTURES a directory with root.pem and NAME.pem
     With {
-        /// Any of softhsm, swtpm, piv, fault, with commas between
+        /// Any of softhsm, kryoptic, swtpm, piv, fault, with commas between
         #[arg(value_delimiter = ',', required = true)]
         kinds: Vec<Kind>,
         /// The command and its arguments

@@ -10,6 +10,7 @@ use openssl::pkey::PKey;
 
 use crate::built;
 use crate::ca::{Ca, write_chain};
+use crate::kryoptic::Kryoptic;
 use crate::piv::VirtualPiv;
 use crate::softhsm::{KeyType, MODULE, Objects, SoftHsm};
 use crate::swtpm::{AUTH, SwTpm};
@@ -22,6 +23,8 @@ const PREFIX: &str = "omsign-fixtures-";
 pub enum Kind {
     /// A SoftHSM token.
     SoftHsm,
+    /// A kryoptic token.
+    Kryoptic,
     /// A software TPM.
     SwTpm,
     /// A virtual YubiKey.
@@ -34,6 +37,7 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Self::SoftHsm => "softhsm",
+            Self::Kryoptic => "kryoptic",
             Self::SwTpm => "swtpm",
             Self::Piv => "piv",
             Self::Fault => "fault",
@@ -45,8 +49,10 @@ impl FromStr for Kind {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let all = [Self::SoftHsm, Self::SwTpm, Self::Piv, Self::Fault];
-        all.into_iter().find(|kind| kind.name() == text).context("expected softhsm, swtpm, piv or fault")
+        let all = [Self::SoftHsm, Self::Kryoptic, Self::SwTpm, Self::Piv, Self::Fault];
+        all.into_iter()
+            .find(|kind| kind.name() == text)
+            .context("expected softhsm, kryoptic, swtpm, piv or fault")
     }
 }
 
@@ -135,6 +141,17 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 object: format!("label = \"{name}\""),
                 public: token.public_key(name),
                 environment,
+                _device: Device::Files,
+            }
+        }
+        Kind::Kryoptic => {
+            let token = Kryoptic::create(directory, name)?;
+            let public = token.generate(name)?;
+            Running {
+                token: token.section(name)?,
+                object: format!("label = \"{name}\""),
+                public,
+                environment: vec![("KRYOPTIC_CONF", token.config())],
                 _device: Device::Files,
             }
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -65,6 +66,42 @@ pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
         environment: vec![("SOFTHSM2_CONF", token.config())],
         secret: PIN,
     })
+}
+
+/// A kryoptic token with a key of each kind that omsign makes on it, ML-DSA among them.
+pub fn kryoptic(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
+    let (module, pin) = (Kryoptic::module()?, token.pin_file());
+    let kinds = [
+        ("p256", "p256", "ecdsa-p256-sha256"),
+        ("p384", "p384", "ecdsa-p384-sha384"),
+        ("p521", "p521", "ecdsa-p521-sha512"),
+        ("rsa", "rsa2048", "rsa-pkcs1-sha256"),
+        ("ed25519", "ed25519", "ed25519"),
+        ("mldsa44", "ml-dsa-44", "ml-dsa-44"),
+        ("mldsa65", "ml-dsa-65", "ml-dsa-65"),
+        ("mldsa87", "ml-dsa-87", "ml-dsa-87"),
+    ];
+    let section = token.section("device")?;
+    let keys: String = kinds.iter().map(|(name, _, _)| key_section(name, "device", name)).collect();
+    world.write("agent.toml", world.listen() + &section + &keys)?;
+    let mut expected = Vec::new();
+    for (name, kind, algorithm) in kinds {
+        let mut generate = Command::new(omsign_fixtures::built("omsign-agent")?);
+        generate.args(["key", "generate", name, "--type", kind, "--config"]).arg(world.path("agent.toml"));
+        world.without_surprises(&mut generate);
+        let output = generate.output()?;
+        ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        let public = world.write(&format!("{name}.pub.pem"), &output.stdout)?;
+        let uri = format!(
+            "pkcs11:token={};object={name}?module-path={}&pin-source=file:{}",
+            token.label(),
+            module.display(),
+            pin.display()
+        );
+        expected.push(Expected { name, algorithm, public, uri });
+    }
+    let environment = vec![("KRYOPTIC_CONF", token.config())];
+    Ok(Device { token: section, keys, expected, environment, secret: omsign_fixtures::kryoptic::PIN })
 }
 
 /// A software TPM with a persistent key and a key file.

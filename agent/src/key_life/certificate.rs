@@ -203,6 +203,8 @@ fn signature_algorithm(algorithm: Algorithm) -> Result<AlgorithmIdentifierOwned,
         Algorithm::Ecdsa(Curve::P521) => ("1.2.840.10045.4.3.4", None),
         Algorithm::RsaPkcs1 => ("1.2.840.113549.1.1.11", Some(Any::null())),
         Algorithm::Ed25519 => ("1.3.101.112", None),
+        // RFC 9881, 2.
+        Algorithm::MlDsa(set) => return Ok(AlgorithmIdentifierOwned { oid: set.oid(), parameters: None }),
         Algorithm::RsaPss => return Err(CertificateError::Algorithm("RSA-PSS")),
     };
     Ok(AlgorithmIdentifierOwned { oid: ObjectIdentifier::new_unwrap(oid), parameters })

@@ -51,6 +51,7 @@ impl Key {
                 let padding = vec![0xff; size - info.len() - 3];
                 Ok([&[0, 1][..], &padding, &[0], &info].concat())
             }
+            Algorithm::MlDsa(_) => Err(refused("a YubiKey has no ML-DSA".into())),
             Algorithm::RsaPss => Err(refused("an RSA key on a card signs with padding = \"pkcs1\"".into())),
         }
     }

@@ -97,7 +97,9 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
         KeyType::Rsa3072 => AlgorithmId::Rsa3072,
         KeyType::Rsa4096 => AlgorithmId::Rsa4096,
         KeyType::Ed25519 => AlgorithmId::Ed25519,
-        KeyType::P521 => return Err(refused("a YubiKey has no P-521; use p256 or p384".into())),
+        KeyType::P521 | KeyType::MlDsa44 | KeyType::MlDsa65 | KeyType::MlDsa87 => {
+            return Err(refused("a YubiKey has no such keys; use p256 or p384".into()));
+        }
     };
     match piv::metadata(&mut card.yubikey, slot) {
         Err(Error::NotFound) => {}

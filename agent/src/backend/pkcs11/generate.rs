@@ -1,7 +1,7 @@
 //! Makes a key pair on a token: private, sensitive, not extractable, for signing only.
 
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, ObjectClass};
+use cryptoki::object::{Attribute, MlDsaParameterSetType, ObjectClass};
 use cryptoki::session::Session;
 
 use super::super::{gone, refused};
@@ -23,13 +23,12 @@ pub(super) fn generate(
         return Err(refused(format!("this device's users cannot make keys; use {}", profile.made_by)));
     }
     if !profile.keys.is_empty() && !profile.keys.contains(&template.key_type) {
-        let known: Vec<_> = profile.keys.iter().map(|known| format!("{known:?}").to_lowercase()).collect();
+        let known: Vec<_> = profile.keys.iter().map(|known| known.to_string()).collect();
         return Err(refused(format!("this device makes keys of type {}", known.join(", "))));
     }
     if template.no_da || template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("a PKCS#11 token takes only --type; its own tools set the rest".into()));
     }
-    let key_type = template.key_type;
     let Object::Pkcs11(wanted) = &key.object else { return Err(refused("not an object of a token".into())) };
     for class in [ObjectClass::PRIVATE_KEY, ObjectClass::PUBLIC_KEY] {
         if !find(session, class, wanted)?.is_empty() {
@@ -53,33 +52,51 @@ pub(super) fn generate(
     let mut private = named.to_vec();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
-    let mechanism = match params(key_type) {
-        Ok(params) => {
+    let mechanism = match kind(template.key_type) {
+        Made::Curve(params) => {
             public.push(Attribute::EcParams(params.to_vec()));
-            if key_type == KeyType::Ed25519 {
-                Mechanism::EccEdwardsKeyPairGen
-            } else {
-                Mechanism::EccKeyPairGen
-            }
+            Mechanism::EccKeyPairGen
         }
-        Err(bits) => {
+        Made::Edwards(params) => {
+            public.push(Attribute::EcParams(params.to_vec()));
+            Mechanism::EccEdwardsKeyPairGen
+        }
+        Made::Rsa(bits) => {
             public.extend([Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
             Mechanism::RsaPkcsKeyPairGen
+        }
+        Made::MlDsa(set) => {
+            public.push(Attribute::ParameterSet(set.into()));
+            Mechanism::MlDsaKeyPairGen
         }
     };
     let made = session.generate_key_pair(&mechanism, &public, &private);
     made.map(drop).map_err(|error| classify("make the key", &error))
 }
 
-/// DER `ECParameters` that name the curve (RFC 5480, RFC 8410), or the bits of an RSA modulus.
-fn params(key_type: KeyType) -> Result<&'static [u8], u64> {
+/// What a mechanism has to be told.
+enum Made {
+    /// DER `ECParameters` that name the curve (RFC 5480).
+    Curve(&'static [u8]),
+    /// The same (RFC 8410).
+    Edwards(&'static [u8]),
+    /// Bits of the modulus.
+    Rsa(u64),
+    /// The parameter set (PKCS#11 v3.2, 6.67).
+    MlDsa(MlDsaParameterSetType),
+}
+
+fn kind(key_type: KeyType) -> Made {
     match key_type {
-        KeyType::P256 => Ok(&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7]),
-        KeyType::P384 => Ok(&[6, 5, 0x2b, 0x81, 4, 0, 0x22]),
-        KeyType::P521 => Ok(&[6, 5, 0x2b, 0x81, 4, 0, 0x23]),
-        KeyType::Ed25519 => Ok(&[6, 3, 0x2b, 0x65, 0x70]),
-        KeyType::Rsa2048 => Err(2048),
-        KeyType::Rsa3072 => Err(3072),
-        KeyType::Rsa4096 => Err(4096),
+        KeyType::P256 => Made::Curve(&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7]),
+        KeyType::P384 => Made::Curve(&[6, 5, 0x2b, 0x81, 4, 0, 0x22]),
+        KeyType::P521 => Made::Curve(&[6, 5, 0x2b, 0x81, 4, 0, 0x23]),
+        KeyType::Ed25519 => Made::Edwards(&[6, 3, 0x2b, 0x65, 0x70]),
+        KeyType::Rsa2048 => Made::Rsa(2048),
+        KeyType::Rsa3072 => Made::Rsa(3072),
+        KeyType::Rsa4096 => Made::Rsa(4096),
+        KeyType::MlDsa44 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_44),
+        KeyType::MlDsa65 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_65),
+        KeyType::MlDsa87 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_87),
     }
 }

@@ -53,8 +53,11 @@ fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
     let all = ObjectSelector::default();
     let mut public = BTreeMap::new();
     for object in find(session, ObjectClass::PUBLIC_KEY, &all)? {
-        let details = details(session, object)?;
+        let mut details = details(session, object)?;
         let kind = details.key_type.and_then(Kind::of);
+        if let Some(kind @ Kind::MlDsa) = kind {
+            details.take_all(read(session, object, kind.public_attributes())?);
+        }
         if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
             public.insert(id.clone(), spki);
         }

@@ -1,10 +1,13 @@
 //! A key on a token: its private object, its public half wherever that is found, and the proof that the two
 //! belong together.
 
+use cryptoki::mechanism::dsa::{HedgeType, SignAdditionalContext};
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{
+    Attribute, AttributeType, KeyType, MlDsaParameterSetType, ObjectClass, ObjectHandle, ParameterSetType,
+};
 use cryptoki::session::Session;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
@@ -12,7 +15,7 @@ use x509_cert::der::{Decode as _, Encode as _};
 use super::super::{challenge, refused};
 use super::errors::classify;
 use super::login::Again;
-use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, digest_info};
+use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, ParameterSet, digest_info};
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};
 use crate::spki::SpkiDer;
@@ -43,7 +46,7 @@ pub(super) fn find_key(
     let Some(kind) = details.key_type.and_then(Kind::of) else {
         let found = details.key_type.map_or("unknown".to_owned(), |found| found.to_string());
         let message = format!(
-            "the key with {wanted} is of type {found}; omsign signs with CKK_EC, CKK_RSA and CKK_EC_EDWARDS"
+            "the key with {wanted} is of type {found}; omsign signs with CKK_EC, CKK_RSA, CKK_EC_EDWARDS and CKK_ML_DSA"
         );
         return Err(refused(message));
     };
@@ -53,7 +56,9 @@ pub(super) fn find_key(
     let again = (details.always_authenticate == Some(true)).then_some(again);
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.
-    details.take_all(read(session, private, kind.public_attributes())?);
+    if !matches!(kind, Kind::MlDsa) {
+        details.take_all(read(session, private, kind.public_attributes())?);
+    }
     candidates.extend(details.spki(kind));
     let mut reasons = Vec::new();
     for candidate in candidates {
@@ -132,6 +137,7 @@ pub(super) struct Details {
     ec_point: Option<Vec<u8>>,
     modulus: Option<Vec<u8>>,
     exponent: Option<Vec<u8>>,
+    parameter_set: Option<ParameterSetType>,
     value: Option<Vec<u8>>,
 }
 
@@ -141,6 +147,7 @@ pub(super) enum Kind {
     Ec,
     Edwards,
     Rsa,
+    MlDsa,
 }
 
 impl Kind {
@@ -149,15 +156,18 @@ impl Kind {
             KeyType::EC => Some(Self::Ec),
             KeyType::EC_EDWARDS => Some(Self::Edwards),
             KeyType::RSA => Some(Self::Rsa),
+            KeyType::ML_DSA => Some(Self::MlDsa),
             _ => None,
         }
     }
 
-    /// Where an object of this kind has its public half.
-    fn public_attributes(self) -> &'static [AttributeType] {
+    /// Where a public object of this kind has the public half; some have it on the private object, too.
+    pub(super) fn public_attributes(self) -> &'static [AttributeType] {
         match self {
             Self::Ec | Self::Edwards => &[AttributeType::EcParams, AttributeType::EcPoint],
             Self::Rsa => &[AttributeType::Modulus, AttributeType::PublicExponent],
+            // PKCS#11 v3.2, 6.67.2. On a private object CKA_VALUE is the secret, which is not asked for.
+            Self::MlDsa => &[AttributeType::ParameterSet, AttributeType::Value],
         }
     }
 }
@@ -179,6 +189,7 @@ impl Details {
             Attribute::EcPoint(value) if !value.is_empty() => self.ec_point = Some(value),
             Attribute::Modulus(value) if !value.is_empty() => self.modulus = Some(value),
             Attribute::PublicExponent(value) if !value.is_empty() => self.exponent = Some(value),
+            Attribute::ParameterSet(value) => self.parameter_set = Some(value),
             Attribute::Value(value) if !value.is_empty() => self.value = Some(value),
             _ => {}
         }
@@ -194,6 +205,15 @@ impl Details {
             }
             Kind::Edwards => SpkiDer::from_edwards_point(self.ec_point.as_ref()?),
             Kind::Rsa => SpkiDer::from_rsa(self.modulus.as_ref()?, self.exponent.as_ref()?),
+            Kind::MlDsa => {
+                let set = match MlDsaParameterSetType::from(self.parameter_set?) {
+                    MlDsaParameterSetType::ML_DSA_44 => ParameterSet::MlDsa44,
+                    MlDsaParameterSetType::ML_DSA_65 => ParameterSet::MlDsa65,
+                    MlDsaParameterSetType::ML_DSA_87 => ParameterSet::MlDsa87,
+                    other => return Some(Err(format!("its parameter set is {other}"))),
+                };
+                SpkiDer::from_ml_dsa(set, self.value.as_ref()?)
+            }
         };
         Some(spki.map_err(|error| error.to_string()))
     }
@@ -278,6 +298,10 @@ pub(super) fn sign(
                 s_len: 32.into(),
             };
             Ok(sign(&Mechanism::RsaPkcsPss(parameters), bytes)?)
+        }
+        Algorithm::MlDsa(_) => {
+            let plain = SignAdditionalContext::new(HedgeType::Preferred, None);
+            Ok(sign(&Mechanism::MlDsa(plain), bytes)?)
         }
         Algorithm::Ed25519 => {
             let pure = EddsaParams::new(EddsaSignatureScheme::Pure);

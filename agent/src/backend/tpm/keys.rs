@@ -110,7 +110,9 @@ impl Key {
             Algorithm::RsaPss => {
                 return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
             }
-            Algorithm::Ed25519 => return Err(refused("TPMs have no Ed25519".into())),
+            Algorithm::Ed25519 | Algorithm::MlDsa(_) => {
+                return Err(refused("TPMs have neither Ed25519 nor ML-DSA".into()));
+            }
         };
         let hash_scheme = HashScheme::new(hash);
         let scheme = if rsa {

@@ -228,7 +228,7 @@ fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Publ
         KeyType::Rsa2048 => rsa(RsaKeyBits::Rsa2048),
         KeyType::Rsa3072 => rsa(RsaKeyBits::Rsa3072),
         KeyType::Rsa4096 => rsa(RsaKeyBits::Rsa4096),
-        KeyType::Ed25519 => {
+        KeyType::Ed25519 | KeyType::MlDsa44 | KeyType::MlDsa65 | KeyType::MlDsa87 => {
             Err(tss_esapi::Error::WrapperError(tss_esapi::WrapperErrorKind::UnsupportedParam))
         }
     }

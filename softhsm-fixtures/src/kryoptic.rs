@@ -1,0 +1,113 @@
+//! A kryoptic token in a directory of its own: it locks its PIN after wrong ones, and has ML-DSA.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+
+use crate::write_private;
+
+/// The user PIN of every token made here. Long enough to be searched for in logs.
+pub const PIN: &str = "kry-pin-77120";
+
+/// A token.
+#[derive(Clone, Debug)]
+pub struct Kryoptic {
+    directory: PathBuf,
+    label: String,
+}
+
+impl Kryoptic {
+    /// Makes a token without keys.
+    pub fn create(directory: &Path, label: &str) -> anyhow::Result<Self> {
+        let token = Self { directory: directory.to_owned(), label: label.to_owned() };
+        std::fs::create_dir_all(directory).context("the token's directory")?;
+        let store = directory.join("token.sql");
+        let config = format!("[[slots]]\nslot = 1\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", store.display());
+        std::fs::write(token.config(), config).context("token.conf")?;
+        write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
+        token.tool(&["--init-token", "--slot-index", "0", "--label", label, "--so-pin", "so-pin-31415"])?;
+        token.tool(&[
+            "--init-pin",
+            "--login",
+            "--login-type",
+            "so",
+            "--so-pin",
+            "so-pin-31415",
+            "--token-label",
+            label,
+            "--pin",
+            PIN,
+        ])?;
+        Ok(token)
+    }
+
+    /// The module, which `tests/setup` builds: its OpenSSL takes minutes.
+    pub fn module() -> anyhow::Result<PathBuf> {
+        let built = "../.test-cache/kryoptic/libkryoptic_pkcs11.so";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(built);
+        path.canonicalize().context("kryoptic is not built; run ./tests/setup")
+    }
+
+    /// `[token.NAME]` of an agent's configuration.
+    pub fn section(&self, name: &str) -> anyhow::Result<String> {
+        let (module, pin, config) = (Self::module()?, self.pin_file(), self.config());
+        Ok(format!(
+            "\n[token.{name}]\nbackend = \"pkcs11\"\nmodule = \"{}\"\ntoken = {{ label = \"{}\" }}\n\
+             pin = {{ file = \"{}\" }}\nenv.KRYOPTIC_CONF = \"{}\"\n",
+            module.display(),
+            self.label,
+            pin.display(),
+            config.display()
+        ))
+    }
+
+    /// Where its configuration is: `KRYOPTIC_CONF`.
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("token.conf")
+    }
+
+    /// A file that holds the user PIN.
+    pub fn pin_file(&self) -> PathBuf {
+        self.directory.join("user.pin")
+    }
+
+    /// Its label.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Makes a P-384 key; returns a file with its public half, PEM.
+    pub fn generate(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let login = ["--login", "--token-label", &self.label, "--pin", PIN];
+        let key = ["--keypairgen", "--key-type", "EC:secp384r1", "--label", name, "--id", "01"];
+        self.tool(&[&login[..], &key, &["--usage-sign"]].concat())?;
+        let der = self.directory.join(format!("{name}.der"));
+        let file = der.display().to_string();
+        self.tool(&[
+            "--read-object",
+            "--type",
+            "pubkey",
+            "--token-label",
+            &self.label,
+            "--label",
+            name,
+            "-o",
+            &file,
+        ])?;
+        let public = openssl::pkey::PKey::public_key_from_der(&std::fs::read(&der)?)?;
+        let pem = self.directory.join(format!("{name}.pub.pem"));
+        std::fs::write(&pem, public.public_key_to_pem()?)?;
+        Ok(pem)
+    }
+
+    /// Runs `pkcs11-tool` on it.
+    pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let mut tool = Command::new("pkcs11-tool");
+        tool.arg("--module").arg(Self::module()?).args(arguments).env("KRYOPTIC_CONF", self.config());
+        let output = tool.output().context("pkcs11-tool (apt: opensc)")?;
+        let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+        ensure!(output.status.success(), "pkcs11-tool {arguments:?}: {said}");
+        Ok(said)
+    }
+}
