@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use anyhow::ensure;
 use omsign_fixtures::built;
 
-const ALL: &str = "softhsm,swtpm,piv,fault";
+const ALL: &str = "softhsm,kryoptic,swtpm,piv,fault";
 
 /// Runs a shell script with the stand-ins.
 fn with(kinds: &str, script: &str) -> anyhow::Result<Output> {
@@ -25,7 +25,7 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
         while [ ! -S "$OMSIGN_AGENT" ]; do kill -0 $agent; done
         cd "$OMSIGN_FIXTURES"
         mkdir model; echo weights >model/weights
-        for key in softhsm swtpm piv fault; do
+        for key in softhsm kryoptic swtpm piv fault; do
           omsign sign model --key $key --signature $key.sig
           omsign verify model --signature $key.sig --certificate-chain root.pem
         done
@@ -34,7 +34,7 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
     let output = with(ALL, script)?;
     let (said, errors) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.code() == Some(7), "{:?}: {said}{errors}", output.status);
-    ensure!(said.matches("verified 1 file, 8 bytes, signed by the certificate CN=").count() == 4, "{said}");
+    ensure!(said.matches("verified 1 file, 8 bytes, signed by the certificate CN=").count() == 5, "{said}");
     let directory = said.lines().next().unwrap_or_default();
     ensure!(!directory.is_empty() && !std::path::Path::new(directory).exists(), "{directory} is still there");
     Ok(())

@@ -7,8 +7,8 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::{PIN, SoftHsm};
-use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::{Device, card, soft_hsm, tpm};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
@@ -230,6 +230,70 @@ fn certificate_requests_of_every_device() -> anyhow::Result<()> {
     refuses(&world, &["csr", "p256", "--subject", "CN=a", "--san", "x"], "is not a subject alternative name")
 }
 
+#[test]
+fn on_two_tokens() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (first, second) = (SoftHsm::create(&world.path("a"), "a")?, SoftHsm::create(&world.path("b"), "b")?);
+    for token in [&first, &second] {
+        token.generate("k", KeyType::P256, Objects::Pair)?;
+    }
+    let both = key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]");
+    let config = world.listen() + &token_section("a", &first, "") + &token_section("b", &second, "") + &both;
+    world.write("agent.toml", &config)?;
+    // A token that does not open does not hide the others.
+    let wrong = config.replace(&text(&second.pin_file()), &text(&world.write("none.pin", "")?));
+    world.write("agent.toml", &wrong)?;
+    let output = key(&world, &["list"])?;
+    let said = String::from_utf8(output.stdout)?;
+    ensure!(output.status.code() == Some(2) && said.contains("label \"k\""), "{said}");
+    ensure!(said.contains("b: it is locked: the PIN file"), "{said}");
+    world.write("agent.toml", &config)?;
+    let start = fingerprint(
+        &does(&world, &["csr", "k", "--subject", "CN=a"])
+            .and_then(|_| Ok(std::fs::read_to_string(first.public_key("k"))?))?,
+    )?;
+    let start = start.get(..8).context("a fingerprint")?;
+    let output = answering(&world, &["delete", "k"], &format!("k\n{start}\n"))?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(does(&world, &["list"])? == "a: no keys\nb: no keys\n");
+    Ok(())
+}
+
+/// What goes wrong for one key of a TPM without an authorization value is no matter of the others.
+#[test]
+fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let section: String = chip
+        .section("tpm")
+        .lines()
+        .filter(|line| !line.starts_with("pin"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let config = world.listen()
+        + &section
+        + &key_on("k", "tpm", "handle = \"0x81000020\"")
+        + &key_on("l", "tpm", "handle = \"0x81000021\"");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    does(&world, &["generate", "k", "--type", "p256", "--no-da"])?;
+    let _agent = Agent::start(&world, &config)?;
+    refuses(&world, &["generate", "l", "--type", "p256"], "or say --no-da")?;
+    chip.guarded_key("l", 0x8100_0021, AUTH)?;
+    refuses(&world, &["csr", "l", "--subject", "CN=l"], "it waits for its authorization value")?;
+    // The owner's value is somebody else's.
+    chip.tool("tpm2_changeauth", |tool| {
+        tool.args(["-c", "owner", "owner-auth-8080"]);
+    })?;
+    let public = world.omsign_ok(&["keys", "export", "k"])?;
+    let start = fingerprint(&public)?;
+    let output = answering(&world, &["delete", "k"], &format!("k\n{}\n", start.get(..8).context("eight")?))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && errors.contains("of the owner hierarchy"), "{errors}");
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "k.sig"])?;
+    Ok(())
+}
+
 /// `key verify-attestation` of a file: its exit status and what it said.
 fn verified(world: &World, file: &str, more: &[&str]) -> anyhow::Result<(Option<i32>, String)> {
     let mut command = Command::new(built("omsign-agent")?);
@@ -280,6 +344,10 @@ fn a_yubikey_attests_what_it_made() -> anyhow::Result<()> {
     ] {
         ensure!(said.contains(part), "{part}: {said}");
     }
+    // Whoever asks about a TPM is not told about a card.
+    let (status, said) =
+        verified(&world, "proof.json", &["--roots", "maker.pem", "--attestation-key", "00"])?;
+    ensure!(status == Some(1) && said.contains("not about a key of a TPM"), "{said}");
     // It is no card of Yubico's.
     let (status, said) = verified(&world, "proof.json", &[])?;
     ensure!(status == Some(1) && said.contains("do not lead to a root that is trusted"), "{said}");

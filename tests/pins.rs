@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::ensure;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
@@ -18,6 +19,39 @@ const DIGEST: [u8; 32] = [7; 32];
 /// A test of one thread.
 fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
+}
+
+/// SoftHSM never blocks a PIN; kryoptic does, at the tenth wrong one.
+#[test]
+fn a_token_that_blocks_its_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "kry")?;
+    token.generate("k")?;
+    let config = world.listen() + &token.section("t")? + &key_section("k", "t", "k");
+    world.model()?;
+    let wrong =
+        || token.tool(&["--login", "--token-label", "kry", "--pin", "wrong-pin-0000", "--list-objects"]);
+    for _ in 0..9 {
+        ensure!(wrong().is_err());
+    }
+    // The last try is an operator's to spend.
+    let agent = Agent::start(&world, &config)?;
+    let sign = ["sign", "model", "--key", "k", "--signature", "k.sig"];
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("one wrong PIN more would block it"), "{errors}");
+    world.omsign_ok(&["agent", "unlock", "t"])?;
+    world.omsign_ok(&sign)?;
+    ensure!(agent.stop()?.success());
+    for _ in 0..10 {
+        ensure!(wrong().is_err());
+    }
+    let agent = Agent::start(&world, &config)?;
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("its user PIN is blocked; reset it"), "{errors}");
+    let errors = world.omsign_fails(2, &["agent", "unlock", "t"])?;
+    ensure!(errors.contains("its user PIN is blocked"), "{errors}");
+    ensure!(!agent.log()?.contains(omsign_fixtures::kryoptic::PIN));
+    Ok(())
 }
 
 #[test]

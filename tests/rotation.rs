@@ -3,13 +3,14 @@
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::{KeyType, SoftHsm};
+use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::{built, write_private};
 use omsign_tests::agent::{Agent, SOON, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key as key_on, key_section, token_section};
 use openssl::pkey::PKey;
 use rustix::process::Signal;
@@ -150,6 +151,31 @@ fn a_configuration_is_read_anew() -> anyhow::Result<()> {
     eventually("one process", || Ok(agent.hosts()? == host))?;
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "l", "--signature", "m.sig"])?;
     ensure!(errors.contains("no key \"l\" is configured"), "{errors}");
+    Ok(())
+}
+
+/// A refused PIN is not offered again because something else in the file changed.
+#[test]
+fn a_refused_pin_stays_refused() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, Proxy::new(&world)?);
+    write_private(&token.pin_file(), b"wrong-pin-5714\n")?;
+    let config = |timeout: &str| {
+        let more = format!("timeout = \"{timeout}\"");
+        world.listen() + &proxy.token_section("t", &token, &more) + &key_section("k", "t", "k")
+    };
+    let agent = Agent::start(&world, &config("9s"))?;
+    eventually("a refusal", || Ok(world.omsign_ok(&["agent", "status"])?.contains("it refused the PIN")))?;
+    world.write("agent.toml", config("10s"))?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("a reload", || Ok(agent.log()?.contains("the configuration is reloaded")))?;
+    eventually("the same state", || {
+        Ok(world.omsign_ok(&["agent", "status"])?.contains("it refused the PIN"))
+    })?;
+    ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
+    write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
+    world.omsign_ok(&["agent", "unlock", "t"])?;
+    ensure!(proxy.calls("C_Login") == 2, "{} logins", proxy.calls("C_Login"));
     Ok(())
 }
 

@@ -67,8 +67,15 @@ pub(crate) fn key(
     let mut out = std::io::stdout().lock();
     match ask(&config, command)? {
         Output::Pem(text) => write!(out, "{text}")?,
-        Output::Listed(tokens) if json => writeln!(out, "{}", as_json(&tokens))?,
-        Output::Listed(tokens) => tokens.iter().try_for_each(|token| list(&mut out, token))?,
+        Output::Listed(tokens) => {
+            match json {
+                true => writeln!(out, "{}", as_json(&tokens))?,
+                false => tokens.iter().try_for_each(|token| list(&mut out, token))?,
+            }
+            if tokens.iter().any(|token| token.keys.is_err()) {
+                return Ok(Some(ExitCode::from(2)));
+            }
+        }
         Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
         Output::Done => eprintln!("done"),
     }

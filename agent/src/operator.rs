@@ -184,7 +184,7 @@ async fn attend(
         };
     }
     let (config, tokens, audit) = (&setup.config, &setup.tokens, &agent.audit);
-    let operator = Operator { config, tokens, audit, identity: &identity, rule: &rule.name };
+    let operator = Operator { config, tokens, audit: Some(audit), identity: &identity, rule: &rule.name };
     Ok(operator.run(command, say).await?)
 }
 
@@ -234,19 +234,22 @@ pub async fn alone(
     let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
     let now = humantime::format_rfc3339_micros(SystemTime::now());
     let name = format!("operator-{now}-{}.jsonl", std::process::id());
-    let audit = Audit::open(&config.audit, &name).map_err(OperatorError::Log)?;
-    let mut tokens = BTreeMap::new();
-    let mut failed = None;
+    let audit = command.is_recorded().then(|| Audit::open(&config.audit, &name));
+    let audit = audit.transpose().map_err(OperatorError::Log)?;
+    let (mut tokens, mut failed) = (BTreeMap::new(), None);
     for name in command.tokens(config) {
-        let Some(token) = config.tokens.get(name) else { continue };
-        match open(name, token, ask).await {
-            Ok(token) => drop(tokens.insert(name.to_owned(), token)),
-            Err(error) => failed = failed.or(Some(error)),
+        let Some(configured) = config.tokens.get(name) else { continue };
+        let token = Token::start(name, configured.clone(), Vec::new(), None);
+        if let Err(error) = open(&token, ask).await {
+            failed = failed.or(Some(error));
         }
+        tokens.insert(name.to_owned(), token);
     }
-    let operator = Operator { config, tokens: &tokens, audit: &audit, identity: &identity, rule: &rule.name };
+    let (audit, rule) = (audit.as_ref(), rule.name.as_str());
+    let operator = Operator { config, tokens: &tokens, audit, identity: &identity, rule };
     let done = match failed {
-        Some(error) if tokens.is_empty() => Err(error),
+        // A list says itself what is with each token.
+        Some(error) if !matches!(command, Command::List { .. }) => Err(error),
         _ => operator.run(command, say).await.map_err(OperatorError::from),
     };
     for token in tokens.values() {
@@ -255,23 +258,19 @@ pub async fn alone(
     done
 }
 
-/// Starts a process for a token and waits for its device; asks for the PIN if it has to.
-async fn open(
-    name: &str,
-    config: &crate::config::Token,
-    ask: &dyn Fn(&str) -> Option<Pin>,
-) -> Result<Arc<Token>, OperatorError> {
-    let token = Token::start(name, config.clone(), Vec::new(), None);
-    let failed = |reason: String| OperatorError::Token { token: name.to_owned(), reason };
+/// Waits for a token's device; asks for the PIN if it has to.
+async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), OperatorError> {
+    let name = &token.name;
+    let failed = |reason: String| OperatorError::Token { token: name.clone(), reason };
     if token.wants_prompt() {
-        let pin = ask(name).ok_or_else(|| OperatorError::NoTerminal(name.to_owned()))?;
+        let pin = ask(name).ok_or_else(|| OperatorError::NoTerminal(name.clone()))?;
         let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
     loop {
         let change = token.watch();
         match token.state() {
-            State::Ready => return Ok(token),
+            State::Ready => return Ok(()),
             State::Starting => {
                 timeout(OPEN, change).await.map_err(|_| failed("it does not open".into()))?;
             }

@@ -96,6 +96,10 @@ impl Attestation {
 
     /// What of it holds.
     pub fn verify(&self, trust: &Trust) -> Result<Findings, AttestationError> {
+        // Whoever knows a TPM's key asks about a TPM: the file does not choose what is checked.
+        if trust.attestation_key.is_some() && !matches!(self.evidence, Evidence::Tpm { .. }) {
+            return Err(AttestationError::Wrong("it is not about a key of a TPM".into()));
+        }
         let mut findings = match &self.evidence {
             Evidence::Pkcs11 { attributes } => Findings {
                 unproven: attributes.iter().map(|(name, value)| format!("{name} is {value}")).collect(),
@@ -125,6 +129,9 @@ impl Attestation {
         if by.issued(&leaf) != openssl::x509::X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
             return Err(wrong("the card did not sign the key's certificate"));
         }
+        if !may_certify(&by) {
+            return Err(wrong("the card's certificate is not for signing certificates"));
+        }
         let certificate =
             Certificate::from_der(own).map_err(|_| wrong("the key's certificate is malformed"))?;
         let tbs = certificate.tbs_certificate();
@@ -149,6 +156,10 @@ impl Attestation {
                 }
                 _ => None,
             });
+        }
+        // A certificate of another purpose, from a maker that the roots name too, says nothing of firmware.
+        if !proven.iter().any(|line| line.starts_with("firmware ")) {
+            return Err(wrong("the certificate is not one by a YubiKey about a key"));
         }
         if !proven.iter().any(|line| line.starts_with("serial ")) {
             proven.push("no serial number: it is too old to say which card".to_owned());
@@ -230,6 +241,18 @@ fn path(leaf: &X509, between: Vec<X509>, roots: &[X509]) -> Result<(), Attestati
             "its certificates do not lead to a root that is trusted: {reason}; roots are given with --roots"
         ))),
         Err(error) => Err(AttestationError::Wrong(error.to_string())),
+    }
+}
+
+/// Unless a certificate says that it is no CA's; older cards' certificates say nothing (firmware 5.2 and before).
+fn may_certify(certificate: &X509) -> bool {
+    use x509_cert::ext::pkix::BasicConstraints;
+    let parsed = certificate.to_der().ok().and_then(|der| Certificate::from_der(&der).ok());
+    let constraints = parsed.map(|parsed| parsed.tbs_certificate().get_extension::<BasicConstraints>());
+    match constraints {
+        Some(Ok(Some((_, constraints)))) => constraints.ca,
+        Some(Ok(None)) => true,
+        Some(Err(_)) | None => false,
     }
 }
 

@@ -164,8 +164,8 @@ pub struct Operator<'a> {
     pub config: &'a Config,
     /// Open tokens, by name.
     pub tokens: &'a BTreeMap<String, Arc<Token>>,
-    /// Where it is recorded.
-    pub audit: &'a Audit,
+    /// Where it is recorded. None for what is not.
+    pub audit: Option<&'a Audit>,
     /// Who asks.
     pub identity: &'a Identity,
     /// The rule that lets them.
@@ -180,6 +180,11 @@ struct Place<'a> {
 }
 
 impl Command {
+    /// Whether there is a record of it.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded().is_some()
+    }
+
     /// The tokens that it is about.
     pub fn tokens<'a>(&'a self, config: &'a Config) -> Vec<&'a str> {
         let key = match self {
@@ -194,8 +199,11 @@ impl Command {
             | Self::Attest { key, .. }
             | Self::Delete { key } => key,
         };
-        let key = key.strip_suffix(NEXT).unwrap_or(key);
-        config.keys.get(key).and_then(|key| key.tokens.first()).map(String::as_str).into_iter().collect()
+        let found = config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
+        let tokens = found.map(|key| key.tokens.as_slice()).unwrap_or_default();
+        // Only what is deleted is deleted everywhere.
+        let all = if matches!(self, Self::Delete { .. }) { tokens.len() } else { 1 };
+        tokens.iter().take(all).map(String::as_str).collect()
     }
 
     /// What the record calls it, and the key; none where nothing is recorded.
@@ -271,9 +279,12 @@ impl Operator<'_> {
             }
             Command::Reload => Ok(Output::Done),
             Command::Delete { key } => {
-                let place = self.place(key)?;
-                place.ask(Task::Delete(place.spec.clone()), say).await?;
-                place.token.look_again().await;
+                // First the others: should one of them fail, the first is still there to be named.
+                for token in command.tokens(self.config).into_iter().rev() {
+                    let place = self.place_on(key, Some(token))?;
+                    place.ask(Task::Delete(place.spec.clone()), say).await?;
+                    place.token.look_again().await;
+                }
                 Ok(Output::Done)
             }
         }
@@ -311,10 +322,15 @@ impl Operator<'_> {
 
     /// A key that is configured, on the first of its tokens.
     fn place<'b>(&'b self, name: &'b str) -> Result<Place<'b>, KeyLifeError> {
+        self.place_on(name, None)
+    }
+
+    fn place_on<'b>(&'b self, name: &'b str, token: Option<&str>) -> Result<Place<'b>, KeyLifeError> {
         let (plain, next) = name.strip_suffix(NEXT).map_or((name, false), |plain| (plain, true));
         let missing = || KeyLifeError::NoKey(plain.to_owned());
         let key = self.config.keys.get(plain).ok_or_else(missing)?;
-        let token = key.tokens.first().and_then(|token| self.tokens.get(token)).ok_or_else(missing)?;
+        let token = token.or_else(|| key.tokens.first().map(String::as_str));
+        let token = token.and_then(|token| self.tokens.get(token)).ok_or_else(missing)?;
         let spec = match next {
             true => key.next_spec(name).ok_or_else(|| KeyLifeError::NoNext(plain.to_owned()))?,
             false => key.spec(name),
@@ -338,7 +354,10 @@ impl Operator<'_> {
             outcome: if reason.is_empty() { "done" } else { "failed" },
             reason,
         };
-        self.audit.record(&entry).await
+        match self.audit {
+            Some(audit) => audit.record(&entry).await,
+            None => Ok(()),
+        }
     }
 }
 

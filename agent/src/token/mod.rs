@@ -6,8 +6,8 @@ mod process;
 mod supervise;
 mod touch;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -84,6 +84,9 @@ pub struct Token {
     waiting: Arc<AtomicUsize>,
     /// It was closed, and stays so.
     over: AtomicBool,
+    /// Why what the configured PIN source holds is not offered again: it was refused once. Only an operator who has
+    /// it read anew clears this.
+    refused_source: Mutex<Option<String>>,
 }
 
 #[derive(Clone)]
@@ -124,11 +127,17 @@ impl Token {
             commands,
             waiting: Arc::default(),
             over: AtomicBool::new(false),
+            refused_source: Mutex::default(),
         });
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
             if let Some(before) = before {
                 before.close().await;
+                // The same PIN of the same device is no other one.
+                let (old, new) = (&before.config, &supervised.config);
+                if old.device == new.device && old.pin == new.pin {
+                    supervised.refuse_source(before.refused_source());
+                }
             }
             supervise::supervise(supervised, inbox).await;
         });
@@ -239,6 +248,14 @@ impl Token {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.stop().await;
+    }
+
+    fn refused_source(&self) -> Option<String> {
+        self.refused_source.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn refuse_source(&self, reason: Option<String>) {
+        *self.refused_source.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
     /// Whether it was closed.

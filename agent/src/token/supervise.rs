@@ -26,18 +26,15 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
     let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
-    // Why the configured PIN source may not be used again: what it holds was refused once. Only an operator who
-    // has it read anew clears this.
-    let mut refused_source: Option<String> = None;
     loop {
         token.state.send_replace(Status::Starting);
         let (pin, mut unlocked) = std::mem::take(&mut login);
         let from_source = pin.is_none();
         if from_source && unlocked.is_some() {
-            refused_source = None;
+            token.refuse_source(None);
         }
         let started = Instant::now();
-        let opening = match refused_source.clone().filter(|_| from_source) {
+        let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
             None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some() }).await,
         };
@@ -83,7 +80,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                     End::LookAgain => continue,
                     End::Locked(message) => {
                         // Wherever this PIN came from, it is not the token's any more.
-                        refused_source = Some(message.clone());
+                        token.refuse_source(Some(message.clone()));
                         Failure { class: Class::Locked, message }
                     }
                     // The first death costs nothing; a second one soon after waits.
@@ -109,7 +106,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 "token is locked; no PIN is offered again until `omsign agent unlock {}`", token.name
             );
             if from_source {
-                refused_source = Some(failure.message.clone());
+                token.refuse_source(Some(failure.message.clone()));
             }
             token.state.send_replace(Status::Locked(failure.message));
             None

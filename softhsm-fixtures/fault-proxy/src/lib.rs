@@ -4,7 +4,7 @@
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
-//!   that the call goes through). Read at every call, so faults come and go while the application runs.
+//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process). Read at every call, so faults come and go while the application runs.
 //!
 //! It offers only `C_GetFunctionList`, so applications use PKCS#11 2.40 through it.
 #![allow(unsafe_code, non_snake_case)] // the PKCS#11 C ABI is what this crate is for
@@ -66,9 +66,16 @@ fn intercept(function: &str) -> Option<CK_RV> {
     let faults = std::fs::read_to_string(std::env::var_os("OMSIGN_PROXY_FAULTS")?).ok()?;
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
-    let rv = CK_RV::from_str_radix(fault.next()?, 16).ok()?;
-    let delay: u64 = fault.next()?.parse().ok()?;
+    let (answer, delay) = (fault.next()?, fault.next()?.parse().ok()?);
     std::thread::sleep(Duration::from_millis(delay));
+    match answer {
+        "abort" => std::process::abort(),
+        "segv" => {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::SEGV);
+        }
+        _ => {}
+    }
+    let rv = CK_RV::from_str_radix(answer, 16).ok()?;
     (rv != CKR_OK).then_some(rv)
 }
 

@@ -40,32 +40,8 @@ pub(super) fn open(
     auth: Option<Auth>,
     by_operator: bool,
 ) -> Result<(Key, PublicKey), Failure> {
-    let object = &key.object;
-    let (handle, public, guard) = locate(context, key, auth, by_operator)?;
-    let wrong = |what| refused(format!("the key with {object} {what}"));
-    let spki = public_half(&public, &guard).map_err(wrong)?;
-    let algorithm = spki.algorithm(key.padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
-    let challenge = challenge()?;
-    let content = algorithm.content(&challenge);
-    let public = PublicKey { algorithm, spki };
-    let key = Key { handle, guard, public: public.clone() };
-    let signature = key.sign(context, algorithm.bytes(&content).map_err(refused)?)?;
-    if !public.spki.verifies(algorithm, &challenge, &signature) {
-        return Err(refused(format!("the key with {object} makes signatures that do not verify")));
-    }
-    Ok((key, public))
-}
-
-/// Finds or loads a key, with its authorization value if it has one.
-fn locate(
-    context: &mut Context,
-    key: &KeySpec,
-    auth: Option<Auth>,
-    by_operator: bool,
-) -> Result<(KeyHandle, Public, Guard), Failure> {
-    let object = &key.object;
     let waits = || locked("it waits for its authorization value".into());
-    let (handle, auth) = match object {
+    let (handle, auth) = match &key.object {
         Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
         Object::TpmFile(path) => {
             let file = KeyFile::read(path)?;
@@ -77,6 +53,32 @@ fn locate(
         }
         object => return Err(refused(format!("{object} is not a key of a TPM"))),
     };
+    let opened = check(context, handle, key, auth, by_operator);
+    if opened.is_err() {
+        // If this fails, too, the next use of the TPM says so.
+        let _ = release(context, &key.object, handle);
+    }
+    opened
+}
+
+/// Lets go of a key: a TPM has room for three that are loaded, or so.
+pub(super) fn release(context: &mut Context, object: &Object, handle: KeyHandle) -> Result<(), Failure> {
+    let released = match object {
+        Object::TpmFile(_) => context.flush_context(handle.into()),
+        _ => context.tr_close(&mut handle.into()),
+    };
+    released.map_err(|error| classify("let go of the key", &error))
+}
+
+/// Whether a key that was found or loaded can be used.
+fn check(
+    context: &mut Context,
+    handle: KeyHandle,
+    key: &KeySpec,
+    auth: Option<Auth>,
+    by_operator: bool,
+) -> Result<(Key, PublicKey), Failure> {
+    let object = &key.object;
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
         .map_err(|error| classify("read the public key", &error))?;
@@ -90,11 +92,22 @@ fn locate(
         (None, Object::TpmHandle(_))
             if guard.pcrs.is_none() && !public.object_attributes().no_da() && !by_operator =>
         {
-            return Err(waits());
+            return Err(locked("it waits for its authorization value".into()));
         }
         (None, _) => {}
     }
-    Ok((handle, public, guard))
+    let wrong = |what| refused(format!("the key with {object} {what}"));
+    let spki = public_half(&public, &guard).map_err(wrong)?;
+    let algorithm = spki.algorithm(key.padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
+    let challenge = challenge()?;
+    let content = algorithm.content(&challenge);
+    let public = PublicKey { algorithm, spki };
+    let key = Key { handle, guard, public: public.clone() };
+    let signature = key.sign(context, algorithm.bytes(&content).map_err(refused)?)?;
+    if !public.spki.verifies(algorithm, &challenge, &signature) {
+        return Err(refused(format!("the key with {object} makes signatures that do not verify")));
+    }
+    Ok((key, public))
 }
 
 impl Key {

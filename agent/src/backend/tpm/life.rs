@@ -20,7 +20,7 @@ use tss_esapi::structures::{
     PublicEccParametersBuilder, PublicKeyRsa, PublicRsaParametersBuilder, RsaExponent, RsaScheme,
 };
 
-use super::super::{gone, refused};
+use super::super::refused;
 use super::errors::classify;
 use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
@@ -64,12 +64,26 @@ fn open(
     key: &KeySpec,
     then: impl FnOnce(&mut Context, &Key, PublicKey) -> Result<Done, Failure>,
 ) -> Result<Done, Failure> {
-    let (opened, public) = keys::open(context, key, auth.cloned(), false)?;
+    let opened = keys::open(context, key, auth.cloned(), false).map_err(|failure| match failure.class {
+        // No value was offered: that one waits for one is no reason to close the whole TPM.
+        Class::Locked if auth.is_none() => refused(failure.message),
+        _ => failure,
+    });
+    let (opened, public) = opened?;
     let done = then(context, &opened, public);
-    if matches!(key.object, Object::TpmFile(_)) {
-        context.flush_context(opened.handle.into()).map_err(|error| classify("flush the key", &error))?;
-    }
+    keys::release(context, &key.object, opened.handle)?;
     done
+}
+
+/// A failure of the owner's hierarchy, whose value is not ours to know, is no reason to lock our own keys.
+fn owners(what: &str, error: &tss_esapi::Error) -> Failure {
+    let failure = classify(what, error);
+    match failure.class {
+        Class::Locked => {
+            refused(format!("{} of the owner hierarchy, which only tpm2-tools can give", failure.message))
+        }
+        _ => failure,
+    }
 }
 
 fn list(context: &mut Context, objects: &[Object]) -> Result<Vec<Listed>, Failure> {
@@ -132,6 +146,12 @@ fn generate(
     if template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
     }
+    if auth.is_none() && !template.no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
+        return Err(refused(
+            "nobody could tell whether this key has an authorization value: give the token one (pin = …), or say --no-da"
+                .into(),
+        ));
+    }
     let taken = match &key.object {
         Object::TpmHandle(handle) => match keys::persistent(context, *handle) {
             Ok(_) => true,
@@ -174,7 +194,7 @@ fn persist(
     made: CreateKeyResult,
     number: u32,
 ) -> Result<(), Failure> {
-    let failed = |error: tss_esapi::Error| classify("keep the key in the TPM", &error);
+    let failed = |error: tss_esapi::Error| owners("keep the key in the TPM", &error);
     let handle = PersistentTpmHandle::new(number).map_err(failed)?;
     let kept = context.execute_with_session(Some(AuthSession::Password), |context| {
         let loaded = context.load(parent, made.out_private, made.out_public)?;
@@ -249,7 +269,7 @@ fn delete(context: &mut Context, object: &Object) -> Result<Done, Failure> {
     match object {
         Object::TpmHandle(number) => {
             let found = keys::persistent(context, *number)?;
-            let failed = |error: tss_esapi::Error| classify("delete the key", &error);
+            let failed = |error: tss_esapi::Error| owners("delete the key", &error);
             let handle = PersistentTpmHandle::new(*number).map_err(failed)?;
             let evicted = context.execute_with_session(Some(AuthSession::Password), |context| {
                 context.evict_control(Provision::Owner, found.into(), Persistent::Persistent(handle))
@@ -260,6 +280,6 @@ fn delete(context: &mut Context, object: &Object) -> Result<Done, Failure> {
             let removed = std::fs::remove_file(path);
             removed.map(|()| Done::Nothing).map_err(|error| refused(format!("{}: {error}", path.display())))
         }
-        object => Err(gone(format!("{object} is not a key of a TPM"))),
+        object => Err(refused(format!("{object} is not a key of a TPM"))),
     }
 }
