@@ -70,8 +70,7 @@ fn works(
     ensure!(shown.contains("verify OK") && shown.contains("CN = Acme Models"), "{shown}");
     let made = std::fs::read_to_string(world.path("agent.toml"))?;
     ensure!(pin.is_none_or(|pin| !made.contains(pin)), "{made}");
-    // Where it listens is the machine's own place, which tests leave alone.
-    let mut config = world.listen() + &made;
+    let mut config = made;
     for (name, value) in environment {
         if !config.contains(name) {
             config =
@@ -124,6 +123,11 @@ fn yubikey() -> anyhow::Result<()> {
         ("12\n", "a new PIN has 6 to 8 characters; nothing was changed"),
         ("97531864\n97531865\n", "the two are not the same new PIN; nothing was changed"),
         ("97531864\n97531864\nabcdefgh\nabcdefg\n", "the two are not the same new PUK; nothing was changed"),
+        ("123456\n", "that is what every YubiKey has when it is new; nothing was changed"),
+        (
+            "97531864\n97531864\n12345678\n",
+            "that is what every YubiKey has when it is new; nothing was changed",
+        ),
     ] {
         refuses_with(&world, &arguments, &environment, answers, expected)?;
     }
@@ -137,8 +141,10 @@ fn yubikey() -> anyhow::Result<()> {
     // Nothing was changed: it still has everything from the factory, and all its tries.
     let answers = "97531864\n97531864\nabcdefgh\nabcdefgh\n";
     works(&world, &arguments, &environment, answers, Some("97531864"))?;
-    // The next key asks for the PIN only, and is made with the management key that the card keeps.
+    // A slot that is taken is named before anything is asked.
     let other = World::new()?;
+    refuses_with(&other, &arguments, &environment, "", "the card has a key in slot 9c already")?;
+    // The next key asks for the PIN only, and is made with the management key that the card keeps.
     let arguments = [&["yubikey", "--slot", "9a"], &SUBJECT[..]].concat();
     refuses_with(&other, &arguments, &environment, "00000000\n", "it refused the PIN; 2 tries are left")?;
     works(&other, &arguments, &environment, "97531864\n", Some("97531864"))?;

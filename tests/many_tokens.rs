@@ -1,6 +1,5 @@
 //! One key on two tokens: both sign, and one is enough.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -16,17 +15,6 @@ use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// A token and its twin: a copy of everything it holds.
-fn twins(world: &World) -> anyhow::Result<(SoftHsm, SoftHsm)> {
-    let first = world.token("a", "k", KeyType::P256)?;
-    let second = SoftHsm { directory: world.path("b"), label: first.label.clone() };
-    ensure!(Command::new("cp").arg("-r").arg(&first.directory).arg(&second.directory).status()?.success());
-    let config = std::fs::read_to_string(second.config())?;
-    let (from, to) = (first.tokens().display().to_string(), second.tokens().display().to_string());
-    std::fs::write(second.config(), config.replace(&from, &to))?;
-    Ok((first, second))
-}
 
 /// `[key.k]` on both.
 fn on_both() -> String {
@@ -65,7 +53,7 @@ async fn sign_all(world: &World, first_id: u128, count: u128) -> anyhow::Result<
 #[test]
 fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
     let (world, beside) = (World::new()?, World::new()?);
-    let (first, second) = twins(&world)?;
+    let (first, second) = world.twins()?;
     let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
     let config = world.listen()
         + &left.token_section("a", &first, "timeout = \"1s\"")

@@ -54,7 +54,7 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "first.sig"])?;
     refuses(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
     refuses(&world, &["rotate", "k", "--object", "slot=9c"], "names no place for this key")?;
-    refuses(&world, &["rotate", "k", "--object", "label=k"], "already; choose another")?;
+    refuses(&world, &["rotate", "k", "--object", "label=k"], "is the place of [key.k]; choose another")?;
     let second = does(&world, &["rotate", "k", "--type", "p384"])?;
     ensure!(second != first && exported(&world, &[])? == first);
     refuses(&world, &["rotate", "k"], "has a next key already")?;
@@ -130,6 +130,7 @@ fn a_configuration_is_read_anew() -> anyhow::Result<()> {
     let (first, second) = (world.token("a", "k", KeyType::P256)?, world.token("b", "k", KeyType::P256)?);
     let one = world.listen() + &token_section("a", &first, "") + &key_section("k", "a", "k");
     let agent = Agent::start(&world, &one)?;
+    eventually("its process", || Ok(agent.hosts()?.len() == 1))?;
     let (host, status) = (agent.hosts()?, || world.omsign_ok(&["agent", "status"]));
     let two = one.clone() + &token_section("b", &second, "") + &key_section("l", "b", "k");
     // Mistakes change nothing.

@@ -148,7 +148,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let lasts = Duration::from_secs(number("OMSIGN_SOAK_SECONDS").unwrap_or(45));
     let seed = number("OMSIGN_SOAK_SEED").unwrap_or_else(|| u64::from(std::process::id()));
-    println!("OMSIGN_SOAK_SEED={seed}");
+    eprintln!("OMSIGN_SOAK_SEED={seed}");
     let mut random = Random(seed);
 
     let world = World::new()?;
@@ -285,7 +285,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let count =
         |counts: &[AtomicU64; KEYS.len()]| counts.each_ref().map(|count| count.load(Ordering::Relaxed));
     let (signed, failed) = (count(&seen.signed), count(&seen.failed));
-    println!("{} faults, {unlocked} unlocked; of {KEYS:?} signed {signed:?}, failed {failed:?}", done.len());
+    eprintln!("{} faults, {unlocked} unlocked; of {KEYS:?} signed {signed:?}, failed {failed:?}", done.len());
     let [calm_failed, ..] = failed;
     ensure!(calm_failed == 0 && signed.iter().all(|count| *count > 100), "{signed:?} {failed:?}");
     ensure!(failed.iter().skip(1).all(|count| *count > 0), "nothing went wrong: {failed:?}");

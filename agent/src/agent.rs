@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
 
@@ -11,6 +11,7 @@ use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
 use crate::identity::Identity;
+use crate::operator;
 use crate::replay::{Outcome, Replay, Tell};
 use crate::secret::Pin;
 use crate::setup::Setup;
@@ -31,6 +32,8 @@ pub(crate) struct Agent {
     setup: RwLock<Arc<Setup>>,
     pub(crate) replay: Replay,
     pub(crate) audit: Audit,
+    /// Places for operators' commands.
+    pub(crate) operators: Arc<Semaphore>,
     ticks: watch::Sender<u64>,
 }
 
@@ -40,7 +43,8 @@ impl Agent {
         let ticks = watch::Sender::new(0);
         tokio::spawn(tick(ticks.clone()));
         let setup = RwLock::new(Arc::new(Setup::new(config, None)));
-        Self { setup, audit, replay: Replay::default(), ticks }
+        let operators = Arc::new(Semaphore::new(operator::CONNECTIONS));
+        Self { setup, audit, replay: Replay::default(), operators, ticks }
     }
 
     /// What the configuration makes of it now.
@@ -48,15 +52,13 @@ impl Agent {
         Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes over another configuration; returns the tokens that it does not have any more, and those that are new.
+    /// Takes over another configuration; returns the tokens that it does not have any more, to be closed, and those
+    /// that are new.
     /// Requests that have begun end as they would have.
     pub(crate) fn reload(&self, config: Config) -> (Vec<Arc<Token>>, Vec<Arc<Token>>) {
         let before = self.setup();
         let next = Arc::new(Setup::new(config, Some(&before)));
         let (closed, new) = (before.without(&next), next.since(&before));
-        for token in closed.clone() {
-            tokio::spawn(async move { token.close().await });
-        }
         *self.setup.write().unwrap_or_else(PoisonError::into_inner) = next;
         (closed, new)
     }

@@ -74,6 +74,13 @@ pub enum KeyType {
     MlDsa87,
 }
 
+impl KeyType {
+    /// Whether it pads.
+    pub fn is_rsa(self) -> bool {
+        matches!(self, Self::Rsa2048 | Self::Rsa3072 | Self::Rsa4096)
+    }
+}
+
 impl std::fmt::Display for KeyType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let value = clap::ValueEnum::to_possible_value(self).expect("every kind can be typed");

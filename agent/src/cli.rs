@@ -25,7 +25,8 @@ pub(crate) enum Command {
     Init {
         #[command(subcommand)]
         device: Wish,
-        /// Where the configuration goes [default: /etc/omsign for root, ~/.config/omsign for others]
+        /// Where all of it goes: configuration, socket and records [default: the configuration into /etc/omsign for root,
+        /// ~/.config/omsign for others, the rest where omsign looks for it]
         #[arg(long, global = true)]
         directory: Option<PathBuf>,
         /// The key's name
@@ -158,6 +159,8 @@ pub(crate) enum KeyCommand {
         #[arg(long, value_name = "FILE", requires = "finish")]
         certificate_chain: Option<PathBuf>,
     },
+    /// Has a running agent read its configuration anew, as SIGHUP does, and says what is wrong with it
+    Reload,
     /// Deletes a key for ever. Asks for its name, and then for its fingerprint
     Delete {
         /// The key's name in the configuration

@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::Config;
 use omsign_agent::init::{Init, Secret};
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
-use omsign_agent::key_life::{Command, Output, TokenKeys};
+use omsign_agent::key_life::{Command, NEXT, Output, TokenKeys};
 use omsign_agent::operator;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
@@ -39,7 +39,7 @@ pub(crate) fn key(
         write!(std::io::stdout(), "{said}")?;
         return Ok(Some(ExitCode::SUCCESS));
     }
-    let (mut json, mut confirm) = (false, None);
+    let mut json = false;
     let command = match command {
         KeyCommand::List { token, json: wanted } => {
             json = wanted;
@@ -53,17 +53,15 @@ pub(crate) fn key(
         }
         KeyCommand::Attest { name, nonce } => Command::Attest { key: name, nonce: nonce_of(&nonce)? },
         KeyCommand::Delete { name } => {
-            confirm = Some(name.clone());
-            Command::Delete { key: name }
+            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
+                bail!("the device did not answer");
+            };
+            confirmed(&config, &name, &public)?;
+            Command::Delete { key: name, public }
         }
+        KeyCommand::Reload => Command::Reload,
         KeyCommand::VerifyAttestation { .. } | KeyCommand::Rotate { .. } => return Ok(None),
     };
-    if let Some(name) = confirm {
-        let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
-            return Ok(None);
-        };
-        confirmed(&name, &public)?;
-    }
     let mut out = std::io::stdout().lock();
     match ask(&config, command)? {
         Output::Pem(text) => write!(out, "{text}")?,
@@ -103,9 +101,11 @@ pub(crate) fn init(init: &Init) -> anyhow::Result<()> {
     for note in &made.notes {
         eprintln!("note: {note}");
     }
-    eprintln!("next, start the agent and sign:");
-    eprintln!("  omsign-agent serve --config {config} &");
-    eprintln!("  omsign sign MODEL --key {name}");
+    eprintln!("next, start the agent, and sign from another terminal:");
+    eprintln!("  omsign-agent serve --config {config}");
+    let socket = init.directory.join("agent.sock");
+    let agent = if init.apart { format!(" --agent {}", socket.display()) } else { String::new() };
+    eprintln!("  omsign sign MODEL --key {name}{agent}");
     eprintln!("and, to sign with a certificate, have the request certified for code signing, then write");
     eprintln!("certificate_chain into [key.{name}]");
     Ok(())
@@ -136,10 +136,12 @@ fn nonce_of(text: &str) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Asks twice, for two things: a habit answers one question, not two.
-fn confirmed(name: &str, public: &str) -> anyhow::Result<()> {
+fn confirmed(config: &Config, name: &str, public: &str) -> anyhow::Result<()> {
     let fingerprint = fingerprint(public)?;
     let Some(start) = fingerprint.get(..8) else { bail!("the key has no fingerprint") };
-    eprintln!("The key {name} will be gone for ever; nobody has a copy. Its public half:");
+    let key = config.keys.get(name.strip_suffix(NEXT).unwrap_or(name));
+    let tokens = key.map(|key| key.tokens.join(" and ")).unwrap_or_default();
+    eprintln!("The key {name} on {tokens} will be gone for ever. Its public half:");
     eprintln!("  SHA-256 {fingerprint}");
     let mut lines = std::io::stdin().lock().lines();
     let mut answer = |question: &str| -> anyhow::Result<String> {
@@ -199,6 +201,11 @@ fn as_json(tokens: &[TokenKeys]) -> serde_json::Value {
     serde_json::json!({ "tokens": tokens.iter().map(token).collect::<Vec<_>>() })
 }
 
+/// Without escape sequences and line ends: the text is a file's.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 fn findings_of(
     findings: Result<Findings, omsign_agent::key_life::attestation::AttestationError>,
     json: bool,
@@ -207,7 +214,7 @@ fn findings_of(
     let findings = match findings {
         Ok(findings) => findings,
         Err(error @ AttestationError::Wrong(_)) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", printable(&error.to_string()));
             return Ok(ExitCode::FAILURE);
         }
         Err(error) => return Err(error.into()),
@@ -218,10 +225,14 @@ fn findings_of(
     } else {
         writeln!(out, "public key (SHA-256): {}", findings.public_key_sha256)?;
         for line in &findings.proven {
-            writeln!(out, "proven: {line}")?;
+            writeln!(out, "proven: {}", printable(line))?;
         }
         for line in &findings.unproven {
-            writeln!(out, "NOT proven: {line}")?;
+            // The file may hold escape sequences, and lines that look like ours.
+            writeln!(out, "NOT proven: {}", printable(line))?;
+        }
+        for line in &findings.noted {
+            writeln!(out, "note: {}", printable(line))?;
         }
     }
     Ok(if findings.unproven.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -66,9 +66,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Init { device, directory, name, key_type, subject } => {
             secret::harden_process();
+            let apart = directory.is_some();
             let directory = directory.unwrap_or_else(commands::own_directory);
             let directory = std::path::absolute(directory)?;
-            commands::init(&Init { directory, name, key_type, subject, wish: device })?;
+            commands::init(&Init { directory, apart, name, key_type, subject, wish: device })?;
         }
         Command::Doctor { config: file, json } => {
             secret::harden_process();

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
 use crate::agent::Agent;
@@ -25,10 +25,13 @@ use crate::secret::Pin;
 use crate::token::{State, Token};
 
 /// How many operators are served at a time.
-const CONNECTIONS: usize = 8;
+pub(crate) const CONNECTIONS: usize = 8;
 
 /// How long an operator's program may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a running agent may take to say anything: longer than it gives its devices.
+const ANSWER: Duration = Duration::from_secs(330);
 
 /// How long a device may take to open.
 const OPEN: Duration = Duration::from_secs(60);
@@ -85,34 +88,38 @@ pub(crate) type Reloaded = oneshot::Sender<Result<(), String>>;
 
 /// The socket of an agent.
 pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
+    bind_unix(&UnixListen { path: path.to_owned(), mode: mode(operators), group: None })
+}
+
+/// Who can connect at all: with operators who are somebody else, everybody, and the rules alone decide.
+pub(crate) fn mode(operators: &[Rule]) -> u32 {
     let own = rustix::process::geteuid().as_raw();
     let ours = |rule: &Rule| matches!(rule.matches, Match::Uid(uid) if uid == own || uid == 0);
-    // With operators who are somebody else, the rules alone decide.
-    let mode = if operators.iter().all(ours) { 0o600 } else { 0o666 };
-    bind_unix(&UnixListen { path: path.to_owned(), mode, group: None })
+    if operators.iter().all(ours) { 0o600 } else { 0o666 }
 }
 
 /// Serves operators until dropped.
 pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>, reload: mpsc::Sender<Reloaded>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let strangers = Arc::new(Semaphore::new(CONNECTIONS * 8));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&strangers).acquire_owned().await else { return };
         let Ok((stream, _)) = socket.accept().await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
         let (agent, reload) = (Arc::clone(&agent), reload.clone());
         tokio::spawn(async move {
-            if let Err(error) = converse(stream, &agent, reload).await {
+            if let Err(error) = meet(stream, place, &agent, reload).await {
                 tracing::warn!(%error, "an operator's connection ended early");
             }
-            drop(place);
         });
     }
 }
 
-async fn converse(
+/// Finds out who it is. Strangers are told, and keep no place from those who may.
+async fn meet(
     mut stream: UnixStream,
+    place: OwnedSemaphorePermit,
     agent: &Arc<Agent>,
     reload: mpsc::Sender<Reloaded>,
 ) -> io::Result<()> {
@@ -122,13 +129,29 @@ async fn converse(
         Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
     });
     let identity = timeout(PATIENCE, identified).await??;
+    if allowed(&agent.setup().config.operators, &identity).is_none() {
+        let denied = deny(agent, &identity).await.map_err(|error| error.to_string());
+        return timeout(PATIENCE, send(&mut stream, &Answer::Done(denied))).await?;
+    }
+    drop(place);
+    // What operators have begun is waited for when the agent stops.
+    let Ok(_working) = Arc::clone(&agent.operators).acquire_owned().await else { return Ok(()) };
+    converse(stream, identity, agent, reload).await
+}
+
+async fn converse(
+    mut stream: UnixStream,
+    identity: Identity,
+    agent: &Arc<Agent>,
+    reload: mpsc::Sender<Reloaded>,
+) -> io::Result<()> {
     let frame = timeout(PATIENCE, wire::read_async(&mut stream)).await??;
     let (say, mut said) = mpsc::unbounded_channel();
     let asked: Result<Ask, _> = serde_json::from_slice(&frame);
     let own = env!("CARGO_PKG_VERSION");
     let agent = Arc::clone(agent);
-    // A task of its own: what a device has begun is finished and recorded even when the operator hangs up.
-    let mut work = tokio::spawn(async move {
+    // Finished and recorded even when the operator hangs up: what a device has begun, it does.
+    let work = async move {
         match asked {
             Ok(Ask { version, command }) if version == own => {
                 let say = |message: &str| drop(say.send(message.to_owned()));
@@ -136,14 +159,37 @@ async fn converse(
             }
             _ => Err(format!("it is version {own}, and this program another; restart the agent")),
         }
-    });
+    };
+    tokio::pin!(work);
     let done = loop {
         tokio::select! {
-            Some(message) = said.recv() => send(&mut stream, &Answer::Say(message)).await?,
-            done = &mut work => break done?,
+            // An operator who hung up is told nothing.
+            Some(message) = said.recv() => drop(send(&mut stream, &Answer::Say(message)).await),
+            done = &mut work => break done,
         }
     };
-    send(&mut stream, &Answer::Done(done)).await
+    timeout(PATIENCE, send(&mut stream, &Answer::Done(done))).await?
+}
+
+/// Records that somebody is no operator.
+async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
+    tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
+    let entry = Entry {
+        time: audit::now(),
+        action: "operate",
+        request_id: "",
+        identity,
+        rule: None,
+        key: "",
+        token: "",
+        algorithm: None,
+        digest: "",
+        claimed_context: "",
+        outcome: "denied",
+        reason: "operator",
+    };
+    agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
+    Err(OperatorError::NotOperator)
 }
 
 /// Does what an operator asks of a running agent, if they are one.
@@ -155,25 +201,8 @@ async fn attend(
     say: Say<'_>,
 ) -> Result<Output, OperatorError> {
     let setup = agent.setup();
-    let Some(rule) = allowed(&setup.config.operators, &identity) else {
-        tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
-        let entry = Entry {
-            time: audit::now(),
-            action: "operate",
-            request_id: "",
-            identity: &identity,
-            rule: None,
-            key: "",
-            token: "",
-            algorithm: None,
-            digest: "",
-            claimed_context: "",
-            outcome: "denied",
-            reason: "operator",
-        };
-        agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
-        return Err(OperatorError::NotOperator);
-    };
+    // The rules may have changed since it was met.
+    let rule = allowed(&setup.config.operators, &identity).ok_or(OperatorError::NotOperator)?;
     if matches!(command, Command::Reload) {
         let (done, reloaded) = oneshot::channel();
         let sent = reload.send(done).await.is_ok();
@@ -184,7 +213,7 @@ async fn attend(
         };
     }
     let (config, tokens, audit) = (&setup.config, &setup.tokens, &agent.audit);
-    let operator = Operator { config, tokens, audit: Some(audit), identity: &identity, rule: &rule.name };
+    let operator = Operator { config, tokens, audit, identity: &identity, rule: &rule.name };
     Ok(operator.run(command, say).await?)
 }
 
@@ -213,7 +242,8 @@ async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<
     let ask = Ask { version: env!("CARGO_PKG_VERSION").to_owned(), command };
     send(&mut stream, &ask).await.map_err(lost)?;
     loop {
-        let frame = wire::read_async(&mut stream).await.map_err(lost)?;
+        let frame = timeout(ANSWER, wire::read_async(&mut stream)).await;
+        let frame = frame.map_err(|error| lost(error.into()))?.map_err(lost)?;
         match serde_json::from_slice(&frame).map_err(|error| lost(error.into()))? {
             Answer::Say(message) => say(&message),
             Answer::Done(done) => return done.map_err(OperatorError::Told),
@@ -221,8 +251,7 @@ async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<
     }
 }
 
-/// Without an agent. Recorded in a file of its own beside the agent's log. `ask` is asked for the PINs of tokens that
-/// want one typed.
+/// Without an agent. `ask` is asked for the PINs of tokens that want one typed.
 pub async fn alone(
     config: &Config,
     command: &Command,
@@ -232,10 +261,8 @@ pub async fn alone(
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let identity = Identity::from_unix(uid, gid, None);
     let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
-    let now = humantime::format_rfc3339_micros(SystemTime::now());
-    let name = format!("operator-{now}-{}.jsonl", std::process::id());
-    let audit = command.is_recorded().then(|| Audit::open(&config.audit, &name));
-    let audit = audit.transpose().map_err(OperatorError::Log)?;
+    // Whoever holds the log owns the devices: an agent wherever it listens, or another command.
+    let audit = Audit::open(&config.audit, audit::FILE).map_err(OperatorError::Log)?;
     let (mut tokens, mut failed) = (BTreeMap::new(), None);
     for name in command.tokens(config) {
         let Some(configured) = config.tokens.get(name) else { continue };
@@ -245,8 +272,8 @@ pub async fn alone(
         }
         tokens.insert(name.to_owned(), token);
     }
-    let (audit, rule) = (audit.as_ref(), rule.name.as_str());
-    let operator = Operator { config, tokens: &tokens, audit, identity: &identity, rule };
+    let rule = rule.name.as_str();
+    let operator = Operator { config, tokens: &tokens, audit: &audit, identity: &identity, rule };
     let done = match failed {
         // A list says itself what is with each token.
         Some(error) if !matches!(command, Command::List { .. }) => Err(error),
@@ -255,6 +282,8 @@ pub async fn alone(
     for token in tokens.values() {
         token.stop().await;
     }
+    // The next command may follow at once.
+    audit.close();
     done
 }
 

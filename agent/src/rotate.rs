@@ -1,5 +1,6 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
@@ -19,7 +20,12 @@ impl Rotation<'_> {
     /// Names the next key in the configuration and makes it; returns its public half, PEM.
     pub(crate) fn begin(&self, template: Template, object: Option<&str>) -> anyhow::Result<String> {
         let key = self.key()?;
-        ensure!(key.next.is_none(), "{0} has a next key already; --finish puts it in its place", self.name);
+        ensure!(
+            key.next.is_none(),
+            "{0} has a next key already: --finish puts it in its place; was it not made, `omsign-agent key generate \
+             {0}{NEXT}` makes it",
+            self.name
+        );
         ensure!(
             key.tokens.len() == 1,
             "{} lives on several tokens: make the next key on each with the vendor's tools, name it in the configuration \
@@ -30,14 +36,21 @@ impl Rotation<'_> {
             Some(text) => self.given(key, text)?,
             None => following(self.name, &key.object)?,
         };
+        self.is_free(key, &next)?;
         let before = self.text()?;
         self.write(&edit::begin(&before, self.name, &next)?)?;
-        let made = self.make(template);
-        if made.is_err() {
-            // As it was: nothing was made that the file could name.
-            self.write(&before)?;
-        }
-        let public = made?;
+        let public = match self.make(template) {
+            Ok(public) => public,
+            Err(error) => {
+                // It may be there all the same; else the file is as it was, also for an agent that runs.
+                let changed = self.reloaded()?;
+                let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
+                ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
+                self.write(&before)?;
+                ask(self.config, Command::Reload)?;
+                return Err(error);
+            }
+        };
         eprintln!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name);
         eprintln!("  omsign-agent key csr {}{NEXT} --subject …    asks for its certificate", self.name);
         eprintln!("  omsign-agent key rotate {} --finish         puts it in its place", self.name);
@@ -53,6 +66,16 @@ impl Rotation<'_> {
         }
     }
 
+    /// Whether no other key of the configuration is in that place.
+    fn is_free(&self, key: &Key, next: &Object) -> anyhow::Result<()> {
+        for (name, other) in &self.config.keys {
+            let shares = other.tokens.iter().any(|token| key.tokens.contains(token));
+            let there = other.object == *next || other.next.as_ref() == Some(next);
+            ensure!(!(shares && there), "{next} is the place of [key.{name}]; choose another: --object");
+        }
+        Ok(())
+    }
+
     /// Writes the next key into the place of the present one.
     pub(crate) fn finish(&self, chain: Option<&Path>) -> anyhow::Result<String> {
         let key = self.key()?;
@@ -66,17 +89,19 @@ impl Rotation<'_> {
             "{} signs with certificates, and those are for its present key; give the next key's with --certificate-chain",
             self.name
         );
-        let next = self.public(&format!("{}{NEXT}", self.name))?;
+        // What was written by hand, the agent has not read.
+        ask(self.config, Command::Reload)?;
+        let (next, present) = (self.public(&format!("{}{NEXT}", self.name))?, self.public(self.name)?);
         let before = self.text()?;
         let old = match self.written_chain(&before)? {
             // The file that it has is all that verifiers need.
             Some(file) => file,
-            None => self.keep(&self.public(self.name)?, key.previous.len() + 1)?,
+            None => self.keep(&present)?,
         };
         let chain = chain.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
         self.write(&edit::finish(&before, self.name, chain.as_deref(), &old)?)?;
         // Certificates for another key, or none at all: as it was.
-        if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next)) {
+        if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next, &present)) {
             self.write(&before)?;
             return Err(error);
         }
@@ -95,11 +120,18 @@ impl Rotation<'_> {
     }
 
     /// Leaves a public key beside the configuration.
-    fn keep(&self, public: &str, number: usize) -> anyhow::Result<String> {
-        let file = format!("{}.previous-{number}.pem", self.name);
-        let path = self.directory().join(&file);
-        std::fs::write(&path, public).with_context(|| format!("{} cannot be written", path.display()))?;
-        Ok(file)
+    fn keep(&self, public: &str) -> anyhow::Result<String> {
+        for number in 1..1000 {
+            let file = format!("{}.previous-{number}.pem", self.name);
+            let path = self.directory().join(&file);
+            let made = std::fs::OpenOptions::new().write(true).create_new(true).open(&path);
+            match made.and_then(|mut made| made.write_all(public.as_bytes())) {
+                Ok(()) => return Ok(file),
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => bail!("{} cannot be written: {error}", path.display()),
+            }
+        }
+        bail!("too many previous keys in {}", self.directory().display())
     }
 
     /// `certificate_chain`, as the file has it.
@@ -160,14 +192,22 @@ impl Rotation<'_> {
     }
 }
 
-/// Whether the certificates of a key are for this public half.
-fn fits(config: &Config, name: &str, public: &str) -> anyhow::Result<()> {
-    let leaf = config.keys.get(name).and_then(|key| key.certificate_chain.first());
-    let Some(leaf) = leaf else { return Ok(()) };
-    let (_, spki) = der::pem::decode_vec(public.as_bytes()).map_err(|error| anyhow::anyhow!("{error}"))?;
+/// Whether the files of a key say what they should: certificates are for the next one, and what is left of the
+/// present one is there.
+fn fits(config: &Config, name: &str, next: &str, present: &str) -> anyhow::Result<()> {
+    let key = config.keys.get(name).context("the key is gone from the configuration")?;
+    let spki = |public: &str| der::pem::decode_vec(public.as_bytes()).map(|(_, der)| der);
+    let (next, present) =
+        spki(next).and_then(|next| Ok((next, spki(present)?))).map_err(|error| anyhow::anyhow!("{error}"))?;
+    ensure!(
+        key.previous.first().is_some_and(|previous| previous.public_key.0 == present),
+        "the file of certificate_chain no longer holds the present key's certificates, which verifiers need: put the \
+         next key's into another file"
+    );
+    let Some(leaf) = key.certificate_chain.first() else { return Ok(()) };
     let certified = omsign_agent::spki::SpkiDer::of_certificate(leaf);
     ensure!(
-        certified.is_some_and(|found| found.0 == spki),
+        certified.is_some_and(|found| found.0 == next),
         "the certificates are for another key, not for the next one"
     );
     Ok(())

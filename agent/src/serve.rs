@@ -19,7 +19,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
 use crate::algorithm::Padding;
-use crate::audit::Audit;
+use crate::audit::{self, Audit};
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::listen::{Connection, ListenError, Listeners};
 use crate::operator::{self, Reloaded};
@@ -68,7 +68,7 @@ pub enum ServeError {
 /// Runs the daemon until SIGTERM or SIGINT. SIGHUP has it read its configuration, from `path`, anew.
 pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let listeners = Listeners::bind(&config.listen)?;
-    let audit = Audit::open(&config.audit, "audit.jsonl").map_err(ServeError::Audit)?;
+    let audit = Audit::open(&config.audit, audit::FILE).map_err(ServeError::Audit)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let hangup = signal(SignalKind::hangup())?;
     let operators = match &config.listen.operator {
@@ -215,7 +215,7 @@ async fn run(
         stop.await;
         stopping.send_replace(true);
     };
-    let serving = Arc::clone(&agent);
+    let (serving, working) = (Arc::clone(&agent), Arc::clone(&agent));
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .max_concurrent_streams(256)
@@ -241,6 +241,13 @@ async fn run(
             token.stop().await;
         }
     };
+    // What operators have begun is finished and recorded first.
+    let operators = u32::try_from(operator::CONNECTIONS).unwrap_or(u32::MAX);
+    if timeout(shutdown_timeout, working.operators.acquire_many(operators)).await.is_err() {
+        tracing::warn!(
+            "an operator's command was still at work at the end of shutdown_timeout; it is dropped"
+        );
+    }
     let _ = timeout(Duration::from_secs(5), close).await;
     Ok(ended?)
 }
@@ -280,10 +287,24 @@ impl Reload {
         if config.listen != before.config.listen || config.audit != before.config.audit {
             tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
         }
+        if let Some(path) = &before.config.listen.operator {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
+            if let Err(error) = std::fs::set_permissions(path, mode) {
+                tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
+            }
+        }
         let (closed, new) = agent.reload(config);
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
+        for token in new.iter().filter(|token| token.wants_prompt()) {
+            let name = &token.name;
+            tracing::warn!(token = %name, "it is opened anew and waits for its PIN: `omsign agent unlock {name} --ask-pin`");
+        }
         for token in closed {
-            reporter.clone().clear_service_status(&format!("token.{}", token.name)).await;
+            let mut reporter = reporter.clone();
+            tokio::spawn(async move {
+                token.close().await;
+                reporter.clear_service_status(&format!("token.{}", token.name)).await;
+            });
         }
         for token in new {
             tokio::spawn(report(token, reporter.clone()));
@@ -312,7 +333,10 @@ async fn report(token: Arc<Token>, reporter: HealthReporter) {
 
 /// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
 async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
-    if !std::io::stdin().is_terminal() {
+    // In the background, asking would stop the whole agent.
+    let foreground =
+        rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
+    if !std::io::stdin().is_terminal() || !foreground {
         return;
     }
     for token in tokens.iter().filter(|token| token.wants_prompt()) {

@@ -33,9 +33,11 @@ impl Setup {
         }
         let start = |(name, token): (&String, &config::Token)| {
             let keys = objects.remove(name.as_str()).unwrap_or_default();
-            let old = before.and_then(|before| before.tokens.get(name));
+            // Of the same name, or, renamed, for the same device: that belongs to one process.
+            let old =
+                before.and_then(|before| before.tokens.get(name).or_else(|| before.gone(&config, token)));
             let token = match old {
-                Some(old) if old.is_for(token, &keys) => Arc::clone(old),
+                Some(old) if old.name == *name && old.is_for(token, &keys) => Arc::clone(old),
                 old => Token::start(name, token.clone(), keys, old.cloned()),
             };
             (name.clone(), token)
@@ -62,6 +64,12 @@ impl Setup {
         };
         let keys = config.keys.iter().map(entry).collect();
         Self { config, tokens, keys }
+    }
+
+    /// The token for this device that another configuration does not name any more.
+    fn gone(&self, next: &Config, token: &config::Token) -> Option<&Arc<Token>> {
+        let mut gone = self.tokens.iter().filter(|(name, _)| !next.tokens.contains_key(*name));
+        gone.find(|(_, old)| old.is_of(token)).map(|(_, old)| old)
     }
 
     /// Tokens of this one that `next` does not have: nobody closes those.

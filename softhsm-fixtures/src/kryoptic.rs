@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 
-use crate::write_private;
+use crate::{built, write_private};
 
 /// The user PIN of every token made here. Long enough to be searched for in logs.
 pub const PIN: &str = "kry-pin-77120";
@@ -77,28 +77,21 @@ impl Kryoptic {
         &self.label
     }
 
-    /// Makes a P-384 key; returns a file with its public half, PEM.
+    /// Makes a P-384 key, with our own agent's command; returns a file with its public half, PEM.
     pub fn generate(&self, name: &str) -> anyhow::Result<PathBuf> {
-        let login = ["--login", "--token-label", &self.label, "--pin", PIN];
-        let key = ["--keypairgen", "--key-type", "EC:secp384r1", "--label", name, "--id", "01"];
-        self.tool(&[&login[..], &key, &["--usage-sign"]].concat())?;
-        let der = self.directory.join(format!("{name}.der"));
-        let file = der.display().to_string();
-        self.tool(&[
-            "--read-object",
-            "--type",
-            "pubkey",
-            "--token-label",
-            &self.label,
-            "--label",
-            name,
-            "-o",
-            &file,
-        ])?;
-        let public = openssl::pkey::PKey::public_key_from_der(&std::fs::read(&der)?)?;
-        let pem = self.directory.join(format!("{name}.pub.pem"));
-        std::fs::write(&pem, public.public_key_to_pem()?)?;
-        Ok(pem)
+        let config = format!(
+            "[audit]\ndirectory = \"audit\"\n{}\n[key.{name}]\ntoken = \"{name}\"\nobject = {{ label = \"{name}\" }}\n\
+             [[key.{name}.allow]]\nunix = {{ uid = 0 }}\n",
+            self.section(name)?
+        );
+        let file = self.directory.join("generate.toml");
+        std::fs::write(&file, config)?;
+        let mut agent = Command::new(built("omsign-agent")?);
+        let made = agent.args(["key", "generate", name, "--type", "p384", "--config"]).arg(file).output()?;
+        ensure!(made.status.success(), "key generate: {}", String::from_utf8_lossy(&made.stderr));
+        let public = self.directory.join(format!("{name}.pub.pem"));
+        std::fs::write(&public, made.stdout)?;
+        Ok(public)
     }
 
     /// Runs `pkcs11-tool` on it.

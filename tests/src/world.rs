@@ -50,6 +50,19 @@ impl World {
         Ok(token)
     }
 
+    /// A token `a` with a P-256 key `k`, and its twin in `b`: a copy of everything it holds.
+    pub fn twins(&self) -> anyhow::Result<(SoftHsm, SoftHsm)> {
+        let first = self.token("a", "k", KeyType::P256)?;
+        let second = SoftHsm { directory: self.path("b"), label: first.label.clone() };
+        ensure!(
+            Command::new("cp").arg("-r").arg(&first.directory).arg(&second.directory).status()?.success()
+        );
+        let config = std::fs::read_to_string(second.config())?;
+        let (from, to) = (first.tokens().display().to_string(), second.tokens().display().to_string());
+        std::fs::write(second.config(), config.replace(&from, &to))?;
+        Ok((first, second))
+    }
+
     /// A TLS CA with a server and a client `ci`: `NAME-ca.pem`, `NAME-server.pem`, `NAME-client.pem` and keys.
     pub fn tls(&self, name: &str) -> anyhow::Result<()> {
         let ca = Ca::create(name)?;

@@ -34,7 +34,10 @@ impl AuditFile {
             .open(&path)
             .map_err(|error| with_path(error, &path))?;
         file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => with_path(io::Error::other("another agent writes to it"), &path),
+            TryLockError::WouldBlock => with_path(
+                io::Error::other("an agent, or an operator's command, is running and owns the devices"),
+                &path,
+            ),
             TryLockError::Error(error) => with_path(error, &path),
         })?;
         // The directory entry has to survive a power cut as well as the lines do.

@@ -5,6 +5,7 @@ mod file;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
@@ -19,6 +20,9 @@ const LONGEST_GATHER: Duration = Duration::from_millis(2);
 
 /// How many lines may wait to be written.
 const BACKLOG: usize = 4096;
+
+/// The log's file. Whoever holds it owns the devices.
+pub const FILE: &str = "audit.jsonl";
 
 /// One decision.
 #[derive(Debug, Serialize)]
@@ -83,7 +87,7 @@ impl Drop for Announced<'_> {
 /// How lines get into the file.
 enum Writer {
     /// By a thread that syncs: one fsync for all lines that wait.
-    Thread(mpsc::Sender<Line>),
+    Thread(mpsc::Sender<Line>, JoinHandle<()>),
     /// At once, into the page cache: a thread would cost more than the write.
     Direct(Mutex<AuditFile>),
 }
@@ -123,8 +127,17 @@ impl Audit {
                 }
             }
         };
-        std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { writer: Writer::Thread(lines), failing, in_flight: announced })
+        let thread = std::thread::Builder::new().name("audit".into()).spawn(write)?;
+        Ok(Self { writer: Writer::Thread(lines, thread), failing, in_flight: announced })
+    }
+
+    /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
+    pub fn close(self) {
+        if let Writer::Thread(lines, thread) = self.writer {
+            drop(lines);
+            // A thread that panicked has let go, too.
+            let _ = thread.join();
+        }
     }
 
     /// Says that an entry is on its way.
@@ -140,7 +153,7 @@ impl Audit {
         let stopped = || AuditError("its writer stopped".into());
         match &self.writer {
             Writer::Direct(file) => append(&mut *file.lock().map_err(|_| stopped())?, &text, &self.failing),
-            Writer::Thread(lines) => {
+            Writer::Thread(lines, _) => {
                 let (durable, done) = oneshot::channel();
                 lines.send(Line { text, durable }).await.map_err(|_| stopped())?;
                 done.await.map_err(|_| stopped())?

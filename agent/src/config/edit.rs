@@ -51,21 +51,15 @@ pub fn write(path: &Path, text: &str) -> Result<(), EditError> {
     // A link stays one.
     let path = fs::canonicalize(path)?;
     let before = fs::metadata(&path)?;
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
-    let new = path.with_file_name(name);
-    let written = (|| {
-        let mut file = fs::File::create(&new)?;
-        std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))?;
-        file.set_permissions(before.permissions())?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&new, &path)
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    Ok(written?)
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    // A name that nobody can guess: whoever else may write here must not choose what is written to.
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))?;
+    file.as_file().set_permissions(before.permissions())?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    file.persist(&path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 fn section<'a>(document: &'a mut DocumentMut, name: &str) -> Result<&'a mut Table, EditError> {

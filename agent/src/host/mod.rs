@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
+use self::task::Task;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
@@ -111,7 +112,10 @@ impl Shared<'_> {
                     (Answer::new(id, outcome), failure)
                 }
                 Ok(Asked::Do(task)) => {
-                    let _ = self.answer(&Answer::begun(id), false);
+                    // YubiKeys and TPMs need minutes for some RSA keys; nothing else takes long.
+                    if matches!(task, Task::Generate(..)) {
+                        let _ = self.answer(&Answer::begun(id), false);
+                    }
                     let outcome = self.device.operate(&task, &touch);
                     let failure = outcome.as_ref().err().cloned();
                     (Answer::done(id, outcome), failure)

@@ -132,6 +132,8 @@ pub(crate) struct SurveyedToken {
     pub(crate) device: String,
     pub(crate) selected: bool,
     pub(crate) factory: Vec<Factory>,
+    /// Places that hold keys, where that can be seen without a login.
+    pub(crate) objects: Vec<config::Object>,
     /// Things worth knowing: PIN flags, session limit.
     pub(crate) notes: Vec<String>,
 }
@@ -227,7 +229,7 @@ pub(crate) struct Answer {
     /// Not the answer yet: the device waits for a touch, and this says which.
     #[prost(string, tag = "5")]
     pub(crate) touch: String,
-    /// Not the answer yet: the task has begun, and may take long.
+    /// Not the answer yet: a task has begun that may take minutes.
     #[prost(bool, tag = "6")]
     pub(crate) begun: bool,
 }

@@ -8,11 +8,14 @@ use zeroize::Zeroizing;
 
 use super::{Ask, Init, InitError, Left, Secret};
 use crate::algorithm::KeyType;
-use crate::config::{Device, PinSource, Profile, Tcti, Token, TokenSelector};
+use crate::config::{Device, Object, PinSource, Profile, Tcti, Token, TokenSelector};
 use crate::host::task::TouchPolicy;
 use crate::host::wire::{Factory, Fresh, Survey};
 use crate::secret::Pin;
 use crate::token::{prepare, survey};
+
+/// What every YubiKey has when it is new: its PIN and its PUK.
+const FACTORY: [&str; 2] = ["123456", "12345678"];
 
 /// What kind of device somebody has.
 #[derive(Clone, Debug, clap::Subcommand)]
@@ -159,6 +162,14 @@ impl Init {
         };
         let (is, label) = (|which| card.factory.contains(&which), &card.label);
         let serial = label.parse().map_err(|_| InitError::Device("the card has no serial number".into()))?;
+        let slot_number = Object::piv_slot(slot);
+        let wanted =
+            slot_number.ok_or_else(|| InitError::Device(format!("there is no slot {slot:?} for keys")))?;
+        if card.objects.contains(&wanted) {
+            let message =
+                format!("the card has a key in {wanted} already; choose another: --slot 9a, 82 to 95");
+            return Err(InitError::Device(message));
+        }
         let mut fresh = Fresh::default();
         fresh.management_key = is(Factory::ManagementKey);
         if is(Factory::Pin) {
@@ -186,6 +197,7 @@ impl Init {
             let given = Pin::new(pin.to_string());
             let done = prepare(&self.name, &bare(Device::Piv { serial }), given, fresh).await;
             done.map_err(InitError::Device)?;
+            say("changed; from here on they are what you typed");
         }
         Ok(Chosen {
             token: format!("backend = \"piv\"\nserial = {serial}\npin = \"prompt\"\n"),
@@ -210,7 +222,8 @@ impl Init {
         let absent = || {
             InitError::Device("the profile's library is not installed; give its path with --module".into())
         };
-        let module = known.ok_or_else(absent)?;
+        let module = std::path::absolute(known.ok_or_else(absent)?)
+            .map_err(|source| InitError::System { what: "cannot find the module".into(), source })?;
         let known = named.unwrap_or_else(|| Profile::of_module(&module));
         let select = TokenSelector { label: label.map(str::to_owned), ..TokenSelector::default() };
         let token = bare(Device::Pkcs11 { module: module.clone(), select, profile: Box::new(known.clone()) });
@@ -289,6 +302,11 @@ fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> 
 /// A new PIN or PUK, typed twice. A card takes 6 to 8 bytes.
 fn chosen(what: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
     let first = answer(what, ask)?;
+    if FACTORY.contains(&first.as_str()) {
+        return Err(InitError::Answer(
+            "that is what every YubiKey has when it is new; nothing was changed".into(),
+        ));
+    }
     if !(6..=8).contains(&first.len()) {
         return Err(InitError::Answer(format!("a {what} has 6 to 8 characters; nothing was changed")));
     }

@@ -25,6 +25,8 @@ const FILE: &str = "agent.toml";
 pub struct Init {
     /// Where the configuration goes.
     pub directory: PathBuf,
+    /// Whether its socket and its records go there, too, rather than where callers look for them.
+    pub apart: bool,
     /// The key's name.
     pub name: String,
     /// What kind of key; none for what suits the device.
@@ -79,6 +81,17 @@ pub enum InitError {
         /// Why.
         source: io::Error,
     },
+    /// The key, perhaps.
+    #[error("{error}; {config} stays, since the device may have made the key: mend it, then run `omsign-agent key generate \
+             {name} --config {config}`", config = .config.display())]
+    Begun {
+        /// The configuration.
+        config: PathBuf,
+        /// The key's name.
+        name: String,
+        /// What went wrong.
+        error: Box<OperatorError>,
+    },
     /// The key.
     #[error(transparent)]
     Operator(#[from] OperatorError),
@@ -100,9 +113,10 @@ impl Init {
         let mut left = Left(Vec::new());
         let Chosen { token, object, key_type, pin, notes } = self.choose(ask, say, &mut left).await?;
         let uid = rustix::process::geteuid().as_raw();
-        // Where it listens and what it records are the defaults, which callers know.
+        let apart = "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n\n";
+        let places = if self.apart { apart } else { "" };
         let text = format!(
-            "# Made by `omsign-agent init`. What every option means: hsm-config/ in omsign's repository.\n\n\
+            "# Made by `omsign-agent init`. What every option means: hsm-config/ in omsign's repository.\n\n{places}\
              [token.{name}]\n{token}\n[key.{name}]\ntoken = \"{name}\"\nobject = {object}\n\
              # certificate_chain = \"{name}-chain.pem\"\n[[key.{name}.allow]]\nunix = {{ uid = {uid} }}\n",
             name = self.name,
@@ -122,10 +136,17 @@ impl Init {
         let template = Template { key_type, no_da, pin_policy: None, touch_policy };
         let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
         say("making the key");
-        operator::alone(&loaded, &Command::Generate { key: self.name.clone(), template }, say, &typed)
-            .await?;
-        // From here on there is a key, and its configuration stays.
-        left.0.clear();
+        let generate = Command::Generate { key: self.name.clone(), template };
+        match operator::alone(&loaded, &generate, say, &typed).await {
+            Ok(_) => left.0.clear(),
+            // The device did not open, or was not asked: nothing was made.
+            Err(error @ (OperatorError::Token { .. } | OperatorError::Log(_))) => return Err(error.into()),
+            // Whether a key was made only the device knows, and what opens it is here.
+            Err(error) => {
+                left.0.clear();
+                return Err(InitError::Begun { config, name: self.name.clone(), error: Box::new(error) });
+            }
+        }
         let csr = Command::Csr { key: self.name.clone(), subject };
         if let Output::Pem(text) = operator::alone(&loaded, &csr, say, &typed).await? {
             left.write(&request, &text)?;

@@ -57,6 +57,8 @@ pub struct Findings {
     pub proven: Vec<String>,
     /// What is said, and not proven. With anything here, the key's origin is not proven.
     pub unproven: Vec<String>,
+    /// What is there beside, and proves nothing of the key.
+    pub noted: Vec<String>,
 }
 
 /// Why a file proves nothing.
@@ -129,7 +131,7 @@ impl Attestation {
         if by.issued(&leaf) != openssl::x509::X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
             return Err(wrong("the card did not sign the key's certificate"));
         }
-        if !may_certify(&by) {
+        if !may_certify(&by, trust.roots.is_empty()) {
             return Err(wrong("the card's certificate is not for signing certificates"));
         }
         let certificate =
@@ -199,16 +201,18 @@ impl Attestation {
                  give it with --attestation-key"
             )),
         }
-        if endorsement_certificate.is_empty() {
-            findings.unproven.push("whose TPM it is: it has no endorsement certificate".to_owned());
-        } else if trust.roots.is_empty() {
-            findings.unproven.push("whose TPM it is: give its maker's certificates with --roots".to_owned());
-        } else {
-            let malformed = |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
-            let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
-            path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
-            findings.proven.push("the endorsement certificate is by the TPM's maker".to_owned());
-        }
+        // Only the TPM itself could tie its endorsement key to the attestation key.
+        findings.noted.push(match (endorsement_certificate.is_empty(), trust.roots.is_empty()) {
+            (true, _) => "there is no endorsement certificate".to_owned(),
+            (false, true) => "whose endorsement certificate it is was not checked: --roots".to_owned(),
+            (false, false) => {
+                let malformed =
+                    |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
+                let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
+                path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
+                "the endorsement certificate is by the TPM's maker".to_owned()
+            }
+        });
         Ok(findings)
     }
 
@@ -244,14 +248,14 @@ fn path(leaf: &X509, between: Vec<X509>, roots: &[X509]) -> Result<(), Attestati
     }
 }
 
-/// Unless a certificate says that it is no CA's; older cards' certificates say nothing (firmware 5.2 and before).
-fn may_certify(certificate: &X509) -> bool {
+/// Whether a certificate says that it is a CA's. Those of Yubico's older cards say nothing (firmware 5.2 and before).
+fn may_certify(certificate: &X509, by_yubico: bool) -> bool {
     use x509_cert::ext::pkix::BasicConstraints;
     let parsed = certificate.to_der().ok().and_then(|der| Certificate::from_der(&der).ok());
     let constraints = parsed.map(|parsed| parsed.tbs_certificate().get_extension::<BasicConstraints>());
     match constraints {
         Some(Ok(Some((_, constraints)))) => constraints.ca,
-        Some(Ok(None)) => true,
+        Some(Ok(None)) => by_yubico,
         Some(Err(_)) | None => false,
     }
 }

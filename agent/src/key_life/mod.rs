@@ -52,7 +52,7 @@ pub enum Command {
         /// What kind.
         template: Template,
     },
-    /// The public half.
+    /// The public half, which has to be the same on all of its tokens.
     Public {
         /// Name of the key.
         key: String,
@@ -93,6 +93,8 @@ pub enum Command {
     Delete {
         /// Name of the key.
         key: String,
+        /// Its public half as it was confirmed: SubjectPublicKeyInfo, PEM. Names may come to mean other keys.
+        public: String,
     },
 }
 
@@ -164,8 +166,8 @@ pub struct Operator<'a> {
     pub config: &'a Config,
     /// Open tokens, by name.
     pub tokens: &'a BTreeMap<String, Arc<Token>>,
-    /// Where it is recorded. None for what is not.
-    pub audit: Option<&'a Audit>,
+    /// Where it is recorded.
+    pub audit: &'a Audit,
     /// Who asks.
     pub identity: &'a Identity,
     /// The rule that lets them.
@@ -180,11 +182,6 @@ struct Place<'a> {
 }
 
 impl Command {
-    /// Whether there is a record of it.
-    pub fn is_recorded(&self) -> bool {
-        self.recorded().is_some()
-    }
-
     /// The tokens that it is about.
     pub fn tokens<'a>(&'a self, config: &'a Config) -> Vec<&'a str> {
         let key = match self {
@@ -197,12 +194,12 @@ impl Command {
             | Self::SelfSign { key, .. }
             | Self::ImportCertificate { key, .. }
             | Self::Attest { key, .. }
-            | Self::Delete { key } => key,
+            | Self::Delete { key, .. } => key,
         };
         let found = config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
         let tokens = found.map(|key| key.tokens.as_slice()).unwrap_or_default();
-        // Only what is deleted is deleted everywhere.
-        let all = if matches!(self, Self::Delete { .. }) { tokens.len() } else { 1 };
+        let everywhere = matches!(self, Self::Delete { .. } | Self::Public { .. });
+        let all = if everywhere { tokens.len() } else { 1 };
         tokens.iter().take(all).map(String::as_str).collect()
     }
 
@@ -215,18 +212,28 @@ impl Command {
             Self::SelfSign { key, .. } => Some(("self-sign", key)),
             Self::ImportCertificate { key, .. } => Some(("import-certificate", key)),
             Self::Attest { key, .. } => Some(("attest", key)),
-            Self::Delete { key } => Some(("delete", key)),
+            Self::Delete { key, .. } => Some(("delete", key)),
         }
+    }
+
+    /// Whether it changes what is on the device: then the log has to work before it is begun.
+    fn changes(&self) -> bool {
+        matches!(self, Self::Generate { .. } | Self::ImportCertificate { .. } | Self::Delete { .. })
     }
 }
 
 impl Operator<'_> {
     /// Does it, and records it before anything is released. `say` is told what a person has to do meanwhile.
     pub async fn run(&self, command: &Command, say: Say<'_>) -> Result<Output, KeyLifeError> {
+        let recorded = command.recorded();
+        if let Some((action, key)) = recorded.filter(|_| command.changes()) {
+            self.record(action, key, "begun", "").await?;
+        }
         let done = self.carry_out(command, say).await;
-        if let Some((action, key)) = command.recorded() {
+        if let Some((action, key)) = recorded {
             let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
-            self.record(action, key, &reason).await?;
+            let outcome = if reason.is_empty() { "done" } else { "failed" };
+            self.record(action, key, outcome, &reason).await?;
         }
         done
     }
@@ -243,8 +250,16 @@ impl Operator<'_> {
             }
             Command::Public { key } => {
                 let place = self.place(key)?;
-                let found = place.public(Task::Find(place.spec.clone()), say).await?;
-                Ok(Output::Pem(pem(&found.spki)?))
+                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                for token in command.tokens(self.config).into_iter().skip(1) {
+                    let other = self.place_on(key, Some(token))?;
+                    if other.public(Task::Find(other.spec.clone()), say).await? != public {
+                        return Err(
+                            other.failed(TokenError::Refused("it holds another key than the others".into()))
+                        );
+                    }
+                }
+                Ok(Output::Pem(pem(&public.spki)?))
             }
             Command::Csr { key, subject } => {
                 let place = self.place(key)?;
@@ -278,12 +293,20 @@ impl Operator<'_> {
                 }
             }
             Command::Reload => Ok(Output::Done),
-            Command::Delete { key } => {
-                // First the others: should one of them fail, the first is still there to be named.
-                for token in command.tokens(self.config).into_iter().rev() {
-                    let place = self.place_on(key, Some(token))?;
+            Command::Delete { key, public } => {
+                let places =
+                    command.tokens(self.config).into_iter().map(|token| self.place_on(key, Some(token)));
+                let places: Vec<_> = places.collect::<Result<_, _>>()?;
+                // All of them are there, and what was confirmed, before the first is gone.
+                for place in &places {
+                    let found = place.public(Task::Find(place.spec.clone()), say).await?;
+                    if pem(&found.spki)? != *public {
+                        return Err(place
+                            .failed(TokenError::Refused("it holds another key than was confirmed".into())));
+                    }
+                }
+                for place in &places {
                     place.ask(Task::Delete(place.spec.clone()), say).await?;
-                    place.token.look_again().await;
                 }
                 Ok(Output::Done)
             }
@@ -338,7 +361,13 @@ impl Operator<'_> {
         Ok(Place { name, token, spec })
     }
 
-    async fn record(&self, action: &'static str, key: &str, reason: &str) -> Result<(), AuditError> {
+    async fn record(
+        &self,
+        action: &'static str,
+        key: &str,
+        outcome: &'static str,
+        reason: &str,
+    ) -> Result<(), AuditError> {
         let token = self.place(key).map(|place| place.token.name.clone()).unwrap_or_default();
         let entry = Entry {
             time: audit::now(),
@@ -351,13 +380,10 @@ impl Operator<'_> {
             algorithm: None,
             digest: "",
             claimed_context: "",
-            outcome: if reason.is_empty() { "done" } else { "failed" },
+            outcome,
             reason,
         };
-        match self.audit {
-            Some(audit) => audit.record(&entry).await,
-            None => Ok(()),
-        }
+        self.audit.record(&entry).await
     }
 }
 

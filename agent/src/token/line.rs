@@ -20,7 +20,7 @@ const AHEAD: usize = 4;
 /// How long a device waits for a finger; YubiKeys take 15 s.
 const TOUCH: Duration = Duration::from_secs(16);
 
-/// How long an operator's task may take: YubiKeys and TPMs need minutes for some RSA keys.
+/// How long a device may take to make a key: YubiKeys and TPMs need minutes for some RSA keys.
 const TASK: Duration = Duration::from_secs(300);
 
 type Outcome = Result<Vec<u8>, Failure>;
@@ -183,10 +183,12 @@ impl Host {
     pub(super) fn hangs(&self, limit: Duration) -> bool {
         let pending = self.pending();
         let now = Instant::now();
-        if pending.waiting.values().any(|waiting| waiting.busy_until.is_some_and(|until| until > now)) {
+        let busy = |waiting: &Waiting| waiting.busy_until.is_some_and(|until| until > now);
+        // With one session, everybody waits behind it; with more, the others go on.
+        if self.opened.sessions == 1 && pending.waiting.values().any(busy) {
             return false;
         }
-        let sent = pending.waiting.values().map(|waiting| waiting.sent);
+        let sent = pending.waiting.values().filter(|waiting| !busy(waiting)).map(|waiting| waiting.sent);
         let Some(oldest) = sent.map(|sent| pending.free_since.map_or(sent, |free| free.max(sent))).min()
         else {
             return false;

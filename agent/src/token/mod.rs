@@ -241,6 +241,11 @@ impl Token {
         self.config == *config && self.keys == keys
     }
 
+    /// Whether it is this device's.
+    pub(crate) fn is_of(&self, config: &config::Token) -> bool {
+        self.config.device == config.device
+    }
+
     /// Closes the device once the requests that have begun are answered, or have had their time.
     pub(crate) async fn close(&self) {
         let deadline = Instant::now() + LAST_REQUESTS;

@@ -212,19 +212,21 @@ impl Process {
                 }
             }
         };
+        let missing = host.opened.keys.iter().any(Result::is_err);
         let told = async {
             loop {
                 match commands.recv().await {
-                    Some(Command::Unlock(pin, done)) if host.opened.keys.iter().any(Result::is_err) => {
+                    Some(Command::Unlock(pin, done)) if missing => {
+                        drain(host).await;
                         return End::Reopen(pin, done);
                     }
                     Some(Command::Unlock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
-                    // What an operator typed is not ours to offer again.
-                    Some(Command::LookAgain) if look_again.is_none() => {}
+                    // What an operator typed is not ours to offer again, and keys that are there need no look.
+                    Some(Command::LookAgain) if look_again.is_none() || !missing => {}
                     Some(Command::LookAgain) => {
-                        idle(host).await;
+                        drain(host).await;
                         return End::LookAgain;
                     }
                     Some(Command::Stop(stopped)) => return End::Stop(stopped),
@@ -232,12 +234,12 @@ impl Process {
                 }
             }
         };
-        let missing = host.opened.keys.iter().any(Result::is_err);
         let look_again = async {
             match look_again.filter(|_| missing) {
                 Some(pause) => loop {
                     tokio::time::sleep(pause).await;
                     if host.is_idle() {
+                        drain(host).await;
                         return End::LookAgain;
                     }
                 },
@@ -268,8 +270,10 @@ impl Process {
     }
 }
 
-/// Waits until nobody waits for this process, or for the longest that they may be kept from the new keys.
-async fn idle(host: &Host) {
+/// Takes no more requests, and waits until those that are with the process are answered, or had their time. New
+/// ones wait for the next process.
+async fn drain(host: &Host) {
+    host.window.close();
     let idle = async {
         while !host.is_idle() {
             tokio::time::sleep(Duration::from_millis(20)).await;

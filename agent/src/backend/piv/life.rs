@@ -5,10 +5,10 @@ use yubikey::certificate::CertInfo;
 use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
 use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
-use super::super::refused;
+use super::super::{locked, refused};
 use super::errors::classify;
 use super::{Card, is_factorys, keys};
-use crate::algorithm::KeyType;
+use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
 use crate::host::wire::{Failure, KeySpec};
@@ -90,6 +90,9 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
     if template.no_da {
         return Err(refused("--no-da is for keys of a TPM".into()));
     }
+    if template.key_type.is_rsa() && key.padding == Padding::Pss {
+        return Err(refused("an RSA key on a card signs with padding = \"pkcs1\"".into()));
+    }
     let algorithm = match template.key_type {
         KeyType::P256 => AlgorithmId::EccP256,
         KeyType::P384 => AlgorithmId::EccP384,
@@ -133,6 +136,9 @@ fn manage(card: &mut Card) -> Result<(), Failure> {
              `ykman piv access change-management-key --generate --protect`"
                 .into(),
         ));
+    }
+    if card.renew()? <= 1 {
+        return Err(locked("somebody entered wrong PINs: one more would block it".into()));
     }
     card.verify().map_err(|error| classify("verify the PIN", &error))?;
     let key = MgmKey::get_protected(&mut card.yubikey).map_err(|_| {

@@ -16,6 +16,7 @@ use self::errors::{classify, holder};
 use self::keys::Key;
 use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
+use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Factory, Failure, Fresh, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
@@ -92,7 +93,11 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
         }
     }
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
-    Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, notes })
+    let taken = PIV_SLOTS.into_iter().flatten().filter(|number| {
+        SlotId::try_from(*number).is_ok_and(|slot| piv::metadata(&mut yubikey, slot).is_ok())
+    });
+    let objects = taken.map(Object::PivSlot).collect();
+    Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, objects, notes })
 }
 
 /// Whether a PIN, PUK or management key is one that everybody knows; no, where the firmware does not tell.
@@ -121,7 +126,8 @@ pub(super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) -> Result<()
         pin = Pin::new(fresh.pin.clone());
     }
     if !fresh.puk.is_empty() {
-        yubikey.change_puk(FACTORY_PUK, fresh.puk.as_bytes()).map_err(failed("change the PUK"))?;
+        let changed = yubikey.change_puk(FACTORY_PUK, fresh.puk.as_bytes());
+        changed.map_err(failed("change the PUK, after the PIN was changed"))?;
     }
     if fresh.management_key {
         let pin = pin.ok_or_else(|| locked("it waits for its PIN".into()))?;
@@ -186,6 +192,21 @@ fn verified(
 }
 
 impl Card {
+    /// Selects our application again, and connects again after a reset; neither costs a try. Not the crate's own way
+    /// to connect again: it offers the PIN without a look at the tries that are left. Returns those.
+    fn renew(&mut self) -> Result<u8, Failure> {
+        let tries = match self.yubikey.get_pin_retries() {
+            Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }) => {
+                let old = std::mem::replace(&mut self.yubikey, connect(self.serial)?);
+                // Dropped, it would reset the card once more.
+                let _ = old.disconnect(pcsc::Disposition::LeaveCard);
+                self.yubikey.get_pin_retries()
+            }
+            asked => asked,
+        };
+        tries.map_err(|error| classify("select the PIV application", &error))
+    }
+
     /// Signs; does again what other programs undid, once.
     fn sign(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, Failure> {
         let started = Instant::now();
@@ -197,19 +218,13 @@ impl Card {
             yubikey::Error::AuthenticationError if started.elapsed() >= PATIENCE => {
                 return Err(refused("nobody touched it in time".into()));
             }
-            // Another program reset the card, as most do when they end. Not the crate's own way to connect again:
-            // it offers the PIN without a look at the tries that are left.
-            yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) } => {
-                let old = std::mem::replace(&mut self.yubikey, connect(self.serial)?);
-                // Dropped, it would reset the card once more.
-                let _ = old.disconnect(pcsc::Disposition::LeaveCard);
-            }
-            yubikey::Error::AuthenticationError | yubikey::Error::GenericError => {}
+            // Another program reset the card, as most do when they end, or used it.
+            yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }
+            | yubikey::Error::AuthenticationError
+            | yubikey::Error::GenericError => {}
             error => return Err(classify("sign", &error)),
         }
-        // Selects our application again, and costs no try.
-        let tries = self.yubikey.get_pin_retries();
-        let tries = tries.map_err(|error| classify("select the PIV application", &error))?;
+        let tries = self.renew()?;
         if key.pin != PinPolicy::Never && self.pin.is_some() {
             if tries <= 1 {
                 return Err(locked("somebody entered wrong PINs: one more would block it".into()));
@@ -276,6 +291,8 @@ impl Device for OpenPiv {
 
     fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
         let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
+        // Other programs may have used it since.
+        card.renew()?;
         life::operate(&mut card, task, touch)
     }
 

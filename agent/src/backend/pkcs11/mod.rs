@@ -60,9 +60,12 @@ pub(super) fn open(
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
-    // One session is the anchor's.
+    // One session is the anchor's, and one for operators' tasks, where the token has that many.
     let limit = match info.max_session_count() {
-        Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(1),
+        Limit::Max(limit) => match usize::try_from(limit).unwrap_or(usize::MAX) {
+            few @ 0..=2 => few.saturating_sub(1),
+            many => many - 2,
+        },
         Limit::Infinite | Limit::Unavailable => usize::MAX,
     };
     let limit = profile.max_sessions.map_or(limit, |most| limit.min(most.saturating_sub(1)));
@@ -137,6 +140,7 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             device: device(&info),
             selected: selects(select, slot, &info),
             factory: Vec::new(),
+            objects: Vec::new(),
             notes: login::notes(&info),
         });
     }

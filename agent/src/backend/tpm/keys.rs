@@ -40,14 +40,13 @@ pub(super) fn open(
     auth: Option<Auth>,
     by_operator: bool,
 ) -> Result<(Key, PublicKey), Failure> {
-    let waits = || locked("it waits for its authorization value".into());
     let (handle, auth) = match &key.object {
         Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
         Object::TpmFile(path) => {
             let file = KeyFile::read(path)?;
             let auth = auth.filter(|_| file.has_auth);
             if file.has_auth && auth.is_none() {
-                return Err(waits());
+                return Err(waits(&key.object));
             }
             (load(context, file)?, auth)
         }
@@ -59,6 +58,13 @@ pub(super) fn open(
         let _ = release(context, &key.object, handle);
     }
     opened
+}
+
+/// No value is configured, so none was offered.
+fn waits(object: &Object) -> Failure {
+    locked(format!(
+        "the key with {object} may ask for an authorization value, and the token has none: pin = …"
+    ))
 }
 
 /// Lets go of a key: a TPM has room for three that are loaded, or so.
@@ -92,7 +98,7 @@ fn check(
         (None, Object::TpmHandle(_))
             if guard.pcrs.is_none() && !public.object_attributes().no_da() && !by_operator =>
         {
-            return Err(locked("it waits for its authorization value".into()));
+            return Err(waits(object));
         }
         (None, _) => {}
     }

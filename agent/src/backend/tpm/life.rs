@@ -26,7 +26,7 @@ use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
 use super::keys::Key;
 use super::{attest, keys};
-use crate::algorithm::KeyType;
+use crate::algorithm::{KeyType, Padding};
 use crate::config::Object;
 use crate::host::task::{Done, Listed, Task, Template};
 use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
@@ -64,15 +64,19 @@ fn open(
     key: &KeySpec,
     then: impl FnOnce(&mut Context, &Key, PublicKey) -> Result<Done, Failure>,
 ) -> Result<Done, Failure> {
-    let opened = keys::open(context, key, auth.cloned(), false).map_err(|failure| match failure.class {
-        // No value was offered: that one waits for one is no reason to close the whole TPM.
-        Class::Locked if auth.is_none() => refused(failure.message),
-        _ => failure,
-    });
+    let opened = keys::open(context, key, auth.cloned(), false).map_err(|failure| keys_own(auth, failure));
     let (opened, public) = opened?;
     let done = then(context, &opened, public);
     keys::release(context, &key.object, opened.handle)?;
     done
+}
+
+/// A key that waits for a value while none is configured is no reason to lock the TPM's other keys.
+pub(super) fn keys_own(auth: Option<&Auth>, failure: Failure) -> Failure {
+    match failure.class {
+        Class::Locked if auth.is_none() => refused(failure.message),
+        _ => failure,
+    }
 }
 
 /// A failure of the owner's hierarchy, whose value is not ours to know, is no reason to lock our own keys.
@@ -145,6 +149,9 @@ fn generate(
 ) -> Result<(), Failure> {
     if template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
+    }
+    if template.key_type.is_rsa() && key.padding == Padding::Pss {
+        return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
     if auth.is_none() && !template.no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
         return Err(refused(

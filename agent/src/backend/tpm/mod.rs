@@ -54,8 +54,20 @@ pub(super) fn open(
         // The agent has to know before the TPM does: its dictionary-attack counter may count what happens now.
         say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     }
-    let (keys, public) =
-        open_keys(&spec.keys, |key| keys::open(&mut context, key, auth.clone(), spec.by_operator))?;
+    let mut waits = None;
+    let (keys, public) = open_keys(&spec.keys, |key| {
+        keys::open(&mut context, key, auth.clone(), spec.by_operator).map_err(|failure| {
+            let own = life::keys_own(auth.as_ref(), failure.clone());
+            if own.class != failure.class {
+                waits = Some(failure);
+            }
+            own
+        })
+    })?;
+    // With nothing to sign with, it is the TPM that waits.
+    if let Some(failure) = waits.filter(|_| public.iter().all(Result::is_err)) {
+        return Err(failure);
+    }
     if offered {
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
@@ -71,8 +83,15 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
         true => vec!["in lockout: wait, or run `tpm2_dictionarylockout --clear-lockout`".to_owned()],
         false => Vec::new(),
     };
-    let found =
-        SurveyedToken { slot: 0, label: device.clone(), device, selected: true, factory: Vec::new(), notes };
+    let found = SurveyedToken {
+        slot: 0,
+        label: device.clone(),
+        device,
+        selected: true,
+        factory: Vec::new(),
+        objects: Vec::new(),
+        notes,
+    };
     Ok(Survey { library: format!("TPM at {tcti}"), tokens: vec![found] })
 }
 
