@@ -1,46 +1,17 @@
 //! `omsign-agent key`: a key's life from nothing to deletion, on every device, with an agent and without one.
 
-use std::io::Write as _;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::{Device, card, soft_hsm, tpm};
+use omsign_tests::operator::{answering, does, key, refuses};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 use openssl::pkey::PKey;
-
-/// Runs `omsign-agent key …` with the world's configuration, and these lines to answer with.
-fn answering(world: &World, arguments: &[&str], answers: &str) -> anyhow::Result<Output> {
-    let mut command = Command::new(built("omsign-agent")?);
-    command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
-    world.without_surprises(command.current_dir(world.path("")));
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
-    Ok(child.wait_with_output()?)
-}
-
-fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
-    answering(world, arguments, "")
-}
-
-fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = key(world, arguments)?;
-    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
-    let output = key(world, arguments)?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && output.stdout.is_empty(), "{arguments:?}: {output:?}");
-    ensure!(errors.contains(expected) && !errors.contains("panicked"), "{arguments:?}: {errors}");
-    Ok(())
-}
 
 fn openssl(arguments: &[&str]) -> anyhow::Result<String> {
     let output = Command::new("openssl").args(arguments).output()?;
@@ -291,141 +262,5 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(2) && errors.contains("of the owner hierarchy"), "{errors}");
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "k.sig"])?;
-    Ok(())
-}
-
-/// `key verify-attestation` of a file: its exit status and what it said.
-fn verified(world: &World, file: &str, more: &[&str]) -> anyhow::Result<(Option<i32>, String)> {
-    let mut command = Command::new(built("omsign-agent")?);
-    command.args(["key", "verify-attestation", file]).args(more);
-    world.without_surprises(command.current_dir(world.path("")));
-    let output = command.output()?;
-    Ok((output.status.code(), String::from_utf8([output.stdout, output.stderr].concat())?))
-}
-
-/// Every hexadecimal digit of the file that is changed makes it worthless.
-fn breaks_when_changed(world: &World, file: &str, more: &[&str]) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(world.path(file))?;
-    let evidence = text.find("\"evidence\"").context("evidence")?;
-    let digits: Vec<_> =
-        text.char_indices().filter(|(at, c)| *at > evidence + 60 && c.is_ascii_digit()).collect();
-    let mut tried = 0;
-    for (at, digit) in digits.iter().step_by(digits.len() / 60 + 1) {
-        let mut changed = text.clone();
-        changed.replace_range(*at..at + 1, if *digit == '7' { "8" } else { "7" });
-        world.write("changed.json", changed)?;
-        let (status, said) = verified(world, "changed.json", more)?;
-        ensure!(status != Some(0) && !said.contains("panicked"), "digit at {at}: {said}");
-        tried += 1;
-    }
-    ensure!(tried > 30, "only {tried} digits");
-    Ok(())
-}
-
-#[test]
-fn a_yubikey_attests_what_it_made() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
-    yubikey.change_pin()?;
-    yubikey.generate("9c", "ECCP256", &["--pin-policy=always", "--touch-policy=cached"])?;
-    world.write(
-        "agent.toml",
-        world.listen() + &yubikey.section("card") + &key_on("k", "card", "slot = \"9c\""),
-    )?;
-    world.write("proof.json", does(&world, &["attest", "k"])?)?;
-    world.write("maker.pem", yubikey.attestation_root()?)?;
-    let (status, said) = verified(&world, "proof.json", &["--roots", "maker.pem"])?;
-    ensure!(status == Some(0), "{said}");
-    for part in [
-        "made inside the card",
-        "serial 11223344",
-        "firmware 5.7.1",
-        "PIN policy always, touch policy cached",
-    ] {
-        ensure!(said.contains(part), "{part}: {said}");
-    }
-    // Whoever asks about a TPM is not told about a card.
-    let (status, said) =
-        verified(&world, "proof.json", &["--roots", "maker.pem", "--attestation-key", "00"])?;
-    ensure!(status == Some(1) && said.contains("not about a key of a TPM"), "{said}");
-    // It is no card of Yubico's.
-    let (status, said) = verified(&world, "proof.json", &[])?;
-    ensure!(status == Some(1) && said.contains("do not lead to a root that is trusted"), "{said}");
-    breaks_when_changed(&world, "proof.json", &["--roots", "maker.pem"])
-}
-
-/// Attestations of cards that Yubico made, published by go-piv/piv-go (5.4.3) and obelisk/sshcerts (5.2.4, 5.7.4): the
-/// older root, certificates without basicConstraints, and the newer root with its intermediates.
-#[test]
-fn real_yubikeys_are_believed() -> anyhow::Result<()> {
-    let world = World::new()?;
-    for version in ["5.2.4", "5.4.3", "5.7.4"] {
-        let file = format!("attestation-yubikey-{version}.json");
-        std::fs::copy(
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(&file),
-            world.path(&file),
-        )?;
-        let (status, said) = verified(&world, &file, &[])?;
-        ensure!(status == Some(0) && said.contains(&format!("firmware {version}")), "{version}: {said}");
-        breaks_when_changed(&world, &file, &[])?;
-    }
-    // A certificate that does not say that it is a CA's is believed of Yubico's old cards alone: anybody else's root may
-    // have certified anything.
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-        .with_file_name("agent/src/key_life/yubico/piv-root.pem");
-    let (status, said) = verified(&world, "attestation-yubikey-5.2.4.json", &["--roots", &text(&root)])?;
-    ensure!(status == Some(1) && said.contains("is not for signing certificates"), "{said}");
-    Ok(())
-}
-
-#[test]
-fn a_tpm_certifies_what_it_made() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let chip = SwTpm::manufactured(&world.path("tpm"))?;
-    world.write(
-        "agent.toml",
-        world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "handle = \"0x81000020\""),
-    )?;
-    does(&world, &["generate", "k", "--type", "p256"])?;
-    world.write("proof.json", does(&world, &["attest", "k", "--nonce", "c0ffee"])?)?;
-    let maker = text(&chip.maker()?);
-    let (status, said) = verified(&world, "proof.json", &["--roots", &maker, "--nonce", "c0ffee"])?;
-    // That the two keys are of one TPM, no file can prove.
-    ensure!(status == Some(1) && said.contains("NOT proven: that attestation key "), "{said}");
-    ensure!(
-        said.contains("made inside the TPM, and bound to it")
-            && said.contains("the endorsement certificate is by the TPM's maker"),
-        "{said}"
-    );
-    let by = said
-        .split("that attestation key ")
-        .nth(1)
-        .and_then(|rest| rest.split(' ').next())
-        .context("its key")?
-        .to_owned();
-    let trust = ["--roots", &maker, "--nonce", "c0ffee", "--attestation-key", &by];
-    let (status, said) = verified(&world, "proof.json", &trust)?;
-    ensure!(status == Some(0), "{said}");
-    let (status, said) = verified(&world, "proof.json", &["--roots", &maker, "--nonce", "00"])?;
-    ensure!(status == Some(1) && said.contains("the nonce is another one"), "{said}");
-    let (status, said) = verified(&world, "proof.json", &["--attestation-key", "00"])?;
-    ensure!(status == Some(1) && said.contains("another attestation key"), "{said}");
-    breaks_when_changed(&world, "proof.json", &trust)
-}
-
-#[test]
-fn pkcs11_proves_nothing() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = SoftHsm::create(&world.path("t"), "t")?;
-    world.write(
-        "agent.toml",
-        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
-    )?;
-    does(&world, &["generate", "k"])?;
-    world.write("proof.json", does(&world, &["attest", "k"])?)?;
-    let (status, said) = verified(&world, "proof.json", &[])?;
-    ensure!(status == Some(1) && said.contains("NOT proven: CKA_NEVER_EXTRACTABLE is true"), "{said}");
-    let (status, said) = verified(&world, "agent.toml", &[])?;
-    ensure!(status == Some(2) && said.contains("is not an attestation that"), "{said}");
     Ok(())
 }

@@ -1,39 +1,23 @@
 //! Keys that take another's place, and configurations that an agent reads anew, without a request lost.
 
-use std::process::{Command, Output};
-
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
-use omsign_fixtures::{built, write_private};
+use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, SOON, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::operator::{does, refuses};
 use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key as key_on, key_section, token_section};
 use openssl::pkey::PKey;
 use rustix::process::Signal;
 
-fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
-    let mut command = Command::new(built("omsign-agent")?);
-    command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
-    world.without_surprises(command.current_dir(world.path("")));
-    Ok(command.output()?)
-}
-
-fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = key(world, arguments)?;
-    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
-}
-
 /// Refuses, and leaves the configuration as it was.
-fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
+fn leaves(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
     let before = std::fs::read_to_string(world.path("agent.toml"))?;
-    let output = key(world, arguments)?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{arguments:?}: {errors}");
+    refuses(world, arguments, expected)?;
     ensure!(std::fs::read_to_string(world.path("agent.toml"))? == before, "{arguments:?} changed the file");
     Ok(())
 }
@@ -52,12 +36,12 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
     let first = does(&world, &["generate", "k", "--type", "p256"])?;
     let agent = Agent::start(&world, &config)?;
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "first.sig"])?;
-    refuses(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
-    refuses(&world, &["rotate", "k", "--object", "slot=9c"], "names no place for this key")?;
-    refuses(&world, &["rotate", "k", "--object", "label=k"], "is the place of [key.k]; choose another")?;
+    leaves(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
+    leaves(&world, &["rotate", "k", "--object", "slot=9c"], "names no place for this key")?;
+    leaves(&world, &["rotate", "k", "--object", "label=k"], "is the place of [key.k]; choose another")?;
     let second = does(&world, &["rotate", "k", "--type", "p384"])?;
     ensure!(second != first && exported(&world, &[])? == first);
-    refuses(&world, &["rotate", "k"], "has a next key already")?;
+    leaves(&world, &["rotate", "k"], "has a next key already")?;
     let listed = does(&world, &["list"])?;
     ensure!(listed.contains("k/next ") && listed.contains("label \"k-2\""), "{listed}");
     does(&world, &["csr", "k/next", "--subject", "CN=Next"])?;
@@ -82,15 +66,15 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
         let half = PKey::public_key_from_pem(public.as_bytes())?;
         write_chain(&world.path(name), &[&ca.code_signing("release", &half)?, &ca.certificate])?;
     }
-    refuses(&world, &["rotate", "k", "--finish", "--certificate-chain", "wrong.pem"], "are for another key")?;
-    refuses(&world, &["rotate", "k", "--finish", "--certificate-chain", "none.pem"], "cannot be read")?;
+    leaves(&world, &["rotate", "k", "--finish", "--certificate-chain", "wrong.pem"], "are for another key")?;
+    leaves(&world, &["rotate", "k", "--finish", "--certificate-chain", "none.pem"], "cannot be read")?;
     does(&world, &["rotate", "k", "--finish", "--certificate-chain", "right.pem"])?;
     signal(agent.pid(), Signal::HUP)?;
     eventually("the third key", || Ok(exported(&world, &[])? == third))?;
     ensure!(exported(&world, &["--previous"])? == second + &first);
     // Its certificates are for this one alone.
     does(&world, &["rotate", "k"])?;
-    refuses(&world, &["rotate", "k", "--finish"], "give the next key's with --certificate-chain")
+    leaves(&world, &["rotate", "k", "--finish"], "give the next key's with --certificate-chain")
 }
 
 #[test]
@@ -114,7 +98,7 @@ fn of_tpms_and_yubikeys() -> anyhow::Result<()> {
     ] {
         does(&world, &["generate", name, "--type", "p256"])?;
         if name == "slot" {
-            refuses(&world, &["rotate", name], "--object slot=82")?;
+            leaves(&world, &["rotate", name], "--object slot=82")?;
         }
         let object: Vec<_> = next.map(|next| ["--object", next]).into_iter().flatten().collect();
         let made = does(&world, &[&["rotate", name, "--type", "p256"][..], &object].concat())?;

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod bench;
 pub mod client;
 pub mod device;
+pub mod operator;
 pub mod peer;
 pub mod proxy;
 pub mod world;

@@ -3,6 +3,7 @@
 
 pub mod attestation;
 mod certificate;
+mod command;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,16 +11,16 @@ use std::time::Duration;
 
 use der::pem::LineEnding;
 use der::{Decode as _, EncodePem as _};
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
 use self::attestation::Attestation;
 pub use self::certificate::Subject;
+pub use self::command::{Command, NEXT, Named, Output, TokenKeys};
 use crate::audit::{self, Audit, AuditError, Entry};
 use crate::config::Config;
-use crate::host::task::{Done, Listed, Task};
+use crate::host::task::{Done, Task};
 pub use crate::host::task::{Template, TouchPolicy};
 use crate::host::wire::{KeySpec, PublicKey};
 use crate::identity::Identity;
@@ -32,102 +33,6 @@ const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Is told what a person has to do meanwhile.
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
-
-/// After a key's name: the key that is to take its place.
-pub const NEXT: &str = "/next";
-
-/// What an operator asks for. Names are those of the configuration, with [`NEXT`] for a key's `next`: nothing else
-/// can be reached.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Command {
-    /// Every key on a token, or on all.
-    List {
-        /// Name of the token.
-        token: Option<String>,
-    },
-    /// Makes a key on the first of its tokens.
-    Generate {
-        /// Name of the key.
-        key: String,
-        /// What kind.
-        template: Template,
-    },
-    /// The public half, which has to be the same on all of its tokens.
-    Public {
-        /// Name of the key.
-        key: String,
-    },
-    /// A certificate request (PKCS#10, RFC 2986), signed by the key.
-    Csr {
-        /// Name of the key.
-        key: String,
-        /// Whose certificate it will be.
-        subject: Subject,
-    },
-    /// A certificate by the key about itself.
-    SelfSign {
-        /// Name of the key.
-        key: String,
-        /// Whose certificate it is.
-        subject: Subject,
-        /// How long it is valid.
-        days: u32,
-    },
-    /// Keeps the key's certificate beside it on the device.
-    ImportCertificate {
-        /// Name of the key.
-        key: String,
-        /// PEM.
-        certificate: String,
-    },
-    /// Proof of how the key came to be.
-    Attest {
-        /// Name of the key.
-        key: String,
-        /// What shows that the proof was made now, where the device takes it.
-        nonce: Vec<u8>,
-    },
-    /// Has an agent read its configuration anew; without one there is nothing to do.
-    Reload,
-    /// Deletes a key and what belongs to it.
-    Delete {
-        /// Name of the key.
-        key: String,
-        /// Its public half as it was confirmed: SubjectPublicKeyInfo, PEM. Names may come to mean other keys.
-        public: String,
-    },
-}
-
-/// What an operator gets.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Output {
-    /// Public key, request or certificate.
-    Pem(String),
-    /// Keys, by token.
-    Listed(Vec<TokenKeys>),
-    /// How a key came to be.
-    Attested(Attestation),
-    /// Nothing but that it is done.
-    Done,
-}
-
-/// The keys on one token.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct TokenKeys {
-    /// The token's name in the configuration.
-    pub token: String,
-    /// Its keys, or why it cannot say.
-    pub keys: Result<Vec<Named>, String>,
-}
-
-/// A key on a token, and what callers name it.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Named {
-    /// Names in the configuration.
-    pub names: Vec<String>,
-    /// What the device shows.
-    pub listed: Listed,
-}
 
 /// Why it was not done.
 #[derive(Debug, thiserror::Error)]
@@ -179,47 +84,6 @@ struct Place<'a> {
     name: &'a str,
     token: &'a Arc<Token>,
     spec: KeySpec,
-}
-
-impl Command {
-    /// The tokens that it is about.
-    pub fn tokens<'a>(&'a self, config: &'a Config) -> Vec<&'a str> {
-        let key = match self {
-            Self::List { token: Some(token) } => return vec![token],
-            Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
-            Self::Reload => return Vec::new(),
-            Self::Generate { key, .. }
-            | Self::Public { key }
-            | Self::Csr { key, .. }
-            | Self::SelfSign { key, .. }
-            | Self::ImportCertificate { key, .. }
-            | Self::Attest { key, .. }
-            | Self::Delete { key, .. } => key,
-        };
-        let found = config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
-        let tokens = found.map(|key| key.tokens.as_slice()).unwrap_or_default();
-        let everywhere = matches!(self, Self::Delete { .. } | Self::Public { .. });
-        let all = if everywhere { tokens.len() } else { 1 };
-        tokens.iter().take(all).map(String::as_str).collect()
-    }
-
-    /// What the record calls it, and the key; none where nothing is recorded.
-    fn recorded(&self) -> Option<(&'static str, &str)> {
-        match self {
-            Self::List { .. } | Self::Public { .. } | Self::Reload => None,
-            Self::Generate { key, .. } => Some(("generate", key)),
-            Self::Csr { key, .. } => Some(("csr", key)),
-            Self::SelfSign { key, .. } => Some(("self-sign", key)),
-            Self::ImportCertificate { key, .. } => Some(("import-certificate", key)),
-            Self::Attest { key, .. } => Some(("attest", key)),
-            Self::Delete { key, .. } => Some(("delete", key)),
-        }
-    }
-
-    /// Whether it changes what is on the device: then the log has to work before it is begun.
-    fn changes(&self) -> bool {
-        matches!(self, Self::Generate { .. } | Self::ImportCertificate { .. } | Self::Delete { .. })
-    }
 }
 
 impl Operator<'_> {

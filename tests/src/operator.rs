@@ -1,0 +1,40 @@
+//! What operators type: `omsign-agent key …`.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+
+use crate::world::World;
+
+/// Runs `omsign-agent key …` with the world's configuration, and these lines to answer with.
+pub fn answering(world: &World, arguments: &[&str], answers: &str) -> anyhow::Result<Output> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
+    world.without_surprises(command.current_dir(world.path("")));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
+    Ok(child.wait_with_output()?)
+}
+
+/// The same without answers.
+pub fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
+    answering(world, arguments, "")
+}
+
+/// It does it; returns what it printed.
+pub fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = key(world, arguments)?;
+    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// It refuses with these words, and prints nothing.
+pub fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
+    let output = key(world, arguments)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && output.stdout.is_empty(), "{arguments:?}: {output:?}");
+    ensure!(errors.contains(expected) && !errors.contains("panicked"), "{arguments:?}: {errors}");
+    Ok(())
+}
