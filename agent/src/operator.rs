@@ -240,7 +240,8 @@ pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Outp
 async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
     let lost = |error: io::Error| OperatorError::Agent(format!("it does not answer: {error}"));
     let ask = Ask { version: env!("CARGO_PKG_VERSION").to_owned(), command };
-    send(&mut stream, &ask).await.map_err(lost)?;
+    // Strangers are answered before they ask; what was said before it hung up can still be read.
+    let _ = send(&mut stream, &ask).await;
     loop {
         let frame = timeout(ANSWER, wire::read_async(&mut stream)).await;
         let frame = frame.map_err(|error| lost(error.into()))?.map_err(lost)?;

@@ -5,6 +5,7 @@ pub mod ca;
 pub mod kryoptic;
 pub mod model;
 pub mod piv;
+pub mod raw;
 pub mod softhsm;
 pub mod swtpm;
 pub mod with;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use omsign_fixtures::ca::{Ca, write_chain};
-use omsign_fixtures::model;
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, delete_key, keygen, raw_speed};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, SoftHsm, delete_key, keygen, many_keys};
 use omsign_fixtures::with::{self, Kind};
+use omsign_fixtures::{model, raw};
 use openssl::pkey::PKey;
 
 /// Stand-in hardware for trying and testing omsign.
@@ -49,15 +49,30 @@ enum Cli {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
-    /// Signs with a SoftHSM token as fast as one thread can; prints signatures per second and the median in µs
+    /// Signs with a device as fast as one thread can; prints signatures per second and the median in µs
     #[command(hide = true)]
-    RawSpeed { label: String, name: String, milliseconds: u64 },
+    RawSpeed {
+        milliseconds: u64,
+        #[command(subcommand)]
+        device: RawDevice,
+    },
+    /// Makes many P-256 keys, each an object of either half
+    #[command(hide = true)]
+    ManyKeys { label: String, count: usize },
     /// Deletes a key
     #[command(hide = true)]
     DeleteKey { label: String, name: String },
     /// Makes one key on a token; a process of its own, since SoftHSM is configured by the environment
     #[command(hide = true)]
     Keygen { directory: PathBuf, label: String, name: String, key_type: KeyType, objects: Objects },
+}
+
+/// A device without us.
+#[derive(clap::Subcommand)]
+enum RawDevice {
+    Softhsm { label: String, name: String },
+    Tpm { tcti: String, handle: u32 },
+    Piv { serial: u32, slot: u8 },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -69,10 +84,16 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Cli::Softhsm { directory, key_type, name } => softhsm(&directory, key_type, &name)?,
         Cli::Model { directory, shards, shard_mib } => model::create(&directory, shards, shard_mib << 20)?,
-        Cli::RawSpeed { label, name, milliseconds } => {
-            let speed = raw_speed(&label, &name, Duration::from_millis(milliseconds))?;
+        Cli::RawSpeed { milliseconds, device } => {
+            let duration = Duration::from_millis(milliseconds);
+            let speed = match device {
+                RawDevice::Softhsm { label, name } => raw::softhsm(&label, &name, duration)?,
+                RawDevice::Tpm { tcti, handle } => raw::tpm(&tcti, handle, duration)?,
+                RawDevice::Piv { serial, slot } => raw::card(serial, slot, duration)?,
+            };
             writeln!(std::io::stdout(), "{} {}", speed.per_second, speed.p50_us)?;
         }
+        Cli::ManyKeys { label, count } => many_keys(&label, count)?,
         Cli::DeleteKey { label, name } => delete_key(&label, &name)?,
         Cli::Keygen { directory, label, name, key_type, objects } => {
             keygen(&directory, &label, &name, key_type, objects)?

@@ -6,7 +6,6 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
@@ -193,6 +192,24 @@ pub fn keygen(
     Ok(())
 }
 
+/// The inside of `omsign-fixtures many-keys`.
+pub fn many_keys(label: &str, count: usize) -> anyhow::Result<()> {
+    let pkcs11 = Pkcs11::new(MODULE)?;
+    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+    let session = pkcs11.open_rw_session(slot(&pkcs11, label)?)?;
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
+    for number in 0..count {
+        let name = format!("many-{number}").into_bytes();
+        let named = [Attribute::Token(true), Attribute::Label(name.clone()), Attribute::Id(name)];
+        let public = [&named[..], &[Attribute::EcParams(KeyType::P256.params().to_vec())]].concat();
+        let private =
+            [&named[..], &[Attribute::Private(true), Attribute::Sensitive(true), Attribute::Sign(true)]]
+                .concat();
+        session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private)?;
+    }
+    Ok(())
+}
+
 /// The inside of `omsign-fixtures delete-key`.
 pub fn delete_key(label: &str, name: &str) -> anyhow::Result<()> {
     let pkcs11 = Pkcs11::new(MODULE)?;
@@ -205,36 +222,8 @@ pub fn delete_key(label: &str, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The token itself, as fast as one thread can: logged in once, key found once.
-#[derive(Debug)]
-pub struct RawSpeed {
-    /// Signatures per second.
-    pub per_second: f64,
-    /// Median time of one signature in microseconds.
-    pub p50_us: f64,
-}
-
-/// The inside of `omsign-fixtures raw-speed`: signs for a while with ECDSA over a 32-byte digest.
-pub fn raw_speed(label: &str, name: &str, duration: Duration) -> anyhow::Result<RawSpeed> {
-    let pkcs11 = Pkcs11::new(MODULE)?;
-    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
-    let session = pkcs11.open_ro_session(slot(&pkcs11, label)?)?;
-    session.login(UserType::User, Some(&AuthPin::new(PIN.into())))?;
-    let private = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Label(name.into())];
-    let key = *session.find_objects(&private)?.first().context("no such key")?;
-    let (started, mut times) = (Instant::now(), Vec::new());
-    while started.elapsed() < duration {
-        let one = Instant::now();
-        session.sign(&Mechanism::Ecdsa, key, &[7; 32])?;
-        times.push(one.elapsed());
-    }
-    let elapsed = started.elapsed().as_secs_f64();
-    times.sort_unstable();
-    let median = times.get(times.len() / 2).context("nothing was signed")?;
-    Ok(RawSpeed { per_second: times.len() as f64 / elapsed, p50_us: median.as_secs_f64() * 1e6 })
-}
-
-fn slot(pkcs11: &Pkcs11, label: &str) -> anyhow::Result<Slot> {
+/// The slot of the token with this label.
+pub(crate) fn slot(pkcs11: &Pkcs11, label: &str) -> anyhow::Result<Slot> {
     let matching = |slot: &Slot| pkcs11.get_token_info(*slot).is_ok_and(|token| token.label() == label);
     pkcs11.get_slots_with_token()?.into_iter().find(matching).context("no such token")
 }

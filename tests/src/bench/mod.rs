@@ -1,5 +1,6 @@
 //! Benchmarks: our figure beside its limit, both from the same run. Never asserted: machines are noisy.
 
+pub mod device;
 pub mod sign;
 
 use std::fmt::Write as _;

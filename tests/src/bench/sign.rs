@@ -17,8 +17,8 @@ use crate::client::{Client, connect, request, sign};
 use crate::world::{World, key_section, token_section};
 
 /// One load, as it was seen by its clients.
-struct Load {
-    per_second: f64,
+pub(super) struct Load {
+    pub(super) per_second: f64,
     p50_us: f64,
     p99_us: f64,
     cpu_us: f64,
@@ -41,7 +41,7 @@ pub fn run(duration: Duration, rounds: usize) -> anyhow::Result<Vec<Row>> {
             let mut seen = Vec::new();
             for _ in 0..rounds {
                 let (raw, raw_p50) = raw(&token, duration)?;
-                let load = runtime.block_on(load(&world, &agent, clients, duration))?;
+                let load = runtime.block_on(load(&world, &agent, ("bench", 32), clients, duration))?;
                 seen.push((load.per_second / raw, load, raw, raw_p50));
             }
             seen.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -105,20 +105,20 @@ fn round_trip_us() -> anyhow::Result<f64> {
 }
 
 /// Clock ticks from /proc/stat: all, and those that a hypervisor gave to others.
-struct Stolen {
+pub(super) struct Stolen {
     all: u64,
     stolen: u64,
 }
 
 impl Stolen {
-    fn now() -> anyhow::Result<Self> {
+    pub(super) fn now() -> anyhow::Result<Self> {
         let stat = std::fs::read_to_string("/proc/stat")?;
         let line = stat.lines().next().context("/proc/stat")?;
         let ticks: Vec<u64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
         Ok(Self { all: ticks.iter().take(8).sum(), stolen: *ticks.get(7).context("/proc/stat")? })
     }
 
-    fn percent(&self) -> anyhow::Result<f64> {
+    pub(super) fn percent(&self) -> anyhow::Result<f64> {
         let now = Self::now()?;
         Ok((now.stolen - self.stolen) as f64 * 100.0 / (now.all - self.all).max(1) as f64)
     }
@@ -144,8 +144,13 @@ fn start_up(world: &World, config: &str, token: &SoftHsm) -> anyhow::Result<Vec<
 /// The token without us, in a process of its own.
 fn raw(token: &SoftHsm, duration: Duration) -> anyhow::Result<(f64, f64)> {
     let mut command = Command::new(built("omsign-fixtures")?);
-    command.args(["raw-speed", &token.label, "bench", &duration.as_millis().to_string()]);
-    let output = command.env("SOFTHSM2_CONF", token.config()).output()?;
+    command.args(["raw-speed", &duration.as_millis().to_string(), "softhsm", &token.label, "bench"]);
+    raw_speed(command.env("SOFTHSM2_CONF", token.config()))
+}
+
+/// What `omsign-fixtures raw-speed` says: signatures per second, and their median in microseconds.
+pub(super) fn raw_speed(command: &mut Command) -> anyhow::Result<(f64, f64)> {
+    let output = command.output()?;
     ensure!(output.status.success(), "raw-speed: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout)?;
     let (per_second, p50) = text.trim().split_once(' ').context("raw-speed")?;
@@ -153,7 +158,14 @@ fn raw(token: &SoftHsm, duration: Duration) -> anyhow::Result<(f64, f64)> {
 }
 
 /// Clients with a connection each, every one sending its next request when the last was answered.
-async fn load(world: &World, agent: &Agent, clients: usize, duration: Duration) -> anyhow::Result<Load> {
+/// The key signs digests of this many bytes.
+pub(super) async fn load(
+    world: &World,
+    agent: &Agent,
+    (key, width): (&'static str, usize),
+    clients: usize,
+    duration: Duration,
+) -> anyhow::Result<Load> {
     let mut connections: Vec<Client> = Vec::new();
     for _ in 0..clients {
         connections.push(connect(world.path("agent.sock")).await?);
@@ -171,7 +183,7 @@ async fn load(world: &World, agent: &Agent, clients: usize, duration: Duration) 
                 let id =
                     u128::from(next.fetch_add(1, Ordering::Relaxed)) << 64 | u128::from(std::process::id());
                 let one = Instant::now();
-                sign(&mut client, request("bench", id, &[7; 32]), Duration::from_secs(10)).await?;
+                sign(&mut client, request(key, id, &vec![7; width]), Duration::from_secs(10)).await?;
                 times.push(one.elapsed());
             }
             Ok::<_, tonic::Status>(times)

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use omsign_tests::bench::{json, sign, table};
+use omsign_tests::bench::{device, json, sign, table};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -13,8 +13,17 @@ fn main() -> anyhow::Result<()> {
     let (duration, rounds) =
         if quick { (Duration::from_millis(200), 1) } else { (Duration::from_secs(2), 3) };
     let rows = match name.map(String::as_str) {
-        Some("sign") => sign::run(duration, rounds)?,
-        _ => anyhow::bail!("usage: ./tests/bench sign [--json] [--quick]"),
+        Some("sign") => match arguments.iter().position(|argument| argument == "--backend") {
+            None => sign::run(duration, rounds)?,
+            Some(at) => {
+                let backend = arguments.get(at + 1).map(String::as_str).unwrap_or_default();
+                device::run(backend.parse()?, duration, rounds, quick)?
+            }
+        },
+        _ => anyhow::bail!(
+            "usage: ./tests/bench sign [--backend {}] [--json] [--quick]",
+            device::NAMES.join("|")
+        ),
     };
     let mut out = std::io::stdout().lock();
     if arguments.iter().any(|argument| argument == "--json") {

@@ -1,0 +1,204 @@
+//! Each device beside itself without us, and what an agent costs that has little to do.
+
+use std::process::Command;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
+
+use super::sign::{Stolen, load, raw_speed};
+use super::{Limit, Row};
+use crate::agent::Agent;
+use crate::operator::does;
+use crate::world::{World, key as key_on, key_section, token_section};
+
+/// What can be measured.
+pub const NAMES: [&str; 6] = ["softhsm-p384", "softhsm-rsa3072", "swtpm", "piv", "two-tokens", "house"];
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// ECDSA on P-384, which takes a core most of a millisecond.
+    SoftHsmP384,
+    /// RSA of 3072 bits.
+    SoftHsmRsa3072,
+    /// A software TPM.
+    SwTpm,
+    /// The virtual card.
+    Piv,
+    /// Two SoftHSM tokens with the same P-384 key, beside one of them.
+    TwoTokens,
+    /// A token of many objects, an idle agent, a day's worth of requests.
+    House,
+}
+
+impl FromStr for Backend {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let all =
+            [Self::SoftHsmP384, Self::SoftHsmRsa3072, Self::SwTpm, Self::Piv, Self::TwoTokens, Self::House];
+        let found = NAMES.iter().position(|name| *name == text).and_then(|at| all.get(at).copied());
+        found.with_context(|| format!("expected one of {}", NAMES.join(", ")))
+    }
+}
+
+/// Runs all rows of one; each measurement takes `duration`, `rounds` times, and the median round counts.
+pub fn run(backend: Backend, duration: Duration, rounds: usize, quick: bool) -> anyhow::Result<Vec<Row>> {
+    let (world, stolen) = (World::new()?, Stolen::now()?);
+    let milliseconds = duration.as_millis().to_string();
+    let raw = |arguments: &[&str], environment: (&str, &std::path::Path)| {
+        let mut command = Command::new(built("omsign-fixtures")?);
+        command.args(["raw-speed", &milliseconds]).args(arguments);
+        raw_speed(command.env(environment.0, environment.1)).map(|(per_second, _)| per_second)
+    };
+    let mut rows = match backend {
+        Backend::SoftHsmP384 | Backend::SoftHsmRsa3072 => {
+            let (kind, width) = if backend == Backend::SoftHsmP384 { ("p384", 48) } else { ("rsa3072", 32) };
+            let token = SoftHsm::create(&world.path("t"), "t")?;
+            let config =
+                world.listen() + &token_section("t", &token, "") + &key_section("bench", "t", "bench");
+            world.write("agent.toml", &config)?;
+            does(&world, &["generate", "bench", "--type", kind])?;
+            let environment = ("SOFTHSM2_CONF", token.config());
+            let alone = || raw(&["softhsm", "t", "bench"], (environment.0, &environment.1));
+            beside(&world, &config, width, duration, rounds, alone)?
+        }
+        Backend::SwTpm => {
+            let chip = SwTpm::create(&world.path("tpm"))?;
+            chip.persistent_key("bench", "ecc256", 0x8100_0010, AUTH)?;
+            let config =
+                world.listen() + &chip.section("t") + &key_on("bench", "t", "handle = \"0x81000010\"");
+            let (tcti, handle) = (chip.tcti(), 0x8100_0010_u32.to_string());
+            let alone = || raw(&["tpm", &tcti, &handle], ("TSS2_LOG", "all+NONE".as_ref()));
+            beside(&world, &config, 32, duration, rounds, alone)?
+        }
+        Backend::Piv => {
+            let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+            card.change_pin()?;
+            card.generate("9a", "ECCP256", &[])?;
+            let config = world.listen() + &card.section("t") + &key_on("bench", "t", "slot = \"9a\"");
+            let socket = card.socket();
+            let alone = || raw(&["piv", "11223344", "154"], ("PCSCLITE_CSOCK_NAME", &socket));
+            beside(&world, &config, 32, duration, rounds, alone)?
+        }
+        Backend::TwoTokens => two_tokens(&world, duration, rounds)?,
+        Backend::House => house(&world, quick)?,
+    };
+    rows.push(Row::plain(
+        "CPU time that this machine's host gave to others meanwhile",
+        stolen.percent()?,
+        "%",
+    ));
+    Ok(rows)
+}
+
+/// Signatures per second of 8 clients through an agent, beside the device alone.
+fn beside(
+    world: &World,
+    config: &str,
+    width: usize,
+    duration: Duration,
+    rounds: usize,
+    alone: impl Fn() -> anyhow::Result<f64>,
+) -> anyhow::Result<Vec<Row>> {
+    let mut seen = Vec::new();
+    for _ in 0..rounds {
+        // The device alone: some belong to one process at a time.
+        let raw = alone()?;
+        let per_second = through_agent(world, config, width, duration)?;
+        seen.push((per_second / raw, per_second, raw));
+    }
+    seen.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (ratio, per_second, raw) = seen.swap_remove(seen.len() / 2);
+    Ok(vec![
+        Row::plain("signatures, 8 clients", per_second, "/s"),
+        Row::plain("raw device beside it, 1 thread", raw, "/s"),
+        Row::limited("signatures ÷ raw device", ratio, "", Limit::AtLeast(0.9)),
+    ])
+}
+
+fn through_agent(world: &World, config: &str, width: usize, duration: Duration) -> anyhow::Result<f64> {
+    let agent = Agent::start(world, config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Warm: the device is open.
+    runtime.block_on(load(world, &agent, ("bench", width), 1, duration / 10))?;
+    Ok(runtime.block_on(load(world, &agent, ("bench", width), 8, duration))?.per_second)
+}
+
+fn two_tokens(world: &World, duration: Duration, rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let (first, second) = world.twins()?;
+    let tokens = token_section("a", &first, "") + &token_section("b", &second, "");
+    let key = key_section("bench", "a", "k");
+    let one = world.listen() + &tokens + &key;
+    let two = world.listen() + &tokens + &key.replace("token = \"a\"", "token = [\"a\", \"b\"]");
+    let mut seen = Vec::new();
+    for _ in 0..rounds {
+        let (one, two) =
+            (through_agent(world, &one, 32, duration)?, through_agent(world, &two, 32, duration)?);
+        seen.push((two / one, one, two));
+    }
+    seen.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (ratio, one, two) = seen.swap_remove(seen.len() / 2);
+    let cores = std::thread::available_parallelism()?.get();
+    // Clients, agent and two tokens at work need four.
+    let limit = (cores >= 4).then_some(Limit::AtLeast(1.8));
+    Ok(vec![
+        Row::plain("signatures of one token, 8 clients", one, "/s"),
+        Row::plain("of two", two, "/s"),
+        Row { limit, ..Row::plain(format!("two ÷ one, on {cores} cores"), ratio, "") },
+    ])
+}
+
+fn house(world: &World, quick: bool) -> anyhow::Result<Vec<Row>> {
+    let (objects, requests) = if quick { (20, 2_000) } else { (10_000, 200_000) };
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("bench", "t", "bench");
+    world.write("agent.toml", &config)?;
+    does(world, &["generate", "bench", "--type", "p256"])?;
+    let few = through_agent(world, &config, 32, Duration::from_secs(1))?;
+    let mut many = Command::new(built("omsign-fixtures")?);
+    many.args(["many-keys", "t", &(objects / 2).to_string()]).env("SOFTHSM2_CONF", token.config());
+    ensure!(many.status()?.success(), "many-keys");
+    let agent = Agent::start(world, &config)?;
+    // It has to be open before it is asked.
+    world.omsign_ok(&["keys", "export", "bench"])?;
+    let started = Instant::now();
+    let listed = does(world, &["list", "--json"])?;
+    let listing = started.elapsed().as_secs_f64();
+    let count = listed.matches("\"object\"").count();
+    ensure!(count == objects / 2 + 1, "{count} keys listed");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let signing = runtime.block_on(load(world, &agent, ("bench", 32), 8, Duration::from_secs(1)))?.per_second;
+    let idle = Duration::from_secs(if quick { 2 } else { 30 });
+    let cpu = agent.cpu_seconds()?;
+    std::thread::sleep(idle);
+    let idle_percent = (agent.cpu_seconds()? - cpu) * 100.0 / idle.as_secs_f64();
+    let descriptors = || -> anyhow::Result<usize> {
+        let processes = [vec![agent.pid()], agent.hosts()?].concat();
+        processes.iter().map(|pid| Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count())).sum()
+    };
+    let (memory, open) = (agent.memory_bytes()?, descriptors()?);
+    let mut done = 0.0;
+    while done < f64::from(requests) {
+        let round = Duration::from_secs(1);
+        done += runtime.block_on(load(world, &agent, ("bench", 32), 16, round))?.per_second;
+    }
+    let grown = (agent.memory_bytes()? as f64 - memory as f64) / 1e6;
+    Ok(vec![
+        Row::limited(format!("listing a token of {objects} objects"), listing, "s", Limit::AtMost(2.0)),
+        Row::limited("signing beside them ÷ without them", signing / few, "", Limit::AtLeast(0.9)),
+        Row::limited("CPU of an idle agent", idle_percent, "%", Limit::AtMost(0.1)),
+        Row::limited(format!("memory grown in {done:.0} requests"), grown, "MB", Limit::AtMost(2.0)),
+        Row::limited(
+            "descriptors more than before",
+            descriptors()? as f64 - open as f64,
+            "",
+            Limit::AtMost(0.0),
+        ),
+    ])
+}
