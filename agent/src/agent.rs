@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
 
@@ -35,16 +35,18 @@ pub(crate) struct Agent {
     /// Places for operators' commands.
     pub(crate) operators: Arc<Semaphore>,
     ticks: watch::Sender<u64>,
+    /// Starts the clock: with nobody who waits, an idle agent sleeps.
+    waits: Arc<Notify>,
 }
 
 impl Agent {
     /// Starts every token.
     pub(crate) fn start(config: Config, audit: Audit) -> Self {
-        let ticks = watch::Sender::new(0);
-        tokio::spawn(tick(ticks.clone()));
+        let (ticks, waits) = (watch::Sender::new(0), Arc::new(Notify::new()));
+        tokio::spawn(tick(ticks.clone(), Arc::clone(&waits)));
         let setup = RwLock::new(Arc::new(Setup::new(config, None)));
         let operators = Arc::new(Semaphore::new(operator::CONNECTIONS));
-        Self { setup, audit, replay: Replay::default(), operators, ticks }
+        Self { setup, audit, replay: Replay::default(), operators, ticks, waits }
     }
 
     /// What the configuration makes of it now.
@@ -66,6 +68,7 @@ impl Agent {
     /// Ends between one and two ticks from now.
     pub(crate) async fn patience(&self) {
         let mut ticks = self.ticks.subscribe();
+        self.waits.notify_one();
         let now = *ticks.borrow();
         if ticks.wait_for(|tick| *tick >= now + 2).await.is_err() {
             std::future::pending::<()>().await;
@@ -186,10 +189,13 @@ impl UnlockEntry {
     }
 }
 
-async fn tick(ticks: watch::Sender<u64>) {
+async fn tick(ticks: watch::Sender<u64>, waits: Arc<Notify>) {
     let mut clock = tokio::time::interval(TICK);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        while ticks.receiver_count() == 0 {
+            waits.notified().await;
+        }
         clock.tick().await;
         ticks.send_modify(|tick| *tick += 1);
     }
