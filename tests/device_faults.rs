@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::piv::{Faults, VirtualPiv};
+use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::{built, write_private};
 use omsign_proto::v1::sign_response::Event;
@@ -83,6 +83,56 @@ fn a_tpm_that_goes_away_and_comes_back() -> anyhow::Result<()> {
     // A reset without a start, as a simulator does it.
     stand_in.reset()?;
     bench.heals()
+}
+
+/// Wrong values until the TPM takes none at all, and then its patience again.
+#[test]
+fn a_lockout_that_ends() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    stand_in.guarded_key("p256", 0x8100_0010, AUTH)?;
+    // Two wrong ones; one is forgiven each second.
+    stand_in.tool("tpm2_dictionarylockout", |tool| {
+        tool.args(["-s", "-n", "2", "-t", "1", "-l", "1"]);
+    })?;
+    write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
+    let keys = key("p256", "device", "handle = \"0x81000010\"");
+    let (token, expected, environment) = (stand_in.section("device"), Vec::new(), Vec::new());
+    let mut bench = Bench::new(world, &Device { token, keys, expected, environment, secret: AUTH })?;
+    bench.fails(Code::FailedPrecondition)?;
+    let locked_out = |bench: &Bench| {
+        let errors = bench.world.omsign_fails(2, &["agent", "unlock", "device"])?;
+        Ok(errors.contains("in lockout"))
+    };
+    eventually("a lockout", || locked_out(&bench))?;
+    write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
+    eventually("its end", || Ok(bench.world.omsign(&["agent", "unlock", "device"])?.status.success()))?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    Ok(())
+}
+
+/// Nobody comes: the card gives up after 15 s, and asks again the next time.
+#[test]
+fn a_touch_that_never_comes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    stand_in.change_pin()?;
+    stand_in.generate("9a", "ECCP256", &["--touch-policy=always"])?;
+    let keys = key("p256", "device", "slot = \"9a\"");
+    let (token, expected, environment) = (stand_in.section("device"), Vec::new(), Vec::new());
+    let mut bench = Bench::new(world, &Device { token, keys, expected, environment, secret: piv::PIN })?;
+    let hosts = bench.agent.hosts()?;
+    bench.fails(Code::FailedPrecondition)?;
+    ensure!(bench.agent.hosts()? == hosts, "its process was replaced: {}", bench.agent.log()?);
+    let finger = std::thread::scope(|scope| {
+        let signed = scope.spawn(|| bench.sign());
+        eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
+        stand_in.touch();
+        signed.join().map_err(|_| anyhow::anyhow!("a panic"))?
+    })?;
+    ensure!(finger == Ok(()), "{finger:?}");
+    ensure!(stand_in.pin_tries()? == 3);
+    Ok(())
 }
 
 /// A key that signs only while the PCRs are as they were when it was made.

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
-use omsign_tests::agent::{Agent, signal};
+use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -70,6 +70,32 @@ fn a_removed_token_directory_comes_back_under_a_running_agent() -> anyhow::Resul
         }
         Ok(())
     })
+}
+
+/// Everything on the token is gone, and then there is a key of the same name.
+#[test]
+fn a_token_that_is_initialized_anew() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    world.model()?;
+    let signs = |name: &str| world.omsign(&["sign", "model", "--key", "k", "--signature", name]);
+    ensure!(signs("before.sig")?.status.success(), "{}", agent.log()?);
+    std::fs::remove_dir_all(token.tokens())?;
+    let again = SoftHsm::create(&token.directory, "t")?;
+    let errors = String::from_utf8(signs("none.sig")?.stderr)?;
+    ensure!(
+        errors.contains("the token has no private key")
+            || errors.contains("it holds another key")
+            || errors.contains("vanished"),
+        "{errors}"
+    );
+    again.generate("k", KeyType::P256, Objects::Pair)?;
+    eventually("a signature", || Ok(signs("after.sig")?.status.success()))?;
+    let public = text(&again.public_key("k"));
+    world.omsign_ok(&["verify", "model", "--signature", "after.sig", "--public-key", &public])?;
+    Ok(())
 }
 
 #[test]

@@ -274,7 +274,7 @@ impl Card {
 
 impl Device for OpenPiv {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self))])
+        Ok(vec![Box::new(Thread(self)), Box::new(Thread(self))])
     }
 
     fn probe(&self) -> Result<(), Failure> {
@@ -299,24 +299,27 @@ impl Device for OpenPiv {
     fn close(self: Box<Self>) {}
 }
 
-/// The one thread that signs.
+/// One of two threads: while one has the card sign, the other checks what it signed before.
 struct Thread<'a>(&'a OpenPiv);
 
 impl Signer for Thread<'_> {
     fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         let input = key.input(content)?;
-        let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
-        let waits = card.waits_for_touch(key);
-        if waits {
-            touch(&card.touch_me());
-        }
-        let signature = card.sign(key, &input)?;
+        let signature = {
+            let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
+            let waits = card.waits_for_touch(key);
+            if waits {
+                touch(&card.touch_me());
+            }
+            let signature = card.sign(key, &input)?;
+            if waits {
+                card.last_touch = Some(Instant::now());
+            }
+            signature
+        };
         if !key.spki.verifies_content(key.algorithm, content, &signature) {
             return Err(gone("the slot holds another key than before".into()));
-        }
-        if waits {
-            card.last_touch = Some(Instant::now());
         }
         Ok(signature)
     }

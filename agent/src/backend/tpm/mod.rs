@@ -1,5 +1,5 @@
 //! TPM 2.0 keys: persistent handles and wrapped key files. A TPM does one thing at a time, so there is one
-//! thread, one context, and, after anything unexpected, another process with another context.
+//! context, and, after anything unexpected, another process with another context.
 
 pub(crate) mod attest;
 mod errors;
@@ -166,7 +166,7 @@ fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Re
 
 impl Device for OpenTpm {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self))])
+        Ok(vec![Box::new(Thread(self)), Box::new(Thread(self))])
     }
 
     fn probe(&self) -> Result<(), Failure> {
@@ -183,15 +183,17 @@ impl Device for OpenTpm {
     fn close(self: Box<Self>) {}
 }
 
-/// The one thread that signs.
+/// One of two threads: while one has the TPM sign, the other checks what it signed before.
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
     fn sign(&mut self, key: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
-        let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
-        let signature = key.sign(&mut context, digest)?;
+        let signature = {
+            let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
+            key.sign(&mut context, digest)?
+        };
         // Another key may have been put under the handle meanwhile.
         match key.public.spki.verifies_content(key.public.algorithm, content, &signature) {
             true => Ok(signature),
