@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::sign_request::Content;
-use omsign_tests::agent::{Agent, SOON};
+use omsign_tests::agent::{Agent, SOON, eventually};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic::Code;
@@ -151,6 +151,12 @@ fn only_operators_manage_keys() -> anyhow::Result<()> {
         let config = listen.clone() + &rest + operators;
         std::fs::write(&file, &config)?;
         let agent = Agent::start(&world, &config)?;
+        // Its token was another agent's a moment ago.
+        let address = text(&runtime.path().join("agent.sock"));
+        eventually("its token", || {
+            let output = world.omsign(&["agent", "status", "--agent", &address])?;
+            Ok(String::from_utf8(output.stdout)?.contains("token t: ready"))
+        })?;
         let mut command = Command::new(&program);
         command.args(["key", "list", "--config"]).arg(&file).uid(uid).gid(65534).current_dir("/");
         let output = command.output()?;
