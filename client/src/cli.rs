@@ -1,9 +1,11 @@
 //! What can be typed.
 
-use std::path::PathBuf;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
 
-use clap::{ArgGroup, Args, Parser, Subcommand};
-use omsign::manifest::Selection;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use omsign::hash::Algorithm;
+use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part, Selection};
 
 /// Signs and verifies machine-learning models, and any other directory of files, in the OpenSSF Model Signing
 /// (OMS) format. Exit status: 0 done, 1 checked and found wrong, 2 could not do it.
@@ -17,7 +19,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Signs a model and writes a bundle
-    Sign(Sign),
+    Sign(Box<Sign>),
     /// Verifies a model against a bundle
     Verify(Verify),
     /// Prints a model's root digest
@@ -28,6 +30,8 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Asks about the agent and its tokens
     Agent(Agent),
+    /// Sees to the digests that --digest-cache remembers
+    Cache(Cache),
 }
 
 #[derive(Debug, Args)]
@@ -46,11 +50,9 @@ pub(crate) struct Connection {
     pub(crate) agent_key: Option<PathBuf>,
 }
 
+/// Which files of a model, and how they are hashed: all of it is signed.
 #[derive(Debug, Args)]
 pub(crate) struct Files {
-    /// The model: a directory or a file
-    #[arg(value_name = "MODEL")]
-    pub(crate) model: PathBuf,
     /// Leaves a file or directory of the model out (repeatable)
     #[arg(long, value_name = "PATH")]
     pub(crate) ignore_paths: Vec<PathBuf>,
@@ -66,25 +68,106 @@ pub(crate) struct Files {
     /// The bundle: written by sign, and left out where it lies inside the model
     #[arg(long, value_name = "FILE", default_value = "model.sig")]
     pub(crate) signature: PathBuf,
+    /// How files are hashed: every verifier knows sha256 [default: sha256]
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) hash_type: Option<HashType>,
+    /// What has a digest: files, or shards of them, so that many cores or machines share one file [default: files]
+    #[arg(long, value_name = "METHOD")]
+    pub(crate) serialization: Option<Serialization>,
+    /// Bytes in a shard; makes shards [default: 1000000000]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) shard_size: Option<NonZeroU64>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum HashType {
+    Sha256,
+    Blake2b,
+    Blake3,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Serialization {
+    Files,
+    Shards,
 }
 
 impl Files {
-    pub(crate) fn selection(&self) -> Selection<'_> {
-        Selection {
-            model: &self.model,
+    /// Or what contradicts itself.
+    pub(crate) fn selection<'a>(&'a self, model: &'a Path) -> Result<Selection<'a>, &'static str> {
+        let method = match (self.serialization, self.shard_size) {
+            (Some(Serialization::Files), Some(_)) => {
+                return Err("--shard-size is for shards: leave it or --serialization files out");
+            }
+            (None | Some(Serialization::Files), None) => Method::Files,
+            (_, size) => Method::Shards(size.unwrap_or(DEFAULT_SHARD_BYTES)),
+        };
+        let algorithm = match self.hash_type {
+            None | Some(HashType::Sha256) => Algorithm::Sha256,
+            Some(HashType::Blake2b) => Algorithm::Blake2b,
+            Some(HashType::Blake3) => Algorithm::Blake3,
+        };
+        Ok(Selection {
+            model,
             signature: &self.signature,
             ignore_paths: &self.ignore_paths,
             ignore_git_paths: !self.no_ignore_git_paths,
             allow_symlinks: self.allow_symlinks,
-        }
+            method,
+            algorithm,
+        })
     }
+}
+
+/// How the hashing is done: the result is the same.
+#[derive(Debug, Args)]
+pub(crate) struct Work {
+    /// Threads that hash [default: one for each core]
+    #[arg(long, short, value_name = "N")]
+    pub(crate) jobs: Option<NonZeroUsize>,
+    /// Remembers digests, and believes those of files whose size, times and inode are as they were
+    #[arg(long)]
+    pub(crate) digest_cache: bool,
+    /// Shows how far it is: a bar, or a line every few seconds [default: a bar on a terminal]
+    #[arg(long, value_name = "HOW", conflicts_with = "quiet")]
+    pub(crate) progress: Option<ShowProgress>,
+    /// Shows no progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+    /// For tests: the kernel that computes SHA-256
+    #[arg(long, value_name = "NAME", env = "OMSIGN_HASH_KERNEL", hide = true)]
+    pub(crate) hash_kernel: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ShowProgress {
+    Bar,
+    Plain,
+    None,
 }
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("signer").required(true).args(["key", "key_uri", "private_key"]))]
 pub(crate) struct Sign {
+    /// The model: a directory or a file
+    #[arg(value_name = "MODEL", required_unless_present = "manifest")]
+    pub(crate) model: Option<PathBuf>,
+    /// Signs what `omsign digest --json` found, in all its parts (several files), or a list of sha256sum; the model need
+    /// not be at hand
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 1..,
+        conflicts_with_all = ["model", "allow_symlinks", "hash_type", "serialization", "shard_size", "digest_cache"]
+    )]
+    pub(crate) manifest: Vec<PathBuf>,
+    /// The model's name, for a list of sha256sum
+    #[arg(long, value_name = "NAME", requires = "manifest")]
+    pub(crate) model_name: Option<String>,
     #[command(flatten)]
     pub(crate) files: Files,
+    #[command(flatten)]
+    pub(crate) work: Work,
     /// Name of a key of the agent
     #[arg(long, value_name = "NAME")]
     pub(crate) key: Option<String>,
@@ -134,6 +217,8 @@ pub(crate) struct Verify {
     /// Accepts files that were not signed
     #[arg(long, visible_alias = "ignore_unsigned_files")]
     pub(crate) ignore_unsigned_files: bool,
+    #[command(flatten)]
+    pub(crate) work: Work,
     /// Prints one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -141,11 +226,28 @@ pub(crate) struct Verify {
 
 #[derive(Debug, Args)]
 pub(crate) struct Digest {
+    /// The model: a directory or a file
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) files: Files,
-    /// Prints one JSON object with the digest of every file
+    #[command(flatten)]
+    pub(crate) work: Work,
+    /// Prints the whole manifest as one JSON object, for `omsign sign --manifest`
     #[arg(long)]
     pub(crate) json: bool,
+    /// Hashes the I-th of N parts of the model; `omsign sign --manifest` puts all of them together
+    #[arg(long, value_name = "I/N", value_parser = parse_part, requires = "json")]
+    pub(crate) part: Option<Part>,
+}
+
+/// `I/N`, from 1/N to N/N.
+fn parse_part(text: &str) -> Result<Part, String> {
+    let numbers = text.split_once('/').and_then(|(index, of)| Some((index.parse().ok()?, of.parse().ok()?)));
+    match numbers {
+        Some((index, of)) if index <= of => Ok(Part { index, of }),
+        _ => Err("parts are 1/N to N/N, as in 2/8".into()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -213,4 +315,16 @@ pub(crate) enum AgentCommand {
         #[command(flatten)]
         connection: Connection,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cache {
+    #[command(subcommand)]
+    pub(crate) command: CacheCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// Forgets all digests
+    Clear,
 }

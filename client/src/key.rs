@@ -201,7 +201,7 @@ impl PublicKey {
 
     /// Lower-case hexadecimal SHA-256 of the PEM: what `publicKey.hint` holds.
     pub fn hint(&self) -> String {
-        Digest::of(&self.to_pem()).to_string()
+        Digest::sha256(&self.to_pem()).to_string()
     }
 
     /// Whether `signature` is this key's over `pae`. Nothing about an RSA key tells how it pads; both ways are safe.

@@ -8,9 +8,11 @@ pub mod dsse;
 pub mod hash;
 pub mod key;
 pub mod manifest;
+pub mod manifest_file;
 mod ml_dsa;
 pub mod model;
 pub mod oneshot;
+pub mod predicate;
 pub mod sign;
 pub mod statement;
 pub mod trust;
@@ -25,6 +27,12 @@ pub enum Error {
     /// Reading and hashing them.
     #[error(transparent)]
     Hash(#[from] hash::HashError),
+    /// Remembered digests.
+    #[error(transparent)]
+    Cache(#[from] hash::cache::CacheError),
+    /// Files with manifests.
+    #[error(transparent)]
+    ManifestFile(#[from] manifest_file::ManifestFileError),
     /// The bundle file.
     #[error(transparent)]
     Bundle(#[from] bundle::BundleError),
@@ -36,7 +44,7 @@ pub enum Error {
     Trust(#[from] trust::TrustError),
     /// The signed files are not the files that are there.
     #[error(transparent)]
-    Differs(#[from] manifest::Differences),
+    Differs(#[from] verify::Differences),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] agent::AgentError),
@@ -50,11 +58,14 @@ impl Error {
     pub fn found_wrong(&self) -> bool {
         match self {
             Self::Model(error) => error.found_wrong(),
-            Self::Hash(hash::HashError::Changed(_)) | Self::Differs(_) => true,
+            Self::Hash(hash::HashError::Changed(_)) | Self::Statement(_) | Self::Differs(_) => true,
             Self::Bundle(error) => error.found_wrong(),
-            Self::Statement(error) => error.found_wrong(),
             Self::Trust(error) => error.found_wrong(),
-            Self::Hash(hash::HashError::Read { .. }) | Self::Agent(_) | Self::Key(_) => false,
+            Self::Hash(hash::HashError::Read { .. } | hash::HashError::Kernel(..))
+            | Self::Cache(_)
+            | Self::ManifestFile(_)
+            | Self::Agent(_)
+            | Self::Key(_) => false,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod hints;
+mod progress;
 mod report;
 
 use std::process::ExitCode;
@@ -13,6 +14,7 @@ use self::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     harden();
+    may_open_many_files();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Sign(arguments) => commands::sign(&arguments),
@@ -21,6 +23,7 @@ fn main() -> ExitCode {
         Command::Keys(arguments) => commands::keys(&arguments),
         Command::Inspect(arguments) => commands::inspect(&arguments),
         Command::Agent(arguments) => commands::agent(&arguments),
+        Command::Cache(arguments) => commands::cache(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,4 +36,16 @@ fn harden() {
     use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Each core reads as many files at once as its vectors have lanes: with 64 cores that is more than the 1024
+/// descriptors that a shell gives.
+fn may_open_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const ENOUGH: u64 = 4096;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < ENOUGH) {
+        let current = Some(maximum.unwrap_or(ENOUGH).min(ENOUGH));
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
+    }
 }

@@ -1,43 +1,79 @@
-//! A model's files and digests as they are signed (OMS v1.0, 5.2), and how two of them differ.
+//! A model's files and digests as they are signed (OMS v1.0, 5.2), and how they are found.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
-use crate::hash::{self, Digest};
+use crate::hash::{Algorithm, Digest, Hasher, Piece, Stamp};
 use crate::model::{self, GIT_PATHS, Model, ModelError, Scope};
+
+/// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
+pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
 
 /// What is signed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     /// Name of the model: for people, never checked (OMS v1.0, 6.5.1).
     pub model_name: String,
-    /// Files, in the order in which they are listed.
+    /// Files, or shards, in the order in which they are listed.
     pub resources: Vec<Resource>,
     /// How they were found and hashed.
     pub serialization: Serialization,
 }
 
-/// One file and its digest.
+/// One file, or shard, and its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource {
-    /// Path below the model's root.
-    pub name: String,
-    /// SHA-256 of its content.
+    /// Path of the file below the model's root.
+    pub file: String,
+    /// Which of its bytes, where files are sharded.
+    pub shard: Option<Range<u64>>,
+    /// Digest of its content.
     pub digest: Digest,
 }
 
-/// How files were found and hashed: whole files, SHA-256.
+impl Resource {
+    /// The name that is signed.
+    pub fn name(&self) -> String {
+        resource_name(&self.file, self.shard.as_ref())
+    }
+}
+
+/// `PATH`, or `PATH:START:END` for a shard (OMS v1.0, 6.3.2).
+fn resource_name(file: &str, shard: Option<&Range<u64>>) -> String {
+    match shard {
+        None => file.to_owned(),
+        Some(Range { start, end }) => format!("{file}:{start}:{end}"),
+    }
+}
+
+/// How files were found and hashed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Serialization {
+    /// What has a digest.
+    pub method: Method,
+    /// How it is hashed.
+    pub algorithm: Algorithm,
     /// Whether symbolic links were followed.
     pub allow_symlinks: bool,
     /// What was left out, below the root, sorted. Absent from bundles before 1.1.
     pub ignore_paths: BTreeSet<String>,
 }
 
-/// Which files of a model, as a user says it.
+/// What has a digest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Method {
+    /// Each file.
+    #[default]
+    Files,
+    /// Each so many bytes of each file. Empty files have none.
+    Shards(NonZeroU64),
+}
+
+/// Which files of a model, and how they are hashed, as a user says it.
 #[derive(Clone, Copy, Debug)]
 pub struct Selection<'a> {
     /// The model: a directory or a file.
@@ -50,6 +86,10 @@ pub struct Selection<'a> {
     pub ignore_git_paths: bool,
     /// Whether to follow symbolic links.
     pub allow_symlinks: bool,
+    /// Files or shards.
+    pub method: Method,
+    /// The hash algorithm.
+    pub algorithm: Algorithm,
 }
 
 impl Selection<'_> {
@@ -63,116 +103,202 @@ impl Selection<'_> {
             ignore_paths.extend(GIT_PATHS.map(str::to_owned));
         }
         ignore_paths.extend(model::bundle_inside(self.model, self.signature));
-        Ok(Serialization { allow_symlinks: self.allow_symlinks, ignore_paths })
+        let Self { method, algorithm, allow_symlinks, .. } = *self;
+        Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths })
     }
+}
+
+/// A model as it was found, and what of it will be hashed.
+pub struct Plan {
+    model: Model,
+    stamps: Vec<Stamp>,
+    serialization: Serialization,
+    /// In the order of the manifest: by name, in code-point order (OMS v1.0, 6.4).
+    pieces: Vec<(String, Piece)>,
+}
+
+/// One of several parts of a model, each hashed on a machine of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From 1.
+    pub index: NonZeroUsize,
+    /// How many there are.
+    pub of: NonZeroUsize,
+}
+
+impl Plan {
+    /// Finds the files of a model.
+    pub fn new(root: &Path, serialization: Serialization, hasher: &Hasher) -> Result<Self, Error> {
+        let Serialization { allow_symlinks, ignore_paths, .. } = &serialization;
+        let model = Model::walk(
+            root,
+            &Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks },
+        )?;
+        let stamps = hasher.stamps(&model.paths())?;
+        let mut pieces = Vec::with_capacity(model.files.len());
+        for (index, (file, stamp)) in model.files.iter().zip(&stamps).enumerate() {
+            match serialization.method {
+                Method::Files => {
+                    pieces.push((file.name.clone(), Piece { file: index, range: 0..stamp.size }))
+                }
+                Method::Shards(bytes) => pieces
+                    .extend(shards(stamp.size, bytes).map(|range| {
+                        (resource_name(&file.name, Some(&range)), Piece { file: index, range })
+                    })),
+            }
+        }
+        if pieces.is_empty() {
+            return Err(ModelError::Empty(root.to_owned()).into());
+        }
+        if matches!(serialization.method, Method::Shards(_)) {
+            pieces.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        }
+        Ok(Self { model, stamps, serialization, pieces })
+    }
+
+    /// How many resources the whole model has.
+    pub fn resources(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// SHA-256 over the names and sizes of all files: whoever plans the same model and options has the same.
+    pub fn listing(&self) -> Digest {
+        let mut text = String::new();
+        for (name, piece) in &self.pieces {
+            let _ = writeln!(text, "{} {name}", piece.bytes());
+        }
+        Digest::sha256(text.as_bytes())
+    }
+
+    /// Keeps one part. Parts have about as many bytes each: the largest resource left always goes to the part that has
+    /// least, so that every machine comes to the same division by itself.
+    #[must_use]
+    pub fn part(mut self, part: Part) -> Self {
+        let bytes = |(_, piece): &(String, Piece)| piece.bytes();
+        let mut largest_first: Vec<usize> = (0..self.pieces.len()).collect();
+        largest_first.sort_by_key(|&index| std::cmp::Reverse(self.pieces.get(index).map(bytes)));
+        // Files cost something even where they are empty.
+        let mut loads: BTreeSet<(u64, usize)> = (0..part.of.get()).map(|part| (0, part)).collect();
+        let mut mine = BTreeSet::new();
+        for index in largest_first {
+            let Some((load, to)) = loads.pop_first() else { break };
+            loads.insert((load + 1 + self.pieces.get(index).map_or(0, bytes), to));
+            if to + 1 == part.index.get() {
+                mine.insert(index);
+            }
+        }
+        let mut index = 0..;
+        self.pieces.retain(|_| index.next().is_some_and(|index| mine.contains(&index)));
+        self
+    }
+
+    /// Hashes what is left of it. Also returns its size in bytes.
+    pub fn hash(self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
+        let Self { model, stamps, serialization, pieces } = self;
+        let files: Vec<_> = model.paths().into_iter().zip(stamps).collect();
+        let (names, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        drop(names);
+        let digests = hasher.digests(serialization.algorithm, &files, &pieces)?;
+        let bytes = pieces.iter().map(|piece| piece.bytes()).sum();
+        let sharded = serialization.method != Method::Files;
+        let resource = |(piece, digest): (Piece, Digest)| Resource {
+            file: model.files.get(piece.file).map(|file| file.name.clone()).unwrap_or_default(),
+            shard: sharded.then_some(piece.range),
+            digest,
+        };
+        let resources = pieces.into_iter().zip(digests).map(resource).collect();
+        Ok((Manifest { model_name: model.name, resources, serialization }, bytes))
+    }
+}
+
+/// Consecutive ranges of at most so many bytes.
+fn shards(size: u64, bytes: NonZeroU64) -> impl Iterator<Item = Range<u64>> {
+    let bytes = bytes.get();
+    (0..size.div_ceil(bytes)).map(move |index| index * bytes..size.min((index + 1).saturating_mul(bytes)))
 }
 
 impl Manifest {
-    /// Walks and hashes a model. Also returns its size in bytes.
-    pub fn of_model(root: &Path, serialization: Serialization) -> Result<(Self, u64), Error> {
-        let Serialization { allow_symlinks, ignore_paths } = &serialization;
-        let scope = Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks };
-        let model = Model::walk(root, &scope)?;
-        let hashed = hash::files(&model.files)?;
-        let bytes = hashed.iter().map(|hashed| hashed.size).sum();
-        let resource = |(file, hashed): (crate::model::File, hash::Hashed)| Resource {
-            name: file.name,
-            digest: hashed.digest,
-        };
-        let resources = model.files.into_iter().zip(hashed).map(resource).collect();
-        Ok((Self { model_name: model.name, resources, serialization }, bytes))
-    }
-
     /// SHA-256 over the raw digests in listed order (OMS v1.0, 6.5.1).
     pub fn root_digest(&self) -> Digest {
-        let digests: Vec<u8> = self.resources.iter().flat_map(|resource| resource.digest.0).collect();
-        Digest::of(&digests)
+        let digests: Vec<u8> =
+            self.resources.iter().flat_map(|resource| resource.digest.as_bytes()).copied().collect();
+        Digest::sha256(&digests)
     }
 
-    /// Compares what was signed with what is there.
-    pub fn compare(&self, actual: &Self) -> Result<(), Differences> {
-        let signed: BTreeMap<&str, Digest> =
-            self.resources.iter().map(|r| (r.name.as_str(), r.digest)).collect();
-        let mut differences = Differences::default();
-        let mut seen = BTreeSet::new();
-        for resource in &actual.resources {
-            seen.insert(resource.name.as_str());
-            match signed.get(resource.name.as_str()) {
-                None => differences.extra.push(resource.name.clone()),
-                Some(digest) if *digest != resource.digest => differences.changed.push(resource.name.clone()),
-                Some(_) => {}
+    /// How many files its resources are of.
+    pub fn files(&self) -> usize {
+        match self.serialization.method {
+            Method::Files => self.resources.len(),
+            Method::Shards(_) => {
+                self.resources.iter().map(|resource| &resource.file).collect::<BTreeSet<_>>().len()
             }
         }
-        let missing = signed.keys().filter(|name| !seen.contains(*name));
-        differences.missing = missing.map(|name| (*name).to_owned()).collect();
-        if differences.is_empty() { Ok(()) } else { Err(differences) }
     }
 }
-
-/// How a model differs from its signature. All of it, sorted.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Differences {
-    /// Signed, but not there.
-    pub missing: Vec<String>,
-    /// There, but not signed.
-    pub extra: Vec<String>,
-    /// There, with other content than was signed.
-    pub changed: Vec<String>,
-}
-
-impl Differences {
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.missing.is_empty() && self.extra.is_empty() && self.changed.is_empty()
-    }
-}
-
-impl fmt::Display for Differences {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = [(&self.changed, "changed"), (&self.missing, "missing"), (&self.extra, "not signed")];
-        let counts = counts.iter().filter(|(names, _)| !names.is_empty());
-        let counts: Vec<_> = counts.map(|(names, what)| format!("{} {what}", names.len())).collect();
-        write!(f, "the model is not what was signed: {}", counts.join(", "))
-    }
-}
-
-impl std::error::Error for Differences {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn manifest(files: &[(&str, &[u8])]) -> Manifest {
-        let resource = |(name, content): &(&str, &[u8])| Resource {
-            name: (*name).to_owned(),
-            digest: Digest::of(content),
-        };
-        let resources = files.iter().map(resource).collect();
-        Manifest { model_name: "m".into(), resources, serialization: Serialization::default() }
+    fn plan(serialization: Serialization) -> (tempfile::TempDir, Hasher, Plan) {
+        let root = tempfile::tempdir().expect("a directory");
+        for (name, size) in [("w", 25), ("w:1", 10), ("a", 7), ("empty", 0), ("b", 1), ("c", 9)] {
+            std::fs::write(root.path().join(name), vec![b'x'; size]).expect("written");
+        }
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let plan = Plan::new(root.path(), serialization, &hasher).expect("a model");
+        (root, hasher, plan)
     }
 
-    #[test]
-    fn every_difference_is_listed() {
-        let signed = manifest(&[("a", b"1"), ("b", b"2"), ("c", b"3")]);
-        let actual = manifest(&[("a", b"1"), ("b", b"x"), ("d", b"4")]);
-        let differences = signed.compare(&actual).expect_err("they differ");
-        assert_eq!(differences.missing, ["c"]);
-        assert_eq!(differences.extra, ["d"]);
-        assert_eq!(differences.changed, ["b"]);
-        assert_eq!(
-            differences.to_string(),
-            "the model is not what was signed: 1 changed, 1 missing, 1 not signed"
-        );
-        let reordered = manifest(&[("c", b"3"), ("a", b"1"), ("b", b"2")]);
-        signed.compare(&reordered).expect("order does not matter");
+    fn ten() -> Serialization {
+        let method = Method::Shards(NonZeroU64::new(10).expect("not zero"));
+        Serialization { method, ..Serialization::default() }
     }
 
     #[test]
     fn the_root_digest_follows_the_listed_order() {
-        let (a, b) = (manifest(&[("a", b"1"), ("b", b"2")]), manifest(&[("b", b"2"), ("a", b"1")]));
-        assert_ne!(a.root_digest(), b.root_digest());
-        // printf 1 | sha256sum and printf 2 | sha256sum, concatenated, through xxd -r -p | sha256sum.
-        let one = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b";
-        assert_eq!(manifest(&[("a", b"1")]).resources[0].digest.to_string(), one);
+        let (_root, hasher, plan) = plan(Serialization::default());
+        let (mut manifest, bytes) = plan.hash(&hasher).expect("hashed");
+        assert_eq!((bytes, manifest.files()), (52, 6));
+        let root = manifest.root_digest();
+        manifest.resources.reverse();
+        assert_ne!(manifest.root_digest(), root);
+    }
+
+    #[test]
+    fn shards_are_named_and_sorted_as_text() {
+        let (_root, hasher, plan) = plan(ten());
+        let (manifest, _) = plan.hash(&hasher).expect("hashed");
+        let names: Vec<_> = manifest.resources.iter().map(Resource::name).collect();
+        assert_eq!(names, ["a:0:7", "b:0:1", "c:0:9", "w:0:10", "w:10:20", "w:1:0:10", "w:20:25"]);
+        assert_eq!(manifest.resources[4].digest, Digest::sha256(&[b'x'; 10]));
+        // The empty file has no shards (OMS v1.0, 6.3.2).
+        assert_eq!(manifest.files(), 5);
+    }
+
+    #[test]
+    fn parts_are_each_resource_once_and_about_as_long() {
+        for serialization in [Serialization::default(), ten()] {
+            for of in 1..9 {
+                let of = NonZeroUsize::new(of).expect("not zero");
+                let (mut found, mut listings) = (Vec::new(), BTreeSet::new());
+                let (mut most, mut largest) = (0, 0);
+                for index in 1..=of.get() {
+                    let (_root, hasher, plan) = plan(serialization.clone());
+                    listings.insert(plan.listing().to_string());
+                    largest = plan.pieces.iter().map(|(_, piece)| piece.bytes()).max().expect("one");
+                    let part = Part { index: NonZeroUsize::new(index).expect("not zero"), of };
+                    let (manifest, bytes) = plan.part(part).hash(&hasher).expect("hashed");
+                    most = most.max(bytes);
+                    found.extend(manifest.resources.iter().map(Resource::name));
+                }
+                found.sort();
+                let (_root, hasher, plan) = plan(serialization.clone());
+                let all: Vec<_> =
+                    plan.hash(&hasher).expect("hashed").0.resources.iter().map(Resource::name).collect();
+                assert_eq!((found, listings.len()), (all, 1));
+                assert!(most <= 52 / of.get() as u64 + largest, "{most} bytes in one of {of} parts");
+            }
+        }
     }
 }

@@ -108,6 +108,11 @@ impl Model {
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Self { name, files })
     }
+
+    /// Where its files are, in their order.
+    pub fn paths(&self) -> Vec<&Path> {
+        self.files.iter().map(|file| file.path.as_path()).collect()
+    }
 }
 
 struct Walk<'a> {

@@ -3,7 +3,7 @@
 use std::io::{self, Write as _};
 
 use omsign::Error;
-use omsign::manifest::Differences;
+use omsign::verify::Differences;
 
 use crate::commands::Failure;
 use crate::hints::hint;
@@ -34,6 +34,10 @@ pub(crate) fn failure(failure: &Failure) -> u8 {
             explain(error);
             return 2;
         }
+        Failure::Usage(what) => {
+            eprintln!("error: {what}");
+            return 2;
+        }
         Failure::Unprinted(error) => {
             eprintln!("error: the result could not be written to standard output: {error}");
             return 2;
@@ -54,9 +58,9 @@ fn explain(error: &Error) {
 }
 
 /// A message never repeats its cause, so the whole is the chain.
-pub(crate) fn with_causes(error: &Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = error.source();
     while let Some(cause) = source {
         text = format!("{text}: {cause}");
         source = cause.source();
@@ -98,8 +102,8 @@ pub(crate) fn size(bytes: u64) -> String {
 }
 
 /// `1 file`, `2 files`.
-pub(crate) fn files(count: usize) -> String {
-    if count == 1 { "1 file".into() } else { format!("{count} files") }
+pub(crate) fn count(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

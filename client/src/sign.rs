@@ -1,5 +1,7 @@
 //! Signing, from a model's path to a bundle file.
 
+use std::path::Path;
+
 use openssl::asn1::Asn1Time;
 use openssl::x509::X509;
 
@@ -7,19 +9,30 @@ use crate::Error;
 use crate::agent::{Agent, AgentError, Content};
 use crate::bundle::{Bundle, KeyIdentifier, Material};
 use crate::dsse::Pae;
+use crate::hash::Hasher;
 use crate::key::{KeyError, PrivateKey, PublicKey};
-use crate::manifest::{Manifest, Selection};
+use crate::manifest::{Manifest, Plan, Selection};
 use crate::statement;
 use crate::trust::{TrustError, check_usage};
 
 /// What to sign and how.
 pub struct Request<'a> {
-    /// Which files, and the bundle to write.
-    pub selection: Selection<'a>,
+    /// What the signature is of.
+    pub subject: Subject<'a>,
+    /// The bundle to write.
+    pub bundle: &'a Path,
     /// Leaf first. Without one, the key's own chain; without that too, the key method.
     pub certificates: Option<Vec<X509>>,
     /// Whether a key may sign that OMS does not name, so that few verifiers take the bundle.
     pub allow_nonstandard_key: bool,
+}
+
+/// What a signature is of.
+pub enum Subject<'a> {
+    /// A model, which is hashed.
+    Model(Selection<'a>, &'a Hasher),
+    /// A model that was hashed before, and its size in bytes, where that is known.
+    Manifest(Manifest, Option<u64>),
 }
 
 /// What signs.
@@ -42,8 +55,8 @@ pub enum Signer<'a> {
 pub struct Signed {
     /// Files in the manifest.
     pub files: usize,
-    /// Their size in bytes.
-    pub bytes: u64,
+    /// Their size in bytes, where it is known.
+    pub bytes: Option<u64>,
     /// The manifest's root digest.
     pub root_digest: String,
     /// The key.
@@ -55,8 +68,7 @@ pub struct Signed {
 /// Signs a model and writes the bundle. On failure nothing is written.
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
-    let Selection { model, signature: bundle, .. } = request.selection;
-    Bundle::may_replace(bundle)?;
+    Bundle::may_replace(request.bundle)?;
     let (public_key, own_chain) = match signer {
         Signer::Agent { agent, key, .. } => {
             let key = agent.ready_key(key)?;
@@ -72,14 +84,20 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     }
     let chain = request.certificates.clone().unwrap_or(own_chain);
     check_chain(&chain, &public_key)?;
-    let serialization = request.selection.serialization()?;
 
-    let (manifest, bytes) = Manifest::of_model(model, serialization)?;
+    let (manifest, bytes) = match &request.subject {
+        Subject::Model(selection, hasher) => {
+            let plan = Plan::new(selection.model, selection.serialization()?, hasher)?;
+            let (manifest, bytes) = plan.hash(hasher)?;
+            (manifest, Some(bytes))
+        }
+        Subject::Manifest(manifest, bytes) => (manifest.clone(), *bytes),
+    };
     let payload = statement::encode(&manifest);
     let pae = Pae::of(&payload);
     let signature = match signer {
         Signer::Agent { agent, key, waiting } => {
-            let context = format!("{}: {} files", manifest.model_name, manifest.resources.len());
+            let context = format!("{}: {} files", manifest.model_name, manifest.files());
             let content = match public_key.algorithm.digest(&pae) {
                 Some(digest) => Content::Digest(digest),
                 None => Content::Statement(payload.clone()),
@@ -98,8 +116,8 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         let der: Result<Vec<_>, _> = chain.iter().map(|certificate| certificate.to_der()).collect();
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
-    Bundle { material, payload, signature }.write(bundle)?;
-    let (files, root_digest) = (manifest.resources.len(), manifest.root_digest().to_string());
+    Bundle { material, payload, signature }.write(request.bundle)?;
+    let (files, root_digest) = (manifest.files(), manifest.root_digest().to_string());
     Ok(Signed { files, bytes, root_digest, public_key, method })
 }
 

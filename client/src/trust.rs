@@ -82,11 +82,7 @@ pub enum TrustError {
 impl TrustError {
     /// Whether the bundle was found wrong, as opposed to could not be checked.
     pub fn found_wrong(&self) -> bool {
-        match self {
-            Self::Sigstore | Self::OpenSsl(_) => false,
-            Self::Statement(error) => error.found_wrong(),
-            _ => true,
-        }
+        !matches!(self, Self::Sigstore | Self::OpenSsl(_))
     }
 }
 
@@ -127,7 +123,7 @@ fn same_key(key: &PublicKey, identifier: &KeyIdentifier) -> Result<(), TrustErro
         KeyIdentifier::Hint(hint) if *hint == key.hint() => Ok(()),
         KeyIdentifier::Hint(hint) => Err(TrustError::OtherKey(hint.clone())),
         KeyIdentifier::Pem(pem) if *pem == key.to_pem() => Ok(()),
-        KeyIdentifier::Pem(pem) => Err(TrustError::OtherKey(crate::hash::Digest::of(pem).to_string())),
+        KeyIdentifier::Pem(pem) => Err(TrustError::OtherKey(crate::hash::Digest::sha256(pem).to_string())),
     }
 }
 

@@ -1,6 +1,8 @@
 //! One function per command: arguments in, the library called, the result printed.
 
 mod agent;
+mod cache;
+mod hasher;
 mod show;
 mod sign;
 mod verify;
@@ -9,6 +11,7 @@ use omsign::Error;
 use omsign::agent::{Address, AgentError, TlsFiles};
 
 pub(crate) use self::agent::{agent, keys};
+pub(crate) use self::cache::cache;
 pub(crate) use self::show::{digest, inspect};
 pub(crate) use self::sign::sign;
 pub(crate) use self::verify::verify;
@@ -20,6 +23,8 @@ pub(crate) enum Failure {
     Wrong(Error),
     /// 2: it could not be done.
     Undone(Error),
+    /// 2: the arguments contradict each other.
+    Usage(&'static str),
     /// 2: it was done, and its result is lost.
     Unprinted(std::io::Error),
 }

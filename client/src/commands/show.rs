@@ -4,28 +4,33 @@ use std::collections::BTreeMap;
 
 use omsign::bundle::{Bundle, KeyIdentifier, Material};
 use omsign::hash::Digest;
-use omsign::manifest::Manifest;
+use omsign::manifest::{Manifest, Method, Plan};
+use omsign::manifest_file::{self, PartOf};
 use omsign::statement;
 use omsign::trust::name;
 use openssl::x509::X509;
 use serde_json::json;
 
-use super::{Done, checked};
+use super::hasher::Hashing;
+use super::{Done, Failure, checked};
 use crate::cli;
 use crate::report;
 
 pub(crate) fn digest(arguments: &cli::Digest) -> Done {
-    let files = &arguments.files;
-    let (manifest, bytes) = Manifest::of_model(&files.model, files.selection().serialization()?)?;
-    let root = format!("sha256:{}", manifest.root_digest());
+    let cli::Digest { model, files, work, .. } = arguments;
+    let selection = files.selection(model).map_err(Failure::Usage)?;
+    let hashing = Hashing::start(work, model)?;
+    let plan = Plan::new(model, selection.serialization()?, &hashing.hasher)?;
+    let part =
+        arguments.part.map(|part| PartOf { part, resources: plan.resources(), listing: plan.listing() });
+    let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };
+    let (manifest, bytes) = plan.hash(&hashing.hasher)?;
+    hashing.end();
     if arguments.json {
-        report::result(
-            json!({ "root_digest": root, "bytes": bytes, "algorithm": "sha256", "files": digests(&manifest) }),
-        )?;
+        report::result(manifest_file::to_json(&manifest, bytes, part))
     } else {
-        report::result(root)?;
+        report::result(format_args!("sha256:{}", manifest.root_digest()))
     }
-    Ok(())
 }
 
 pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
@@ -35,7 +40,9 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         Material::PublicKey(KeyIdentifier::Hint(hint)) => {
             ("key", format!("key sha256:{}", hint.escape_debug()))
         }
-        Material::PublicKey(KeyIdentifier::Pem(pem)) => ("key", format!("key sha256:{}", Digest::of(pem))),
+        Material::PublicKey(KeyIdentifier::Pem(pem)) => {
+            ("key", format!("key sha256:{}", Digest::sha256(pem)))
+        }
         Material::CertificateChain(chain) => {
             let subject = |der: &Vec<u8>| match X509::from_der(der) {
                 Ok(certificate) => name(certificate.subject_name()),
@@ -46,6 +53,10 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         Material::Sigstore => ("sigstore", "a Fulcio certificate".into()),
     };
     let root = format!("sha256:{}", manifest.root_digest());
+    let shard_size = match manifest.serialization.method {
+        Method::Files => None,
+        Method::Shards(bytes) => Some(bytes),
+    };
     if arguments.json {
         report::result(json!({
             "verified": false,
@@ -53,6 +64,8 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
             "claimed_signer": signer,
             "model": manifest.model_name,
             "root_digest": root,
+            "hash_type": manifest.serialization.algorithm.name(),
+            "shard_size": shard_size,
             "allow_symlinks": manifest.serialization.allow_symlinks,
             "ignore_paths": manifest.serialization.ignore_paths,
             "files": digests(&manifest),
@@ -65,15 +78,17 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
     report::result(format_args!("claimed signer  {signer}"))?;
     report::result(format_args!("model           {}", manifest.model_name.escape_debug()))?;
     report::result(format_args!("root digest     {root}"))?;
+    let of = shard_size.map_or_else(String::new, |bytes| format!(" of every {bytes} bytes"));
+    report::result(format_args!("hashed with     {}{of}", manifest.serialization.algorithm))?;
     report::result(format_args!("left out        {}", ignored.join(" ").escape_debug()))?;
-    report::result(format_args!("files           {}", manifest.resources.len()))?;
+    report::result(format_args!("files           {}", manifest.files()))?;
     for resource in &manifest.resources {
-        report::result(format_args!("  {}  {}", resource.digest, resource.name.escape_debug()))?;
+        report::result(format_args!("  {}  {}", resource.digest, resource.name().escape_debug()))?;
     }
     Ok(())
 }
 
-/// The digest of every file, by name.
-fn digests(manifest: &Manifest) -> BTreeMap<&str, String> {
-    manifest.resources.iter().map(|resource| (resource.name.as_str(), resource.digest.to_string())).collect()
+/// The digest of every file, or shard, by name.
+fn digests(manifest: &Manifest) -> BTreeMap<String, String> {
+    manifest.resources.iter().map(|resource| (resource.name(), resource.digest.to_string())).collect()
 }

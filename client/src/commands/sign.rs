@@ -1,46 +1,42 @@
 //! `omsign sign`.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use omsign::Error;
 use omsign::agent::{Agent, AgentError};
 use omsign::key::{KeyError, PrivateKey, read_certificates};
+use omsign::manifest_file::{self, Unsaid};
+use omsign::model::GIT_PATHS;
 use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
-use omsign::sign::{Request, Signer};
+use omsign::sign::{Request, Signed, Signer, Subject};
 use omsign_proto::v1::KeyState;
 use openssl::x509::X509;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Done, address};
+use super::hasher::Hashing;
+use super::{Done, Failure, address};
 use crate::cli;
-use crate::report::{self, files, size};
+use crate::report::{self, count, size};
 
 pub(crate) fn sign(arguments: &cli::Sign) -> Done {
+    let model = arguments.model.as_deref();
+    let hashing = Hashing::start(&arguments.work, model.unwrap_or(Path::new("")))?;
+    let subject = match model {
+        Some(model) => {
+            Subject::Model(arguments.files.selection(model).map_err(Failure::Usage)?, &hashing.hasher)
+        }
+        None => from_manifests(arguments)?,
+    };
     let request = Request {
-        selection: arguments.files.selection(),
+        subject,
+        bundle: &arguments.files.signature,
         certificates: certificates(arguments)?,
         allow_nonstandard_key: arguments.allow_nonstandard_key,
     };
-    let waiting = |reason: &str| eprintln!("waiting: {reason}");
-    let signed = if let Some(key) = &arguments.key {
-        let agent = Agent::connect(&address(&arguments.connection)?)?;
-        omsign::sign::sign(&request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?
-    } else if let Some(uri) = &arguments.key_uri {
-        let private = private_agent(uri)?;
-        let signer = Signer::Agent { agent: private.agent(), key: oneshot::KEY, waiting: &waiting };
-        omsign::sign::sign(&request, &signer).map_err(|error| match error {
-            Error::Agent(error) => Error::Agent(without_names(error)),
-            error => error,
-        })?
-    } else {
-        // clap asks for one of the three.
-        let path = arguments.private_key.clone().unwrap_or_default();
-        let given = given_password(arguments)?;
-        let asked = || rpassword::prompt_password("Password of the private key: ").ok().map(Zeroizing::new);
-        let key = PrivateKey::read(&path, || given.or_else(asked))?;
-        omsign::sign::sign(&request, &Signer::File(&key))?
-    };
+    let signed = signed(arguments, &request)?;
+    hashing.end();
     if arguments.json {
         report::result(json!({
             "signature": arguments.files.signature,
@@ -52,14 +48,60 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
             "bytes": signed.bytes,
         }))?;
     } else {
-        let (files, size) = (files(signed.files), size(signed.bytes));
+        let files = count(signed.files, "file");
+        let size = signed.bytes.map_or_else(String::new, |bytes| format!(", {}", size(bytes)));
         let (method, algorithm) = (signed.method, signed.public_key.algorithm.name());
         let signature = arguments.files.signature.display();
         report::result(format_args!(
-            "signed {files}, {size}, with {algorithm} ({method} method): {signature}"
+            "signed {files}{size}, with {algorithm} ({method} method): {signature}"
         ))?;
     }
     Ok(())
+}
+
+/// What `--manifest` names.
+fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
+    let files = &arguments.files;
+    let is_list = arguments.model_name.is_some();
+    if !is_list && (!files.ignore_paths.is_empty() || files.no_ignore_git_paths) {
+        return Err(Failure::Usage(
+            "what is left out was said when the manifest was made: leave --ignore-paths out",
+        ));
+    }
+    let mut ignore_paths = BTreeSet::new();
+    for path in &files.ignore_paths {
+        let text = path.to_str().ok_or(Failure::Usage("a path of --ignore-paths is not valid UTF-8"))?;
+        ignore_paths.insert(text.to_owned());
+    }
+    if !files.no_ignore_git_paths {
+        ignore_paths.extend(GIT_PATHS.map(str::to_owned));
+    }
+    let unsaid = Unsaid { model_name: arguments.model_name.clone(), ignore_paths };
+    let (manifest, bytes) = manifest_file::read(&arguments.manifest, &unsaid)?;
+    Ok(Subject::Manifest(manifest, bytes))
+}
+
+/// Signs with whichever key is named.
+fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failure> {
+    let waiting = |reason: &str| eprintln!("waiting: {reason}");
+    if let Some(key) = &arguments.key {
+        let agent = Agent::connect(&address(&arguments.connection)?)?;
+        return Ok(omsign::sign::sign(request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?);
+    }
+    if let Some(uri) = &arguments.key_uri {
+        let private = private_agent(uri)?;
+        let signer = Signer::Agent { agent: private.agent(), key: oneshot::KEY, waiting: &waiting };
+        return omsign::sign::sign(request, &signer).map_err(|error| match error {
+            Error::Agent(error) => Failure::from(without_names(error)),
+            error => Failure::from(error),
+        });
+    }
+    // clap asks for one of the three.
+    let path = arguments.private_key.clone().unwrap_or_default();
+    let given = given_password(arguments)?;
+    let asked = || rpassword::prompt_password("Password of the private key: ").ok().map(Zeroizing::new);
+    let key = PrivateKey::read(&path, || given.or_else(asked))?;
+    Ok(omsign::sign::sign(request, &Signer::File(&key))?)
 }
 
 /// The chain on the command line: leaf first.

@@ -5,9 +5,10 @@ use omsign::key::{PublicKey, read_certificates};
 use omsign::trust::Trust;
 use serde_json::json;
 
+use super::hasher::Hashing;
 use super::{Done, checked};
 use crate::cli;
-use crate::report::{self, files, size};
+use crate::report::{self, count, size};
 
 pub(crate) fn verify(arguments: &cli::Verify) -> Done {
     let trust = match &arguments.public_key {
@@ -15,7 +16,10 @@ pub(crate) fn verify(arguments: &cli::Verify) -> Done {
         None => Trust::Anchors(read_certificates(&arguments.certificate_chain)?),
     };
     let ignore = arguments.ignore_unsigned_files;
-    let verified = omsign::verify::verify(&arguments.model, &arguments.signature, &trust, ignore);
+    let hashing = Hashing::start(&arguments.work, &arguments.model)?;
+    let verified =
+        omsign::verify::verify(&arguments.model, &arguments.signature, &trust, ignore, &hashing.hasher);
+    let from_cache = hashing.end();
     if arguments.json {
         let printed = report::result(match &verified {
             Ok(verified) => json!({
@@ -28,6 +32,7 @@ pub(crate) fn verify(arguments: &cli::Verify) -> Done {
                 "files": verified.files,
                 "bytes": verified.bytes,
                 "ignored": verified.ignored,
+                "digests_from_cache": from_cache,
             }),
             Err(Error::Differs(found)) => json!({
                 "verified": false,
@@ -42,14 +47,18 @@ pub(crate) fn verify(arguments: &cli::Verify) -> Done {
         return verified.map_err(checked).and(printed);
     }
     let verified = verified.map_err(checked)?;
-    let (files, size) = (files(verified.files), size(verified.bytes));
+    let (files, size) = (count(verified.files, "file"), size(verified.bytes));
     let signer = match &verified.signer.certificate_subject {
         Some(subject) => format!("the certificate {subject}"),
         None => format!("the key sha256:{}", verified.signer.key_hint),
     };
-    report::result(format_args!("verified {files}, {size}, signed by {signer}"))?;
+    let cached = match from_cache {
+        0 => String::new(),
+        digests => format!(", {} believed from the cache", count(digests, "digest")),
+    };
+    report::result(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
     if !verified.ignored.is_empty() {
-        report::warning(&format!("{} not signed and ignored", report::files(verified.ignored.len())));
+        report::warning(&format!("{} not signed and ignored", count(verified.ignored.len(), "file")));
     }
     Ok(())
 }

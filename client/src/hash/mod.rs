@@ -1,32 +1,29 @@
-//! Digests of a model's files, in parallel, with one bounded buffer per thread.
+//! Digests of files, as fast as the machine can: [`schedule`] keeps every core busy with several streams at once,
+//! [`source`] brings their bytes, [`kernels`] advance them.
 
-use std::cell::RefCell;
-use std::fs::OpenOptions;
-use std::io::{self, Read as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+mod blake;
+pub mod cache;
+mod digest;
+mod kernels;
+mod schedule;
+mod sha256;
+mod source;
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
-use rustix::fs::OFlags;
-use sha2::{Digest as _, Sha256};
 
-use crate::model::File;
-
-/// Bytes read at a time by each thread.
-const BUFFER_BYTES: usize = 512 << 10;
-
-/// A SHA-256 digest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Digest(pub [u8; 32]);
-
-/// A file's digest and size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hashed {
-    /// SHA-256 of its content.
-    pub digest: Digest,
-    /// Its size in bytes.
-    pub size: u64,
-}
+use self::blake::{Blake2b, Blake3};
+use self::cache::{Cache, CacheError};
+pub use self::digest::{Algorithm, Digest};
+use self::schedule::{Input, Unit};
+use self::sha256::Sha256;
+pub use self::source::Stamp;
 
 /// Why a file has no digest.
 #[derive(Debug, thiserror::Error)]
@@ -42,89 +39,224 @@ pub enum HashError {
     /// It was written to, truncated or replaced meanwhile: its digest would be of no state it ever had.
     #[error("{0} changed while it was hashed")]
     Changed(PathBuf),
+    /// The kernel that was asked for is not one of this CPU.
+    #[error("there is no hash kernel {0:?} on this CPU; there are {known}", known = .1.join(", "))]
+    Kernel(String, Vec<&'static str>),
 }
 
-thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_BYTES]);
+/// How much of the work is done, for whoever shows it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    total: AtomicU64,
+    hashed: AtomicU64,
 }
 
-/// Hashes files, in their order.
-pub fn files(files: &[File]) -> Result<Vec<Hashed>, HashError> {
-    files.par_iter().with_max_len(1).map(|file| BUFFER.with_borrow_mut(|buffer| one(file, buffer))).collect()
-}
-
-fn one(file: &File, buffer: &mut [u8]) -> Result<Hashed, HashError> {
-    let read_error = |source| HashError::Read { path: file.path.clone(), source };
-    // The walk has seen what it is; a link or a pipe put in its place since must not be followed or waited for.
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let flags = i32::try_from(flags.bits()).unwrap_or_default();
-    let mut open = OpenOptions::new().read(true).custom_flags(flags).open(&file.path).map_err(read_error)?;
-    let before = open.metadata().map_err(read_error)?;
-    if !before.is_file() {
-        return Err(HashError::Changed(file.path.clone()));
+impl Progress {
+    /// Bytes that are to be hashed; zero until that is known.
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
     }
-    let (mut hasher, mut size) = (Sha256::new(), 0_u64);
-    loop {
-        let count = match open.read(buffer) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(read_error(error)),
+
+    /// Bytes that were hashed.
+    pub fn hashed(&self) -> u64 {
+        self.hashed.load(Ordering::Relaxed)
+    }
+}
+
+/// What is hashed by itself: a file, or a shard of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Which of the files.
+    pub file: usize,
+    /// Which of its bytes.
+    pub range: Range<u64>,
+}
+
+impl Piece {
+    /// How many bytes they are.
+    pub fn bytes(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+}
+
+/// Hashes files with all cores. Its buffers take 32 MiB at most, whatever it hashes.
+pub struct Hasher {
+    pool: rayon::ThreadPool,
+    sha256: Sha256,
+    progress: Arc<Progress>,
+    cache: Option<Mutex<Remembered>>,
+}
+
+/// A cache and what came of it.
+struct Remembered {
+    cache: Cache,
+    used: CacheUse,
+}
+
+/// What a digest cache saved.
+#[derive(Debug, Default)]
+pub struct CacheUse {
+    /// Digests that were taken from it, of whole files or of shards.
+    pub digests: usize,
+    /// Bytes that were not read.
+    pub bytes: u64,
+    /// Why it could not be written: the digests are right all the same.
+    pub problem: Option<CacheError>,
+}
+
+impl Hasher {
+    /// A hasher with as many threads, or one for each core, and the fastest kernel for this CPU, or the one named.
+    pub fn new(jobs: Option<NonZeroUsize>, kernel: Option<&str>) -> Result<Self, HashError> {
+        let unknown = |known| HashError::Kernel(kernel.unwrap_or_default().to_owned(), known);
+        let sha256 = Sha256::new(kernel).map_err(unknown)?;
+        Ok(Self { pool: schedule::pool(jobs), sha256, progress: Arc::default(), cache: None })
+    }
+
+    /// Has it look digests up in a cache, and remember them there.
+    #[must_use]
+    pub fn with_cache(self, cache: Cache) -> Self {
+        Self { cache: Some(Mutex::new(Remembered { cache, used: CacheUse::default() })), ..self }
+    }
+
+    /// What the cache saved, if there is one.
+    pub fn into_cache_use(self) -> Option<CacheUse> {
+        self.cache.map(|cache| cache.into_inner().unwrap_or_else(PoisonError::into_inner).used)
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
+    }
+
+    /// What state files are in, in their order.
+    pub fn stamps(&self, paths: &[&Path]) -> Result<Vec<Stamp>, HashError> {
+        self.pool.install(|| paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect())
+    }
+
+    /// The digests of pieces, in their order. A file that is not, from start to end, in the state of its stamp is an
+    /// error that names it.
+    pub fn digests(
+        &self,
+        algorithm: Algorithm,
+        files: &[(&Path, Stamp)],
+        pieces: &[Piece],
+    ) -> Result<Vec<Digest>, HashError> {
+        let Some(remembered) = &self.cache else { return self.hash(algorithm, files, pieces) };
+        let Remembered { cache, used } = &mut *remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamp =
+            |piece: &Piece| files.get(piece.file).map(|&(_, stamp)| stamp).expect("a piece is of a file");
+        let mut digests: Vec<_> =
+            pieces.iter().map(|piece| cache.get(algorithm, stamp(piece), piece)).collect();
+        let unknown = pieces.iter().zip(&digests).filter(|(_, digest)| digest.is_none());
+        let unknown: Vec<_> = unknown.map(|(piece, _)| piece.clone()).collect();
+        used.digests += pieces.len() - unknown.len();
+        let bytes = |pieces: &[Piece]| pieces.iter().map(Piece::bytes).sum::<u64>();
+        used.bytes += bytes(pieces) - bytes(&unknown);
+        let mut hashed = self.hash(algorithm, files, &unknown)?.into_iter();
+        digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
+        let digests: Vec<_> = digests.into_iter().flatten().collect();
+        let all = pieces.iter().zip(&digests).map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
+        used.problem = cache.keep(algorithm, all).err();
+        Ok(digests)
+    }
+
+    /// Hashes pieces.
+    fn hash(
+        &self,
+        algorithm: Algorithm,
+        files: &[(&Path, Stamp)],
+        pieces: &[Piece],
+    ) -> Result<Vec<Digest>, HashError> {
+        self.progress.total.fetch_add(pieces.iter().map(Piece::bytes).sum(), Ordering::Relaxed);
+        let of = |unit: &Unit| {
+            let file = pieces.get(unit.piece).map(|piece| piece.file);
+            let (path, stamp) = file.and_then(|file| files.get(file)).copied().expect("a piece is of a file");
+            Input { path, stamp }
         };
-        hasher.update(buffer.get(..count).unwrap_or_default());
-        size += u64::try_from(count).unwrap_or_default();
-        if size > before.len() {
-            break;
+        let pieces_of = || pieces.iter().enumerate();
+        let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
+        let hashed = &self.progress.hashed;
+        match algorithm {
+            Algorithm::Sha256 => {
+                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, &self.pool, hashed)
+            }
+            Algorithm::Blake2b => {
+                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, &self.pool, hashed)
+            }
+            Algorithm::Blake3 => {
+                let units = pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range));
+                let units: Vec<Unit> = units.collect();
+                let parts = schedule::run(&Blake3, &units, of, &self.pool, hashed)?;
+                let mut rest = parts.as_slice();
+                let counts = units.chunk_by(|one, next| one.piece == next.piece).map(<[Unit]>::len);
+                let merged = counts.zip(pieces).map(|(count, piece)| {
+                    let (now, later) = rest.split_at(count);
+                    rest = later;
+                    Blake3::merge(now, piece.bytes())
+                });
+                Ok(merged.collect())
+            }
         }
-    }
-    let after = open.metadata().map_err(read_error)?;
-    let stamp = |m: &std::fs::Metadata| (m.len(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec());
-    if size != before.len() || stamp(&before) != stamp(&after) {
-        return Err(HashError::Changed(file.path.clone()));
-    }
-    Ok(Hashed { digest: Digest(hasher.finalize().into()), size })
-}
-
-impl Digest {
-    /// The digest of bytes in memory.
-    pub fn of(bytes: &[u8]) -> Self {
-        Self(Sha256::digest(bytes).into())
-    }
-
-    /// Parses lower-case hexadecimal, which alone is canonical.
-    pub fn from_hex(text: &str) -> Option<Self> {
-        if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            return None;
-        }
-        hex::decode(text).ok()?.try_into().ok().map(Self)
-    }
-}
-
-impl std::fmt::Display for Digest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&hex::encode(self.0))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write as _;
 
-    fn named(path: &std::path::Path) -> File {
-        File { name: "x".into(), path: path.to_owned() }
+    use super::*;
+
+    fn hash_one(path: &Path) -> Result<Digest, HashError> {
+        let hasher = Hasher::new(None, None)?;
+        let stamp = hasher.stamps(&[path])?[0];
+        let piece = Piece { file: 0, range: 0..stamp.size };
+        Ok(hasher.digests(Algorithm::Sha256, &[(path, stamp)], &[piece])?[0])
     }
 
+    /// Sizes around the buffers' borders, few and many files, every algorithm, against each algorithm's own crate.
     #[test]
-    fn digests_of_known_content() {
-        let mut file = tempfile::NamedTempFile::new().expect("a file");
-        file.write_all(b"abc").expect("written");
-        let hashed = files(&[named(file.path())]).expect("hashed");
-        // FIPS 180-4, example "abc".
-        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!((hashed[0].digest.to_string().as_str(), hashed[0].size), (expected, 3));
-        assert_eq!(Digest::from_hex(expected), Some(Digest::of(b"abc")));
-        assert_eq!(Digest::from_hex(&expected.to_uppercase()), None);
+    fn files_of_every_size_and_number() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let sizes = [0, 1, 63, 64, 4095, 65_536, 262_143, 262_144, 262_145, (4 << 20) + 1, (9 << 20) + 77];
+        let content = |index: usize| -> Vec<u8> {
+            (0..sizes[index % sizes.len()] + index / sizes.len())
+                .map(|i| (i * 7 + index + i / 253) as u8)
+                .collect()
+        };
+        for count in [1, 3, 40] {
+            let paths: Vec<PathBuf> = (0..count).map(|i| directory.path().join(i.to_string())).collect();
+            // One of one file is a long one: it is read ahead.
+            let of = |index: usize| content(if count == 1 { 10 } else { index });
+            paths.iter().enumerate().for_each(|(i, path)| std::fs::write(path, of(i)).expect("written"));
+            for jobs in [1, 2, 5] {
+                let hasher = Hasher::new(NonZeroUsize::new(jobs), None).expect("a hasher");
+                let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+                let stamps = hasher.stamps(&paths).expect("stamps");
+                let pieces: Vec<_> = stamps
+                    .iter()
+                    .enumerate()
+                    .map(|(file, stamp)| Piece { file, range: 0..stamp.size })
+                    .collect();
+                let files: Vec<_> = paths.iter().copied().zip(stamps).collect();
+                for algorithm in [Algorithm::Sha256, Algorithm::Blake2b, Algorithm::Blake3] {
+                    let digests = hasher.digests(algorithm, &files, &pieces).expect("hashed");
+                    for (index, digest) in digests.iter().enumerate() {
+                        let expected = match algorithm {
+                            Algorithm::Sha256 => Digest::sha256(&of(index)),
+                            Algorithm::Blake2b => {
+                                Digest::from_bytes(blake2b_simd::blake2b(&of(index)).as_bytes())
+                            }
+                            Algorithm::Blake3 => Digest::from_bytes(blake3::hash(&of(index)).as_bytes()),
+                        };
+                        assert_eq!(
+                            *digest, expected,
+                            "{algorithm}, {count} files, {jobs} jobs, file {index}"
+                        );
+                    }
+                }
+                assert_eq!(hasher.progress().hashed(), hasher.progress().total());
+            }
+        }
     }
 
     #[test]
@@ -136,14 +268,37 @@ mod tests {
         let result = std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut writer = std::fs::OpenOptions::new().append(true).open(&path).expect("opened");
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     writer.write_all(b"x").expect("appended");
                 }
             });
-            let result = files(&[named(&path)]);
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            let result = hash_one(&path);
+            stop.store(true, Ordering::Relaxed);
             result
         });
         assert!(matches!(result, Err(HashError::Changed(changed)) if changed == path));
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_since_it_was_looked_at() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (path, other) = (directory.path().join("a"), directory.path().join("b"));
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        type Replace = fn(&Path, &Path) -> io::Result<()>;
+        let ways: [Replace; 3] = [
+            |path, other| std::fs::rename(other, path),
+            |path, other| std::fs::remove_file(path).and_then(|()| std::os::unix::fs::symlink(other, path)),
+            |path, _| std::fs::OpenOptions::new().write(true).open(path)?.set_len(2),
+        ];
+        for replace in ways {
+            std::fs::write(&other, "same").expect("written");
+            std::fs::write(&path, "size").expect("written");
+            let stamp = hasher.stamps(&[&path]).expect("a stamp")[0];
+            replace(&path, &other).expect("replaced");
+            let pieces = [Piece { file: 0, range: 0..stamp.size }];
+            let result = hasher.digests(Algorithm::Sha256, &[(&path, stamp)], &pieces);
+            assert!(matches!(result, Err(HashError::Changed(_) | HashError::Read { .. })), "{result:?}");
+            std::fs::remove_file(&path).expect("removed");
+        }
     }
 }

@@ -1,0 +1,43 @@
+//! What hashes for `sign`, `verify` and `digest`, and how far it is.
+
+use std::path::Path;
+
+use omsign::Error;
+use omsign::hash::Hasher;
+use omsign::hash::cache::{Cache, directory};
+
+use crate::cli::Work;
+use crate::progress::Shown;
+use crate::report;
+
+/// A hasher, and its progress, which is shown as long as this lives.
+pub(crate) struct Hashing {
+    pub(crate) hasher: Hasher,
+    shown: Shown,
+}
+
+impl Hashing {
+    pub(crate) fn start(work: &Work, model: &Path) -> Result<Self, Error> {
+        let mut hasher = Hasher::new(work.jobs, work.hash_kernel.as_deref())?;
+        // A model that is not there is better said by those who look for its files.
+        if work.digest_cache && model.exists() {
+            hasher = hasher.with_cache(Cache::open(&directory()?, model)?);
+        }
+        let shown = Shown::start(hasher.progress(), work.progress, work.quiet);
+        Ok(Self { hasher, shown })
+    }
+
+    /// Ends it. Says what was not read because a cache knew it; returns how many digests that were.
+    pub(crate) fn end(self) -> usize {
+        drop(self.shown);
+        let Some(used) = self.hasher.into_cache_use() else { return 0 };
+        if let Some(problem) = used.problem {
+            report::warning(&format!("digests are not remembered: {}", report::with_causes(&problem)));
+        }
+        if used.digests > 0 {
+            let (digests, size) = (report::count(used.digests, "digest"), report::size(used.bytes));
+            eprintln!("note: {digests} ({size}) came from the digest cache; these files were not read");
+        }
+        used.digests
+    }
+}

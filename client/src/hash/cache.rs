@@ -1,0 +1,249 @@
+//! Digests that are remembered: a file that is the same file, of the same size, with the same times, was not written to.
+//!
+//! A cache holds one model. It is text, a line an entry, and ends with the digest of all before it: one that was not
+//! written to its end, or was touched since, is worth nothing and is made anew.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::digest::{Algorithm, Digest};
+use super::{Piece, Stamp};
+
+const HEADER: &str = "omsign digests 1";
+
+/// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
+/// systems count in steps of up to two seconds.
+const RACY: Duration = Duration::from_secs(2);
+
+/// A cache cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// Neither `XDG_CACHE_HOME` nor `HOME` says where.
+    #[error("there is no place for a digest cache: neither XDG_CACHE_HOME nor HOME is set")]
+    Nowhere,
+    /// It cannot be read, made or removed.
+    #[error("the digest cache {path}")]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Whoever writes to it decides what is signed.
+    #[error("the digest cache {0} belongs to, or can be written by, somebody else")]
+    Others(PathBuf),
+}
+
+/// What one digest is of.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Entry {
+    stamp: Stamp,
+    start: u64,
+    end: u64,
+    algorithm: &'static str,
+}
+
+/// The digests of one model's files.
+pub struct Cache {
+    path: PathBuf,
+    entries: HashMap<Entry, Digest>,
+    /// Before this cache's files were looked at.
+    opened: SystemTime,
+}
+
+/// Where caches are: `$XDG_CACHE_HOME/omsign/digests`.
+pub fn directory() -> Result<PathBuf, CacheError> {
+    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    Ok(base.ok_or(CacheError::Nowhere)?.join("omsign/digests"))
+}
+
+/// Removes all caches. Returns how many there were.
+pub fn clear(directory: &Path) -> Result<usize, CacheError> {
+    let error = |source| CacheError::Io { path: directory.to_owned(), source };
+    let entries = match std::fs::read_dir(directory) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(0),
+        entries => entries.map_err(error)?,
+    };
+    let mut count = 0;
+    for entry in entries {
+        std::fs::remove_file(entry.map_err(error)?.path()).map_err(error)?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+impl Cache {
+    /// Reads the cache of a model, or starts one.
+    pub fn open(directory: &Path, model: &Path) -> Result<Self, CacheError> {
+        let error = |path: &Path, source| CacheError::Io { path: path.to_owned(), source };
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(directory).map_err(|source| error(directory, source))?;
+        let real = model.canonicalize().map_err(|source| error(model, source))?;
+        let path = directory.join(Digest::sha256(real.as_os_str().as_bytes()).to_string());
+        for path in [directory, &path] {
+            match path.symlink_metadata() {
+                Ok(found)
+                    if found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 =>
+                {
+                    return Err(CacheError::Others(path.to_owned()));
+                }
+                Err(missing) if missing.kind() != io::ErrorKind::NotFound => {
+                    return Err(error(path, missing));
+                }
+                _ => {}
+            }
+        }
+        let entries = match std::fs::read_to_string(&path) {
+            Ok(text) => parse(&text).unwrap_or_default(),
+            Err(missing) if missing.kind() == io::ErrorKind::NotFound => HashMap::new(),
+            // Not text: as bad as half a file.
+            Err(bad) if bad.kind() == io::ErrorKind::InvalidData => HashMap::new(),
+            Err(source) => return Err(error(&path, source)),
+        };
+        Ok(Self { path, entries, opened: SystemTime::now() })
+    }
+
+    /// The remembered digest of a piece.
+    pub(super) fn get(&self, algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Option<Digest> {
+        self.entries.get(&entry(algorithm, stamp, piece)).copied()
+    }
+
+    /// Remembers what was hashed, and forgets what took its place. Files that are too young to be told from
+    /// themselves after another write are left out.
+    pub(super) fn keep(
+        &mut self,
+        algorithm: Algorithm,
+        hashed: impl Iterator<Item = (Stamp, Piece, Digest)>,
+    ) -> Result<(), CacheError> {
+        let mut seen = HashMap::new();
+        for (stamp, piece, digest) in hashed {
+            seen.insert(entry(algorithm, stamp, &piece), digest);
+        }
+        let inodes: HashSet<_> = seen.keys().map(|entry| (entry.stamp.device, entry.stamp.inode)).collect();
+        let visited = seen.len();
+        let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
+        seen.retain(|entry, _| written(&entry.stamp).is_some_and(|written| written < youngest));
+        // Other algorithms' digests of the same files, and files that were not looked at this time.
+        self.entries.retain(|old, _| {
+            seen.contains_key(old)
+                || !inodes.contains(&(old.stamp.device, old.stamp.inode))
+                || old.algorithm != algorithm.name()
+        });
+        if self.entries.len() > 2 * visited {
+            self.entries.clear();
+        }
+        self.entries.extend(seen);
+        self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let mut text = format!("{HEADER}\n");
+        for (Entry { stamp, start, end, algorithm }, digest) in &self.entries {
+            let Stamp { device, inode, size, modified, changed } = stamp;
+            let ((ms, mn), (cs, cn)) = (modified, changed);
+            let _ = writeln!(
+                text,
+                "{device} {inode} {size} {ms} {mn} {cs} {cn} {start} {end} {algorithm} {digest}"
+            );
+        }
+        let digest = Digest::sha256(text.as_bytes());
+        let _ = writeln!(text, "{digest}");
+        let directory = self.path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(text.as_bytes())?;
+        file.persist(&self.path)?;
+        Ok(())
+    }
+}
+
+fn entry(algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Entry {
+    Entry { stamp, start: piece.range.start, end: piece.range.end, algorithm: algorithm.name() }
+}
+
+/// When a file was last written to, or its inode changed.
+fn written(stamp: &Stamp) -> Option<SystemTime> {
+    let (seconds, nanoseconds) = stamp.modified.max(stamp.changed);
+    let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
+    UNIX_EPOCH.checked_add(since)
+}
+
+/// The entries of a cache that is whole.
+fn parse(text: &str) -> Option<HashMap<Entry, Digest>> {
+    let body = text.get(..text.len().checked_sub(65)?)?;
+    let digest = text.get(body.len()..)?.strip_suffix('\n')?;
+    if Digest::sha256(body.as_bytes()).to_string() != digest {
+        return None;
+    }
+    let mut lines = body.lines();
+    (lines.next()? == HEADER).then_some(())?;
+    lines.map(parse_line).collect()
+}
+
+fn parse_line(line: &str) -> Option<(Entry, Digest)> {
+    let mut words = line.split(' ');
+    let mut number = || words.next()?.parse::<i128>().ok();
+    let mut unsigned = || u64::try_from(number()?).ok();
+    let (device, inode, size) = (unsigned()?, unsigned()?, unsigned()?);
+    let mut signed = || i64::try_from(number()?).ok();
+    let (modified, changed) = ((signed()?, signed()?), (signed()?, signed()?));
+    let mut unsigned = || u64::try_from(number()?).ok();
+    let (start, end) = (unsigned()?, unsigned()?);
+    let algorithm = Algorithm::from_name(words.next()?)?;
+    let digest = Digest::from_hex(algorithm, words.next()?)?;
+    let stamp = Stamp { device, inode, size, modified, changed };
+    Some((Entry { stamp, start, end, algorithm: algorithm.name() }, digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Stamp = Stamp { device: 1, inode: 2, size: 3, modified: (-5, 9), changed: (100, 1) };
+
+    fn cache(directory: &Path) -> Cache {
+        Cache::open(directory, Path::new("/")).expect("opened")
+    }
+
+    #[test]
+    fn only_a_whole_cache_of_an_old_file_is_believed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let directory = &directory.path().join("made");
+        let piece = Piece { file: 0, range: 0..3 };
+        let digest = Digest::sha256(b"x");
+        let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
+        let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
+        cache(directory).keep(Algorithm::Sha256, both.into_iter()).expect("kept");
+        let read = cache(directory);
+        assert_eq!(read.get(Algorithm::Sha256, OLD, &piece), Some(digest));
+        assert_eq!(read.get(Algorithm::Sha256, young, &piece), None);
+        assert_eq!(read.get(Algorithm::Blake3, OLD, &piece), None);
+        assert_eq!(read.get(Algorithm::Sha256, Stamp { changed: (100, 2), ..OLD }, &piece), None);
+        assert_eq!(read.get(Algorithm::Sha256, OLD, &Piece { file: 0, range: 0..2 }), None);
+        // Every byte of it counts, and so does its end.
+        let whole = std::fs::read(&read.path).expect("read");
+        for at in 0..whole.len() {
+            let mut bad = whole.clone();
+            bad[at] ^= 1;
+            std::fs::write(&read.path, &bad).expect("written");
+            assert_eq!(cache(directory).get(Algorithm::Sha256, OLD, &piece), None, "byte {at}");
+            std::fs::write(&read.path, &whole[..at]).expect("written");
+            assert_eq!(cache(directory).get(Algorithm::Sha256, OLD, &piece), None, "cut at {at}");
+        }
+        assert_eq!(clear(directory).expect("cleared"), 1);
+        assert_eq!(clear(&directory.join("none")).expect("nothing there"), 0);
+    }
+
+    #[test]
+    fn what_others_can_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o770)).expect("set");
+        assert!(matches!(Cache::open(directory.path(), Path::new("/")), Err(CacheError::Others(_))));
+    }
+}

@@ -1,0 +1,124 @@
+//! What a hash algorithm makes of a file: names, lengths and text forms (OMS algorithm registry).
+
+use sha2::{Digest as _, Sha256};
+
+/// A file-hashing algorithm of OMS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Algorithm {
+    /// SHA-256 (FIPS 180-4): every verifier knows it.
+    #[default]
+    Sha256,
+    /// BLAKE2b with 64 bytes of output (RFC 7693).
+    Blake2b,
+    /// BLAKE3 with 32 bytes of output.
+    Blake3,
+}
+
+impl Algorithm {
+    /// Its identifier in `hash_type` and `algorithm`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Blake2b => "blake2b",
+            Self::Blake3 => "blake3",
+        }
+    }
+
+    /// The algorithm of an identifier. The reference also writes `blake2`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "sha256" => Some(Self::Sha256),
+            "blake2b" | "blake2" => Some(Self::Blake2b),
+            "blake3" => Some(Self::Blake3),
+            _ => None,
+        }
+    }
+
+    /// Bytes in one of its digests.
+    pub fn digest_bytes(self) -> usize {
+        match self {
+            Self::Sha256 | Self::Blake3 => 32,
+            Self::Blake2b => LONGEST,
+        }
+    }
+}
+
+impl std::fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+const LONGEST: usize = 64;
+
+/// A digest, of 32 or 64 bytes. Which algorithm made it is said where it stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Digest {
+    /// Zero from `length` on.
+    bytes: [u8; LONGEST],
+    length: usize,
+}
+
+impl Digest {
+    /// The SHA-256 digest of bytes in memory.
+    pub fn sha256(bytes: &[u8]) -> Self {
+        Self::from_bytes(&Sha256::digest(bytes))
+    }
+
+    /// From an algorithm's output, of 64 bytes at most.
+    pub(super) fn from_bytes(output: &[u8]) -> Self {
+        let mut bytes = [0; LONGEST];
+        bytes.iter_mut().zip(output).for_each(|(to, from)| *to = *from);
+        Self { bytes, length: output.len().min(LONGEST) }
+    }
+
+    /// Parses an algorithm's digest in lower-case hexadecimal, which alone is canonical.
+    pub fn from_hex(algorithm: Algorithm, text: &str) -> Option<Self> {
+        if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return None;
+        }
+        let bytes = hex::decode(text).ok()?;
+        (bytes.len() == algorithm.digest_bytes()).then(|| Self::from_bytes(&bytes))
+    }
+
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or_default()
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex::encode(self.as_bytes()))
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Digest({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_canonical_text_is_a_digest() {
+        // FIPS 180-4, example "abc".
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(Digest::from_hex(Algorithm::Sha256, abc), Some(Digest::sha256(b"abc")));
+        assert_eq!(Digest::sha256(b"abc").to_string(), abc);
+        assert_eq!(Digest::from_hex(Algorithm::Sha256, &abc.to_uppercase()), None);
+        assert_eq!(Digest::from_hex(Algorithm::Sha256, &abc[2..]), None);
+        assert_eq!(Digest::from_hex(Algorithm::Blake2b, abc), None);
+    }
+
+    #[test]
+    fn names_survive_the_round_trip() {
+        for algorithm in [Algorithm::Sha256, Algorithm::Blake2b, Algorithm::Blake3] {
+            assert_eq!(Algorithm::from_name(algorithm.name()), Some(algorithm));
+        }
+        assert_eq!(Algorithm::from_name("md5"), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! Which core hashes what, when: every core keeps as many independent streams going as its vectors hold.
+//!
+//! One way for one big file, 160 big files and 100,000 small ones: the work is a list of units, the longest first;
+//! each core takes units until it has its share of streams, advances them together by what they all have in their
+//! buffers, and puts the next unit in the place of one that ends at once.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::HashError;
+use super::digest::Digest;
+use super::source::{Buffer, Feed, Stamp};
+
+/// A hash algorithm, as streams that are advanced side by side.
+pub(super) trait Streams: Sync {
+    /// Where a stream is.
+    type State: Send;
+    /// Bytes that streams are advanced by, or a multiple.
+    const BLOCK: usize;
+    /// How many streams at once are fastest.
+    fn lanes(&self) -> usize;
+    /// A stream at its start.
+    fn start(&self, unit: &Unit) -> Self::State;
+    /// Advances each stream by its data: whole blocks, as many for each.
+    fn update(&self, states: &mut [&mut Self::State], data: &[&[u8]]);
+    /// A stream's end: less than a block is left.
+    fn finish(&self, state: Self::State, rest: &[u8], unit: &Unit) -> Digest;
+}
+
+/// Bytes that are hashed one after the other, on one core.
+#[derive(Clone, Debug)]
+pub(super) struct Unit {
+    /// The piece that asked for it.
+    pub(super) piece: usize,
+    /// Where its bytes are in the file.
+    pub(super) range: Range<u64>,
+    /// Where they are in the piece.
+    pub(super) offset: u64,
+    /// Whether they are the whole piece.
+    pub(super) whole: bool,
+}
+
+impl Unit {
+    /// A piece that is hashed in one go.
+    pub(super) fn whole(piece: usize, range: Range<u64>) -> Self {
+        Self { piece, range, offset: 0, whole: true }
+    }
+}
+
+/// A file that units are of.
+pub(super) struct Input<'a> {
+    pub(super) path: &'a Path,
+    pub(super) stamp: Stamp,
+}
+
+/// The most that all buffers together may hold; each core's share should fit into its own cache.
+const BUFFERS_BYTES: usize = 32 << 20;
+const CORE_BYTES: usize = 512 << 10;
+const LARGEST_BUFFER: usize = 256 << 10;
+const SMALLEST_BUFFER: usize = 4 << 10;
+
+/// Descriptors that are left to the rest of the process.
+const SPARE_DESCRIPTORS: usize = 64;
+
+/// Hashes units. `input` says which file a unit is of. The digests are in the units' order.
+pub(super) fn run<'a, S: Streams>(
+    streams: &'a S,
+    units: &'a [Unit],
+    input: impl Fn(&Unit) -> Input<'a> + Sync,
+    pool: &rayon::ThreadPool,
+    hashed: &'a AtomicU64,
+) -> Result<Vec<Digest>, HashError> {
+    let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
+    longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.range.end - unit.range.start));
+    let jobs = pool.current_num_threads();
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+    let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
+    // A core that took all that its vectors hold would leave none to the others where there is little.
+    let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable).max(1);
+    let share = (BUFFERS_BYTES / jobs).min(CORE_BYTES);
+    let buffer = (share / lanes).clamp(SMALLEST_BUFFER, LARGEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
+    let work = Work {
+        streams,
+        input,
+        longest_first,
+        next: AtomicUsize::new(0),
+        failed: AtomicBool::new(false),
+        lanes,
+        buffer,
+        // Cores that would have nothing to hash read for those that have.
+        ahead: units.len() < jobs,
+        hashed,
+    };
+    let (digests, failure) = (Mutex::new(vec![None; units.len()]), Mutex::new(None));
+    pool.broadcast(|_| {
+        let mut done = Vec::new();
+        if let Err(error) = work.core(&mut done) {
+            work.failed.store(true, Ordering::Relaxed);
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+        let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
+        for (unit, digest) in done {
+            if let Some(place) = digests.get_mut(unit) {
+                *place = Some(digest);
+            }
+        }
+    });
+    if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
+    let digests = digests.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(digests.into_iter().map(|digest| digest.expect("every unit was hashed, or one failed")).collect())
+}
+
+struct Work<'a, S, I> {
+    streams: &'a S,
+    input: I,
+    longest_first: Vec<(usize, &'a Unit)>,
+    next: AtomicUsize,
+    failed: AtomicBool,
+    lanes: usize,
+    buffer: usize,
+    ahead: bool,
+    hashed: &'a AtomicU64,
+}
+
+struct Lane<'a, S> {
+    /// The unit's place in the list.
+    index: usize,
+    unit: &'a Unit,
+    path: &'a Path,
+    state: S,
+    feed: Feed,
+}
+
+impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
+    /// One core's work: until nothing is left, or somebody failed.
+    fn core(&self, done: &mut Vec<(usize, Digest)>) -> Result<(), HashError> {
+        let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
+        let mut buffers: Vec<Buffer> = Vec::new();
+        while !self.failed.load(Ordering::Relaxed) {
+            let mut next = 0;
+            while let Some(lane) = lanes.get_mut(next) {
+                if lane.feed.available().is_empty() && !lane.feed.ended() {
+                    lane.feed.refill().map_err(|error| error.of(lane.path))?;
+                }
+                if lane.feed.available().len() >= S::BLOCK {
+                    next += 1;
+                    continue;
+                }
+                let Lane { index, unit, state, feed, .. } = lanes.swap_remove(next);
+                let rest = feed.available();
+                self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
+                done.push((index, self.streams.finish(state, rest, unit)));
+                buffers.push(feed.into_buffer());
+            }
+            if lanes.len() < self.lanes
+                && let Some(lane) = self.take(&mut buffers)?
+            {
+                lanes.push(lane);
+                continue;
+            }
+            if lanes.is_empty() {
+                break;
+            }
+            let shortest = lanes.iter().map(|lane| lane.feed.available().len()).min().unwrap_or(0);
+            let step = shortest / S::BLOCK * S::BLOCK;
+            let (mut states, mut data) = (Vec::with_capacity(lanes.len()), Vec::with_capacity(lanes.len()));
+            for Lane { state, feed, .. } in &mut lanes {
+                states.push(state);
+                data.push(feed.available().get(..step).unwrap_or_default());
+            }
+            self.streams.update(&mut states, &data);
+            lanes.iter_mut().for_each(|lane| lane.feed.take(step));
+            self.hashed.fetch_add((step * lanes.len()) as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The next unit, opened.
+    fn take(&self, buffers: &mut Vec<Buffer>) -> Result<Option<Lane<'a, S::State>>, HashError> {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(&(index, unit)) = self.longest_first.get(next) else { return Ok(None) };
+        let Input { path, stamp } = (self.input)(unit);
+        let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
+        let feed =
+            Feed::open(path, stamp, &unit.range, buffer, self.ahead).map_err(|error| error.of(path))?;
+        Ok(Some(Lane { index, unit, path, state: self.streams.start(unit), feed }))
+    }
+}
+
+/// A pool of as many threads as asked for, or as there are cores for this process.
+pub(super) fn pool(jobs: Option<NonZeroUsize>) -> rayon::ThreadPool {
+    let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
+    pool.expect("threads can be started")
+}

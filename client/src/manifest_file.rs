@@ -1,0 +1,410 @@
+//! A manifest in a file: what `omsign digest --json` writes, of a model or of a part of one, and what
+//! `omsign sign --manifest` reads, where the model need not be at hand. Lists of `sha256sum` are read, too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::hash::{Algorithm, Digest};
+use crate::manifest::{Manifest, Method, Part, Resource, Serialization};
+use crate::predicate::{Predicate, PredicateError, canonical, complete};
+
+/// The version of the format.
+const VERSION: u32 = 1;
+
+/// Files that make no manifest.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestFileError {
+    /// One cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// One is neither JSON of `omsign digest` nor a list of `sha256sum`.
+    #[error("{path} is no manifest: {reason}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// One says what no signature may say.
+    #[error("{path}")]
+    Predicate {
+        /// The file, or all of them.
+        path: PathBuf,
+        /// What.
+        source: PredicateError,
+    },
+    /// Files that do not belong together.
+    #[error("{one} and {other} {what}")]
+    Apart {
+        /// One of them.
+        one: PathBuf,
+        /// Another.
+        other: PathBuf,
+        /// Why they do not.
+        what: String,
+    },
+    /// A part of the model is in none of the files.
+    #[error("part {missing} of {of} is in none of the files")]
+    Gap {
+        /// Its number, from 1.
+        missing: usize,
+        /// How many there are.
+        of: usize,
+    },
+    /// A list has no name for the model, or a manifest has one already.
+    #[error("{0}")]
+    Name(&'static str),
+}
+
+/// What the parts of a model have in common, and which of them this is.
+#[derive(Clone, Copy, Debug)]
+pub struct PartOf {
+    /// Which.
+    pub part: Part,
+    /// How many resources the whole model has.
+    pub resources: usize,
+    /// [`crate::manifest::Plan::listing`] of the whole model.
+    pub listing: Digest,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    omsign_manifest: u32,
+    model: String,
+    bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    root_digest: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    part: Option<FilePart>,
+    predicate: Predicate,
+}
+
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FilePart {
+    index: NonZeroUsize,
+    of: NonZeroUsize,
+    model_resources: usize,
+    model_listing: String,
+}
+
+/// The file's content.
+pub fn to_json(manifest: &Manifest, bytes: u64, part: Option<PartOf>) -> serde_json::Value {
+    let root = || format!("sha256:{}", manifest.root_digest());
+    let file = File {
+        omsign_manifest: VERSION,
+        model: manifest.model_name.clone(),
+        bytes,
+        root_digest: part.is_none().then(root),
+        part: part.map(|PartOf { part, resources, listing }| FilePart {
+            index: part.index,
+            of: part.of,
+            model_resources: resources,
+            model_listing: format!("sha256:{listing}"),
+        }),
+        predicate: Predicate::new(&manifest.resources, &manifest.serialization),
+    };
+    serde_json::to_value(file).expect("strings, numbers and lists always serialize")
+}
+
+/// What a list of `sha256sum` does not say.
+#[derive(Clone, Debug, Default)]
+pub struct Unsaid {
+    /// The model's name.
+    pub model_name: Option<String>,
+    /// What was left out of the list, below the model's root.
+    pub ignore_paths: BTreeSet<String>,
+}
+
+/// A manifest from its file, from all its parts, or from lists of `sha256sum`. Also returns the model's size in bytes,
+/// where the files say it.
+pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>), ManifestFileError> {
+    let (mut files, mut lists) = (Vec::new(), Vec::new());
+    for path in paths {
+        let read = std::fs::read(path);
+        let bytes = read.map_err(|source| ManifestFileError::Read { path: path.clone(), source })?;
+        let malformed = |reason: String| ManifestFileError::Malformed { path: path.clone(), reason };
+        if bytes.trim_ascii_start().starts_with(b"{") {
+            let file: File = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+            if file.omsign_manifest != VERSION {
+                return Err(malformed(format!("it is of version {}, not {VERSION}", file.omsign_manifest)));
+            }
+            files.push((path.as_path(), file));
+        } else {
+            let text = String::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".into()))?;
+            lists.push((path.as_path(), sums(path, &text)?));
+        }
+    }
+    match (files.first(), lists.first()) {
+        (Some((one, _)), Some((other, _))) => Err(ManifestFileError::Apart {
+            one: (*one).to_owned(),
+            other: (*other).to_owned(),
+            what: "are of different kinds: give manifests of omsign or lists of sha256sum".into(),
+        }),
+        (None, _) => from_lists(&lists, unsaid).map(|manifest| (manifest, None)),
+        (Some(_), None) if unsaid.model_name.is_some() => Err(ManifestFileError::Name(
+            "--model-name is for lists of sha256sum: the manifest has the model's name",
+        )),
+        (Some(_), None) => from_parts(files).map(|(manifest, bytes)| (manifest, Some(bytes))),
+    }
+}
+
+/// Puts parts together: each once, none missing, all of the same model and options.
+fn from_parts(mut files: Vec<(&Path, File)>) -> Result<(Manifest, u64), ManifestFileError> {
+    let predicate_error = |path: &Path| {
+        let path = path.to_owned();
+        |source| ManifestFileError::Predicate { path, source }
+    };
+    files.sort_by_key(|(_, file)| file.part.as_ref().map(|part| part.index));
+    let mut files = files.into_iter();
+    let Some((first, File { model, mut bytes, root_digest, part, predicate, .. })) = files.next() else {
+        return Err(ManifestFileError::Name("no file is given"));
+    };
+    let (mut resources, serialization) = predicate.check().map_err(predicate_error(first))?;
+    let mut last = (first, part.as_ref().map(|part| part.index.get()));
+    for (path, file) in files {
+        let apart = |what: &str| {
+            Err(ManifestFileError::Apart {
+                one: last.0.to_owned(),
+                other: path.to_owned(),
+                what: what.into(),
+            })
+        };
+        let (Some(first), Some(this)) = (&part, &file.part) else {
+            return apart("are not parts of one model: give one manifest, or all parts of one");
+        };
+        if last.1 == Some(this.index.get()) {
+            return apart("are the same part of the model");
+        }
+        let (more, same) = file.predicate.check().map_err(predicate_error(path))?;
+        if same != serialization
+            || file.model != model
+            || (FilePart { index: first.index, ..this.clone() }) != *first
+        {
+            return apart("are parts of different models, or were made with different options");
+        }
+        resources.extend(more);
+        bytes = bytes.saturating_add(file.bytes);
+        if let Some(gap) = last.1.filter(|last| last + 1 != this.index.get()) {
+            return Err(ManifestFileError::Gap { missing: gap + 1, of: this.of.get() });
+        }
+        last = (path, Some(this.index.get()));
+    }
+    if let Some(part) = &part {
+        let (first, last, of) = (part.index.get(), last.1.unwrap_or_default(), part.of.get());
+        if first != 1 || last != of {
+            return Err(ManifestFileError::Gap { missing: if first == 1 { last + 1 } else { 1 }, of });
+        }
+    }
+    resources.sort_by_cached_key(Resource::name);
+    let malformed =
+        |reason: &str| ManifestFileError::Malformed { path: first.to_owned(), reason: reason.to_owned() };
+    if let Some((one, _)) = pairs(&resources).find(|(one, next)| one.name() == next.name()) {
+        return Err(predicate_error(first)(PredicateError::Duplicate(one.name())));
+    }
+    if part.is_some_and(|part| part.model_resources != resources.len()) {
+        return Err(malformed("its parts do not have as many files as the model"));
+    }
+    complete(&resources, serialization.method).map_err(predicate_error(first))?;
+    let manifest = Manifest { model_name: model, resources, serialization };
+    if root_digest.is_some_and(|root| root != format!("sha256:{}", manifest.root_digest())) {
+        return Err(malformed("its root digest is not that of its files"));
+    }
+    Ok((manifest, bytes))
+}
+
+fn pairs(resources: &[Resource]) -> impl Iterator<Item = (&Resource, &Resource)> {
+    resources.iter().zip(resources.iter().skip(1))
+}
+
+/// Puts the lists of one model together.
+fn from_lists(lists: &[(&Path, Vec<Resource>)], unsaid: &Unsaid) -> Result<Manifest, ManifestFileError> {
+    let Some(model_name) = unsaid.model_name.clone().filter(|name| !name.is_empty()) else {
+        return Err(ManifestFileError::Name(
+            "a list of sha256sum does not say the model's name: give --model-name",
+        ));
+    };
+    let mut resources = BTreeMap::new();
+    for (path, list) in lists {
+        for resource in list {
+            if resources.insert(resource.file.clone(), resource.clone()).is_some() {
+                let source = PredicateError::Duplicate(resource.file.clone());
+                return Err(ManifestFileError::Predicate { path: (*path).to_owned(), source });
+            }
+        }
+    }
+    let path = lists.first().map(|(path, _)| (*path).to_owned()).unwrap_or_default();
+    let resources: Vec<_> = resources.into_values().collect();
+    let serialization =
+        Serialization { ignore_paths: unsaid.ignore_paths.clone(), ..Serialization::default() };
+    complete(&resources, Method::Files)
+        .map_err(|source| ManifestFileError::Predicate { path: path.clone(), source })?;
+    if let Some(bad) = unsaid.ignore_paths.iter().find(|path| !canonical(path)) {
+        return Err(ManifestFileError::Predicate { path, source: PredicateError::IgnorePath(bad.clone()) });
+    }
+    Ok(Manifest { model_name, resources, serialization })
+}
+
+/// The lines of `sha256sum`, in either of its forms.
+fn sums(path: &Path, text: &str) -> Result<Vec<Resource>, ManifestFileError> {
+    let mut resources = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let malformed = || ManifestFileError::Malformed {
+            path: path.to_owned(),
+            reason: format!("line {} is not of sha256sum: <64 hexadecimal digits>  <path>", index + 1),
+        };
+        // A name with a backslash, which OMS does not know, is escaped.
+        let tagged = line.strip_prefix("SHA256 (").and_then(|rest| rest.rsplit_once(") = "));
+        let plain = || line.split_once("  ").or_else(|| line.split_once(" *"));
+        let (digest, name) = match tagged {
+            Some((name, digest)) => (digest, name),
+            None => plain().ok_or_else(malformed)?,
+        };
+        let digest = Digest::from_hex(Algorithm::Sha256, digest).ok_or_else(malformed)?;
+        // `find .` puts it before every name.
+        let name = name.strip_prefix("./").unwrap_or(name);
+        if !canonical(name) {
+            let source = PredicateError::Name(name.to_owned());
+            return Err(ManifestFileError::Predicate { path: path.to_owned(), source });
+        }
+        resources.push(Resource { file: name.to_owned(), shard: None, digest });
+    }
+    Ok(resources)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Directory(tempfile::TempDir);
+
+    impl Directory {
+        fn write(&self, name: &str, content: &str) -> PathBuf {
+            let path = self.0.path().join(name);
+            std::fs::write(&path, content).expect("written");
+            path
+        }
+    }
+
+    fn resource(file: &str) -> Resource {
+        Resource { file: file.into(), shard: None, digest: Digest::sha256(file.as_bytes()) }
+    }
+
+    fn model(files: &[&str]) -> Manifest {
+        let resources = files.iter().map(|file| resource(file)).collect();
+        Manifest { model_name: "m".into(), resources, serialization: Serialization::default() }
+    }
+
+    fn part(files: &[&str], index: usize, of: usize) -> serde_json::Value {
+        let number = |number| NonZeroUsize::new(number).expect("not zero");
+        let part = Part { index: number(index), of: number(of) };
+        to_json(&model(files), 5, Some(PartOf { part, resources: 3, listing: Digest::sha256(b"abc") }))
+    }
+
+    #[test]
+    fn a_whole_model_and_one_in_parts() {
+        let directory = Directory(tempfile::tempdir().expect("a directory"));
+        let whole = directory.write("whole", &to_json(&model(&["a", "b", "c"]), 15, None).to_string());
+        assert_eq!(read(&[whole], &Unsaid::default()).expect("read"), (model(&["a", "b", "c"]), Some(15)));
+        let parts = [part(&["b"], 1, 3), part(&[], 2, 3), part(&["a", "c"], 3, 3)];
+        let parts = [2, 0, 1].map(|i: usize| directory.write(&i.to_string(), &parts[i].to_string()));
+        assert_eq!(read(&parts, &Unsaid::default()).expect("read"), (model(&["a", "b", "c"]), Some(15)));
+    }
+
+    #[test]
+    fn parts_that_are_not_all_or_not_of_one_model() {
+        let directory = Directory(tempfile::tempdir().expect("a directory"));
+        let (one, two) = (part(&["a"], 1, 2), part(&["b", "c"], 2, 2));
+        let other = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut other = two.clone();
+            change(&mut other);
+            other
+        };
+        for (files, expected) in [
+            (vec![one.clone()], "part 2 of 2 is in none"),
+            (vec![two.clone()], "part 1 of 2 is in none"),
+            (vec![part(&["a"], 1, 4), part(&["b"], 3, 4)], "part 2 of 4 is in none"),
+            (vec![one.clone(), two.clone(), two.clone()], "2 are the same part of the model"),
+            (vec![one.clone(), other(&|o| o["model"] = "n".into())], "different models"),
+            (vec![one.clone(), other(&|o| o["part"]["model_listing"] = "x".into())], "different models"),
+            (vec![one.clone(), other(&|o| o["part"]["of"] = 3.into())], "different models"),
+            (
+                vec![
+                    one.clone(),
+                    other(&|o| o["predicate"]["serialization"]["allow_symlinks"] = true.into()),
+                ],
+                "different models",
+            ),
+            (vec![one.clone(), part(&["c"], 2, 2)], "as many files as the model"),
+            (vec![part(&["b"], 1, 2), two.clone()], "lists \"b\" twice"),
+            (vec![one.clone(), to_json(&model(&["a"]), 1, None)], "not parts of one model"),
+            (
+                vec![to_json(&model(&["a"]), 1, None), to_json(&model(&["b"]), 1, None)],
+                "not parts of one model",
+            ),
+            (vec![to_json(&model(&[]), 1, None)], "lists no files"),
+            (vec![other(&|o| o["more"] = 1.into())], "unknown field `more`"),
+            (vec![other(&|o| o["omsign_manifest"] = 2.into())], "of version 2, not 1"),
+            (
+                vec![other(&|o| o["predicate"]["resources"][0]["name"] = "../b".into())],
+                "not a canonical path",
+            ),
+        ] {
+            let files = files.iter().enumerate();
+            let files: Vec<_> =
+                files.map(|(i, file)| directory.write(&i.to_string(), &file.to_string())).collect();
+            let error = said(&read(&files, &Unsaid::default()).expect_err(expected));
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+        let mut changed = to_json(&model(&["a", "b"]), 1, None);
+        changed["predicate"]["resources"][0]["digest"] = Digest::sha256(b"b").to_string().into();
+        let changed = directory.write("changed", &changed.to_string());
+        assert!(said(&read(&[changed], &Unsaid::default()).expect_err("changed")).contains("root digest"));
+    }
+
+    fn said(error: &ManifestFileError) -> String {
+        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        format!("{error}: {cause}")
+    }
+
+    #[test]
+    fn lists_of_sha256sum() {
+        let directory = Directory(tempfile::tempdir().expect("a directory"));
+        let unsaid = Unsaid { model_name: Some("m".into()), ignore_paths: BTreeSet::new() };
+        let digest = |name: &str| resource(name).digest;
+        let one = directory.write("1", &format!("{}  ./c d\n{} *a\n", digest("c d"), digest("a")));
+        let two = directory.write("2", &format!("SHA256 (b) = {}\n", digest("b")));
+        let (manifest, bytes) = read(&[one.clone(), two], &unsaid).expect("read");
+        assert_eq!((manifest, bytes), (model(&["a", "b", "c d"]), None));
+        assert!(
+            said(&read(std::slice::from_ref(&one), &Unsaid::default()).expect_err("no name"))
+                .contains("--model-name")
+        );
+        let sum = digest("a").to_string();
+        for (text, expected) in [
+            (format!("{sum} a"), "line 1 is not of sha256sum"),
+            (format!("{sum}  a\nx  b"), "line 2 is not of sha256sum"),
+            (format!("{}  a", sum.to_uppercase()), "line 1 is not of sha256sum"),
+            (format!("\\{sum}  a\\\\b"), "line 1 is not of sha256sum"),
+            (format!("{sum}  ../a"), "\"../a\", which is not a canonical path"),
+            (format!("{sum}  /a"), "which is not a canonical path"),
+            (format!("{sum}  a\n{sum}  a"), "lists \"a\" twice"),
+            (format!("{sum}  c d"), "lists \"c d\" twice"),
+            (String::new(), "lists no files"),
+        ] {
+            let list = directory.write("list", &text);
+            let lists = if expected.contains("c d") { vec![one.clone(), list] } else { vec![list] };
+            let error = said(&read(&lists, &unsaid).expect_err(expected));
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+}

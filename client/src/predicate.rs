@@ -1,0 +1,281 @@
+//! The OMS predicate (OMS v1.0, 5.2): which files, which digests, and how both were found. Written reproducibly,
+//! read strictly.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::hash::{Algorithm, Digest};
+use crate::manifest::{Method, Resource, Serialization};
+
+/// What is wrong with a predicate.
+#[derive(Debug, thiserror::Error)]
+pub enum PredicateError {
+    /// An empty manifest.
+    #[error("the manifest lists no files (OMS 5.2.1)")]
+    NoResources,
+    /// A name that is not a plain path below the root.
+    #[error("the manifest lists {0:?}, which is not a canonical path (OMS 6.1.2)")]
+    Name(String),
+    /// The same name twice.
+    #[error("the manifest lists {0:?} twice (OMS 5.2.1)")]
+    Duplicate(String),
+    /// Not a digest of its algorithm in lower-case hexadecimal.
+    #[error("the digest of {0:?} is malformed (OMS 5.2.1)")]
+    Digest(String),
+    /// A resource with another algorithm than the manifest's.
+    #[error("{0:?} has the algorithm {1:?}, but the manifest says {2:?} (OMS 7)")]
+    Algorithm(String, String, String),
+    /// An ignored path that is not a plain path below the root.
+    #[error("the ignore_paths contain {0:?}, which is not a canonical path (OMS 6.2.1)")]
+    IgnorePath(String),
+    /// Neither files nor shards.
+    #[error("unknown serialization method {0:?} (OMS 6.3)")]
+    Method(String),
+    /// An algorithm that OMS does not name.
+    #[error("unknown hash_type {0:?} (OMS 7)")]
+    HashType(String),
+    /// `shard_size` where files are not sharded.
+    #[error("the manifest has a shard_size but is not sharded (OMS 5.2.2)")]
+    ShardSize,
+    /// No positive whole number of bytes.
+    #[error("the manifest is sharded, and its shard_size is not a positive whole number (OMS 5.2.2)")]
+    NoShardSize,
+    /// A name without the range of bytes that makes it a shard.
+    #[error("{0:?} is not the name of a shard: <path>:<start>:<end> (OMS 6.3.2)")]
+    ShardName(String),
+    /// Shards that are not, one after the other, the whole of a file.
+    #[error("the shards of {file:?} {what} at byte {at} (OMS 6.3.2)")]
+    Shards {
+        /// The file.
+        file: String,
+        /// What they do there.
+        what: &'static str,
+        /// Where, from the file's start.
+        at: u64,
+    },
+}
+
+/// A predicate as JSON has it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Predicate {
+    resources: Vec<Descriptor>,
+    serialization: Parameters,
+}
+
+/// Unknown fields are ignored, as OMS v1.0, 5.2.1 asks.
+#[derive(Serialize, Deserialize)]
+struct Descriptor {
+    name: String,
+    digest: String,
+    algorithm: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    method: String,
+    hash_type: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shard_size: Option<serde_json::Number>,
+    allow_symlinks: bool,
+    #[serde(default)]
+    ignore_paths: BTreeSet<String>,
+}
+
+impl Predicate {
+    /// What is written for a manifest's resources: the same ones give the same bytes.
+    pub(crate) fn new(resources: &[Resource], serialization: &Serialization) -> Self {
+        let algorithm = serialization.algorithm.name();
+        let descriptor = |resource: &Resource| Descriptor {
+            name: resource.name(),
+            digest: resource.digest.to_string(),
+            algorithm: algorithm.into(),
+        };
+        let (method, shard_size) = match serialization.method {
+            Method::Files => ("files", None),
+            Method::Shards(size) => ("shards", Some(size.get().into())),
+        };
+        Self {
+            resources: resources.iter().map(descriptor).collect(),
+            serialization: Parameters {
+                method: method.into(),
+                hash_type: algorithm.into(),
+                shard_size,
+                allow_symlinks: serialization.allow_symlinks,
+                ignore_paths: serialization.ignore_paths.clone(),
+            },
+        }
+    }
+
+    /// Checks all but that a model is complete: [`complete`]. `"."` as the name of an only file stays as it is.
+    pub(crate) fn check(self) -> Result<(Vec<Resource>, Serialization), PredicateError> {
+        let Self {
+            resources,
+            serialization: Parameters { method, hash_type, shard_size, allow_symlinks, ignore_paths },
+        } = self;
+        let method = match method.as_str() {
+            "files" if shard_size.is_some() => return Err(PredicateError::ShardSize),
+            "files" => Method::Files,
+            "shards" => {
+                let size = shard_size.as_ref().and_then(whole_number).and_then(NonZeroU64::new);
+                Method::Shards(size.ok_or(PredicateError::NoShardSize)?)
+            }
+            _ => return Err(PredicateError::Method(method)),
+        };
+        let Some(algorithm) = Algorithm::from_name(&hash_type) else {
+            return Err(PredicateError::HashType(hash_type));
+        };
+        if let Some(path) = ignore_paths.iter().find(|path| !canonical(path)) {
+            return Err(PredicateError::IgnorePath(path.clone()));
+        }
+        // The reference gives every shard's algorithm a name of its own.
+        let sharded_name = match method {
+            Method::Files => None,
+            Method::Shards(size) => Some(format!("{algorithm}-sharded-{size}")),
+        };
+        let single = resources.len() == 1;
+        let mut seen = BTreeSet::new();
+        let mut checked = Vec::with_capacity(resources.len());
+        for Descriptor { name, digest, algorithm: own } in resources {
+            if Algorithm::from_name(&own) != Some(algorithm) && sharded_name.as_ref() != Some(&own) {
+                return Err(PredicateError::Algorithm(name, own, hash_type));
+            }
+            let (file, shard) = match method {
+                Method::Files => (name.clone(), None),
+                Method::Shards(_) => {
+                    let parsed = shard_name(&name);
+                    let Some((file, range)) = parsed else { return Err(PredicateError::ShardName(name)) };
+                    (file.to_owned(), Some(range))
+                }
+            };
+            // The reference calls the only file of a single-file model ".".
+            let only_file = file == "." && (single || shard.is_some());
+            if !canonical(&file) && !only_file {
+                return Err(PredicateError::Name(name));
+            }
+            let Some(digest) = Digest::from_hex(algorithm, &digest) else {
+                return Err(PredicateError::Digest(name));
+            };
+            if !seen.insert(name.clone()) {
+                return Err(PredicateError::Duplicate(name));
+            }
+            checked.push(Resource { file, shard, digest });
+        }
+        Ok((checked, Serialization { method, algorithm, allow_symlinks, ignore_paths }))
+    }
+}
+
+/// Checks that resources are a whole model: at least one, and of each file every byte once.
+pub(crate) fn complete(resources: &[Resource], method: Method) -> Result<(), PredicateError> {
+    if resources.is_empty() {
+        return Err(PredicateError::NoResources);
+    }
+    let Method::Shards(size) = method else { return Ok(()) };
+    let mut files: BTreeMap<&str, Vec<&Range<u64>>> = BTreeMap::new();
+    for resource in resources {
+        files.entry(&resource.file).or_default().extend(&resource.shard);
+    }
+    if files.contains_key(".") && files.len() > 1 {
+        return Err(PredicateError::Name(".".into()));
+    }
+    for (file, mut shards) in files {
+        shards.sort_by_key(|shard| shard.start);
+        let wrong = |what, at| Err(PredicateError::Shards { file: file.to_owned(), what, at });
+        let mut end = 0;
+        for (index, shard) in shards.iter().enumerate() {
+            let last = index + 1 == shards.len();
+            match shard.start {
+                start if start < end => return wrong("overlap", start),
+                start if start > end => return wrong("have a gap", end),
+                _ => {}
+            }
+            let bytes = shard.end - shard.start;
+            if bytes > size.get() || (bytes < size.get() && !last) {
+                return wrong("are not of the manifest's shard_size", shard.start);
+            }
+            end = shard.end;
+        }
+    }
+    Ok(())
+}
+
+/// `5` and, as the reference writes it, `5.0`.
+fn whole_number(number: &serde_json::Number) -> Option<u64> {
+    if let Some(whole) = number.as_u64() {
+        return Some(whole);
+    }
+    // Every whole number below 2^53 is exact in JSON's floating point.
+    let text =
+        number.as_f64().filter(|float| float.fract() == 0.0 && (0.0..9e15).contains(float))?.to_string();
+    text.parse().ok()
+}
+
+/// A shard's file and its bytes. Colons may be in the file's name, too.
+fn shard_name(name: &str) -> Option<(&str, Range<u64>)> {
+    let (rest, end) = name.rsplit_once(':')?;
+    let (file, start) = rest.rsplit_once(':')?;
+    let number = |text: &str| text.parse().ok().filter(|number: &u64| number.to_string() == text);
+    let (start, end) = (number(start)?, number(end)?);
+    (start < end).then_some((file, start..end))
+}
+
+/// Relative, with `/`, no empty, `.` or `..` components (OMS v1.0, 6.1.2).
+pub(crate) fn canonical(name: &str) -> bool {
+    !name.contains(['\\', '\0']) && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shards(ranges: &[Range<u64>]) -> Vec<Resource> {
+        let shard = |range: &Range<u64>| Resource {
+            file: "w:1".into(),
+            shard: Some(range.clone()),
+            digest: Digest::sha256(b""),
+        };
+        ranges.iter().map(shard).collect()
+    }
+
+    #[test]
+    fn shards_are_the_whole_of_a_file() {
+        let ten = Method::Shards(NonZeroU64::new(10).expect("not zero"));
+        let check = |ranges: &[Range<u64>]| complete(&shards(ranges), ten).map_err(|error| error.to_string());
+        check(&[0..10, 10..20, 20..21]).expect("complete");
+        check(&[20..21, 0..10, 10..20]).expect("in any order");
+        for (ranges, expected) in [
+            (&[0..10, 20..30][..], "\"w:1\" have a gap at byte 10"),
+            (&[10..20], "have a gap at byte 0"),
+            (&[0..10, 5..15], "overlap at byte 5"),
+            (&[0..10, 10..15, 15..20], "are not of the manifest's shard_size at byte 10"),
+            (&[0..11], "are not of the manifest's shard_size at byte 0"),
+        ] {
+            let error = check(ranges).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_shard_is_named_by_its_last_two_numbers() {
+        assert_eq!(shard_name("a:1:2:0:10"), Some(("a:1:2", 0..10)));
+        for wrong in
+            ["a", "a:0", "a:0:x", "a:-1:5", "a:00:5", "a:5:5", "a:6:5", "a:+0:5", "a:0:18446744073709551616"]
+        {
+            assert_eq!(shard_name(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_only() {
+        let parse = |text: &str| whole_number(&serde_json::from_str(text).expect("a number"));
+        assert_eq!(
+            (parse("1000000000"), parse("1000000000.0"), parse("1e9")),
+            (Some(1_000_000_000), Some(1_000_000_000), Some(1_000_000_000))
+        );
+        assert_eq!((parse("-1"), parse("0.5"), parse("1e300")), (None, None, None));
+    }
+}

@@ -1,0 +1,77 @@
+//! How far hashing is, for people: a bar on a terminal, or a line every few seconds. Never on standard output.
+
+use std::io::IsTerminal as _;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use omsign::hash::Progress;
+
+use crate::cli::ShowProgress;
+use crate::report::size;
+
+const BAR_EVERY: Duration = Duration::from_millis(100);
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows progress until it is dropped.
+pub(crate) struct Shown(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Shown {
+    pub(crate) fn start(progress: Arc<Progress>, how: Option<ShowProgress>, quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let show: fn(&Progress, &dyn Fn(Duration) -> bool) = match how {
+            Some(ShowProgress::Plain) => lines,
+            Some(ShowProgress::Bar) => bar,
+            None if terminal && !quiet => bar,
+            Some(ShowProgress::None) | None => return Self(None),
+        };
+        let (stop, stopped) = channel();
+        let wait = move |time| stopped.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
+        let thread =
+            std::thread::Builder::new().name("progress".into()).spawn(move || show(&progress, &wait));
+        // Without it, nothing is lost but the sight.
+        Self(thread.ok().map(|thread| (stop, thread)))
+    }
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.0.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
+    }
+}
+
+/// `wait` is true until the end.
+fn bar(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
+    let style = "{bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+    let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style);
+    while wait(BAR_EVERY) {
+        let (hashed, total) = (progress.hashed(), progress.total());
+        if total > 0 {
+            bar.set_length(total);
+            bar.set_position(hashed);
+        }
+        // What comes next, a touch perhaps, has the terminal for itself.
+        if total > 0 && hashed == total {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+}
+
+fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
+    let start = Instant::now();
+    while wait(LINE_EVERY) {
+        let (hashed, total) = (progress.hashed(), progress.total());
+        if total > 0 {
+            let rate = (hashed / start.elapsed().as_secs().max(1)).max(1);
+            let left = total.saturating_sub(hashed) / rate;
+            eprintln!("hashed {} of {}, {}/s, {left} s left", size(hashed), size(total), size(rate));
+        }
+    }
+}
