@@ -3,7 +3,10 @@
 use omsign::Error;
 use omsign::agent::AgentError;
 use omsign::bundle::BundleError;
+use omsign::hash::HashError;
+use omsign::hash::cache::CacheError;
 use omsign::key::KeyError;
+use omsign::manifest_file::ManifestFileError;
 use omsign::model::ModelError;
 use omsign::trust::TrustError;
 use tonic::Code;
@@ -42,7 +45,18 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Bundle(BundleError::Occupied(_)) => "choose another --signature, or remove it first".into(),
         Error::Model(ModelError::Special(_)) => "leave it out with --ignore-paths".into(),
-        Error::Hash(omsign::hash::HashError::Changed(_)) => "try again when nothing writes to the model".into(),
+        Error::Hash(HashError::Changed(_)) => "try again when nothing writes to the model".into(),
+        Error::Hash(HashError::Kernel(..)) => "leave OMSIGN_HASH_KERNEL out: the fastest is found by itself".into(),
+        Error::Cache(CacheError::Others(path)) => {
+            format!("`chmod go-w {}`, or remove it", path.display())
+        }
+        Error::Cache(CacheError::Io { .. }) => "`omsign cache clear` starts anew, and so does leaving --digest-cache out".into(),
+        Error::ManifestFile(ManifestFileError::Gap { .. }) => {
+            "give all parts at once: omsign sign --manifest part-*.json".into()
+        }
+        Error::ManifestFile(ManifestFileError::Malformed { .. }) => {
+            "`omsign digest MODEL --json > FILE` writes one".into()
+        }
         Error::Differs(differences)
             if !differences.extra.is_empty() && differences.missing.is_empty() && differences.changed.is_empty() =>
         {

@@ -247,12 +247,14 @@ mod tests {
         let check = |ranges: &[Range<u64>]| complete(&shards(ranges), ten).map_err(|error| error.to_string());
         check(&[0..10, 10..20, 20..21]).expect("complete");
         check(&[20..21, 0..10, 10..20]).expect("in any order");
+        let gap_at_start = 10..20;
+        let too_long = 0..11;
         for (ranges, expected) in [
             (&[0..10, 20..30][..], "\"w:1\" have a gap at byte 10"),
-            (&[10..20], "have a gap at byte 0"),
+            (std::slice::from_ref(&gap_at_start), "have a gap at byte 0"),
             (&[0..10, 5..15], "overlap at byte 5"),
             (&[0..10, 10..15, 15..20], "are not of the manifest's shard_size at byte 10"),
-            (&[0..11], "are not of the manifest's shard_size at byte 0"),
+            (std::slice::from_ref(&too_long), "are not of the manifest's shard_size at byte 0"),
         ] {
             let error = check(ranges).expect_err(expected);
             assert!(error.contains(expected), "{error}");

@@ -64,13 +64,18 @@ fn bar(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
     bar.finish_and_clear();
 }
 
+/// A line every few seconds, and one at the end.
 fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
     let start = Instant::now();
-    while wait(LINE_EVERY) {
-        let (hashed, total) = (progress.hashed(), progress.total());
+    loop {
+        let goes_on = wait(LINE_EVERY);
+        let (hashed, total, seconds) = (progress.hashed(), progress.total(), start.elapsed().as_secs());
+        let rate = (hashed / seconds.max(1)).max(1);
+        let left = total.saturating_sub(hashed) / rate;
+        if !goes_on {
+            return eprintln!("hashed {} in {seconds} s", size(hashed));
+        }
         if total > 0 {
-            let rate = (hashed / start.elapsed().as_secs().max(1)).max(1);
-            let left = total.saturating_sub(hashed) / rate;
             eprintln!("hashed {} of {}, {}/s, {left} s left", size(hashed), size(total), size(rate));
         }
     }

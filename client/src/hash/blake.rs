@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn parts_make_the_digest_of_the_whole() {
-        let bytes: Vec<u8> = (0..(SUBTREE_BYTES * 5 + 12_345)).map(|i| (i * 7 + i / 251) as u8).collect();
+        let bytes: Vec<u8> =
+            (0..(SUBTREE_BYTES * 5 + 12_345)).map(|i| (i * 7 + i / 251).to_le_bytes()[0]).collect();
         for length in
             [0, 1, SUBTREE_BYTES, SUBTREE_BYTES + 1, SUBTREE_BYTES * 2, SUBTREE_BYTES * 4, bytes.len() as u64]
         {

@@ -121,24 +121,21 @@ impl Cache {
         algorithm: Algorithm,
         hashed: impl Iterator<Item = (Stamp, Piece, Digest)>,
     ) -> Result<(), CacheError> {
-        let mut seen = HashMap::new();
-        for (stamp, piece, digest) in hashed {
-            seen.insert(entry(algorithm, stamp, &piece), digest);
-        }
+        let seen: HashMap<_, _> =
+            hashed.map(|(stamp, piece, digest)| (entry(algorithm, stamp, &piece), digest)).collect();
         let inodes: HashSet<_> = seen.keys().map(|entry| (entry.stamp.device, entry.stamp.inode)).collect();
-        let visited = seen.len();
-        let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
-        seen.retain(|entry, _| written(&entry.stamp).is_some_and(|written| written < youngest));
-        // Other algorithms' digests of the same files, and files that were not looked at this time.
+        // What is still true, other algorithms' digests of the same files, and files that were not looked at.
         self.entries.retain(|old, _| {
             seen.contains_key(old)
                 || !inodes.contains(&(old.stamp.device, old.stamp.inode))
                 || old.algorithm != algorithm.name()
         });
-        if self.entries.len() > 2 * visited {
-            self.entries.clear();
+        if self.entries.len() > 2 * seen.len() {
+            self.entries.retain(|old, _| seen.contains_key(old));
         }
-        self.entries.extend(seen);
+        let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
+        let old = |entry: &Entry| written(&entry.stamp).is_some_and(|written| written < youngest);
+        self.entries.extend(seen.into_iter().filter(|(entry, _)| old(entry)));
         self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })
     }
 

@@ -220,7 +220,7 @@ mod tests {
         let sizes = [0, 1, 63, 64, 4095, 65_536, 262_143, 262_144, 262_145, (4 << 20) + 1, (9 << 20) + 77];
         let content = |index: usize| -> Vec<u8> {
             (0..sizes[index % sizes.len()] + index / sizes.len())
-                .map(|i| (i * 7 + index + i / 253) as u8)
+                .map(|i| (i * 7 + index + i / 253).to_le_bytes()[0])
                 .collect()
         };
         for count in [1, 3, 40] {

@@ -71,19 +71,29 @@ struct Source {
     file: File,
     position: u64,
     end: u64,
+    /// Up to where the kernel was asked to read.
+    asked: u64,
 }
+
+/// What the kernel is asked to read ahead of us, in two halves. Its own read-ahead left a third of a disk's speed
+/// unused (measured on a virtual disk; a page that is cached already costs next to nothing to ask for).
+const AHEAD_BYTES: u64 = 8 << 20;
+
+/// What one read brings is not worth asking for.
+const SMALL_BYTES: u64 = 256 << 10;
 
 impl Source {
     /// A link or a pipe put in the file's place since it was looked at is neither followed nor waited for.
     fn open(path: &Path, stamp: Stamp, range: &Range<u64>) -> Result<Self, SourceError> {
         let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or_default();
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(SourceError::Io)?;
-        Ok(Self { stamp, file, position: range.start, end: range.end })
+        Ok(Self { stamp, file, position: range.start, end: range.end, asked: range.start })
     }
 
     /// Fills a buffer, except at the range's end. After the last byte, the file has to be as it was.
     fn fill(&mut self, buffer: &mut Buffer) -> Result<usize, SourceError> {
         let mut filled = 0;
+        self.ask_ahead();
         while self.position < self.end && filled < buffer.len() {
             let left = usize::try_from(self.end - self.position).unwrap_or(usize::MAX);
             let end = filled + left.min(buffer.len() - filled);
@@ -98,6 +108,19 @@ impl Source {
             return Err(SourceError::Changed);
         }
         Ok(filled)
+    }
+
+    /// Advice that a file system does not take changes nothing.
+    fn ask_ahead(&mut self) {
+        let wanted = self.end.min(self.position + AHEAD_BYTES);
+        let half = self.asked < self.position + AHEAD_BYTES / 2;
+        if self.end - self.position > SMALL_BYTES
+            && half
+            && let Some(bytes) = NonZeroU64::new(wanted.saturating_sub(self.asked))
+        {
+            let _ = fadvise(&self.file, self.asked, Some(bytes), Advice::WillNeed);
+            self.asked = wanted;
+        }
     }
 
     fn ended(&self) -> bool {
@@ -165,7 +188,7 @@ enum Next {
     Ahead { full: Receiver<Result<Buffered, SourceError>>, emptied: SyncSender<Buffer> },
 }
 
-/// Ranges from this size on are worth a hint to the kernel, and a thread that reads ahead where a core is idle.
+/// Ranges from this size on are worth a thread that reads ahead where a core is idle.
 const LONG_BYTES: u64 = 4 << 20;
 
 /// Buffers under way between a thread that reads ahead and the one that hashes.
@@ -182,15 +205,6 @@ impl Feed {
     ) -> Result<Self, SourceError> {
         let mut source = Source::open(path, stamp, range)?;
         let long = range.end - range.start >= LONG_BYTES;
-        if long {
-            // Advice that a file system does not take changes nothing.
-            let _ = fadvise(
-                &source.file,
-                range.start,
-                NonZeroU64::new(range.end - range.start),
-                Advice::Sequential,
-            );
-        }
         let capacity = buffer.len();
         let now = Buffered::next_of(&mut source, buffer)?;
         let next = if ahead && long { read_ahead(source, capacity)? } else { Next::Here(source) };
