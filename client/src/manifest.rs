@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
-use crate::hash::{Algorithm, Digest, Hasher, Piece, Stamp};
+use crate::hash::{Algorithm, Digest, Hasher, Looked, Piece};
 use crate::model::{self, GIT_PATHS, Model, ModelError, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
@@ -63,6 +63,14 @@ pub struct Serialization {
     pub ignore_paths: BTreeSet<String>,
 }
 
+impl Serialization {
+    /// Finds the files that it is about.
+    pub fn walk(&self, model: &Path) -> Result<Model, ModelError> {
+        let Self { allow_symlinks, ignore_paths, .. } = self;
+        Model::walk(model, &Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks })
+    }
+}
+
 /// What has a digest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Method {
@@ -109,12 +117,12 @@ impl Selection<'_> {
 }
 
 /// A model as it was found, and what of it will be hashed.
-pub struct Plan {
-    model: Model,
-    stamps: Vec<Stamp>,
+pub struct Plan<'a> {
+    model: &'a Model,
+    files: Looked<'a>,
     serialization: Serialization,
     /// In the order of the manifest: by name, in code-point order (OMS v1.0, 6.4).
-    pieces: Vec<(String, Piece)>,
+    pieces: Vec<Piece>,
 }
 
 /// One of several parts of a model, each hashed on a machine of its own.
@@ -126,34 +134,32 @@ pub struct Part {
     pub of: NonZeroUsize,
 }
 
-impl Plan {
-    /// Finds the files of a model.
-    pub fn new(root: &Path, serialization: Serialization, hasher: &Hasher) -> Result<Self, Error> {
-        let Serialization { allow_symlinks, ignore_paths, .. } = &serialization;
-        let model = Model::walk(
-            root,
-            &Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks },
-        )?;
-        let stamps = hasher.stamps(&model.paths())?;
-        let mut pieces = Vec::with_capacity(model.files.len());
-        for (index, (file, stamp)) in model.files.iter().zip(&stamps).enumerate() {
-            match serialization.method {
-                Method::Files => {
-                    pieces.push((file.name.clone(), Piece { file: index, range: 0..stamp.size }))
-                }
-                Method::Shards(bytes) => pieces
-                    .extend(shards(stamp.size, bytes).map(|range| {
-                        (resource_name(&file.name, Some(&range)), Piece { file: index, range })
-                    })),
+impl<'a> Plan<'a> {
+    /// Looks at the files of a model.
+    pub fn new(model: &'a Model, serialization: Serialization, hasher: &Hasher) -> Result<Self, Error> {
+        let files = hasher.look(model.paths())?;
+        let whole = |(file, size)| Piece { file, range: 0..size };
+        let mut plan = Self { model, files, serialization, pieces: Vec::new() };
+        let sizes = plan.files.sizes().enumerate();
+        match plan.serialization.method {
+            Method::Files => plan.pieces = sizes.map(whole).collect(),
+            Method::Shards(bytes) => {
+                let sharded = |(file, size)| shards(size, bytes).map(move |range| Piece { file, range });
+                plan.pieces = sizes.flat_map(sharded).collect();
+                let mut pieces = std::mem::take(&mut plan.pieces);
+                pieces.sort_by_cached_key(|piece| plan.name(piece));
+                plan.pieces = pieces;
             }
         }
-        if pieces.is_empty() {
-            return Err(ModelError::Empty(root.to_owned()).into());
+        if plan.pieces.is_empty() {
+            return Err(ModelError::Empty(model.name.clone().into()).into());
         }
-        if matches!(serialization.method, Method::Shards(_)) {
-            pieces.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
-        }
-        Ok(Self { model, stamps, serialization, pieces })
+        Ok(plan)
+    }
+
+    fn name(&self, piece: &Piece) -> String {
+        let sharded = self.serialization.method != Method::Files;
+        resource_name(self.model.file_name(piece.file), sharded.then_some(&piece.range))
     }
 
     /// How many resources the whole model has.
@@ -161,11 +167,11 @@ impl Plan {
         self.pieces.len()
     }
 
-    /// SHA-256 over the names and sizes of all files: whoever plans the same model and options has the same.
+    /// SHA-256 over the names and sizes of all resources: whoever plans the same model and options has the same.
     pub fn listing(&self) -> Digest {
         let mut text = String::new();
-        for (name, piece) in &self.pieces {
-            let _ = writeln!(text, "{} {name}", piece.bytes());
+        for piece in &self.pieces {
+            let _ = writeln!(text, "{} {}", piece.bytes(), self.name(piece));
         }
         Digest::sha256(text.as_bytes())
     }
@@ -174,15 +180,14 @@ impl Plan {
     /// least, so that every machine comes to the same division by itself.
     #[must_use]
     pub fn part(mut self, part: Part) -> Self {
-        let bytes = |(_, piece): &(String, Piece)| piece.bytes();
         let mut largest_first: Vec<usize> = (0..self.pieces.len()).collect();
-        largest_first.sort_by_key(|&index| std::cmp::Reverse(self.pieces.get(index).map(bytes)));
+        largest_first.sort_by_key(|&index| std::cmp::Reverse(self.pieces.get(index).map(Piece::bytes)));
         // Files cost something even where they are empty.
         let mut loads: BTreeSet<(u64, usize)> = (0..part.of.get()).map(|part| (0, part)).collect();
         let mut mine = BTreeSet::new();
         for index in largest_first {
             let Some((load, to)) = loads.pop_first() else { break };
-            loads.insert((load + 1 + self.pieces.get(index).map_or(0, bytes), to));
+            loads.insert((load + 1 + self.pieces.get(index).map_or(0, Piece::bytes), to));
             if to + 1 == part.index.get() {
                 mine.insert(index);
             }
@@ -194,20 +199,17 @@ impl Plan {
 
     /// Hashes what is left of it. Also returns its size in bytes.
     pub fn hash(self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
-        let Self { model, stamps, serialization, pieces } = self;
-        let files: Vec<_> = model.paths().into_iter().zip(stamps).collect();
-        let (names, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
-        drop(names);
+        let Self { model, files, serialization, pieces } = self;
         let digests = hasher.digests(serialization.algorithm, &files, &pieces)?;
-        let bytes = pieces.iter().map(|piece| piece.bytes()).sum();
+        let bytes = pieces.iter().map(Piece::bytes).sum();
         let sharded = serialization.method != Method::Files;
         let resource = |(piece, digest): (Piece, Digest)| Resource {
-            file: model.files.get(piece.file).map(|file| file.name.clone()).unwrap_or_default(),
+            file: model.file_name(piece.file).to_owned(),
             shard: sharded.then_some(piece.range),
             digest,
         };
         let resources = pieces.into_iter().zip(digests).map(resource).collect();
-        Ok((Manifest { model_name: model.name, resources, serialization }, bytes))
+        Ok((Manifest { model_name: model.name.clone(), resources, serialization }, bytes))
     }
 }
 
@@ -240,14 +242,17 @@ impl Manifest {
 mod tests {
     use super::*;
 
-    fn plan(serialization: Serialization) -> (tempfile::TempDir, Hasher, Plan) {
+    fn model() -> (tempfile::TempDir, Model, Hasher) {
         let root = tempfile::tempdir().expect("a directory");
         for (name, size) in [("w", 25), ("w:1", 10), ("a", 7), ("empty", 0), ("b", 1), ("c", 9)] {
             std::fs::write(root.path().join(name), vec![b'x'; size]).expect("written");
         }
-        let hasher = Hasher::new(None, None).expect("a hasher");
-        let plan = Plan::new(root.path(), serialization, &hasher).expect("a model");
-        (root, hasher, plan)
+        let model = Serialization::default().walk(root.path()).expect("a model");
+        (root, model, Hasher::new(None, None).expect("a hasher"))
+    }
+
+    fn hash(model: &Model, serialization: Serialization, hasher: &Hasher) -> (Manifest, u64) {
+        Plan::new(model, serialization, hasher).and_then(|plan| plan.hash(hasher)).expect("hashed")
     }
 
     fn ten() -> Serialization {
@@ -257,8 +262,8 @@ mod tests {
 
     #[test]
     fn the_root_digest_follows_the_listed_order() {
-        let (_root, hasher, plan) = plan(Serialization::default());
-        let (mut manifest, bytes) = plan.hash(&hasher).expect("hashed");
+        let (_root, model, hasher) = model();
+        let (mut manifest, bytes) = hash(&model, Serialization::default(), &hasher);
         assert_eq!((bytes, manifest.files()), (52, 6));
         let root = manifest.root_digest();
         manifest.resources.reverse();
@@ -267,8 +272,8 @@ mod tests {
 
     #[test]
     fn shards_are_named_and_sorted_as_text() {
-        let (_root, hasher, plan) = plan(ten());
-        let (manifest, _) = plan.hash(&hasher).expect("hashed");
+        let (_root, model, hasher) = model();
+        let (manifest, _) = hash(&model, ten(), &hasher);
         let names: Vec<_> = manifest.resources.iter().map(Resource::name).collect();
         assert_eq!(names, ["a:0:7", "b:0:1", "c:0:9", "w:0:10", "w:10:20", "w:1:0:10", "w:20:25"]);
         assert_eq!(manifest.resources[4].digest, Digest::sha256(&[b'x'; 10]));
@@ -278,26 +283,24 @@ mod tests {
 
     #[test]
     fn parts_are_each_resource_once_and_about_as_long() {
+        let (_root, model, hasher) = model();
         for serialization in [Serialization::default(), ten()] {
+            let (whole, total) = hash(&model, serialization.clone(), &hasher);
             for of in 1..9 {
                 let of = NonZeroUsize::new(of).expect("not zero");
-                let (mut found, mut listings) = (Vec::new(), BTreeSet::new());
-                let (mut most, mut largest) = (0, 0);
+                let (mut found, mut listings, mut most) = (Vec::new(), BTreeSet::new(), 0);
                 for index in 1..=of.get() {
-                    let (_root, hasher, plan) = plan(serialization.clone());
+                    let plan = Plan::new(&model, serialization.clone(), &hasher).expect("planned");
                     listings.insert(plan.listing().to_string());
-                    largest = plan.pieces.iter().map(|(_, piece)| piece.bytes()).max().expect("one");
                     let part = Part { index: NonZeroUsize::new(index).expect("not zero"), of };
                     let (manifest, bytes) = plan.part(part).hash(&hasher).expect("hashed");
                     most = most.max(bytes);
-                    found.extend(manifest.resources.iter().map(Resource::name));
+                    found.extend(manifest.resources);
                 }
-                found.sort();
-                let (_root, hasher, plan) = plan(serialization.clone());
-                let all: Vec<_> =
-                    plan.hash(&hasher).expect("hashed").0.resources.iter().map(Resource::name).collect();
-                assert_eq!((found, listings.len()), (all, 1));
-                assert!(most <= 52 / of.get() as u64 + largest, "{most} bytes in one of {of} parts");
+                found.sort_by_key(Resource::name);
+                assert_eq!((&found, listings.len()), (&whole.resources, 1));
+                // No part has more than its share and the largest file.
+                assert!(most <= total / of.get() as u64 + 25, "{most} bytes in one of {of} parts");
             }
         }
     }

@@ -109,6 +109,11 @@ impl Model {
         Ok(Self { name, files })
     }
 
+    /// The name of one of its files.
+    pub(crate) fn file_name(&self, index: usize) -> &str {
+        self.files.get(index).map(|file| file.name.as_str()).unwrap_or_default()
+    }
+
     /// Where its files are, in their order.
     pub fn paths(&self) -> Vec<&Path> {
         self.files.iter().map(|file| file.path.as_path()).collect()

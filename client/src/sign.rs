@@ -87,8 +87,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
 
     let (manifest, bytes) = match &request.subject {
         Subject::Model(selection, hasher) => {
-            let plan = Plan::new(selection.model, selection.serialization()?, hasher)?;
-            let (manifest, bytes) = plan.hash(hasher)?;
+            let serialization = selection.serialization()?;
+            let model = serialization.walk(selection.model)?;
+            let (manifest, bytes) = Plan::new(&model, serialization, hasher)?.hash(hasher)?;
             (manifest, Some(bytes))
         }
         Subject::Manifest(manifest, bytes) => (manifest.clone(), *bytes),

@@ -91,25 +91,24 @@ fn differences(
         };
         by_file.entry(name).or_default().push(resource);
     }
-    let paths = found.paths();
-    let files: Vec<_> = paths.iter().copied().zip(hasher.stamps(&paths)?).collect();
+    let files = hasher.look(found.paths())?;
     let mut differences = Differences::default();
     let (mut pieces, mut expected, mut changed) = (Vec::new(), Vec::new(), BTreeSet::new());
-    for (index, (file, (_, stamp))) in found.files.iter().zip(&files).enumerate() {
+    for (index, (file, size)) in found.files.iter().zip(files.sizes()).enumerate() {
         let Some(resources) = by_file.remove(file.name.as_str()) else {
             // An empty file has no shards, so that none can be signed (OMS v1.0, 6.3.2).
-            if signed.serialization.method == Method::Files || stamp.size > 0 {
+            if signed.serialization.method == Method::Files || size > 0 {
                 differences.extra.push(file.name.clone());
             }
             continue;
         };
         let signed_size = resources.iter().filter_map(|resource| Some(resource.shard.as_ref()?.end)).max();
-        if signed_size.is_some_and(|size| size != stamp.size) {
+        if signed_size.is_some_and(|signed| signed != size) {
             changed.insert(file.name.as_str());
             continue;
         }
         for resource in resources {
-            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
+            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..size) });
             expected.push((file.name.as_str(), resource.digest));
         }
     }
@@ -156,9 +155,9 @@ mod tests {
             };
             ["a", "b", "c"].iter().for_each(|name| write(name, b"12345"));
             let serialization = Serialization { method, ..Serialization::default() };
-            let (mut signed, _) = Plan::new(root.path(), serialization, &hasher)
-                .and_then(|plan| plan.hash(&hasher))
-                .expect("hashed");
+            let model = serialization.walk(root.path()).expect("a model");
+            let plan = Plan::new(&model, serialization, &hasher).expect("planned");
+            let (mut signed, _) = plan.hash(&hasher).expect("hashed");
             // In whatever order it is listed.
             signed.resources.reverse();
             let compare = || {

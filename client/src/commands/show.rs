@@ -20,7 +20,9 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let cli::Digest { model, files, work, .. } = arguments;
     let selection = files.selection(model).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
-    let plan = Plan::new(model, selection.serialization()?, &hashing.hasher)?;
+    let serialization = selection.serialization()?;
+    let model = serialization.walk(model)?;
+    let plan = Plan::new(&model, serialization, &hashing.hasher)?;
     let part =
         arguments.part.map(|part| PartOf { part, resources: plan.resources(), listing: plan.listing() });
     let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };

@@ -56,10 +56,13 @@ const LONGEST: usize = 64;
 pub struct Digest {
     /// Zero from `length` on.
     bytes: [u8; LONGEST],
-    length: usize,
+    length: u8,
 }
 
 impl Digest {
+    /// Of nothing yet.
+    pub(super) const NONE: Self = Self { bytes: [0; LONGEST], length: 0 };
+
     /// The SHA-256 digest of bytes in memory.
     pub fn sha256(bytes: &[u8]) -> Self {
         Self::from_bytes(&Sha256::digest(bytes))
@@ -69,7 +72,7 @@ impl Digest {
     pub(super) fn from_bytes(output: &[u8]) -> Self {
         let mut bytes = [0; LONGEST];
         bytes.iter_mut().zip(output).for_each(|(to, from)| *to = *from);
-        Self { bytes, length: output.len().min(LONGEST) }
+        Self { bytes, length: u8::try_from(output.len().min(LONGEST)).unwrap_or_default() }
     }
 
     /// Parses an algorithm's digest in lower-case hexadecimal, which alone is canonical.
@@ -83,7 +86,7 @@ impl Digest {
 
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..self.length).unwrap_or_default()
+        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
     }
 }
 

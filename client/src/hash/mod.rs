@@ -23,7 +23,7 @@ use self::cache::{Cache, CacheError};
 pub use self::digest::{Algorithm, Digest};
 use self::schedule::{Input, Unit};
 use self::sha256::Sha256;
-pub use self::source::Stamp;
+use self::source::Stamp;
 
 /// Why a file has no digest.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +60,24 @@ impl Progress {
     /// Bytes that were hashed.
     pub fn hashed(&self) -> u64 {
         self.hashed.load(Ordering::Relaxed)
+    }
+}
+
+/// Files as they were looked at.
+pub struct Looked<'a> {
+    paths: Vec<&'a Path>,
+    stamps: Vec<Stamp>,
+}
+
+impl<'a> Looked<'a> {
+    /// The files' sizes, in their order.
+    pub fn sizes(&self) -> impl Iterator<Item = u64> {
+        self.stamps.iter().map(|stamp| stamp.size)
+    }
+
+    fn get(&self, file: usize) -> (&'a Path, Stamp) {
+        let found = self.paths.get(file).copied().zip(self.stamps.get(file).copied());
+        found.expect("a piece is of one of the files")
     }
 }
 
@@ -128,9 +146,12 @@ impl Hasher {
         Arc::clone(&self.progress)
     }
 
-    /// What state files are in, in their order.
-    pub fn stamps(&self, paths: &[&Path]) -> Result<Vec<Stamp>, HashError> {
-        self.pool.install(|| paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect())
+    /// Looks at files: their sizes, and what tells whether they change.
+    pub fn look<'a>(&self, paths: Vec<&'a Path>) -> Result<Looked<'a>, HashError> {
+        let stamps = self.pool.install(|| {
+            paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect::<Result<_, _>>()
+        })?;
+        Ok(Looked { paths, stamps })
     }
 
     /// The digests of pieces, in their order. A file that is not, from start to end, in the state of its stamp is an
@@ -138,13 +159,12 @@ impl Hasher {
     pub fn digests(
         &self,
         algorithm: Algorithm,
-        files: &[(&Path, Stamp)],
+        files: &Looked<'_>,
         pieces: &[Piece],
     ) -> Result<Vec<Digest>, HashError> {
         let Some(remembered) = &self.cache else { return self.hash(algorithm, files, pieces) };
         let Remembered { cache, used } = &mut *remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        let stamp =
-            |piece: &Piece| files.get(piece.file).map(|&(_, stamp)| stamp).expect("a piece is of a file");
+        let stamp = |piece: &Piece| files.get(piece.file).1;
         let mut digests: Vec<_> =
             pieces.iter().map(|piece| cache.get(algorithm, stamp(piece), piece)).collect();
         let unknown = pieces.iter().zip(&digests).filter(|(_, digest)| digest.is_none());
@@ -164,13 +184,12 @@ impl Hasher {
     fn hash(
         &self,
         algorithm: Algorithm,
-        files: &[(&Path, Stamp)],
+        files: &Looked<'_>,
         pieces: &[Piece],
     ) -> Result<Vec<Digest>, HashError> {
         self.progress.total.fetch_add(pieces.iter().map(Piece::bytes).sum(), Ordering::Relaxed);
         let of = |unit: &Unit| {
-            let file = pieces.get(unit.piece).map(|piece| piece.file);
-            let (path, stamp) = file.and_then(|file| files.get(file)).copied().expect("a piece is of a file");
+            let (path, stamp) = files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
             Input { path, stamp }
         };
         let pieces_of = || pieces.iter().enumerate();
@@ -200,6 +219,12 @@ impl Hasher {
     }
 }
 
+/// What fuzzing reaches that nobody else may.
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing {
+    pub use super::sha256::agree_with_sha2;
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
@@ -208,9 +233,9 @@ mod tests {
 
     fn hash_one(path: &Path) -> Result<Digest, HashError> {
         let hasher = Hasher::new(None, None)?;
-        let stamp = hasher.stamps(&[path])?[0];
-        let piece = Piece { file: 0, range: 0..stamp.size };
-        Ok(hasher.digests(Algorithm::Sha256, &[(path, stamp)], &[piece])?[0])
+        let files = hasher.look(vec![path])?;
+        let pieces: Vec<_> = files.sizes().map(|size| Piece { file: 0, range: 0..size }).collect();
+        Ok(hasher.digests(Algorithm::Sha256, &files, &pieces)?[0])
     }
 
     /// Sizes around the buffers' borders, few and many files, every algorithm, against each algorithm's own crate.
@@ -230,14 +255,9 @@ mod tests {
             paths.iter().enumerate().for_each(|(i, path)| std::fs::write(path, of(i)).expect("written"));
             for jobs in [1, 2, 5] {
                 let hasher = Hasher::new(NonZeroUsize::new(jobs), None).expect("a hasher");
-                let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
-                let stamps = hasher.stamps(&paths).expect("stamps");
-                let pieces: Vec<_> = stamps
-                    .iter()
-                    .enumerate()
-                    .map(|(file, stamp)| Piece { file, range: 0..stamp.size })
-                    .collect();
-                let files: Vec<_> = paths.iter().copied().zip(stamps).collect();
+                let files = hasher.look(paths.iter().map(PathBuf::as_path).collect()).expect("looked");
+                let piece = |(file, size)| Piece { file, range: 0..size };
+                let pieces: Vec<_> = files.sizes().enumerate().map(piece).collect();
                 for algorithm in [Algorithm::Sha256, Algorithm::Blake2b, Algorithm::Blake3] {
                     let digests = hasher.digests(algorithm, &files, &pieces).expect("hashed");
                     for (index, digest) in digests.iter().enumerate() {
@@ -293,10 +313,10 @@ mod tests {
         for replace in ways {
             std::fs::write(&other, "same").expect("written");
             std::fs::write(&path, "size").expect("written");
-            let stamp = hasher.stamps(&[&path]).expect("a stamp")[0];
+            let files = hasher.look(vec![&path]).expect("looked");
             replace(&path, &other).expect("replaced");
-            let pieces = [Piece { file: 0, range: 0..stamp.size }];
-            let result = hasher.digests(Algorithm::Sha256, &[(&path, stamp)], &pieces);
+            let pieces = [Piece { file: 0, range: 0..4 }];
+            let result = hasher.digests(Algorithm::Sha256, &files, &pieces);
             assert!(matches!(result, Err(HashError::Changed(_) | HashError::Read { .. })), "{result:?}");
             std::fs::remove_file(&path).expect("removed");
         }

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::HashError;
 use super::digest::Digest;
-use super::source::{Buffer, Feed, Stamp};
+use super::source::{self, Buffer, Feed, Stamp};
 
 /// A hash algorithm, as streams that are advanced side by side.
 pub(super) trait Streams: Sync {
@@ -59,7 +59,9 @@ pub(super) struct Input<'a> {
 /// The most that all buffers together may hold; each core's share should fit into its own cache.
 const BUFFERS_BYTES: usize = 32 << 20;
 const CORE_BYTES: usize = 512 << 10;
-const LARGEST_BUFFER: usize = 256 << 10;
+const LARGEST_BUFFER: usize = 128 << 10;
+/// Waking another core costs as much as hashing 100 KiB.
+const LARGEST_AHEAD: usize = 1 << 20;
 const SMALLEST_BUFFER: usize = 4 << 10;
 
 /// Descriptors that are left to the rest of the process.
@@ -81,8 +83,14 @@ pub(super) fn run<'a, S: Streams>(
     let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
     // A core that took all that its vectors hold would leave none to the others where there is little.
     let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable).max(1);
-    let share = (BUFFERS_BYTES / jobs).min(CORE_BYTES);
-    let buffer = (share / lanes).clamp(SMALLEST_BUFFER, LARGEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
+    // Cores that would have nothing to hash read for those that have.
+    let ahead = units.len() < jobs;
+    let buffer = if ahead {
+        (BUFFERS_BYTES / (units.len().max(1) * source::AHEAD_BUFFERS)).min(LARGEST_AHEAD)
+    } else {
+        ((BUFFERS_BYTES / jobs).min(CORE_BYTES) / lanes).min(LARGEST_BUFFER)
+    };
+    let buffer = buffer.max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
     let work = Work {
         streams,
         input,
@@ -91,29 +99,21 @@ pub(super) fn run<'a, S: Streams>(
         failed: AtomicBool::new(false),
         lanes,
         buffer,
-        // Cores that would have nothing to hash read for those that have.
-        ahead: units.len() < jobs,
+        ahead,
+        digests: Mutex::new(vec![Digest::NONE; units.len()]),
         hashed,
     };
-    let (digests, failure) = (Mutex::new(vec![None; units.len()]), Mutex::new(None));
+    let failure = Mutex::new(None);
     pool.broadcast(|_| {
-        let mut done = Vec::new();
-        if let Err(error) = work.core(&mut done) {
+        if let Err(error) = work.core() {
             work.failed.store(true, Ordering::Relaxed);
             failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         }
-        let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
-        for (unit, digest) in done {
-            if let Some(place) = digests.get_mut(unit) {
-                *place = Some(digest);
-            }
-        }
     });
-    if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(error);
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(work.digests.into_inner().unwrap_or_else(PoisonError::into_inner)),
     }
-    let digests = digests.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(digests.into_iter().map(|digest| digest.expect("every unit was hashed, or one failed")).collect())
 }
 
 struct Work<'a, S, I> {
@@ -125,6 +125,8 @@ struct Work<'a, S, I> {
     lanes: usize,
     buffer: usize,
     ahead: bool,
+    /// In the units' order. Nobody holds the lock for longer than it takes to write one.
+    digests: Mutex<Vec<Digest>>,
     hashed: &'a AtomicU64,
 }
 
@@ -139,7 +141,7 @@ struct Lane<'a, S> {
 
 impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
     /// One core's work: until nothing is left, or somebody failed.
-    fn core(&self, done: &mut Vec<(usize, Digest)>) -> Result<(), HashError> {
+    fn core(&self) -> Result<(), HashError> {
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
         let mut buffers: Vec<Buffer> = Vec::new();
         while !self.failed.load(Ordering::Relaxed) {
@@ -155,7 +157,12 @@ impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
                 let Lane { index, unit, state, feed, .. } = lanes.swap_remove(next);
                 let rest = feed.available();
                 self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
-                done.push((index, self.streams.finish(state, rest, unit)));
+                let digest = self.streams.finish(state, rest, unit);
+                let mut digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(place) = digests.get_mut(index) {
+                    *place = digest;
+                }
+                drop(digests);
                 buffers.push(feed.into_buffer());
             }
             if lanes.len() < self.lanes

@@ -33,11 +33,11 @@ impl SourceError {
 
 /// What tells one state of a file from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Stamp {
+pub(crate) struct Stamp {
     pub(crate) device: u64,
     pub(crate) inode: u64,
     /// Bytes in the file.
-    pub size: u64,
+    pub(crate) size: u64,
     /// Seconds and nanoseconds since 1970.
     pub(crate) modified: (i64, i64),
     /// Likewise, of the inode: no program can set it.
@@ -191,8 +191,8 @@ enum Next {
 /// Ranges from this size on are worth a thread that reads ahead where a core is idle.
 const LONG_BYTES: u64 = 4 << 20;
 
-/// Buffers under way between a thread that reads ahead and the one that hashes.
-const AHEAD: usize = 2;
+/// Buffers of a range that is read ahead: one is hashed, the others are under way.
+pub(super) const AHEAD_BUFFERS: usize = 3;
 
 impl Feed {
     /// Opens a file and fills `buffer` from the start of a range of it.
@@ -248,9 +248,9 @@ impl Feed {
 
 /// Starts a thread that reads until the end, an error, or the day that nobody takes its buffers.
 fn read_ahead(mut source: Source, capacity: usize) -> Result<Next, SourceError> {
-    let (to_hasher, full) = sync_channel(AHEAD);
-    let (emptied, to_reader) = sync_channel::<Buffer>(AHEAD + 1);
-    for _ in 0..AHEAD {
+    let (to_hasher, full) = sync_channel(AHEAD_BUFFERS);
+    let (emptied, to_reader) = sync_channel::<Buffer>(AHEAD_BUFFERS);
+    for _ in 1..AHEAD_BUFFERS {
         let _ = emptied.send(Buffer::new(capacity));
     }
     let reader = std::thread::Builder::new().name("read ahead".into()).spawn(move || {

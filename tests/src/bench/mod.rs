@@ -1,6 +1,7 @@
 //! Benchmarks: our figure beside its limit, both from the same run. Never asserted: machines are noisy.
 
 pub mod device;
+pub mod hash;
 pub mod sign;
 
 use std::fmt::Write as _;

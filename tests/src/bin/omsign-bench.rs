@@ -3,10 +3,14 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use omsign_tests::bench::{device, json, sign, table};
+use omsign_tests::bench::{device, hash, json, sign, table};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut out = std::io::stdout().lock();
+    if let Some(("measure", command)) = arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return Ok(writeln!(out, "{}", hash::measure(command)?)?);
+    }
     let quick = arguments.iter().any(|argument| argument == "--quick");
     let name = arguments.iter().find(|argument| !argument.starts_with("--"));
     // --quick only shows that the benchmark runs; its figures mean little.
@@ -20,14 +24,14 @@ fn main() -> anyhow::Result<()> {
                 device::run(backend.parse()?, duration, rounds, quick)?
             }
         },
+        Some("hash") => hash::run(rounds, quick)?,
         _ => anyhow::bail!(
-            "usage: ./tests/bench sign [--backend {}] [--json] [--quick]",
+            "usage: ./tests/bench hash | sign [--backend {}] [--json] [--quick]",
             device::NAMES.join("|")
         ),
     };
-    let mut out = std::io::stdout().lock();
     if arguments.iter().any(|argument| argument == "--json") {
-        writeln!(out, "{}", json("sign", &rows))?;
+        writeln!(out, "{}", json(name.map(String::as_str).unwrap_or_default(), &rows))?;
     } else {
         write!(out, "{}", table(&rows))?;
     }
