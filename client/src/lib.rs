@@ -13,6 +13,7 @@ mod ml_dsa;
 pub mod model;
 pub mod oneshot;
 pub mod predicate;
+mod sha256sum;
 pub mod sign;
 pub mod statement;
 pub mod trust;
@@ -61,7 +62,9 @@ impl Error {
             Self::Hash(hash::HashError::Changed(_)) | Self::Statement(_) | Self::Differs(_) => true,
             Self::Bundle(error) => error.found_wrong(),
             Self::Trust(error) => error.found_wrong(),
-            Self::Hash(hash::HashError::Read { .. } | hash::HashError::Kernel(..))
+            Self::Hash(
+                hash::HashError::Read { .. } | hash::HashError::Kernel(..) | hash::HashError::Threads(..),
+            )
             | Self::Cache(_)
             | Self::ManifestFile(_)
             | Self::Agent(_)

@@ -39,6 +39,9 @@ pub enum HashError {
     /// It was written to, truncated or replaced meanwhile: its digest would be of no state it ever had.
     #[error("{0} changed while it was hashed")]
     Changed(PathBuf),
+    /// The system does not give as many threads.
+    #[error("{0} threads cannot be started: {1}")]
+    Threads(usize, String),
     /// The kernel that was asked for is not one of this CPU.
     #[error("there is no hash kernel {0:?} on this CPU; there are {known}", known = .1.join(", "))]
     Kernel(String, Vec<&'static str>),
@@ -127,7 +130,7 @@ impl Hasher {
     pub fn new(jobs: Option<NonZeroUsize>, kernel: Option<&str>) -> Result<Self, HashError> {
         let unknown = |known| HashError::Kernel(kernel.unwrap_or_default().to_owned(), known);
         let sha256 = Sha256::new(kernel).map_err(unknown)?;
-        Ok(Self { pool: schedule::pool(jobs), sha256, progress: Arc::default(), cache: None })
+        Ok(Self { pool: schedule::pool(jobs)?, sha256, progress: Arc::default(), cache: None })
     }
 
     /// Has it look digests up in a cache, and remember them there.

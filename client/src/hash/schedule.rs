@@ -201,8 +201,8 @@ impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
 }
 
 /// A pool of as many threads as asked for, or as there are cores for this process.
-pub(super) fn pool(jobs: Option<NonZeroUsize>) -> rayon::ThreadPool {
+pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, HashError> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
-    pool.expect("threads can be started")
+    pool.map_err(|error| HashError::Threads(jobs, error.to_string()))
 }
