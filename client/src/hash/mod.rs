@@ -1,5 +1,5 @@
-//! Digests of files, as fast as the machine can: [`schedule`] keeps every core busy with several streams at once,
-//! [`source`] brings their bytes, [`kernels`] advance them.
+//! Digests of files, as fast as the machine can: `schedule` keeps every core busy with several streams at once,
+//! `source` brings their bytes, `kernels` advance them.
 
 mod blake;
 pub mod cache;
