@@ -121,6 +121,8 @@ fn a_touch_that_never_comes() -> anyhow::Result<()> {
     let keys = key("p256", "device", "slot = \"9a\"");
     let (token, expected, environment) = (stand_in.section("device"), Vec::new(), Vec::new());
     let mut bench = Bench::new(world, &Device { token, keys, expected, environment, secret: piv::PIN })?;
+    // An agent listens before its tokens' processes are there.
+    eventually("its process", || Ok(bench.agent.hosts()?.len() == 1))?;
     let hosts = bench.agent.hosts()?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(bench.agent.hosts()? == hosts, "its process was replaced: {}", bench.agent.log()?);
