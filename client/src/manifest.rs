@@ -182,12 +182,16 @@ impl<'a> Plan<'a> {
     pub fn part(mut self, part: Part) -> Self {
         let mut largest_first: Vec<usize> = (0..self.pieces.len()).collect();
         largest_first.sort_by_key(|&index| std::cmp::Reverse(self.pieces.get(index).map(Piece::bytes)));
-        // Files cost something even where they are empty.
-        let mut loads: BTreeSet<(u64, usize)> = (0..part.of.get()).map(|part| (0, part)).collect();
+        // Files cost something even where they are empty. Of more parts than resources, the last ones are empty.
+        let mut loads: BTreeSet<(u64, usize)> =
+            (0..part.of.get().min(self.pieces.len())).map(|part| (0, part)).collect();
         let mut mine = BTreeSet::new();
         for index in largest_first {
             let Some((load, to)) = loads.pop_first() else { break };
-            loads.insert((load + 1 + self.pieces.get(index).map_or(0, Piece::bytes), to));
+            loads.insert((
+                load.saturating_add(self.pieces.get(index).map_or(0, Piece::bytes)).saturating_add(1),
+                to,
+            ));
             if to + 1 == part.index.get() {
                 mine.insert(index);
             }
@@ -201,7 +205,7 @@ impl<'a> Plan<'a> {
     pub fn hash(self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
         let Self { model, files, serialization, pieces } = self;
         let digests = hasher.digests(serialization.algorithm, &files, &pieces)?;
-        let bytes = pieces.iter().map(Piece::bytes).sum();
+        let bytes = Piece::total(&pieces);
         let sharded = serialization.method != Method::Files;
         let resource = |(piece, digest): (Piece, Digest)| Resource {
             file: model.file_name(piece.file).to_owned(),

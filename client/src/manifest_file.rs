@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash::Digest;
 use crate::manifest::{Manifest, Method, Part, Resource, Serialization};
-use crate::predicate::{Predicate, PredicateError, canonical, complete};
+use crate::predicate::{Predicate, PredicateError, canonical, complete, possible};
 use crate::sha256sum::{self, SumsError};
 
 /// The version of the format.
@@ -139,6 +139,9 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
             if file.omsign_manifest != VERSION {
                 return Err(malformed(format!("it is of version {}, not {VERSION}", file.omsign_manifest)));
             }
+            if file.model.is_empty() || file.part.as_ref().is_some_and(|part| part.index > part.of) {
+                return Err(malformed("its model has no name, or its part is not one of 1 to N".into()));
+            }
             files.push((path.as_path(), file));
         } else {
             let text = String::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".into()))?;
@@ -220,6 +223,7 @@ fn from_parts(mut files: Vec<(&Path, File)>) -> Result<(Manifest, u64), Manifest
         return Err(malformed("its parts do not have as many files as the model"));
     }
     complete(&resources, serialization.method).map_err(predicate_error(first))?;
+    possible(&resources, &serialization.ignore_paths).map_err(predicate_error(first))?;
     let manifest = Manifest { model_name: model, resources, serialization };
     if root_digest.is_some_and(|root| root != format!("sha256:{}", manifest.root_digest())) {
         return Err(malformed("its root digest is not that of its files"));
@@ -252,6 +256,8 @@ fn from_lists(lists: &[(&Path, Vec<Resource>)], unsaid: &Unsaid) -> Result<Manif
     let serialization =
         Serialization { ignore_paths: unsaid.ignore_paths.clone(), ..Serialization::default() };
     complete(&resources, Method::Files)
+        .map_err(|source| ManifestFileError::Predicate { path: path.clone(), source })?;
+    possible(&resources, &unsaid.ignore_paths)
         .map_err(|source| ManifestFileError::Predicate { path: path.clone(), source })?;
     if let Some(bad) = unsaid.ignore_paths.iter().find(|path| !canonical(path)) {
         return Err(ManifestFileError::Predicate { path, source: PredicateError::IgnorePath(bad.clone()) });
@@ -330,6 +336,9 @@ mod tests {
                 "not parts of one model",
             ),
             (vec![to_json(&model(&[]), 1, None)], "lists no files"),
+            (vec![part(&["."], 1, 2), part(&["b", "c"], 2, 2)], "lists \".\""),
+            (vec![part(&["a"], 3, 2)], "not one of 1 to N"),
+            (vec![other(&|o| o["model"] = "".into())], "has no name"),
             (vec![other(&|o| o["more"] = 1.into())], "unknown field `more`"),
             (vec![other(&|o| o["omsign_manifest"] = 2.into())], "of version 2, not 1"),
             (
@@ -357,12 +366,14 @@ mod tests {
     #[test]
     fn lists_of_sha256sum() {
         let directory = Directory(tempfile::tempdir().expect("a directory"));
-        let unsaid = Unsaid { model_name: Some("m".into()), ignore_paths: BTreeSet::new() };
+        let unsaid = Unsaid { model_name: Some("m".into()), ignore_paths: [".git".to_owned()].into() };
         let digest = |name: &str| resource(name).digest;
         let one = directory.write("1", &format!("{}  ./c d\n{} *a\n", digest("c d"), digest("a")));
         let two = directory.write("2", &format!("SHA256 (b) = {}\n", digest("b")));
         let (manifest, bytes) = read(&[one.clone(), two], &unsaid).expect("read");
-        assert_eq!((manifest, bytes), (model(&["a", "b", "c d"]), None));
+        let mut expected = model(&["a", "b", "c d"]);
+        expected.serialization.ignore_paths = unsaid.ignore_paths.clone();
+        assert_eq!((manifest, bytes), (expected, None));
         assert!(
             said(&read(std::slice::from_ref(&one), &Unsaid::default()).expect_err("no name"))
                 .contains("--model-name")
@@ -370,6 +381,8 @@ mod tests {
         let sum = digest("a").to_string();
         for (text, expected) in [
             (format!("{sum} a"), "list is no manifest: line 1 is not of sha256sum"),
+            (format!("{sum}  .git/config"), "\".git/config\", which its ignore_paths leave out"),
+            (format!("{sum}  a/b\n{sum}  a"), "\"a\", and something below it"),
             (format!("{sum}  ../a"), "\"../a\", which is not a canonical path"),
             (format!("{sum}  a\n{sum}  a"), "lists \"a\" twice"),
             (format!("{sum}  c d"), "lists \"c d\" twice"),

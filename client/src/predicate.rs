@@ -46,6 +46,12 @@ pub enum PredicateError {
     /// A name without the range of bytes that makes it a shard.
     #[error("{0:?} is not the name of a shard: <path>:<start>:<end> (OMS 6.3.2)")]
     ShardName(String),
+    /// Listed, and said to be left out.
+    #[error("the manifest lists {0:?}, which its ignore_paths leave out (OMS 6.2)")]
+    Ignored(String),
+    /// A file where another one needs a directory.
+    #[error("the manifest lists {0:?}, and something below it: no model has both (OMS 6.1)")]
+    Below(String),
     /// Shards that are not, one after the other, the whole of a file.
     #[error("the shards of {file:?} {what} at byte {at} (OMS 6.3.2)")]
     Shards {
@@ -174,7 +180,10 @@ pub(crate) fn complete(resources: &[Resource], method: Method) -> Result<(), Pre
     if resources.is_empty() {
         return Err(PredicateError::NoResources);
     }
-    let Method::Shards(size) = method else { return Ok(()) };
+    let Method::Shards(size) = method else {
+        let wrong = resources.len() > 1 && resources.iter().any(|resource| resource.file == ".");
+        return if wrong { Err(PredicateError::Name(".".into())) } else { Ok(()) };
+    };
     let mut files: BTreeMap<&str, Vec<&Range<u64>>> = BTreeMap::new();
     for resource in resources {
         files.entry(&resource.file).or_default().extend(&resource.shard);
@@ -198,6 +207,24 @@ pub(crate) fn complete(resources: &[Resource], method: Method) -> Result<(), Pre
                 return wrong("are not of the manifest's shard_size", shard.start);
             }
             end = shard.end;
+        }
+    }
+    Ok(())
+}
+
+/// Checks what no walk over a model finds: a file that is left out, or one that is a directory, too.
+pub(crate) fn possible(
+    resources: &[Resource],
+    ignore_paths: &BTreeSet<String>,
+) -> Result<(), PredicateError> {
+    let files: BTreeSet<&str> = resources.iter().map(|resource| resource.file.as_str()).collect();
+    for file in &files {
+        let above = file.match_indices('/').filter_map(|(at, _)| file.get(..at));
+        if let Some(parent) = above.clone().find(|parent| files.contains(parent)) {
+            return Err(PredicateError::Below(parent.to_owned()));
+        }
+        if above.chain([*file]).any(|path| ignore_paths.contains(path)) {
+            return Err(PredicateError::Ignored((*file).to_owned()));
         }
     }
     Ok(())

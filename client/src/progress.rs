@@ -64,18 +64,27 @@ fn bar(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
     bar.finish_and_clear();
 }
 
-/// A line every few seconds, and one at the end.
+/// A line every few seconds from when there is something to hash, and one when all is.
 fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
-    let start = Instant::now();
+    let mut start = None;
+    let mut last = Instant::now();
     loop {
-        let goes_on = wait(LINE_EVERY);
-        let (hashed, total, seconds) = (progress.hashed(), progress.total(), start.elapsed().as_secs());
-        let rate = (hashed / seconds.max(1)).max(1);
-        let left = total.saturating_sub(hashed) / rate;
-        if !goes_on {
-            return eprintln!("hashed {} in {seconds} s", size(hashed));
+        let goes_on = wait(BAR_EVERY);
+        let (hashed, total) = (progress.hashed(), progress.total());
+        if total == 0 {
+            if goes_on {
+                continue;
+            }
+            return;
         }
-        if total > 0 {
+        let seconds = start.get_or_insert_with(Instant::now).elapsed().as_secs();
+        if hashed == total || !goes_on {
+            return eprintln!("hashed {} of {} in {seconds} s", size(hashed), size(total));
+        }
+        if last.elapsed() >= LINE_EVERY {
+            last = Instant::now();
+            let rate = (hashed / seconds.max(1)).max(1);
+            let left = total.saturating_sub(hashed) / rate;
             eprintln!("hashed {} of {}, {}/s, {left} s left", size(hashed), size(total), size(rate));
         }
     }

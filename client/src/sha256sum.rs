@@ -21,7 +21,10 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
         let malformed = || SumsError::Line(index + 1);
         // `sha256sum --tag` writes it so; without, there are two spaces, or a space and `*` for binary files.
         let tagged = line.strip_prefix("SHA256 (").and_then(|rest| rest.rsplit_once(") = "));
-        let plain = || line.split_once("  ").or_else(|| line.split_once(" *"));
+        let plain = || {
+            let (digest, name) = line.split_at_checked(2 * Algorithm::Sha256.digest_bytes())?;
+            Some((digest, name.strip_prefix("  ").or_else(|| name.strip_prefix(" *"))?))
+        };
         let (digest, name) = match tagged {
             Some((name, digest)) => (digest, name),
             None => plain().ok_or_else(malformed)?,
@@ -45,8 +48,8 @@ mod tests {
     fn both_forms_and_nothing_else() {
         let digest = Digest::sha256(b"a");
         let resource = |file: &str| Resource { file: file.into(), shard: None, digest };
-        let list = format!("{digest}  ./c  d\n{digest} *a\nSHA256 (b) = {digest}\n");
-        assert_eq!(parse(&list).expect("a list"), [resource("c  d"), resource("a"), resource("b")]);
+        let list = format!("{digest}  ./c  d\n{digest} *a  b\nSHA256 (b) = {digest}\n");
+        assert_eq!(parse(&list).expect("a list"), [resource("c  d"), resource("a  b"), resource("b")]);
         for (text, expected) in [
             (format!("{digest} a"), "line 1 is not"),
             (format!("{digest}  a\nx  b"), "line 2 is not"),

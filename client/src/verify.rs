@@ -22,7 +22,7 @@ pub struct Verified {
     pub bytes: u64,
     /// The signed root digest.
     pub root_digest: String,
-    /// Files that were not signed, and were ignored because the caller said so.
+    /// Files that were not signed: ignored because the caller said so, or empty where files are sharded.
     pub ignored: Vec<String>,
 }
 
@@ -39,8 +39,10 @@ pub fn verify(
     let signed = verified.manifest;
     let scope = what_to_look_at(&signed, model, signature);
     let found = Model::walk(model, &scope)?;
-    let (mut differences, bytes) = differences(&signed, &found, !model.is_dir(), hasher)?;
-    let ignored = if ignore_unsigned_files { std::mem::take(&mut differences.extra) } else { Vec::new() };
+    let (mut differences, mut ignored, bytes) = differences(&signed, &found, !model.is_dir(), hasher)?;
+    if ignore_unsigned_files {
+        ignored.append(&mut differences.extra);
+    }
     if !differences.is_empty() {
         return Err(differences.into());
     }
@@ -75,13 +77,14 @@ pub struct Differences {
     pub changed: Vec<String>,
 }
 
-/// Compares what was signed with what was found. Only what was signed is read. Also returns its size in bytes.
+/// Compares what was signed with what was found. Only what was signed is read. Also returns the empty files that
+/// no signature in shards can list (OMS v1.0, 6.3.2), and the size in bytes of what was signed.
 fn differences(
     signed: &Manifest,
     found: &Model,
     single_file: bool,
     hasher: &Hasher,
-) -> Result<(Differences, u64), Error> {
+) -> Result<(Differences, Vec<String>, u64), Error> {
     let mut by_file: BTreeMap<&str, Vec<&Resource>> = BTreeMap::new();
     for resource in &signed.resources {
         // The reference's name for the only file of a single-file model.
@@ -92,14 +95,12 @@ fn differences(
         by_file.entry(name).or_default().push(resource);
     }
     let files = hasher.look(found.paths())?;
-    let mut differences = Differences::default();
+    let (mut differences, mut empty) = (Differences::default(), Vec::new());
     let (mut pieces, mut expected, mut changed) = (Vec::new(), Vec::new(), BTreeSet::new());
     for (index, (file, size)) in found.files.iter().zip(files.sizes()).enumerate() {
         let Some(resources) = by_file.remove(file.name.as_str()) else {
-            // An empty file has no shards, so that none can be signed (OMS v1.0, 6.3.2).
-            if signed.serialization.method == Method::Files || size > 0 {
-                differences.extra.push(file.name.clone());
-            }
+            let unlistable = signed.serialization.method != Method::Files && size == 0;
+            if unlistable { &mut empty } else { &mut differences.extra }.push(file.name.clone());
             continue;
         };
         let signed_size = resources.iter().filter_map(|resource| Some(resource.shard.as_ref()?.end)).max();
@@ -117,8 +118,8 @@ fn differences(
     let wrong = expected.iter().zip(digests).filter(|((_, expected), digest)| expected != digest);
     changed.extend(wrong.map(|((name, _), _)| *name));
     differences.changed = changed.into_iter().map(str::to_owned).collect();
-    let bytes = pieces.iter().map(Piece::bytes).sum();
-    Ok((differences, bytes))
+    let bytes = Piece::total(&pieces);
+    Ok((differences, empty, bytes))
 }
 
 impl Differences {
@@ -164,12 +165,13 @@ mod tests {
                 let found = Model::walk(root.path(), &Scope::default()).expect("a model");
                 differences(&signed, &found, false, &hasher).expect("compared")
             };
-            assert_eq!(compare(), (Differences::default(), 15));
+            assert_eq!(compare(), (Differences::default(), Vec::new(), 15));
             write("b", &b"123x567"[..size]);
             write("d", b"");
             write("e", b"more");
             std::fs::remove_file(root.path().join("c")).expect("removed");
-            let (found, _) = compare();
+            let (found, empty, _) = compare();
+            assert_eq!(empty.len(), usize::from(method != Method::Files));
             let extra: &[&str] = if method == Method::Files { &["d", "e"] } else { &["e"] };
             assert_eq!(
                 (found.missing.as_slice(), found.changed.as_slice()),

@@ -40,8 +40,13 @@ pub(crate) fn verify(arguments: &cli::Verify) -> Done {
                 "changed": found.changed,
                 "missing": found.missing,
                 "not_signed": found.extra,
+                "digests_from_cache": from_cache,
             }),
-            Err(error) => json!({ "verified": false, "error": report::with_causes(error) }),
+            Err(error) => json!({
+                "verified": false,
+                "error": report::with_causes(error),
+                "digests_from_cache": from_cache,
+            }),
         });
         // That it is wrong matters more than that nobody could be told in JSON.
         return verified.map_err(checked).and(printed);

@@ -36,8 +36,15 @@ impl Streams for Blake2b {
 /// BLAKE3 of a subtree, or of all there is.
 pub(super) struct Blake3;
 
-/// Bytes in a part of a longer input: a power of two times BLAKE3's chunk of 1024.
+/// Bytes in a part of a longer input, at least: a power of two times BLAKE3's chunk of 1024.
 const SUBTREE_BYTES: u64 = 4 << 20;
+
+/// Parts of an input, at most: what is known of them must not grow with it.
+const MOST_SUBTREES: u64 = 4096;
+
+fn subtree_bytes(bytes: u64) -> u64 {
+    bytes.div_ceil(MOST_SUBTREES).next_power_of_two().max(SUBTREE_BYTES)
+}
 
 impl Streams for Blake3 {
     type State = blake3::Hasher;
@@ -74,13 +81,14 @@ impl Streams for Blake3 {
 impl Blake3 {
     /// The parts of an input that are hashed by themselves.
     pub(super) fn units(piece: usize, range: &Range<u64>) -> Vec<Unit> {
-        if range.end - range.start <= SUBTREE_BYTES {
+        let subtree = subtree_bytes(range.end - range.start);
+        if range.end - range.start <= subtree {
             return vec![Unit::whole(piece, range.clone())];
         }
         let mut units = Vec::new();
         let mut start = range.start;
         while start < range.end {
-            let end = range.end.min(start + SUBTREE_BYTES);
+            let end = range.end.min(start.saturating_add(subtree));
             units.push(Unit { piece, range: start..end, offset: start - range.start, whole: false });
             start = end;
         }
@@ -92,29 +100,29 @@ impl Blake3 {
         match parts {
             [whole] => *whole,
             parts => {
-                let (left, right) = halves(parts, bytes);
+                let (left, right) = halves(parts, bytes, subtree_bytes(bytes));
                 Digest::from_bytes(merge_subtrees_root(&left, &right, Mode::Hash).as_bytes())
             }
         }
     }
 }
 
-fn subtree(parts: &[Digest], bytes: u64) -> ChainingValue {
+fn subtree(parts: &[Digest], bytes: u64, of: u64) -> ChainingValue {
     match parts {
         [part] => part.as_bytes().try_into().unwrap_or_default(),
         parts => {
-            let (left, right) = halves(parts, bytes);
+            let (left, right) = halves(parts, bytes, of);
             merge_subtrees_non_root(&left, &right, Mode::Hash)
         }
     }
 }
 
 /// The left subtree is the largest that is full and leaves something to the right.
-fn halves(parts: &[Digest], bytes: u64) -> (ChainingValue, ChainingValue) {
+fn halves(parts: &[Digest], bytes: u64, of: u64) -> (ChainingValue, ChainingValue) {
     let left_bytes = left_subtree_len(bytes);
-    let count = usize::try_from(left_bytes / SUBTREE_BYTES).unwrap_or(usize::MAX).min(parts.len());
+    let count = usize::try_from(left_bytes / of).unwrap_or(usize::MAX).min(parts.len());
     let (left, right) = parts.split_at(count);
-    (subtree(left, left_bytes), subtree(right, bytes - left_bytes))
+    (subtree(left, left_bytes, of), subtree(right, bytes - left_bytes, of))
 }
 
 #[cfg(test)]
@@ -141,6 +149,16 @@ mod tests {
                 Blake3::merge(&parts, length).as_bytes(),
                 blake3::hash(data).as_bytes(),
                 "{length} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn the_number_of_parts_does_not_grow_with_the_input() {
+        for bytes in [0, SUBTREE_BYTES + 1, 17 << 30, (1 << 44) + 1, i64::MAX.unsigned_abs()] {
+            let units = Blake3::units(0, &(0..bytes));
+            assert!(
+                units.len() as u64 <= MOST_SUBTREES && units.last().is_some_and(|u| u.range.end == bytes)
             );
         }
     }

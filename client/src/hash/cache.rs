@@ -3,7 +3,7 @@
 //! A cache holds one model. It is text, a line an entry, and ends with the digest of all before it: one that was not
 //! written to its end, or was touched since, is worth nothing and is made anew.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -19,6 +19,9 @@ const HEADER: &str = "omsign digests 1";
 /// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
 /// systems count in steps of up to two seconds.
 const RACY: Duration = Duration::from_secs(2);
+
+/// Above so many, only those of the last time are kept.
+const MOST_ENTRIES: usize = 1 << 20;
 
 /// A cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +75,10 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
     };
     let mut count = 0;
     for entry in entries {
-        std::fs::remove_file(entry.map_err(error)?.path()).map_err(error)?;
-        count += 1;
+        let entry = entry.map_err(error)?;
+        std::fs::remove_file(entry.path()).map_err(error)?;
+        // The rest of a write that was cut off is not a cache.
+        count += usize::from(entry.file_name().len() == 2 * Algorithm::Sha256.digest_bytes());
     }
     Ok(count)
 }
@@ -123,14 +128,15 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let seen: HashMap<_, _> =
             hashed.map(|(stamp, piece, digest)| (entry(algorithm, stamp, &piece), digest)).collect();
-        let inodes: HashSet<_> = seen.keys().map(|entry| (entry.stamp.device, entry.stamp.inode)).collect();
-        // What is still true, other algorithms' digests of the same files, and files that were not looked at.
+        let stamps: HashMap<_, _> =
+            seen.keys().map(|entry| ((entry.stamp.device, entry.stamp.inode), entry.stamp)).collect();
+        // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
+        // looked at.
         self.entries.retain(|old, _| {
-            seen.contains_key(old)
-                || !inodes.contains(&(old.stamp.device, old.stamp.inode))
-                || old.algorithm != algorithm.name()
+            let now = stamps.get(&(old.stamp.device, old.stamp.inode));
+            now.is_none_or(|stamp| *stamp == old.stamp)
         });
-        if self.entries.len() > 2 * seen.len() {
+        if self.entries.len() > MOST_ENTRIES {
             self.entries.retain(|old, _| seen.contains_key(old));
         }
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
@@ -216,6 +222,8 @@ mod tests {
         let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
         let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
         cache(directory).keep(Algorithm::Sha256, both.into_iter()).expect("kept");
+        let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest)];
+        cache(directory).keep(Algorithm::Sha256, other_range.into_iter()).expect("kept");
         let read = cache(directory);
         assert_eq!(read.get(Algorithm::Sha256, OLD, &piece), Some(digest));
         assert_eq!(read.get(Algorithm::Sha256, young, &piece), None);

@@ -98,6 +98,11 @@ impl Piece {
     pub fn bytes(&self) -> u64 {
         self.range.end - self.range.start
     }
+
+    /// How many bytes all of them are. Sparse files can claim more than there can be.
+    pub fn total(pieces: &[Self]) -> u64 {
+        pieces.iter().fold(0, |sum, piece| sum.saturating_add(piece.bytes()))
+    }
 }
 
 /// Hashes files with all cores. Its buffers take 32 MiB at most, whatever it hashes.
@@ -173,8 +178,7 @@ impl Hasher {
         let unknown = pieces.iter().zip(&digests).filter(|(_, digest)| digest.is_none());
         let unknown: Vec<_> = unknown.map(|(piece, _)| piece.clone()).collect();
         used.digests += pieces.len() - unknown.len();
-        let bytes = |pieces: &[Piece]| pieces.iter().map(Piece::bytes).sum::<u64>();
-        used.bytes += bytes(pieces) - bytes(&unknown);
+        used.bytes = used.bytes.saturating_add(Piece::total(pieces).saturating_sub(Piece::total(&unknown)));
         let mut hashed = self.hash(algorithm, files, &unknown)?.into_iter();
         digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
         let digests: Vec<_> = digests.into_iter().flatten().collect();
@@ -190,7 +194,7 @@ impl Hasher {
         files: &Looked<'_>,
         pieces: &[Piece],
     ) -> Result<Vec<Digest>, HashError> {
-        self.progress.total.fetch_add(pieces.iter().map(Piece::bytes).sum(), Ordering::Relaxed);
+        self.progress.total.fetch_add(Piece::total(pieces), Ordering::Relaxed);
         let of = |unit: &Unit| {
             let (path, stamp) = files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
             Input { path, stamp }
@@ -280,6 +284,12 @@ mod tests {
                 assert_eq!(hasher.progress().hashed(), hasher.progress().total());
             }
         }
+    }
+
+    #[test]
+    fn sparse_files_that_claim_more_than_there_can_be() {
+        let piece = Piece { file: 0, range: 0..i64::MAX.unsigned_abs() };
+        assert_eq!(Piece::total(&[piece.clone(), piece.clone(), piece]), u64::MAX);
     }
 
     #[test]

@@ -90,7 +90,8 @@ pub(super) fn run<'a, S: Streams>(
     } else {
         ((BUFFERS_BYTES / jobs).min(CORE_BYTES) / lanes).min(LARGEST_BUFFER)
     };
-    let buffer = buffer.max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
+    let buffer =
+        buffer.saturating_sub(source::PAGE_BYTES).max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
     let work = Work {
         streams,
         input,
@@ -200,9 +201,12 @@ impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
     }
 }
 
+/// More threads than any machine has cores do nothing but wait for each other.
+const MOST_JOBS: usize = 512;
+
 /// A pool of as many threads as asked for, or as there are cores for this process.
 pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, HashError> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs.min(MOST_JOBS)).build();
     pool.map_err(|error| HashError::Threads(jobs, error.to_string()))
 }

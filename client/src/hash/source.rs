@@ -135,7 +135,8 @@ pub(super) struct Buffer {
     start: usize,
 }
 
-const PAGE_BYTES: usize = 4096;
+/// A buffer takes as much more, to begin where a page does.
+pub(super) const PAGE_BYTES: usize = 4096;
 
 impl Buffer {
     /// Of so many bytes.

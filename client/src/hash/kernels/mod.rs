@@ -71,7 +71,10 @@ pub(super) fn usable() -> Vec<Kernel> {
         if is_x86_feature_detected!("avx2") {
             kernel!("avx2", 8, vector::avx2);
         }
-        if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") {
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+        {
             kernel!("avx512", 8, vector::avx512_half);
             kernel!("avx512", 16, vector::avx512);
         }
