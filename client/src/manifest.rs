@@ -145,8 +145,7 @@ impl<'a> Plan<'a> {
             Method::Files => plan.pieces = sizes.map(whole).collect(),
             Method::Shards(bytes) => {
                 let sharded = |(file, size)| shards(size, bytes).map(move |range| Piece { file, range });
-                plan.pieces = sizes.flat_map(sharded).collect();
-                let mut pieces = std::mem::take(&mut plan.pieces);
+                let mut pieces: Vec<_> = sizes.flat_map(sharded).collect();
                 pieces.sort_by_cached_key(|piece| plan.name(piece));
                 plan.pieces = pieces;
             }

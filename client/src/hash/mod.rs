@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use self::blake::{Blake2b, Blake3};
 use self::cache::{Cache, CacheError};
 pub use self::digest::{Algorithm, Digest};
-use self::schedule::{Input, Unit};
+use self::schedule::Unit;
 use self::sha256::Sha256;
 use self::source::Stamp;
 
@@ -195,10 +195,7 @@ impl Hasher {
         pieces: &[Piece],
     ) -> Result<Vec<Digest>, HashError> {
         self.progress.total.fetch_add(Piece::total(pieces), Ordering::Relaxed);
-        let of = |unit: &Unit| {
-            let (path, stamp) = files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
-            Input { path, stamp }
-        };
+        let of = |unit: &Unit| files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
         let pieces_of = || pieces.iter().enumerate();
         let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
         let hashed = &self.progress.hashed;

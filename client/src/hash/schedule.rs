@@ -50,12 +50,6 @@ impl Unit {
     }
 }
 
-/// A file that units are of.
-pub(super) struct Input<'a> {
-    pub(super) path: &'a Path,
-    pub(super) stamp: Stamp,
-}
-
 /// The most that all buffers together may hold; each core's share should fit into its own cache.
 const BUFFERS_BYTES: usize = 32 << 20;
 const CORE_BYTES: usize = 512 << 10;
@@ -71,7 +65,7 @@ const SPARE_DESCRIPTORS: usize = 64;
 pub(super) fn run<'a, S: Streams>(
     streams: &'a S,
     units: &'a [Unit],
-    input: impl Fn(&Unit) -> Input<'a> + Sync,
+    input: impl Fn(&Unit) -> (&'a Path, Stamp) + Sync,
     pool: &rayon::ThreadPool,
     hashed: &'a AtomicU64,
 ) -> Result<Vec<Digest>, HashError> {
@@ -140,7 +134,7 @@ struct Lane<'a, S> {
     feed: Feed,
 }
 
-impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
+impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
     /// One core's work: until nothing is left, or somebody failed.
     fn core(&self) -> Result<(), HashError> {
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
@@ -193,7 +187,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> Input<'a>> Work<'a, S, I> {
     fn take(&self, buffers: &mut Vec<Buffer>) -> Result<Option<Lane<'a, S::State>>, HashError> {
         let next = self.next.fetch_add(1, Ordering::Relaxed);
         let Some(&(index, unit)) = self.longest_first.get(next) else { return Ok(None) };
-        let Input { path, stamp } = (self.input)(unit);
+        let (path, stamp) = (self.input)(unit);
         let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
         let feed =
             Feed::open(path, stamp, &unit.range, buffer, self.ahead).map_err(|error| error.of(path))?;
