@@ -6,24 +6,12 @@ use anyhow::ensure;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_tests::agent::Agent;
+use omsign_tests::random::Random;
 use omsign_tests::world::{World, key_section, text, token_section};
 use openssl::pkey::PKey;
 
 /// Positions tried in each file, besides its first and last bytes.
 const SAMPLES: u64 = 400;
-
-/// A reproducible choice of positions and bits (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % bound as u64).expect("below a usize")
-    }
-}
 
 /// Flips one bit at a time in `file` and verifies each time.
 fn flip(world: &World, file: &Path, verify: &[&str], samples: u64) -> anyhow::Result<()> {

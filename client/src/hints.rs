@@ -8,6 +8,8 @@ use omsign::hash::cache::CacheError;
 use omsign::key::KeyError;
 use omsign::manifest_file::ManifestFileError;
 use omsign::model::ModelError;
+use omsign::path::PathError;
+use omsign::policy::PolicyError;
 use omsign::trust::TrustError;
 use tonic::Code;
 
@@ -65,6 +67,25 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Trust(TrustError::Method { found: "certificate", .. }) => {
             "verify it with --certificate-chain and the certificate of the signer's CA".into()
+        }
+        Error::Trust(TrustError::Method { found: "sigstore", .. }) => {
+            "verify it with --identity and --identity-provider".into()
+        }
+        Error::Trust(TrustError::Legacy) => "--allow-legacy accepts it all the same".into(),
+        Error::Trust(TrustError::Path(PathError::Expired(..))) => {
+            "a time stamp in the bundle proves that it was signed in time, with --timestamp-root".into()
+        }
+        Error::Trust(TrustError::Path(PathError::OldCrl { .. })) => "fetch the CRL anew".into(),
+        Error::Trust(TrustError::Refused { .. }) => {
+            "`omsign inspect` shows who claims to have signed; `omsign trust add` accepts a signer from then on".into()
+        }
+        Error::Policy(PolicyError::Nothing) => {
+            "say whose: --public-key, --certificate-chain, or --identity and --identity-provider; or once for all: \
+             `omsign trust add`"
+                .into()
+        }
+        Error::Bundle(BundleError::TooLarge(_)) => {
+            "--max-bundle-size allows more; one of a million files takes about 300000000".into()
         }
         Error::Trust(TrustError::Method { .. }) => "verify it with --public-key and the signer's public key".into(),
         Error::Key(KeyError::Nonstandard(_)) => {

@@ -40,6 +40,22 @@ pub enum KeyError {
         /// What it should hold.
         what: &'static str,
     },
+    /// It is not the JSON that it should be.
+    #[error("{path} is not {what} in JSON")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        what: &'static str,
+    },
+    /// A trusted root that cannot be used.
+    #[error("{path} is not a usable Sigstore trusted root")]
+    TrustedRoot {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<sigstore_verify::Error>,
+    },
     /// The private key is encrypted, and there is no password, or a wrong one.
     #[error("{path} cannot be decrypted: {reason}")]
     Password {
@@ -57,9 +73,9 @@ pub enum KeyError {
     /// A key that OMS does not name.
     #[error("{0} is not an algorithm of OMS (algorithm registry): few verifiers take it")]
     Nonstandard(&'static str),
-    /// A certificate that does not fit.
-    #[error("{0}")]
-    Certificate(&'static str),
+    /// A certificate of another key.
+    #[error("the signing certificate is for another key than the one that signs")]
+    Certificate,
     /// OpenSSL could not sign.
     #[error("OpenSSL could not sign: {0}")]
     Sign(String),
@@ -157,15 +173,19 @@ enum Half {
 }
 
 impl PublicKey {
-    /// From PEM.
+    /// From a PEM file.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        let pem = read(path)?;
+        Self::from_pem(&read(path)?, path)
+    }
+
+    /// From PEM. `path` is where it came from, for errors.
+    pub(crate) fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
         let content = || KeyError::Content { path: path.to_owned(), what: "a public key" };
-        let spki = match der::pem::decode_vec(&pem) {
+        let spki = match der::pem::decode_vec(pem) {
             Ok(("PUBLIC KEY", spki)) => spki,
             // With text around it, or of another kind.
             _ => {
-                let key = PKey::public_key_from_pem(&pem).map_err(|_| content())?;
+                let key = PKey::public_key_from_pem(pem).map_err(|_| content())?;
                 key.public_key_to_der().map_err(|_| content())?
             }
         };
@@ -212,7 +232,8 @@ impl PublicKey {
         };
         let verified = match self.algorithm {
             Algorithm::P256 | Algorithm::P384 | Algorithm::P521 => {
-                return self.verifies_ecdsa(key, pae, signature);
+                let digest = self.algorithm.digest(pae);
+                return digest.is_some_and(|digest| verifies_ecdsa(key, &digest, signature));
             }
             Algorithm::MlDsa(_) => return false,
             Algorithm::Ed25519 => Verifier::new_without_digest(key)
@@ -224,16 +245,15 @@ impl PublicKey {
         verified.unwrap_or(false)
     }
 
-    /// The signature is a DER Ecdsa-Sig-Value (RFC 3279, 2.2.3).
-    fn verifies_ecdsa(&self, key: &PKey<Public>, pae: &Pae, signature: &[u8]) -> bool {
-        let Some(digest) = self.algorithm.digest(pae) else { return false };
-        let Ok(parsed) = EcdsaSig::from_der(signature) else { return false };
-        // d2i accepts bytes after the end, and BER.
-        if parsed.to_der().ok().as_deref() != Some(signature) {
-            return false;
+    /// Whether `signature` is this key's over `pae` as release 0.2.0 of the reference made it: ECDSA with SHA-256 on
+    /// every curve.
+    pub(crate) fn verifies_with_sha256(&self, pae: &Pae, signature: &[u8]) -> bool {
+        match (&self.half, self.algorithm) {
+            (Half::OpenSsl(key), Algorithm::P256 | Algorithm::P384 | Algorithm::P521) => {
+                verifies_ecdsa(key, Digest::sha256(pae.as_bytes()).as_bytes(), signature)
+            }
+            _ => false,
         }
-        let key: Result<EcKey<Public>, _> = key.ec_key();
-        key.and_then(|key| parsed.verify(&digest, &key)).unwrap_or(false)
     }
 
     /// Whether two keys are the same.
@@ -244,6 +264,17 @@ impl PublicKey {
             (Half::OpenSsl(_), Half::MlDsa(_)) | (Half::MlDsa(_), Half::OpenSsl(_)) => false,
         }
     }
+}
+
+/// The signature is a DER Ecdsa-Sig-Value (RFC 3279, 2.2.3).
+fn verifies_ecdsa(key: &PKey<Public>, digest: &[u8], signature: &[u8]) -> bool {
+    let Ok(parsed) = EcdsaSig::from_der(signature) else { return false };
+    // d2i accepts bytes after the end, and BER.
+    if parsed.to_der().ok().as_deref() != Some(signature) {
+        return false;
+    }
+    let key: Result<EcKey<Public>, _> = key.ec_key();
+    key.and_then(|key| parsed.verify(digest, &key)).unwrap_or(false)
 }
 
 fn verifies_pss(key: &PKey<Public>, pae: &Pae, signature: &[u8]) -> Result<bool, ErrorStack> {
@@ -303,15 +334,20 @@ fn sign_error(error: ErrorStack) -> KeyError {
 pub fn read_certificates(paths: &[PathBuf]) -> Result<Vec<X509>, KeyError> {
     let mut certificates = Vec::new();
     for path in paths {
-        let found = X509::stack_from_pem(&read(path)?).unwrap_or_default();
-        if found.is_empty() {
-            return Err(KeyError::Content { path: path.clone(), what: "a certificate" });
-        }
-        certificates.extend(found);
+        certificates.extend(certificates_from_pem(&read(path)?, path)?);
     }
     Ok(certificates)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, KeyError> {
+/// At least one certificate, in PEM. `path` is where it came from, for errors.
+pub(crate) fn certificates_from_pem(pem: &[u8], path: &Path) -> Result<Vec<X509>, KeyError> {
+    let found = X509::stack_from_pem(pem).unwrap_or_default();
+    if found.is_empty() {
+        return Err(KeyError::Content { path: path.to_owned(), what: "a certificate" });
+    }
+    Ok(found)
+}
+
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, KeyError> {
     std::fs::read(path).map_err(|source| KeyError::Read { path: path.to_owned(), source })
 }

@@ -4,20 +4,29 @@
 
 pub mod agent;
 pub mod bundle;
+pub mod certificate;
+pub mod differences;
 pub mod dsse;
 pub mod hash;
 pub mod key;
+pub mod keyless;
 pub mod manifest;
 pub mod manifest_file;
 mod ml_dsa;
 pub mod model;
 pub mod oneshot;
+pub mod path;
+pub mod policy;
 pub mod predicate;
+mod provider;
 mod sha256sum;
 pub mod sign;
 pub mod statement;
+pub mod terms;
+pub mod timestamp;
 pub mod trust;
 pub mod verify;
+pub mod wanted;
 
 /// Why something was not done, or was found wrong.
 #[derive(Debug, thiserror::Error)]
@@ -45,10 +54,19 @@ pub enum Error {
     Trust(#[from] trust::TrustError),
     /// The signed files are not the files that are there.
     #[error(transparent)]
-    Differs(#[from] verify::Differences),
+    Differs(#[from] differences::Differences),
+    /// The signed statement is about something else.
+    #[error(transparent)]
+    Subject(#[from] verify::SubjectError),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] agent::AgentError),
+    /// On which terms to trust.
+    #[error(transparent)]
+    Terms(#[from] terms::TermsError),
+    /// The trust policy.
+    #[error(transparent)]
+    Policy(#[from] policy::PolicyError),
     /// A key or certificate file.
     #[error(transparent)]
     Key(#[from] key::KeyError),
@@ -59,7 +77,10 @@ impl Error {
     pub fn found_wrong(&self) -> bool {
         match self {
             Self::Model(error) => error.found_wrong(),
-            Self::Hash(hash::HashError::Changed(_)) | Self::Statement(_) | Self::Differs(_) => true,
+            Self::Hash(hash::HashError::Changed(_))
+            | Self::Statement(_)
+            | Self::Differs(_)
+            | Self::Subject(_) => true,
             Self::Bundle(error) => error.found_wrong(),
             Self::Trust(error) => error.found_wrong(),
             Self::Hash(
@@ -68,6 +89,8 @@ impl Error {
             | Self::Cache(_)
             | Self::ManifestFile(_)
             | Self::Agent(_)
+            | Self::Terms(_)
+            | Self::Policy(_)
             | Self::Key(_) => false,
         }
     }

@@ -18,7 +18,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Sign(arguments) => commands::sign(&arguments),
-        Command::Verify(arguments) => commands::verify(&arguments),
+        Command::Verify(arguments) => commands::verify(*arguments),
+        Command::Trust(arguments) => commands::trust(arguments),
         Command::Digest(arguments) => commands::digest(&arguments),
         Command::Keys(arguments) => commands::keys(&arguments),
         Command::Inspect(arguments) => commands::inspect(&arguments),

@@ -67,7 +67,9 @@ impl Serialization {
     /// Finds the files that it is about.
     pub fn walk(&self, model: &Path) -> Result<Model, ModelError> {
         let Self { allow_symlinks, ignore_paths, .. } = self;
-        Model::walk(model, &Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks })
+        let scope =
+            Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks, only: Vec::new() };
+        Model::walk(model, &scope)
     }
 }
 

@@ -32,6 +32,21 @@ pub struct Scope {
     pub ignore_paths: BTreeSet<String>,
     /// Whether symbolic links are followed. Otherwise they are errors.
     pub allow_symlinks: bool,
+    /// Where it is not empty, only these paths below the model's root are looked at, with everything below them.
+    pub only: Vec<String>,
+}
+
+impl Scope {
+    /// Whether a path is looked at, or leads to one that is.
+    fn concerns(&self, name: &str) -> bool {
+        self.only.is_empty()
+            || self.only.iter().any(|only| at_or_below(name, only) || at_or_below(only, name))
+    }
+}
+
+/// Whether a path is another one, or below it.
+pub(crate) fn at_or_below(path: &str, other: &str) -> bool {
+    path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Why a model cannot be read as one.
@@ -137,7 +152,7 @@ impl Walk<'_> {
                 return Err(ModelError::NotUtf8(path));
             };
             let name = format!("{prefix}{own_name}");
-            if self.scope.ignore_paths.contains(&name) {
+            if self.scope.ignore_paths.contains(&name) || !self.scope.concerns(&name) {
                 continue;
             }
             if own_name.contains('\\') {
@@ -268,9 +283,21 @@ mod tests {
     #[test]
     fn sorted_by_code_point_and_ignored_at_the_root_only() {
         let root = model();
-        let scope = Scope { ignore_paths: [".git".to_owned()].into(), allow_symlinks: false };
+        let scope = Scope { ignore_paths: [".git".to_owned()].into(), ..Scope::default() };
         let found = names(root.path(), &scope).expect("a model");
         assert_eq!(found, ["A", "b", "sub-1/x", "sub/.git/HEAD", "sub/x"]);
+    }
+
+    #[test]
+    fn only_some_paths() {
+        let root = model();
+        symlink("nowhere", root.path().join("link")).expect("linked");
+        let only = |paths: &[&str]| {
+            let only = paths.iter().map(|path| (*path).to_owned()).collect();
+            names(root.path(), &Scope { only, ..Scope::default() }).expect("a model")
+        };
+        assert_eq!(only(&["sub/x", "A"]), ["A", "sub/x"]);
+        assert_eq!(only(&["sub"]), ["sub/.git/HEAD", "sub/x"]);
     }
 
     #[test]

@@ -117,6 +117,15 @@ impl Predicate {
         }
     }
 
+    /// What release 0.2.0 said in another form: names and SHA-256 digests of files.
+    pub(crate) fn of_files(files: Vec<(String, String)>) -> Self {
+        let descriptor =
+            |(name, digest)| Descriptor { name, digest, algorithm: Algorithm::Sha256.name().into() };
+        let mut predicate = Self::new(&[], &Serialization::default());
+        predicate.resources = files.into_iter().map(descriptor).collect();
+        predicate
+    }
+
     /// Checks all but that a model is complete: [`complete`]. `"."` as the name of an only file stays as it is.
     pub(crate) fn check(self) -> Result<(Vec<Resource>, Serialization), PredicateError> {
         let Self {

@@ -3,7 +3,7 @@
 use std::io::{self, Write as _};
 
 use omsign::Error;
-use omsign::verify::Differences;
+use omsign::differences::Differences;
 
 use crate::commands::Failure;
 use crate::hints::hint;
@@ -74,17 +74,20 @@ pub(crate) fn warning(text: &str) {
 }
 
 fn show(differences: &Differences) {
-    let kinds = [
-        ("changed", &differences.changed),
-        ("missing", &differences.missing),
-        ("not signed", &differences.extra),
-    ];
-    for (kind, names) in kinds {
-        // A name may hold escape sequences for the terminal.
-        names.iter().take(SHOWN).for_each(|name| eprintln!("  {kind}: {}", name.escape_debug()));
-        if names.len() > SHOWN {
-            eprintln!("  {kind}: {} more", names.len() - SHOWN);
-        }
+    let changed = differences.changed.iter().map(|changed| (&changed.file, changed.how.to_string()));
+    list("changed", differences.changed.len(), changed);
+    list("missing", differences.missing.len(), differences.missing.iter().map(|name| (name, String::new())));
+    list("not signed", differences.extra.len(), differences.extra.iter().map(|name| (name, String::new())));
+}
+
+fn list<'a>(kind: &str, count: usize, files: impl Iterator<Item = (&'a String, String)>) {
+    for (index, (name, how)) in files.take(SHOWN).enumerate() {
+        // A name may hold escape sequences for the terminal. One reason is enough to start with.
+        let how = if index == 0 && !how.is_empty() { format!(" ({how})") } else { String::new() };
+        eprintln!("  {kind}: {}{how}", name.escape_debug());
+    }
+    if count > SHOWN {
+        eprintln!("  {kind}: {} more", count - SHOWN);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use openssl::asn1::Asn1Time;
+use jiff::Timestamp;
 use openssl::x509::X509;
 
 use crate::Error;
@@ -12,8 +12,8 @@ use crate::dsse::Pae;
 use crate::hash::Hasher;
 use crate::key::{KeyError, PrivateKey, PublicKey};
 use crate::manifest::{Manifest, Plan, Selection};
-use crate::statement;
-use crate::trust::{TrustError, check_usage};
+use crate::trust::TrustError;
+use crate::{certificate, path, statement};
 
 /// What to sign and how.
 pub struct Request<'a> {
@@ -82,7 +82,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     if !public_key.algorithm.is_standard() && !request.allow_nonstandard_key {
         return Err(KeyError::Nonstandard(public_key.algorithm.name()).into());
     }
-    let chain = request.certificates.clone().unwrap_or(own_chain);
+    let mut chain = request.certificates.clone().unwrap_or(own_chain);
+    // A self-signed certificate is often given as its own issuer.
+    chain.dedup_by(|next, certificate| next.to_der().ok() == certificate.to_der().ok());
     check_chain(&chain, &public_key)?;
 
     let (manifest, bytes) = match &request.subject {
@@ -117,23 +119,18 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         let der: Result<Vec<_>, _> = chain.iter().map(|certificate| certificate.to_der()).collect();
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
-    Bundle { material, payload, signature }.write(request.bundle)?;
+    Bundle { material, timestamps: Vec::new(), payload, signature }.write(request.bundle)?;
     let (files, root_digest) = (manifest.files(), manifest.root_digest().to_string());
     Ok(Signed { files, bytes, root_digest, public_key, method })
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.
-fn check_chain(chain: &[X509], key: &PublicKey) -> Result<(), Error> {
+fn check_chain(chain: &[X509], key: &PublicKey) -> Result<(), TrustError> {
     let Some(leaf) = chain.first() else { return Ok(()) };
     let certified = PublicKey::of_certificate(leaf).map_err(TrustError::LeafKey)?;
     if !certified.same_as(key) {
-        let other = "the signing certificate is for another key than the one that signs";
-        return Err(KeyError::Certificate(other).into());
+        return Err(TrustError::LeafKey(KeyError::Certificate));
     }
-    check_usage(leaf)?;
-    let now = Asn1Time::days_from_now(0).map_err(TrustError::OpenSsl)?;
-    if leaf.not_before() > now || leaf.not_after() < now {
-        return Err(KeyError::Certificate("the signing certificate is not valid now").into());
-    }
-    Ok(())
+    certificate::check_usage(leaf)?;
+    Ok(path::check_order(chain, Timestamp::now())?)
 }

@@ -42,6 +42,20 @@ struct Statement {
     predicate: Predicate,
 }
 
+/// What a statement says that it is.
+#[derive(Deserialize)]
+struct Types {
+    #[serde(default, rename = "_type")]
+    kind: Option<String>,
+    #[serde(default, rename = "predicateType")]
+    predicate_type: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Subjects {
+    subject: Vec<Subject>,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Subject {
     /// Releases before 1.1 left it out where the model was `.`.
@@ -72,15 +86,7 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
     // The types first, so that a statement of another type is called that, and not malformed.
-    let value: serde_json::Value = serde_json::from_slice(bytes).map_err(malformed)?;
-    let text = |key| value.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
-    if let Some(kind) = text("_type").filter(|kind| kind != TYPE) {
-        return Err(StatementError::Type(kind));
-    }
-    if let Some(kind) = text("predicateType").filter(|kind| kind != PREDICATE_TYPE) {
-        return Err(StatementError::PredicateType(kind));
-    }
-    drop(value);
+    check_types(bytes, PREDICATE_TYPE)?;
     let Statement { mut subject, predicate, .. } = serde_json::from_slice(bytes).map_err(malformed)?;
     let subjects = subject.len();
     let (Some(subject), 1) = (subject.pop(), subjects) else {
@@ -93,6 +99,28 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
         return Err(StatementError::RootDigest);
     }
     Ok(manifest)
+}
+
+/// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
+/// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
+pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
+    check_types(bytes, "https://model_signing/Digests/v0.1")?;
+    let Subjects { subject } = serde_json::from_slice(bytes).map_err(malformed)?;
+    let files = subject.into_iter().map(|file| (file.name, file.digest.sha256)).collect();
+    let (resources, serialization) = Predicate::of_files(files).check()?;
+    complete(&resources, serialization.method)?;
+    Ok(Manifest { model_name: String::new(), resources, serialization })
+}
+
+fn check_types(bytes: &[u8], predicate_type: &str) -> Result<(), StatementError> {
+    let types: Types = serde_json::from_slice(bytes).map_err(malformed)?;
+    if let Some(kind) = types.kind.filter(|kind| kind != TYPE) {
+        return Err(StatementError::Type(kind));
+    }
+    match types.predicate_type.filter(|kind| kind != predicate_type) {
+        Some(kind) => Err(StatementError::PredicateType(kind)),
+        None => Ok(()),
+    }
 }
 
 fn malformed(error: serde_json::Error) -> StatementError {

@@ -2,9 +2,12 @@
 
 mod agent;
 mod cache;
+mod digest;
 mod hasher;
-mod show;
+mod inspect;
 mod sign;
+mod trust;
+mod verdict;
 mod verify;
 
 use omsign::Error;
@@ -12,8 +15,10 @@ use omsign::agent::{Address, AgentError, TlsFiles};
 
 pub(crate) use self::agent::{agent, keys};
 pub(crate) use self::cache::cache;
-pub(crate) use self::show::{digest, inspect};
+pub(crate) use self::digest::digest;
+pub(crate) use self::inspect::inspect;
 pub(crate) use self::sign::sign;
+pub(crate) use self::trust::trust;
 pub(crate) use self::verify::verify;
 use crate::cli;
 

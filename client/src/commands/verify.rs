@@ -1,69 +1,119 @@
 //! `omsign verify`.
 
+use std::path::{Path, PathBuf};
+
 use omsign::Error;
-use omsign::key::{PublicKey, read_certificates};
-use omsign::trust::Trust;
-use serde_json::json;
+use omsign::bundle::{Bundle, Material};
+use omsign::certificate;
+use omsign::policy::{Policy, PolicyError};
+use omsign::terms::Terms;
+use omsign::trust::{TrustError, VerifiedStatement};
+use omsign::verify::{Request, Verified};
 
 use super::hasher::Hashing;
-use super::{Done, checked};
+use super::verdict;
+use super::{Done, Failure, checked};
 use crate::cli;
-use crate::report::{self, count, size};
+use crate::report;
 
-pub(crate) fn verify(arguments: &cli::Verify) -> Done {
-    let trust = match &arguments.public_key {
-        Some(path) => Trust::PublicKey(PublicKey::read(path)?),
-        None => Trust::Anchors(read_certificates(&arguments.certificate_chain)?),
+pub(crate) fn verify(arguments: cli::Verify) -> Done {
+    let fingerprints =
+        matches!(&arguments.method, Some(cli::VerifyMethod::Certificate { log_fingerprints: true, .. }));
+    let policy = arguments.policy.clone();
+    let (what, terms) = arguments.parts();
+    if what.allow_symlinks {
+        report::warning("--allow-symlinks has no effect: what the signer chose counts (OMS 8.4)");
+    }
+    let (verified, from_cache) = match verified(&what, terms, policy.as_deref(), fingerprints) {
+        Ok((verified, from_cache)) => (Ok(verified), from_cache),
+        Err(Failure::Undone(error)) => (Err(error), 0),
+        Err(other) => return Err(other),
     };
-    let ignore = arguments.ignore_unsigned_files;
-    let hashing = Hashing::start(&arguments.work, &arguments.model)?;
-    let verified =
-        omsign::verify::verify(&arguments.model, &arguments.signature, &trust, ignore, &hashing.hasher);
-    let from_cache = hashing.end();
-    if arguments.json {
+    if what.json {
         let printed = report::result(match &verified {
-            Ok(verified) => json!({
-                "verified": true,
-                "method": if verified.signer.certificate_subject.is_some() { "certificate" } else { "key" },
-                "algorithm": verified.signer.algorithm.name(),
-                "certificate_subject": verified.signer.certificate_subject,
-                "key_hint": verified.signer.key_hint,
-                "root_digest": format!("sha256:{}", verified.root_digest),
-                "files": verified.files,
-                "bytes": verified.bytes,
-                "ignored": verified.ignored,
-                "digests_from_cache": from_cache,
-            }),
-            Err(Error::Differs(found)) => json!({
-                "verified": false,
-                "error": found.to_string(),
-                "changed": found.changed,
-                "missing": found.missing,
-                "not_signed": found.extra,
-                "digests_from_cache": from_cache,
-            }),
-            Err(error) => json!({
-                "verified": false,
-                "error": report::with_causes(error),
-                "digests_from_cache": from_cache,
-            }),
+            Ok(verified) => verdict::verified_json(verified, &what, from_cache),
+            Err(error) => verdict::failed_json(error),
         });
         // That it is wrong matters more than that nobody could be told in JSON.
         return verified.map_err(checked).and(printed);
     }
     let verified = verified.map_err(checked)?;
-    let (files, size) = (count(verified.files, "file"), size(verified.bytes));
-    let signer = match &verified.signer.certificate_subject {
-        Some(subject) => format!("the certificate {subject}"),
-        None => format!("the key sha256:{}", verified.signer.key_hint),
+    verdict::print(&verified, &what, from_cache)
+}
+
+/// Also how many digests were believed from the cache.
+fn verified(
+    what: &cli::What,
+    terms: Option<Terms>,
+    policy: Option<&Path>,
+    fingerprints: bool,
+) -> Result<(Verified, usize), Failure> {
+    let signature = signature(what)?;
+    let judge = judge(terms, policy, what.model())?;
+    let request = Request {
+        model: what.model(),
+        signature: &signature,
+        ignore_unsigned_files: what.ignore_unsigned_files,
+        ignore_paths: &what.ignore_paths,
+        ignore_git_paths: !what.no_ignore_git_paths,
+        partial: &what.partial,
+        model_name: what.model_name.as_deref(),
+        largest_bundle: what.max_bundle_size,
     };
-    let cached = match from_cache {
-        0 => String::new(),
-        digests => format!(", {} believed from the cache", count(digests, "digest")),
+    let hashing = Hashing::start(&what.work, what.model())?;
+    let judge = |bundle: &Bundle| {
+        if fingerprints {
+            print_fingerprints(bundle);
+        }
+        judge(bundle)
     };
-    report::result(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
-    if !verified.ignored.is_empty() {
-        report::warning(&format!("{} not signed and ignored", count(verified.ignored.len(), "file")));
+    let verified = omsign::verify::verify(&request, judge, &hashing.hasher);
+    let from_cache = hashing.end();
+    Ok((verified?, from_cache))
+}
+
+/// Who decides whose signature is accepted.
+type Judge = Box<dyn Fn(&Bundle) -> Result<VerifiedStatement, TrustError>>;
+
+fn judge(terms: Option<Terms>, policy: Option<&Path>, model: &Path) -> Result<Judge, Error> {
+    if let Some(terms) = terms {
+        let trust = terms.trust(Path::new(""))?;
+        return Ok(Box::new(move |bundle| trust.verify(bundle)));
     }
-    Ok(())
+    let policy = Policy::find(policy)?;
+    policy.check_outside(model)?;
+    if policy.entries.is_empty() {
+        return Err(PolicyError::Nothing.into());
+    }
+    Ok(Box::new(move |bundle| policy.verify(bundle)))
+}
+
+/// The bundle, where it was not said: `model.sig` in the model, where publishers put it, or in the working directory,
+/// where `omsign sign` does.
+fn signature(what: &cli::What) -> Result<PathBuf, Failure> {
+    if let Some(signature) = &what.signature {
+        return Ok(signature.clone());
+    }
+    let (inside, here) = (what.model().join("model.sig"), PathBuf::from("model.sig"));
+    match (inside.is_file(), here.is_file()) {
+        (true, false) => Ok(inside),
+        (false, true) => Ok(here),
+        (true, true) if inside.canonicalize().ok() == here.canonicalize().ok() => Ok(here),
+        (true, true) => Err(Failure::Usage(
+            "there is a model.sig in the model and one in the working directory: say which with --signature",
+        )),
+        (false, false) => Err(Failure::Usage(
+            "there is no model.sig in the model or in the working directory: say where the bundle is with --signature",
+        )),
+    }
+}
+
+/// As the reference's flag of this name does: of the bundle's certificates, trusted or not.
+fn print_fingerprints(bundle: &Bundle) {
+    let Material::CertificateChain(chain) = &bundle.material else { return };
+    for certificate in chain.iter().filter_map(|der| certificate::parse(der)) {
+        if let Ok(fingerprint) = certificate::fingerprint(&certificate) {
+            eprintln!("certificate {}: {fingerprint}", certificate::subject(&certificate));
+        }
+    }
 }

@@ -1,11 +1,15 @@
 //! What can be typed.
 
+mod verify;
+
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use omsign::hash::Algorithm;
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part, Selection};
+
+pub(crate) use self::verify::{Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What};
 
 /// Signs and verifies machine-learning models, and any other directory of files, in the OpenSSF Model Signing
 /// (OMS) format. Exit status: 0 done, 1 checked and found wrong, 2 could not do it.
@@ -20,8 +24,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Signs a model and writes a bundle
     Sign(Box<Sign>),
-    /// Verifies a model against a bundle
-    Verify(Verify),
+    /// Verifies a model against a bundle: who signed it, and is it what they signed?
+    Verify(Box<Verify>),
+    /// Says whose signatures `omsign verify MODEL` accepts
+    Trust(Trust),
     /// Prints a model's root digest
     Digest(Digest),
     /// Lists the keys that the agent lets you use
@@ -200,31 +206,6 @@ pub(crate) struct Sign {
 }
 
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("trust").required(true).args(["public_key", "certificate_chain"]))]
-pub(crate) struct Verify {
-    /// The model: a directory or a file
-    #[arg(value_name = "MODEL")]
-    pub(crate) model: PathBuf,
-    /// The bundle
-    #[arg(long, value_name = "FILE")]
-    pub(crate) signature: PathBuf,
-    /// The signer's public key, PEM
-    #[arg(long, value_name = "FILE", visible_alias = "public_key")]
-    pub(crate) public_key: Option<PathBuf>,
-    /// Certificates to trust, PEM (repeatable): the bundle's certificate must lead to one of them
-    #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
-    pub(crate) certificate_chain: Vec<PathBuf>,
-    /// Accepts files that were not signed
-    #[arg(long, visible_alias = "ignore_unsigned_files")]
-    pub(crate) ignore_unsigned_files: bool,
-    #[command(flatten)]
-    pub(crate) work: Work,
-    /// Prints one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
 pub(crate) struct Digest {
     /// The model: a directory or a file
     #[arg(value_name = "MODEL")]
@@ -277,16 +258,6 @@ pub(crate) enum KeysCommand {
         #[command(flatten)]
         connection: Connection,
     },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Inspect {
-    /// The bundle
-    #[arg(value_name = "BUNDLE")]
-    pub(crate) bundle: PathBuf,
-    /// Prints one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,0 +1,290 @@
+//! A bundle as JSON has it (the schemas of OMS v1.0, and `sigstore_bundle.proto`).
+
+use std::borrow::Cow;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
+use crate::dsse::PAYLOAD_TYPE;
+
+/// The schemas allow no other fields here and in the envelope.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct BundleJson<'a> {
+    media_type: String,
+    #[serde(borrow)]
+    verification_material: MaterialJson<'a>,
+    #[serde(borrow)]
+    dsse_envelope: EnvelopeJson<'a>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct MaterialJson<'a> {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    public_key: Option<KeyJson>,
+    #[serde(default, rename = "x509CertificateChain", skip_serializing_if = "Option::is_none")]
+    certificate_chain: Option<ChainJson>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    certificate: Option<CertificateJson>,
+    /// Unparsed: what is not used needs no memory. Written even where it is empty, for some verifiers ask for it.
+    #[serde(default, borrow)]
+    tlog_entries: Option<&'a RawValue>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    timestamp_verification_data: Option<TimestampsJson>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct KeyJson {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hint: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    raw_bytes: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ChainJson {
+    certificates: Vec<CertificateJson>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CertificateJson {
+    raw_bytes: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TimestampsJson {
+    #[serde(default, rename = "rfc3161Timestamps")]
+    rfc3161: Option<Vec<TimestampJson>>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TimestampJson {
+    signed_timestamp: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct EnvelopeJson<'a> {
+    /// Borrowed: it may be nearly all of the bundle.
+    #[serde(borrow)]
+    payload: Cow<'a, str>,
+    payload_type: String,
+    signatures: Vec<SignatureJson>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SignatureJson {
+    sig: String,
+    /// Absent, empty and null mean the same (OMS v1.0, 4.1); it identifies nothing.
+    #[serde(default)]
+    keyid: Option<String>,
+}
+
+impl Bundle {
+    /// Parses a bundle.
+    pub fn parse(bytes: &[u8]) -> Result<Self, BundleError> {
+        let bundle: BundleJson<'_> =
+            serde_json::from_slice(bytes).map_err(|error| BundleError::Malformed(error.to_string()))?;
+        let BundleJson { media_type, verification_material: material, dsse_envelope: envelope } = bundle;
+        if media_type != MEDIA_TYPE {
+            return Err(BundleError::MediaType(media_type));
+        }
+        if envelope.payload_type != PAYLOAD_TYPE {
+            return Err(BundleError::PayloadType(envelope.payload_type));
+        }
+        let [signature] = envelope.signatures.as_slice() else {
+            return Err(BundleError::Signatures(envelope.signatures.len()));
+        };
+        let timestamps = timestamps(material.timestamp_verification_data)?;
+        let entries = material.tlog_entries.map_or("[]", RawValue::get);
+        let material = match (material.public_key, material.certificate_chain, material.certificate) {
+            (Some(key), None, None) => Material::PublicKey(key_identifier(key)?),
+            (None, Some(chain), None) => Material::CertificateChain(certificates(&chain)?),
+            (None, None, Some(certificate)) => keyless(&certificate, entries)?,
+            (key, chain, certificate) => {
+                let given = [key.is_some(), chain.is_some(), certificate.is_some()];
+                return Err(BundleError::Methods(given.into_iter().filter(|given| *given).count()));
+            }
+        };
+        let payload = decode("payload", &envelope.payload)?;
+        Ok(Self { material, timestamps, payload, signature: decode("sig", &signature.sig)? })
+    }
+
+    /// The bundle as JSON, on one line.
+    pub fn to_json(&self) -> Vec<u8> {
+        let certificate = |der: &Vec<u8>| CertificateJson { raw_bytes: STANDARD.encode(der) };
+        let entries = match &self.material {
+            Material::Keyless { log, .. } => log.0.as_str(),
+            Material::PublicKey(_) | Material::CertificateChain(_) => "[]",
+        };
+        let entries = serde_json::from_str(entries).expect("they were JSON when they were read");
+        let mut material = MaterialJson { tlog_entries: Some(entries), ..MaterialJson::default() };
+        match &self.material {
+            Material::PublicKey(identifier) => {
+                let (hint, raw_bytes) = match identifier {
+                    KeyIdentifier::Hint(hint) => (Some(hint.clone()), None),
+                    KeyIdentifier::Pem(pem) => (None, Some(STANDARD.encode(pem))),
+                };
+                material.public_key = Some(KeyJson { hint, raw_bytes });
+            }
+            Material::CertificateChain(chain) => {
+                let certificates = chain.iter().map(certificate).collect();
+                material.certificate_chain = Some(ChainJson { certificates });
+            }
+            Material::Keyless { certificate: leaf, .. } => material.certificate = Some(certificate(leaf)),
+        }
+        if !self.timestamps.is_empty() {
+            let timestamp = |der: &Vec<u8>| TimestampJson { signed_timestamp: STANDARD.encode(der) };
+            let rfc3161 = Some(self.timestamps.iter().map(timestamp).collect());
+            material.timestamp_verification_data = Some(TimestampsJson { rfc3161 });
+        }
+        let bundle = BundleJson {
+            media_type: MEDIA_TYPE.into(),
+            verification_material: material,
+            dsse_envelope: EnvelopeJson {
+                payload: STANDARD.encode(&self.payload).into(),
+                payload_type: PAYLOAD_TYPE.into(),
+                signatures: vec![SignatureJson {
+                    sig: STANDARD.encode(&self.signature),
+                    keyid: Some(String::new()),
+                }],
+            },
+        };
+        let mut json = serde_json::to_vec(&bundle).expect("strings and lists always serialize");
+        json.push(b'\n');
+        json
+    }
+}
+
+fn key_identifier(key: KeyJson) -> Result<KeyIdentifier, BundleError> {
+    match (key.hint, key.raw_bytes) {
+        (Some(hint), None) => Ok(KeyIdentifier::Hint(hint)),
+        (None, Some(raw)) => Ok(KeyIdentifier::Pem(decode("publicKey.rawBytes", &raw)?)),
+        _ => Err(BundleError::Malformed("publicKey needs exactly one of hint and rawBytes".into())),
+    }
+}
+
+fn certificates(chain: &ChainJson) -> Result<Vec<Vec<u8>>, BundleError> {
+    if chain.certificates.is_empty() {
+        return Err(BundleError::EmptyChain);
+    }
+    not_too_many("certificates", chain.certificates.len())?;
+    chain.certificates.iter().map(|certificate| decode("certificate", &certificate.raw_bytes)).collect()
+}
+
+fn keyless(certificate: &CertificateJson, entries: &str) -> Result<Material, BundleError> {
+    let malformed = |error: serde_json::Error| BundleError::Malformed(format!("tlogEntries: {error}"));
+    let list: Vec<&RawValue> = serde_json::from_str(entries).map_err(malformed)?;
+    if list.is_empty() {
+        return Err(BundleError::NoLogEntries);
+    }
+    not_too_many("transparency log entries", list.len())?;
+    let certificate = decode("certificate", &certificate.raw_bytes)?;
+    Ok(Material::Keyless { certificate, log: LogEntries(entries.to_owned()) })
+}
+
+fn timestamps(data: Option<TimestampsJson>) -> Result<Vec<Vec<u8>>, BundleError> {
+    let timestamps = data.and_then(|data| data.rfc3161).unwrap_or_default();
+    not_too_many("time stamps", timestamps.len())?;
+    timestamps.iter().map(|timestamp| decode("signedTimestamp", &timestamp.signed_timestamp)).collect()
+}
+
+fn not_too_many(what: &'static str, count: usize) -> Result<(), BundleError> {
+    if count > MOST { Err(BundleError::TooMany { count, what }) } else { Ok(()) }
+}
+
+fn decode(what: &'static str, text: &str) -> Result<Vec<u8>, BundleError> {
+    if text.is_empty() {
+        return Err(BundleError::Empty(what));
+    }
+    STANDARD.decode(text).map_err(|_| BundleError::Base64(what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle() -> Bundle {
+        let material = Material::PublicKey(KeyIdentifier::Hint("ab".into()));
+        Bundle { material, timestamps: Vec::new(), payload: b"{}".to_vec(), signature: vec![1, 2, 3] }
+    }
+
+    #[test]
+    fn a_bundle_survives_the_round_trip() {
+        assert_eq!(Bundle::parse(&bundle().to_json()).expect("valid"), bundle());
+        let chain = Bundle { material: Material::CertificateChain(vec![vec![1], vec![2]]), ..bundle() };
+        assert_eq!(Bundle::parse(&chain.to_json()).expect("valid"), chain);
+        let log = LogEntries("[{\"logIndex\":\"1\"}]".into());
+        let material = Material::Keyless { certificate: vec![1], log };
+        let keyless = Bundle { material, timestamps: vec![vec![3], vec![4]], ..bundle() };
+        assert_eq!(Bundle::parse(&keyless.to_json()).expect("valid"), keyless);
+        let pem = Bundle { material: Material::PublicKey(KeyIdentifier::Pem(vec![1])), ..bundle() };
+        assert_eq!(Bundle::parse(&pem.to_json()).expect("valid"), pem);
+    }
+
+    #[test]
+    fn each_wrong_bundle_has_its_own_error() {
+        type Change = fn(&mut serde_json::Value);
+        let cases: &[(Change, &str)] = &[
+            (|b| b["mediaType"] = "text/plain".into(), "(OMS 8.1)"),
+            (|b| b["dsseEnvelope"]["payloadType"] = "text/plain".into(), "(OMS 6.7)"),
+            (|b| b["dsseEnvelope"]["signatures"] = serde_json::json!([]), "0 signatures"),
+            (
+                |b| b["dsseEnvelope"]["signatures"] = serde_json::json!([{"sig": "AA=="}, {"sig": "AA=="}]),
+                "2 signatures",
+            ),
+            (|b| b["dsseEnvelope"]["payload"] = "e30".into(), "payload is not base64"),
+            (|b| b["dsseEnvelope"]["payload"] = "e31=".into(), "payload is not base64"),
+            (|b| b["verificationMaterial"] = serde_json::json!({"tlogEntries": []}), "0 signing methods"),
+            (
+                |b| b["verificationMaterial"]["certificate"] = serde_json::json!({"rawBytes": "AA=="}),
+                "2 signing methods",
+            ),
+            (|b| b["verificationMaterial"]["publicKey"] = serde_json::json!({}), "exactly one of hint"),
+            (
+                |b| {
+                    b["verificationMaterial"] =
+                        serde_json::json!({"x509CertificateChain": {"certificates": []}})
+                },
+                "empty",
+            ),
+            (|b| b["dsseEnvelope"]["payload"] = "".into(), "payload is empty (OMS 4)"),
+            (|b| b["dsseEnvelope"]["signatures"][0]["sig"] = "".into(), "sig is empty (OMS 4)"),
+            (
+                |b| b["verificationMaterial"] = serde_json::json!({"certificate": {"rawBytes": "AA=="}}),
+                "no transparency log entries (OMS 4.1)",
+            ),
+            (
+                |b| b["verificationMaterial"]["timestampVerificationData"] = serde_json::json!({"rfc3161Timestamps": vec![serde_json::json!({"signedTimestamp": "AA=="}); 17]}),
+                "17 time stamps, more than 16",
+            ),
+            (|b| b["more"] = 1.into(), "unknown field `more`"),
+            (|b| b["dsseEnvelope"]["signatures"][0]["more"] = 1.into(), "unknown field `more`"),
+        ];
+        for (change, expected) in cases {
+            let mut json = serde_json::from_slice(&bundle().to_json()).expect("JSON");
+            change(&mut json);
+            let error = Bundle::parse(json.to_string().as_bytes()).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+
+    #[test]
+    fn keyid_may_be_absent_empty_or_null() {
+        for keyid in [r#""keyid":"""#, r#""keyid":null"#, r#""keyid":"x""#] {
+            let json = String::from_utf8(bundle().to_json()).expect("text").replace(r#""keyid":"""#, keyid);
+            Bundle::parse(json.as_bytes()).expect(keyid);
+        }
+        let json = String::from_utf8(bundle().to_json()).expect("text").replace(r#","keyid":"""#, "");
+        Bundle::parse(json.as_bytes()).expect("absent");
+    }
+}

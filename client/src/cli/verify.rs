@@ -1,0 +1,339 @@
+//! What can be typed to verify, and to say whom to trust.
+
+use std::path::{Path, PathBuf};
+
+use clap::{ArgGroup, Args, Subcommand};
+use omsign::bundle::LARGEST_BYTES;
+use omsign::terms::{self, Source};
+
+use super::Work;
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Verify {
+    #[command(subcommand)]
+    pub(crate) method: Option<VerifyMethod>,
+    #[command(flatten)]
+    what: What,
+    #[command(flatten)]
+    terms: Terms,
+    /// Trust policy to go by where nothing above says whose signature to accept [default: your own trust.toml, and
+    /// that of the project in the working directory if you allowed it]
+    #[arg(long, value_name = "FILE", env = "OMSIGN_POLICY")]
+    pub(crate) policy: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VerifyMethod {
+    /// Accepts the signature of a key
+    #[command(mut_arg("public_key", |arg| arg.required(true)))]
+    Key {
+        #[command(flatten)]
+        what: What,
+        #[command(flatten)]
+        key: KeyTerms,
+        #[command(flatten)]
+        common: CommonTerms,
+    },
+    /// Accepts signatures of certificates that lead to a trusted one
+    #[command(mut_arg("certificate_chain", |arg| arg.required(true)))]
+    Certificate {
+        #[command(flatten)]
+        what: What,
+        #[command(flatten)]
+        certificate: CertificateTerms,
+        #[command(flatten)]
+        common: CommonTerms,
+        /// Prints the fingerprints of the bundle's certificates
+        #[arg(long, visible_alias = "log_fingerprints")]
+        log_fingerprints: bool,
+    },
+    /// Accepts keyless signatures of a person or a workflow, by certificates of Sigstore
+    #[command(
+        group = ArgGroup::new("who").required(true).args(["identity", "identity_pattern"]),
+        group = ArgGroup::new("provider").required(true).args(["identity_provider", "identity_provider_pattern"]),
+    )]
+    Sigstore {
+        #[command(flatten)]
+        what: What,
+        #[command(flatten)]
+        keyless: KeylessTerms,
+    },
+}
+
+/// What to verify.
+#[derive(Debug, Args)]
+pub(crate) struct What {
+    /// The model: a directory or a file
+    #[arg(value_name = "MODEL", required = true)]
+    model: Option<PathBuf>,
+    /// The bundle [default: model.sig in the model or in the working directory]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) signature: Option<PathBuf>,
+    /// Accepts files that were not signed
+    #[arg(long, visible_alias = "ignore_unsigned_files", overrides_with = "no_ignore_unsigned_files")]
+    pub(crate) ignore_unsigned_files: bool,
+    /// Does not (default)
+    #[arg(long, hide = true)]
+    no_ignore_unsigned_files: bool,
+    /// Accepts unsigned files below this path of the model (repeatable); what was signed there is checked
+    #[arg(long, value_name = "PATH", visible_alias = "ignore_paths")]
+    pub(crate) ignore_paths: Vec<PathBuf>,
+    /// Accepts unsigned .git, .gitattributes, .github and .gitignore (default)
+    #[arg(long, overrides_with = "no_ignore_git_paths")]
+    ignore_git_paths: bool,
+    /// Does not
+    #[arg(long)]
+    pub(crate) no_ignore_git_paths: bool,
+    /// Has no effect: what the signer chose counts (OMS 8.4)
+    #[arg(long, hide = true, visible_alias = "allow_symlinks")]
+    pub(crate) allow_symlinks: bool,
+    /// Verifies only these files and directories of the model
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) partial: Vec<PathBuf>,
+    /// What the signer has to call the model
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Bytes that the bundle may be long
+    #[arg(long, value_name = "BYTES", default_value_t = LARGEST_BYTES)]
+    pub(crate) max_bundle_size: u64,
+    #[command(flatten)]
+    pub(crate) work: Work,
+    /// Prints one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Whose signature to accept.
+#[derive(Debug, Args)]
+pub(crate) struct Terms {
+    #[command(flatten)]
+    key: KeyTerms,
+    #[command(flatten)]
+    certificate: CertificateTerms,
+    #[command(flatten)]
+    keyless: KeylessTerms,
+    #[command(flatten)]
+    common: CommonTerms,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeyTerms {
+    /// The signer's public key, PEM
+    #[arg(long, value_name = "FILE", visible_alias = "public_key")]
+    public_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CertificateTerms {
+    /// Certificates to trust, PEM (repeatable): the signer's must lead to one of them
+    #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
+    certificate_chain: Vec<PathBuf>,
+    /// And how the signer's must be called: subject, alternative name or SHA-256 fingerprint
+    #[arg(long, value_name = "NAME")]
+    certificate_identity: Option<String>,
+    /// Lists of revoked certificates, PEM or DER (repeatable): each certificate on the way then needs one
+    #[arg(long = "crl", value_name = "FILE")]
+    crls: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeylessTerms {
+    /// Who has to have signed without a key of their own: an e-mail address or a workflow
+    #[arg(long, value_name = "IDENTITY", conflicts_with = "identity_pattern")]
+    identity: Option<String>,
+    /// Or a pattern of it: * is anything but /, ** any directories
+    #[arg(long, value_name = "PATTERN")]
+    identity_pattern: Option<String>,
+    /// Who has to vouch for the identity
+    #[arg(
+        long,
+        value_name = "URL",
+        visible_alias = "identity_provider",
+        conflicts_with = "identity_provider_pattern"
+    )]
+    identity_provider: Option<String>,
+    /// Or a pattern of it
+    #[arg(long, value_name = "PATTERN")]
+    identity_provider_pattern: Option<String>,
+    /// TrustedRoot of a private Sigstore instance, JSON
+    #[arg(long, value_name = "FILE")]
+    trusted_root: Option<PathBuf>,
+    /// Or a ClientTrustConfig that holds one
+    #[arg(long, value_name = "FILE", visible_alias = "trust_config", conflicts_with = "trusted_root")]
+    trust_config: Option<PathBuf>,
+    /// Or Sigstore's staging area
+    #[arg(long, visible_alias = "use_staging", conflicts_with_all = ["trusted_root", "trust_config"])]
+    use_staging: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommonTerms {
+    /// Certificates that RFC 3161 time stamps must lead to, PEM (repeatable): what they prove to have been signed in
+    /// time stays good when the signer's certificate has expired
+    #[arg(long = "timestamp-root", value_name = "FILE")]
+    timestamp_roots: Vec<PathBuf>,
+    /// Accepts bundles of release 0.2.0 of model-signing: a weaker promise
+    #[arg(long)]
+    allow_legacy: bool,
+}
+
+impl Verify {
+    /// What to verify, and on which terms; no terms where the policy decides.
+    pub(crate) fn parts(self) -> (What, Option<terms::Terms>) {
+        let mut terms = terms::Terms::default();
+        match self.method {
+            Some(VerifyMethod::Key { what, key, common }) => {
+                key.put(&mut terms);
+                common.put(&mut terms);
+                (what, Some(terms))
+            }
+            Some(VerifyMethod::Certificate { what, certificate, common, .. }) => {
+                certificate.put(&mut terms);
+                common.put(&mut terms);
+                (what, Some(terms))
+            }
+            Some(VerifyMethod::Sigstore { what, keyless }) => {
+                keyless.put(&mut terms);
+                (what, Some(terms))
+            }
+            None => {
+                self.terms.put(&mut terms);
+                let none = terms == terms::Terms::default();
+                (self.what, if none { None } else { Some(terms) })
+            }
+        }
+    }
+}
+
+impl What {
+    /// The model.
+    pub(crate) fn model(&self) -> &Path {
+        // There always is one, but clap cannot say so where a subcommand takes its place.
+        self.model.as_deref().unwrap_or(Path::new(""))
+    }
+}
+
+impl Terms {
+    /// Adds what was typed to terms.
+    pub(crate) fn put(self, terms: &mut terms::Terms) {
+        self.key.put(terms);
+        self.certificate.put(terms);
+        self.keyless.put(terms);
+        self.common.put(terms);
+    }
+}
+
+impl KeyTerms {
+    fn put(self, terms: &mut terms::Terms) {
+        terms.public_key = self.public_key.map(source);
+    }
+}
+
+impl CertificateTerms {
+    fn put(self, terms: &mut terms::Terms) {
+        terms.roots = self.certificate_chain.into_iter().map(source).collect();
+        terms.certificate_identity = self.certificate_identity;
+        terms.crls = self.crls;
+    }
+}
+
+impl KeylessTerms {
+    fn put(self, terms: &mut terms::Terms) {
+        terms.identity = self.identity;
+        terms.identity_pattern = self.identity_pattern;
+        terms.identity_provider = self.identity_provider;
+        terms.identity_provider_pattern = self.identity_provider_pattern;
+        terms.trusted_root = self.trusted_root;
+        terms.trust_config = self.trust_config;
+        terms.use_staging = self.use_staging;
+    }
+}
+
+impl CommonTerms {
+    fn put(self, terms: &mut terms::Terms) {
+        terms.timestamp_roots = self.timestamp_roots.into_iter().map(source).collect();
+        terms.accept_legacy = self.allow_legacy;
+    }
+}
+
+fn source(path: PathBuf) -> Source {
+    Source(path.to_string_lossy().into_owned())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// The bundle
+    #[arg(value_name = "BUNDLE")]
+    pub(crate) bundle: PathBuf,
+    /// Bytes that it may be long
+    #[arg(long, value_name = "BYTES", default_value_t = LARGEST_BYTES)]
+    pub(crate) max_bundle_size: u64,
+    /// Prints one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Trust {
+    #[command(subcommand)]
+    pub(crate) command: TrustCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TrustCommand {
+    /// Accepts a signer from now on
+    Add {
+        /// A name for the signer
+        name: String,
+        /// Which models: patterns of what the signer calls them [default: any]
+        #[arg(long, value_name = "PATTERN", num_args = 1..)]
+        models: Vec<String>,
+        #[command(flatten)]
+        terms: Box<Terms>,
+        #[command(flatten)]
+        file: TrustFile,
+    },
+    /// Lists the signers
+    List {
+        #[command(flatten)]
+        file: TrustFile,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Accepts a signer no longer
+    Remove {
+        /// The signer's name
+        name: String,
+        #[command(flatten)]
+        file: TrustFile,
+    },
+    /// Says of each signer whether a bundle is theirs, and why not; the model is not looked at
+    Test {
+        /// The bundle
+        bundle: PathBuf,
+        #[command(flatten)]
+        file: TrustFile,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lets the .omsign/trust.toml of a project count when you work in its directory
+    Allow {
+        /// The project's directory
+        #[arg(value_name = "DIRECTORY", default_value = ".")]
+        project: PathBuf,
+    },
+}
+
+/// Which trust policy.
+#[derive(Debug, Args)]
+pub(crate) struct TrustFile {
+    /// The policy [default: your own]
+    #[arg(long, value_name = "FILE", env = "OMSIGN_POLICY")]
+    pub(crate) policy: Option<PathBuf>,
+    /// The policy of the project in the working directory: .omsign/trust.toml
+    #[arg(long, conflicts_with = "policy")]
+    pub(crate) project: bool,
+}

@@ -1,0 +1,138 @@
+//! `omsign trust`: whose signatures `omsign verify MODEL` accepts.
+
+use std::path::{Path, PathBuf};
+
+use omsign::Error;
+use omsign::bundle::{Bundle, LARGEST_BYTES};
+use omsign::policy::{Edit, Entry, PROJECT_FILE, Policy, PolicyError, own_file};
+use omsign::terms::Terms;
+use serde_json::json;
+
+use super::{Done, Failure, checked};
+use crate::cli::{self, TrustCommand, TrustFile};
+use crate::report;
+
+pub(crate) fn trust(arguments: cli::Trust) -> Done {
+    match arguments.command {
+        TrustCommand::Add { name, models, terms: typed, file } => {
+            let mut terms = Terms { models, ..Terms::default() };
+            typed.put(&mut terms);
+            add(&name, terms, &file)
+        }
+        TrustCommand::List { file, json } => list(&file, json),
+        TrustCommand::Remove { name, file } => {
+            let path = path(&file)?;
+            let mut edit = Edit::open(&path)?;
+            edit.remove(&name)?;
+            edit.save()?;
+            report::result(format_args!("removed {name} from {}", path.display()))
+        }
+        TrustCommand::Test { bundle, file, json } => test(&bundle, &file, json),
+        TrustCommand::Allow { project } => {
+            let directory = project.canonicalize();
+            let directory =
+                directory.map_err(|source| PolicyError::Read { path: project.clone(), source })?;
+            allow(&directory)?;
+            report::result(format_args!("{} counts in {}", PROJECT_FILE, directory.display()))
+        }
+    }
+}
+
+fn path(file: &TrustFile) -> Result<PathBuf, PolicyError> {
+    match &file.policy {
+        Some(path) => Ok(path.clone()),
+        None if file.project => Ok(PROJECT_FILE.into()),
+        None => own_file(),
+    }
+}
+
+fn add(name: &str, mut terms: Terms, file: &TrustFile) -> Done {
+    // What could not be used is not written.
+    terms.trust(Path::new(""))?;
+    terms.check_scope()?;
+    terms.make_self_contained(Path::new(""))?;
+    let path = path(file)?;
+    let mut edit = Edit::open(&path)?;
+    edit.add(name, &terms)?;
+    edit.save()?;
+    if file.project {
+        let here =
+            std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
+        allow(&here)?;
+    }
+    report::result(format_args!("added {name} to {}", path.display()))
+}
+
+fn allow(project: &Path) -> Result<(), PolicyError> {
+    let mut own = Edit::open(&own_file()?)?;
+    if own.allow(project) {
+        own.save()?;
+    }
+    Ok(())
+}
+
+/// The policy that a command is about: that of a file, or all that counts here.
+fn policy(file: &TrustFile) -> Result<Policy, PolicyError> {
+    let project = file.project.then(|| PathBuf::from(PROJECT_FILE));
+    match Policy::find(file.policy.as_ref().or(project.as_ref()).map(PathBuf::as_path)) {
+        Err(PolicyError::Nothing) => Ok(Policy::default()),
+        policy => policy,
+    }
+}
+
+fn list(file: &TrustFile, as_json: bool) -> Done {
+    let policy = policy(file)?;
+    if as_json {
+        let entry = |entry: &Entry| json!({ "name": entry.name, "file": entry.file, "terms": entry.terms });
+        let signers: Vec<_> = policy.entries.iter().map(entry).collect();
+        return report::result(json!({ "signers": signers }));
+    }
+    if policy.entries.is_empty() {
+        report::warning("nobody is trusted; `omsign trust add` changes that");
+    }
+    let width = policy.entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
+    for Entry { name, terms, file, .. } in &policy.entries {
+        let method = terms.method().unwrap_or("");
+        let who = [&terms.identity, &terms.identity_pattern, &terms.certificate_identity];
+        let who = who.into_iter().flatten().next().map_or("", String::as_str);
+        let models = if terms.models.is_empty() { "any model".to_owned() } else { terms.models.join(" ") };
+        let file = file.display();
+        report::result(format_args!(
+            "{name:<width$}  {method:<11}  {models}  {file}  {}",
+            who.escape_debug()
+        ))?;
+    }
+    Ok(())
+}
+
+/// Exit status 0 where somebody is trusted with it, 1 where nobody is.
+fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
+    let policy = policy(file)?;
+    let bundle = Bundle::read(bundle, LARGEST_BYTES).map_err(|error| checked(error.into()))?;
+    let mut lines = Vec::new();
+    let mut accepted = false;
+    for entry in &policy.entries {
+        let verdict = entry.verify(&bundle);
+        accepted |= verdict.is_ok();
+        let why = verdict.err().map(|error| report::with_causes(&error));
+        if as_json {
+            lines.push(
+                json!({ "name": entry.name, "file": entry.file, "accepts": why.is_none(), "why_not": why }),
+            );
+        } else {
+            let verdict = why.map_or_else(|| "accepts it".to_owned(), |why| format!("does not: {why}"));
+            report::result(format_args!("{}: {verdict}", entry.name))?;
+        }
+    }
+    if as_json {
+        report::result(json!({ "accepted": accepted, "signers": lines }))?;
+    }
+    if accepted {
+        return Ok(());
+    }
+    // The same words as those of verify.
+    Err(match policy.verify(&bundle) {
+        Err(error) => checked(Error::from(error)),
+        Ok(_) => Failure::Usage("the policy changed while it was tested"),
+    })
+}

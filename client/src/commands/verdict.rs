@@ -1,0 +1,179 @@
+//! What is said about a model that was verified: for people, and as JSON (docs/verify.schema.json).
+
+use omsign::Error;
+use omsign::differences::Differences;
+use omsign::trust::Signer;
+use omsign::verify::Verified;
+use serde_json::{Value, json};
+
+use super::Done;
+use crate::cli::What;
+use crate::report::{self, count, size};
+
+/// Of the JSON objects. It grows by fields; what is there keeps its meaning.
+const VERSION: u32 = 1;
+
+/// Names in each list of a JSON object; there is a count beside it.
+const LISTED: usize = 1000;
+
+pub(crate) fn print(verified: &Verified, what: &What, from_cache: usize) -> Done {
+    let (files, size) = (count(verified.files, "file"), size(verified.bytes));
+    let proof = &verified.proof;
+    let signer = match &proof.signer {
+        Signer::Key => format!("the key sha256:{}", proof.key_hint),
+        Signer::Certificate { subject, .. } => format!("the certificate {subject}"),
+        Signer::Keyless { identity, .. } => identity.escape_debug().to_string(),
+    };
+    let cached = match from_cache {
+        0 => String::new(),
+        digests => format!(", {} believed from the cache", count(digests, "digest")),
+    };
+    report::result(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
+    let line = |name: &str, text: &str| report::result(format_args!("  {name:<12} {text}"));
+    if !verified.model_name.is_empty() {
+        line("model", &verified.model_name.escape_debug().to_string())?;
+    }
+    match &proof.signer {
+        Signer::Key => {}
+        Signer::Certificate { names, fingerprint, .. } => {
+            if !names.is_empty() {
+                line("names", &names.join(", ").escape_debug().to_string())?;
+            }
+            line("certificate", fingerprint)?;
+        }
+        Signer::Keyless { identity_provider, .. } => {
+            line("vouched by", &identity_provider.escape_debug().to_string())?;
+        }
+    }
+    line("signed with", proof.algorithm.name())?;
+    if let Some(at) = &proof.signed_at {
+        line("signed at", &format!("{}, or before ({})", at.time, at.source))?;
+    }
+    if let Some(entry) = &proof.accepted_by {
+        line("accepted by", entry)?;
+    }
+    let (checked, not_checked) = checks(verified, what);
+    line("checked", &checked.join(", "))?;
+    if !not_checked.is_empty() {
+        line("not checked", &not_checked.join(", "))?;
+    }
+    if proof.legacy {
+        report::warning("this is a bundle of release 0.2.0 of model-signing, whose signatures promise less");
+    }
+    if !verified.ignored.is_empty() {
+        report::warning(&format!("{} not signed and ignored", count(verified.ignored.len(), "file")));
+    }
+    Ok(())
+}
+
+/// What was checked, and what was not.
+fn checks(verified: &Verified, what: &What) -> (Vec<&'static str>, Vec<&'static str>) {
+    let proof = &verified.proof;
+    let (certified, keyless) = match proof.signer {
+        Signer::Key => (false, false),
+        Signer::Certificate { .. } => (true, false),
+        Signer::Keyless { .. } => (false, true),
+    };
+    let timed = proof.signed_at.is_some();
+    let partial = verified.not_looked_at > 0;
+    let facts = [
+        (true, true, "signature"),
+        (true, !partial, "content of every signed file"),
+        (partial, partial, "content of the files asked for"),
+        (true, !what.ignore_unsigned_files, "no unsigned files"),
+        (certified, true, "path to a trusted certificate"),
+        (certified, timed, "validity when it was signed"),
+        (certified && !timed, true, "validity of the certificates now"),
+        (certified, proof.revocation_checked, "revocation (CRL)"),
+        (keyless, true, "Fulcio certificate"),
+        (keyless, true, "certificate transparency"),
+        (keyless, true, "transparency log"),
+        (keyless, true, "identity and identity provider"),
+        (!certified, timed, "when it was signed"),
+    ];
+    let (mut checked, mut not_checked) = (Vec::new(), Vec::new());
+    for (concerns, holds, text) in facts {
+        if concerns {
+            if holds { &mut checked } else { &mut not_checked }.push(text);
+        }
+    }
+    if proof.unchecked_timestamps > 0 {
+        not_checked.push("time stamps in the bundle (no --timestamp-root)");
+    }
+    (checked, not_checked)
+}
+
+pub(crate) fn verified_json(verified: &Verified, what: &What, from_cache: usize) -> Value {
+    let proof = &verified.proof;
+    let (checked, not_checked) = checks(verified, what);
+    let mut json = json!({
+        "version": VERSION,
+        "outcome": "verified",
+        "verified": true,
+        "algorithm": proof.algorithm.name(),
+        "key_hint": proof.key_hint,
+        "model_name": verified.model_name,
+        "root_digest": format!("sha256:{}", verified.root_digest),
+        "files": verified.files,
+        "bytes": verified.bytes,
+        "not_looked_at": verified.not_looked_at,
+        "ignored": bounded(&verified.ignored),
+        "ignored_count": verified.ignored.len(),
+        "signed_at": proof.signed_at.as_ref().map(|at| at.time.to_string()),
+        "signed_at_source": proof.signed_at.as_ref().map(|at| at.source),
+        "accepted_by": proof.accepted_by,
+        "legacy": proof.legacy,
+        "checked": checked,
+        "not_checked": not_checked,
+        "digests_from_cache": from_cache,
+    });
+    let who = match &proof.signer {
+        Signer::Key => json!({ "method": "key" }),
+        Signer::Certificate { subject, names, fingerprint } => json!({
+            "method": "certificate",
+            "certificate_subject": subject,
+            "certificate_names": names,
+            "certificate_fingerprint": fingerprint,
+        }),
+        Signer::Keyless { identity, identity_provider } => json!({
+            "method": "sigstore",
+            "identity": identity,
+            "identity_provider": identity_provider,
+        }),
+    };
+    if let (Some(json), Value::Object(who)) = (json.as_object_mut(), who) {
+        json.extend(who);
+    }
+    json
+}
+
+pub(crate) fn failed_json(error: &Error) -> Value {
+    let mut json = json!({
+        "version": VERSION,
+        "outcome": if error.found_wrong() { "wrong" } else { "undone" },
+        "verified": false,
+        "error": report::with_causes(error),
+    });
+    if let (Some(json), Error::Differs(found)) = (json.as_object_mut(), error) {
+        json.extend(differences(found));
+    }
+    json
+}
+
+fn differences(found: &Differences) -> serde_json::Map<String, Value> {
+    let changed: Vec<&str> = found.changed.iter().map(|changed| changed.file.as_str()).collect();
+    let fields = [
+        ("first_difference", json!(found.first())),
+        ("changed", json!(bounded(&changed))),
+        ("changed_count", json!(changed.len())),
+        ("missing", json!(bounded(&found.missing))),
+        ("missing_count", json!(found.missing.len())),
+        ("not_signed", json!(bounded(&found.extra))),
+        ("not_signed_count", json!(found.extra.len())),
+    ];
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn bounded<T>(names: &[T]) -> &[T] {
+    names.get(..LISTED).unwrap_or(names)
+}

@@ -1,0 +1,197 @@
+//! How a model differs from what was signed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::Error;
+use crate::hash::{Digest, Hasher, Piece};
+use crate::manifest::{Manifest, Method, Resource};
+use crate::model::Model;
+
+/// How a model differs from its signature. All of it, sorted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Signed, but not there.
+    pub missing: Vec<String>,
+    /// There, but not signed.
+    pub extra: Vec<String>,
+    /// There, with other content than was signed.
+    pub changed: Vec<Changed>,
+}
+
+/// A file with other content than was signed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// Its name.
+    pub file: String,
+    /// How that is known.
+    pub how: How,
+}
+
+/// How it is known that a file was changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Another size in bytes than its shards have.
+    Size {
+        /// As signed.
+        signed: u64,
+        /// As found.
+        found: u64,
+    },
+    /// Another digest, of the whole or of the first shard that differs.
+    Digest {
+        /// As signed.
+        signed: Digest,
+        /// As found.
+        found: Digest,
+    },
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Size { signed, found } => write!(f, "{signed} bytes were signed, {found} are there"),
+            Self::Digest { signed, found } => write!(f, "{signed} was signed, {found} is there"),
+        }
+    }
+}
+
+/// What was compared.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Compared {
+    pub(crate) differences: Differences,
+    /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
+    pub(crate) unlistable: Vec<String>,
+    /// How many files are as they were signed, where there are no differences.
+    pub(crate) files: usize,
+    /// The size in bytes of what was signed.
+    pub(crate) bytes: u64,
+}
+
+/// Compares what was signed with what was found. Only what was signed is read.
+pub(crate) fn compare(
+    signed: &Manifest,
+    found: &Model,
+    single_file: bool,
+    hasher: &Hasher,
+) -> Result<Compared, Error> {
+    let mut by_file: BTreeMap<&str, Vec<&Resource>> = BTreeMap::new();
+    for resource in &signed.resources {
+        // The reference's name for the only file of a single-file model.
+        let name = match found.files.as_slice() {
+            [only] if single_file && resource.file == "." => &only.name,
+            _ => &resource.file,
+        };
+        by_file.entry(name).or_default().push(resource);
+    }
+    let files = hasher.look(found.paths())?;
+    let (mut differences, mut unlistable) = (Differences::default(), Vec::new());
+    let (mut pieces, mut expected, mut changed) = (Vec::new(), Vec::new(), BTreeMap::new());
+    let signed_files = by_file.len();
+    for (index, (file, size)) in found.files.iter().zip(files.sizes()).enumerate() {
+        let Some(resources) = by_file.remove(file.name.as_str()) else {
+            let empty = signed.serialization.method != Method::Files && size == 0;
+            if empty { &mut unlistable } else { &mut differences.extra }.push(file.name.clone());
+            continue;
+        };
+        let signed_size = resources.iter().filter_map(|resource| Some(resource.shard.as_ref()?.end)).max();
+        if let Some(signed) = signed_size.filter(|signed| *signed != size) {
+            changed.insert(file.name.as_str(), How::Size { signed, found: size });
+            continue;
+        }
+        for resource in resources {
+            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..size) });
+            expected.push((file.name.as_str(), resource.digest));
+        }
+    }
+    differences.missing = by_file.into_keys().map(str::to_owned).collect();
+    let digests = hasher.digests(signed.serialization.algorithm, &files, &pieces)?;
+    for ((name, signed), found) in
+        expected.into_iter().zip(digests).filter(|((_, signed), found)| signed != found)
+    {
+        changed.entry(name).or_insert(How::Digest { signed, found });
+    }
+    let describe = |(name, how): (&str, How)| Changed { file: name.to_owned(), how };
+    differences.changed = changed.into_iter().map(describe).collect();
+    Ok(Compared { differences, unlistable, files: signed_files, bytes: Piece::total(&pieces) })
+}
+
+impl Differences {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.extra.is_empty() && self.changed.is_empty()
+    }
+
+    /// One of them, with what is known about it.
+    pub fn first(&self) -> Option<String> {
+        if let Some(Changed { file, how }) = self.changed.first() {
+            return Some(format!("{file:?} is not what was signed: {how}"));
+        }
+        let missing = self.missing.first().map(|file| format!("{file:?} was signed and is not there"));
+        missing.or_else(|| self.extra.first().map(|file| format!("{file:?} is there and was not signed")))
+    }
+}
+
+impl fmt::Display for Differences {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = [
+            (self.changed.len(), "changed"),
+            (self.missing.len(), "missing"),
+            (self.extra.len(), "not signed"),
+        ];
+        let counts = counts.iter().filter(|(count, _)| *count > 0);
+        let counts: Vec<_> = counts.map(|(count, what)| format!("{count} {what}")).collect();
+        write!(f, "the model is not what was signed: {}", counts.join(", "))
+    }
+}
+
+impl std::error::Error for Differences {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Plan, Serialization};
+    use crate::model::Scope;
+
+    #[test]
+    fn every_difference_is_listed() {
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let two = Method::Shards(2.try_into().expect("not zero"));
+        for (method, size) in [(Method::Files, 5), (two, 5), (two, 6)] {
+            let root = tempfile::tempdir().expect("a directory");
+            let write = |name: &str, content: &[u8]| {
+                std::fs::write(root.path().join(name), content).expect("written")
+            };
+            ["a", "b", "c"].iter().for_each(|name| write(name, b"12345"));
+            let serialization = Serialization { method, ..Serialization::default() };
+            let model = serialization.walk(root.path()).expect("a model");
+            let plan = Plan::new(&model, serialization, &hasher).expect("planned");
+            let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+            // In whatever order it is listed.
+            signed.resources.reverse();
+            let compared = || {
+                let found = Model::walk(root.path(), &Scope::default()).expect("a model");
+                compare(&signed, &found, false, &hasher).expect("compared")
+            };
+            let same =
+                Compared { differences: Differences::default(), unlistable: Vec::new(), files: 3, bytes: 15 };
+            assert_eq!(compared(), same);
+            write("b", &b"123x567"[..size]);
+            write("d", b"");
+            write("e", b"more");
+            std::fs::remove_file(root.path().join("c")).expect("removed");
+            let Compared { differences: found, unlistable, .. } = compared();
+            assert_eq!(unlistable.len(), usize::from(method != Method::Files));
+            let extra: &[&str] = if method == Method::Files { &["d", "e"] } else { &["e"] };
+            assert_eq!((found.missing.as_slice(), found.changed.len()), (&["c".to_owned()][..], 1));
+            let first = found.first().expect("a difference");
+            let how =
+                if method == two && size == 6 { "5 bytes were signed, 6 are there" } else { " was signed, " };
+            assert!(first.starts_with("\"b\" is not what was signed: ") && first.contains(how), "{first}");
+            assert_eq!(found.extra, extra);
+            let text =
+                format!("the model is not what was signed: 1 changed, 1 missing, {} not signed", extra.len());
+            assert_eq!(found.to_string(), text);
+        }
+    }
+}

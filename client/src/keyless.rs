@@ -1,0 +1,190 @@
+//! The sigstore method (OMS v1.0, 4.1): a certificate of a few minutes from Fulcio, and the proof in a transparency
+//! log that it was used while it was valid. The sigstore-verify crate checks certificate, SCT, log and time stamps;
+//! this gives it what it needs and asks who signed.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use openssl::x509::X509;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use sigstore_verify::trust_root::{
+    SIGSTORE_PRODUCTION_TRUSTED_ROOT, SIGSTORE_STAGING_TRUSTED_ROOT, TrustedRoot,
+};
+use sigstore_verify::types::{DerCertificate, Sha256Hash};
+use sigstore_verify::{
+    CertificateError, Error, TimestampError, TransparencyLogError, VerificationPolicy, Verifier,
+};
+
+use crate::bundle::Bundle;
+use crate::key::{KeyError, read};
+use crate::wanted::Wanted;
+use crate::{certificate, provider, timestamp};
+
+/// Whose keyless signatures are accepted.
+pub struct Keyless {
+    verifier: Verifier,
+    timestamp_roots: Vec<X509>,
+    identity: Wanted,
+    identity_provider: Wanted,
+}
+
+/// Why a keyless signature is not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum KeylessError {
+    /// Somebody else signed.
+    #[error("signed by {found}, not by {wanted} (OMS 8.2: identity)")]
+    Identity {
+        /// Who was expected.
+        wanted: String,
+        /// The certificate's subject alternative name.
+        found: String,
+    },
+    /// Somebody else says who signed.
+    #[error("the signer's identity provider is {found}, not {wanted} (OMS 8.2: identity provider)")]
+    IdentityProvider {
+        /// Who was expected.
+        wanted: String,
+        /// The certificate's issuer extension.
+        found: String,
+    },
+    /// The certificate is not Fulcio's, or was not valid.
+    #[error("the Fulcio certificate is not accepted (OMS 8.2)")]
+    Certificate(#[source] CertificateError),
+    /// The certificate is in no certificate transparency log.
+    #[error("the Fulcio certificate has no valid signed certificate timestamp (RFC 6962, 3.2)")]
+    Sct(#[source] CertificateError),
+    /// The signature is not proven to be in the log.
+    #[error("the transparency log does not prove the signature (OMS 8.2: Rekor)")]
+    Log(#[source] TransparencyLogError),
+    /// No proof of when it was made.
+    #[error("no trusted time stamp proves when the signature was made (OMS 8.2)")]
+    Time(#[source] TimestampError),
+    /// A time stamp that proves nothing.
+    #[error(transparent)]
+    Timestamp(#[from] timestamp::TimestampError),
+    /// The signature is wrong.
+    #[error("the signature is not valid for this payload and certificate (OMS 8.2)")]
+    Signature,
+    /// The bundle contradicts itself or uses what this version does not know.
+    #[error("the keyless bundle is not accepted (OMS 4.1)")]
+    Bundle(#[source] Box<Error>),
+}
+
+/// Which Sigstore instance is trusted.
+pub enum Instance<'a> {
+    /// The public one, as its keys were when this version was made.
+    PublicGood,
+    /// Its staging area, for tests.
+    Staging,
+    /// What a TrustedRoot file describes.
+    TrustedRoot(&'a Path),
+    /// What the trusted root in a ClientTrustConfig file describes.
+    TrustConfig(&'a Path),
+}
+
+/// `sigstore.trustroot.v1.ClientTrustConfig`, as far as a verifier needs it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ClientTrustConfig<'a> {
+    #[serde(borrow)]
+    trusted_root: &'a RawValue,
+}
+
+/// A keyless signature that was verified.
+pub(crate) struct Proven {
+    pub(crate) identity: String,
+    pub(crate) identity_provider: String,
+    pub(crate) at: Timestamp,
+    /// Whether the log says when, and not a time-stamp authority.
+    pub(crate) logged: bool,
+}
+
+impl Keyless {
+    /// Accepts this identity of this provider, as an instance certifies it.
+    pub fn new(
+        instance: &Instance<'_>,
+        identity: Wanted,
+        identity_provider: Wanted,
+    ) -> Result<Self, KeyError> {
+        provider::install();
+        let (root, path) = match instance {
+            Instance::PublicGood => {
+                (SIGSTORE_PRODUCTION_TRUSTED_ROOT.to_owned(), Path::new("the public-good root"))
+            }
+            Instance::Staging => (SIGSTORE_STAGING_TRUSTED_ROOT.to_owned(), Path::new("the staging root")),
+            Instance::TrustedRoot(path) => (text(path, "a Sigstore trusted root")?, *path),
+            Instance::TrustConfig(path) => {
+                const WHAT: &str = "a Sigstore client trust configuration";
+                let text = text(path, WHAT)?;
+                let config: ClientTrustConfig<'_> = serde_json::from_str(&text)
+                    .map_err(|_| KeyError::Json { path: path.to_path_buf(), what: WHAT })?;
+                (config.trusted_root.get().to_owned(), *path)
+            }
+        };
+        let unusable =
+            |source: Error| KeyError::TrustedRoot { path: path.to_path_buf(), source: Box::new(source) };
+        let root = TrustedRoot::from_json(&root).map_err(|error| unusable(error.into()))?;
+        // All else in it may be missing, so that any JSON object would do.
+        if !root.media_type.starts_with("application/vnd.dev.sigstore.trustedroot") {
+            return Err(KeyError::Json { path: path.to_path_buf(), what: "a Sigstore trusted root" });
+        }
+        let verifier = Verifier::new(&root).map_err(unusable)?;
+        let authorities =
+            root.timestamp_authorities.iter().flat_map(|authority| &authority.cert_chain.certificates);
+        let timestamp_roots = authorities
+            .filter_map(|certificate| certificate::parse(certificate.raw_bytes.as_bytes()))
+            .collect();
+        Ok(Self { verifier, timestamp_roots, identity, identity_provider })
+    }
+
+    /// Verifies all of a keyless bundle but its statement.
+    pub(crate) fn verify(&self, bundle: &Bundle, root_digest: Sha256Hash) -> Result<Proven, KeylessError> {
+        // Their parser sees what ours made of the file, so that there are no two readings of it.
+        let json = String::from_utf8(bundle.to_json()).unwrap_or_default();
+        let theirs =
+            sigstore_verify::types::Bundle::from_json(&json).map_err(|error| explain(error.into()))?;
+        let result = self
+            .verifier
+            .verify(root_digest, &theirs, &VerificationPolicy::any_identity())
+            .map_err(explain)?;
+        // Beyond what they check: that a token's own certificate is the one that its authority signed with.
+        for stamp in &bundle.timestamps {
+            timestamp::verify(stamp, &bundle.signature, &self.timestamp_roots, Timestamp::now())?;
+        }
+        let identity = result.identity().map_or("nobody", |name| name.as_str()).to_owned();
+        if !self.identity.is(&identity) {
+            return Err(KeylessError::Identity { wanted: self.identity.to_string(), found: identity });
+        }
+        let identity_provider = result.issuer().unwrap_or("nobody").to_owned();
+        if !self.identity_provider.is(&identity_provider) {
+            let wanted = self.identity_provider.to_string();
+            return Err(KeylessError::IdentityProvider { wanted, found: identity_provider });
+        }
+        let no_time = || KeylessError::Time(TimestampError::NoVerifiedTimestamp("none".into()));
+        let at = *result.verified_timestamps().iter().min().ok_or_else(no_time)?;
+        Ok(Proven { identity, identity_provider, at, logged: result.integrated_time() == Some(at) })
+    }
+}
+
+/// Whom a Fulcio certificate names, and who vouches for that. Nothing about it is proven.
+pub fn claimed_identity(certificate: &[u8]) -> Option<(String, String)> {
+    let info =
+        sigstore_verify::crypto::parse_certificate_info(&DerCertificate::from_bytes(certificate)).ok()?;
+    Some((info.identity?.as_str().to_owned(), info.issuer?))
+}
+
+fn text(path: &Path, what: &'static str) -> Result<String, KeyError> {
+    String::from_utf8(read(path)?).map_err(|_| KeyError::Json { path: path.to_owned(), what })
+}
+
+fn explain(error: Error) -> KeylessError {
+    match error {
+        Error::Certificate(error @ CertificateError::Sct(_)) => KeylessError::Sct(error),
+        Error::Certificate(error) => KeylessError::Certificate(error),
+        Error::TransparencyLog(error) => KeylessError::Log(error),
+        Error::Timestamp(error) => KeylessError::Time(error),
+        Error::SignatureInvalid(_) => KeylessError::Signature,
+        other => KeylessError::Bundle(Box::new(other)),
+    }
+}
