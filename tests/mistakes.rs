@@ -108,7 +108,7 @@ fn certificates_that_do_not_fit() -> anyhow::Result<()> {
     world.omsign_refuses(
         2,
         &[&sign[..], &["expired.pem"]].concat(),
-        &["the signing certificate is not valid now"],
+        &["nobody could verify what this certificate chain signs: CN=k expired on "],
     )?;
     world.omsign_ok(&[&sign[..], &["leaf.pem", "--signature", "c.sig"]].concat())?;
     let verify = ["verify", "model", "--signature", "c.sig"];
@@ -116,7 +116,7 @@ fn certificates_that_do_not_fit() -> anyhow::Result<()> {
     world.omsign_refuses(
         1,
         &[&verify[..], &["--certificate-chain", "other.pem"]].concat(),
-        &["the signing certificate does not lead to a trusted one (RFC 5280, 6.1)"],
+        &["was not issued by a trusted certificate"],
     )?;
     let by_key = [&verify[..], &["--public-key", "t/k.pub.pem"]].concat();
     world.omsign_refuses(

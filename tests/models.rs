@@ -180,7 +180,7 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     fs::write(world.path("model/added\u{1b}[31m"), "")?;
     let expected = [
         "1 changed, 1 missing, 1 not signed",
-        "  changed: config.json\n",
+        "  changed: config.json (",
         "  missing: README.md\n",
         "  not signed: added\\u{1b}[31m\n",
     ];

@@ -17,6 +17,7 @@ use crate::dsse::Pae;
 use crate::hash::Digest;
 use crate::ml_dsa::MlDsaKey;
 pub use crate::ml_dsa::ParameterSet;
+use crate::path::PathError;
 
 /// The shortest RSA modulus: 112 bits of security (NIST SP 800-57).
 const LEAST_RSA_BITS: u32 = 2048;
@@ -76,6 +77,9 @@ pub enum KeyError {
     /// A certificate of another key.
     #[error("the signing certificate is for another key than the one that signs")]
     Certificate,
+    /// A chain that nobody could verify.
+    #[error("nobody could verify what this certificate chain signs")]
+    Chain(#[source] PathError),
     /// OpenSSL could not sign.
     #[error("OpenSSL could not sign: {0}")]
     Sign(String),

@@ -99,7 +99,7 @@ impl ModelError {
 }
 
 impl Model {
-    /// Finds the files of a model, which is a directory or a single file.
+    /// Finds the files of a model, which is a directory or a single file. There may be none.
     pub fn walk(root: &Path, scope: &Scope) -> Result<Self, ModelError> {
         let real = root.canonicalize().map_err(|source| read_error(root, source))?;
         let name = match real.file_name() {
@@ -116,9 +116,6 @@ impl Model {
             return Err(ModelError::Special(root.to_owned()));
         }
         let mut files = walk.files;
-        if files.is_empty() {
-            return Err(ModelError::Empty(root.to_owned()));
-        }
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Self { name, files })
@@ -325,8 +322,6 @@ mod tests {
         let root = model();
         fs::write(root.path().join("a\\b"), "x").expect("written");
         assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::Backslash(_))));
-        let empty = tempfile::tempdir().expect("a directory");
-        assert!(matches!(names(empty.path(), &Scope::default()), Err(ModelError::Empty(_))));
     }
 
     #[test]

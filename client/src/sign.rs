@@ -125,12 +125,12 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.
-fn check_chain(chain: &[X509], key: &PublicKey) -> Result<(), TrustError> {
+fn check_chain(chain: &[X509], key: &PublicKey) -> Result<(), Error> {
     let Some(leaf) = chain.first() else { return Ok(()) };
     let certified = PublicKey::of_certificate(leaf).map_err(TrustError::LeafKey)?;
     if !certified.same_as(key) {
-        return Err(TrustError::LeafKey(KeyError::Certificate));
+        return Err(KeyError::Certificate.into());
     }
-    certificate::check_usage(leaf)?;
-    Ok(path::check_order(chain, Timestamp::now())?)
+    certificate::check_usage(leaf).map_err(TrustError::Usage)?;
+    Ok(path::check_order(chain, Timestamp::now()).map_err(KeyError::Chain)?)
 }

@@ -6,7 +6,7 @@ use cms::cert::x509::Certificate;
 use cms::cert::x509::der::asn1::{AnyRef, Int, ObjectIdentifier, OctetStringRef};
 use cms::cert::x509::der::{self, Decode as _, Encode as _, Reader as _, SliceReader, Tag, Tagged as _};
 use cms::cert::x509::ext::pkix::SubjectKeyIdentifier;
-use cms::content_info::ContentInfo;
+use cms::content_info::{CmsVersion, ContentInfo};
 use cms::signed_data::{SignedData, SignerIdentifier, SignerInfo};
 use jiff::{SignedDuration, Timestamp};
 use openssl::cms::{CMSOptions, CmsContentInfo};
@@ -77,6 +77,14 @@ pub(crate) fn verify(
     let [info] = signed.signer_infos.0.as_slice() else {
         return Err(TimestampError::Malformed("not signed exactly once"));
     };
+    let version = match info.sid {
+        SignerIdentifier::IssuerAndSerialNumber(_) => CmsVersion::V1,
+        SignerIdentifier::SubjectKeyIdentifier(_) => CmsVersion::V3,
+    };
+    // RFC 5652, 5.1 and 5.3. Nothing that is signed covers these numbers.
+    if (signed.version, info.version) != (CmsVersion::V3, version) {
+        return Err(TimestampError::Malformed("of another version of CMS"));
+    }
     let certificates = embedded(&signed)?;
     // Only where the token has no certificates (certReq was false), the trusted ones may hold the signer's.
     let candidates = if certificates.is_empty() { roots } else { &certificates };

@@ -286,16 +286,13 @@ fn extension(oid: &str, value: &[u8]) -> anyhow::Result<X509Extension> {
 
 /// A DER element.
 fn der(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = content.len().to_be_bytes();
+    let used: Vec<u8> = length.into_iter().skip_while(|byte| *byte == 0).collect();
     let mut element = vec![tag];
-    match content.len() {
-        short @ 0..128 => element.push(short as u8),
-        long => {
-            let bytes = long.to_be_bytes();
-            let used: Vec<u8> = bytes.into_iter().skip_while(|byte| *byte == 0).collect();
-            element.push(0x80 | used.len() as u8);
-            element.extend(used);
-        }
+    if content.len() >= 128 {
+        element.push(0x80 | u8::try_from(used.len()).expect("at most eight"));
     }
+    element.extend(if content.is_empty() { &[0][..] } else { &used });
     element.extend(content);
     element
 }

@@ -134,7 +134,8 @@ impl World {
     pub fn without_surprises(&self, command: &mut Command) {
         command.env("OMSIGN_AGENT", self.path("agent.sock"));
         command.env("XDG_STATE_HOME", self.path("state")).env("HOME", self.directory.path());
-        command.env_remove("XDG_CACHE_HOME").env_remove("OMSIGN_HASH_KERNEL");
+        command.env_remove("XDG_CACHE_HOME").env_remove("XDG_CONFIG_HOME").env_remove("OMSIGN_HASH_KERNEL");
+        command.env_remove("OMSIGN_POLICY");
         command.env_remove("OMSIGN_LOG").env_remove("RUST_BACKTRACE");
         command.stdin(std::process::Stdio::null());
     }

@@ -4,13 +4,15 @@ use std::borrow::Cow;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
 use crate::dsse::PAYLOAD_TYPE;
 
-/// The schemas allow no other fields here and in the envelope.
+/// No other fields anywhere: the schemas of OMS allow them in the verification material, but no parser of Sigstore
+/// bundles does.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct BundleJson<'a> {
@@ -22,7 +24,7 @@ struct BundleJson<'a> {
 }
 
 #[derive(Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct MaterialJson<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     public_key: Option<KeyJson>,
@@ -38,34 +40,38 @@ struct MaterialJson<'a> {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct KeyJson {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     hint: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     raw_bytes: Option<String>,
+    #[serde(default, skip_serializing)]
+    #[expect(dead_code, reason = "known, so not an unknown field; the key itself says what it is")]
+    key_details: Option<IgnoredAny>,
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct ChainJson {
     certificates: Vec<CertificateJson>,
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct CertificateJson {
     raw_bytes: String,
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct TimestampsJson {
     #[serde(default, rename = "rfc3161Timestamps")]
     rfc3161: Option<Vec<TimestampJson>>,
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct TimestampJson {
     signed_timestamp: String,
 }
@@ -134,7 +140,7 @@ impl Bundle {
                     KeyIdentifier::Hint(hint) => (Some(hint.clone()), None),
                     KeyIdentifier::Pem(pem) => (None, Some(STANDARD.encode(pem))),
                 };
-                material.public_key = Some(KeyJson { hint, raw_bytes });
+                material.public_key = Some(KeyJson { hint, raw_bytes, key_details: None });
             }
             Material::CertificateChain(chain) => {
                 let certificates = chain.iter().map(certificate).collect();

@@ -1,0 +1,129 @@
+//! Some files of a model, and which bundle belongs to it.
+
+use std::fs;
+
+use anyhow::ensure;
+use omsign_tests::forge;
+use omsign_tests::pki::{Certificate, Pki};
+use omsign_tests::world::{World, text};
+
+fn world() -> anyhow::Result<World> {
+    let world = World::new()?;
+    for name in ["config.json", "weights/1.bin", "weights/2.bin", "docs/a.md", "docs/deep/b.md"] {
+        world.write(&format!("model/{name}"), name)?;
+    }
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("k", "root", Certificate::default())?;
+    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.key"])?;
+    Ok(world)
+}
+
+const VERIFY: [&str; 4] = ["verify", "model", "--public-key", "k.pub"];
+
+fn partial<'a>(paths: &[&'a str]) -> Vec<&'a str> {
+    [&VERIFY[..], &["--partial"], paths].concat()
+}
+
+#[test]
+fn only_these() -> anyhow::Result<()> {
+    let world = world()?;
+    // Only what was asked for has to be there.
+    fs::remove_dir_all(world.path("model/docs"))?;
+    fs::write(world.path("model/weights/2.bin"), "changed")?;
+    world.omsign_refuses(1, &VERIFY, &["1 changed, 2 missing"])?;
+    let said = world.omsign_ok(&partial(&["config.json", "weights/1.bin"]))?;
+    ensure!(said.starts_with("verified 2 files, 24 bytes"), "{said}");
+    ensure!(
+        said.contains("content of the files asked for")
+            && said.contains("not checked  content of every signed file"),
+        "{said}"
+    );
+    let json = world.omsign_ok(&[&partial(&["config.json"])[..], &["--json"]].concat())?;
+    let json: serde_json::Value = serde_json::from_str(&json)?;
+    ensure!(json["files"] == 1 && json["not_looked_at"] == 4, "{json}");
+    // As a path from here, or an absolute one, too; and directories.
+    world.omsign_ok(&partial(&["model/config.json"]))?;
+    world.omsign_ok(&partial(&[&text(&world.path("model/config.json"))]))?;
+    world.omsign_refuses(1, &partial(&["weights"]), &["1 changed", "changed: weights/2.bin"])?;
+    world.omsign_refuses(1, &partial(&["weights/", "config.json"]), &["1 changed"])?;
+    world.omsign_refuses(1, &partial(&["docs/deep"]), &["1 missing", "missing: docs/deep/b.md"])?;
+    // What is beside it was not signed.
+    world.write("model/weights/3.bin", "more")?;
+    fs::write(world.path("model/weights/2.bin"), "weights/2.bin")?;
+    world.omsign_refuses(1, &partial(&["weights"]), &["1 not signed", "not signed: weights/3.bin"])?;
+    world.omsign_ok(&partial(&["weights/2.bin"]))?;
+    for path in ["weights/3.bin", "nothing", "weight", "../k.pub"] {
+        world.omsign_refuses(
+            1,
+            &partial(&["config.json", path]),
+            &[&format!("nothing at or below {path} was signed")],
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_bundle_where_it_was_not_said() -> anyhow::Result<()> {
+    let world = world()?;
+    world.omsign_ok(&VERIFY)?;
+    fs::rename(world.path("model.sig"), world.path("model/model.sig"))?;
+    world.omsign_ok(&VERIFY)?;
+    fs::copy(world.path("model/model.sig"), world.path("model.sig"))?;
+    world.omsign_refuses(
+        2,
+        &VERIFY,
+        &["there is a model.sig in the model and one in the working directory"],
+    )?;
+    fs::remove_file(world.path("model.sig"))?;
+    fs::remove_file(world.path("model/model.sig"))?;
+    world.omsign_refuses(2, &VERIFY, &["say where the bundle is with --signature"])
+}
+
+/// A verifier may leave out what was not signed; what was signed is looked at all the same.
+#[test]
+fn what_a_verifier_may_leave_out() -> anyhow::Result<()> {
+    let world = world()?;
+    world.write("model/cache/x", "")?;
+    world.write("model/.github/x", "")?;
+    world.omsign_refuses(1, &VERIFY, &["not signed: cache/x"])?;
+    let ignoring = |path: &'static str| [&VERIFY[..], &["--ignore-paths", path]].concat();
+    world.omsign_ok(&ignoring("cache"))?;
+    world.omsign_ok(&ignoring("model/cache/x"))?;
+    world.omsign_ok(&[&ignoring("cache")[..], &["--ignore-paths", "not-there"]].concat())?;
+    // Git's own files were left out by the signer, who said so.
+    world.omsign_ok(&[&ignoring("cache")[..], &["--no-ignore-git-paths"]].concat())?;
+    fs::write(world.path("model/weights/1.bin"), "changed")?;
+    world.omsign_refuses(
+        1,
+        &[&ignoring("cache")[..], &["--ignore-paths", "weights"]].concat(),
+        &["1 changed"],
+    )?;
+    Ok(())
+}
+
+/// All that differs is listed, up to a bound, with the count; and one reason.
+#[test]
+fn thousands_of_differences() -> anyhow::Result<()> {
+    let world = world()?;
+    for number in 0..1500 {
+        world.write(&format!("model/extra/{number:04}"), "")?;
+    }
+    fs::write(world.path("model/config.json"), "changed")?;
+    let errors = world.omsign_fails(1, &VERIFY)?;
+    ensure!(
+        errors.contains("1 changed, 1500 not signed") && errors.contains("not signed: 1450 more"),
+        "{errors}"
+    );
+    ensure!(errors.contains("changed: config.json (") && errors.contains(" was signed, "), "{errors}");
+    let output = world.omsign(&[&VERIFY[..], &["--json"]].concat())?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(json["not_signed"].as_array().is_some_and(|list| list.len() == 1000), "{json}");
+    ensure!(json["not_signed_count"] == 1500 && json["outcome"] == "wrong", "{json}");
+    ensure!(
+        json["first_difference"].as_str().is_some_and(|text| text.contains("\"config.json\" is not what")),
+        "{json}"
+    );
+    Ok(())
+}
