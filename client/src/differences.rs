@@ -69,42 +69,51 @@ pub(crate) struct Compared {
 }
 
 /// Compares what was signed with what was found. Only what was signed is read.
-pub(crate) fn compare(
-    signed: &Manifest,
-    found: &Model,
+pub(crate) fn compare<'a>(
+    signed: &'a Manifest,
+    found: &'a Model,
     single_file: bool,
     hasher: &Hasher,
 ) -> Result<Compared, Error> {
-    let mut by_file: BTreeMap<&str, Vec<&Resource>> = BTreeMap::new();
-    for resource in &signed.resources {
-        // The reference's name for the only file of a single-file model.
-        let name = match found.files.as_slice() {
-            [only] if single_file && resource.file == "." => &only.name,
-            _ => &resource.file,
-        };
-        by_file.entry(name).or_default().push(resource);
-    }
+    // The reference's name for the only file of a single-file model is ".".
+    let name = |resource: &'a Resource| match found.files.as_slice() {
+        [only] if single_file && resource.file == "." => only.name.as_str(),
+        _ => resource.file.as_str(),
+    };
+    let mut resources: Vec<(&str, &Resource)> =
+        signed.resources.iter().map(|resource| (name(resource), resource)).collect();
+    // As what was found is. Stable, and quick where it is sorted, as most signers do.
+    resources.sort_by_key(|(file, _)| *file);
+    let mut signed_files = resources.chunk_by(|(one, _), (other, _)| one == other).peekable();
+
     let files = hasher.look(found.paths())?;
-    let (mut differences, mut unlistable) = (Differences::default(), Vec::new());
+    let (mut differences, mut unlistable, mut count) = (Differences::default(), Vec::new(), 0);
     let (mut pieces, mut expected, mut changed) = (Vec::new(), Vec::new(), BTreeMap::new());
-    let signed_files = by_file.len();
     for (index, (file, size)) in found.files.iter().zip(files.sizes()).enumerate() {
-        let Some(resources) = by_file.remove(file.name.as_str()) else {
+        let file = file.name.as_str();
+        let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
+        while let Some(missing) = signed_files.next_if(before) {
+            differences.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
+        }
+        let same = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own == file);
+        let Some(shards) = signed_files.next_if(same) else {
             let empty = signed.serialization.method != Method::Files && size == 0;
-            if empty { &mut unlistable } else { &mut differences.extra }.push(file.name.clone());
+            if empty { &mut unlistable } else { &mut differences.extra }.push(file.to_owned());
             continue;
         };
-        let signed_size = resources.iter().filter_map(|resource| Some(resource.shard.as_ref()?.end)).max();
+        count += 1;
+        let signed_size = shards.iter().filter_map(|(_, resource)| Some(resource.shard.as_ref()?.end)).max();
         if let Some(signed) = signed_size.filter(|signed| *signed != size) {
-            changed.insert(file.name.as_str(), How::Size { signed, found: size });
+            changed.insert(file, How::Size { signed, found: size });
             continue;
         }
-        for resource in resources {
+        for (_, resource) in shards {
             pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..size) });
-            expected.push((file.name.as_str(), resource.digest));
+            expected.push((file, resource.digest));
         }
     }
-    differences.missing = by_file.into_keys().map(str::to_owned).collect();
+    let rest = signed_files.filter_map(|shards| shards.first());
+    differences.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
     let digests = hasher.digests(signed.serialization.algorithm, &files, &pieces)?;
     for ((name, signed), found) in
         expected.into_iter().zip(digests).filter(|((_, signed), found)| signed != found)
@@ -113,7 +122,7 @@ pub(crate) fn compare(
     }
     let describe = |(name, how): (&str, How)| Changed { file: name.to_owned(), how };
     differences.changed = changed.into_iter().map(describe).collect();
-    Ok(Compared { differences, unlistable, files: signed_files, bytes: Piece::total(&pieces) })
+    Ok(Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) })
 }
 
 impl Differences {

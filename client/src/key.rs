@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use openssl::ec::EcKey;
 use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
-use openssl::hash::{MessageDigest, hash};
+use openssl::hash::{Hasher, MessageDigest};
 use openssl::nid::Nid;
 use openssl::pkey::{HasPublic, Id, PKey, PKeyRef, Private, Public};
 use openssl::rsa::Padding;
@@ -13,7 +13,7 @@ use openssl::sign::{RsaPssSaltlen, Verifier};
 use openssl::x509::X509;
 use zeroize::Zeroizing;
 
-use crate::dsse::Pae;
+use crate::dsse::{Pae, digest_of_release_0_2_0};
 use crate::hash::Digest;
 use crate::ml_dsa::MlDsaKey;
 pub use crate::ml_dsa::ParameterSet;
@@ -124,9 +124,8 @@ impl Algorithm {
     }
 
     /// The digest that is signed; none where the message itself is.
-    pub fn digest(self, pae: &Pae) -> Option<Vec<u8>> {
-        let digest = hash(self.hash()?, pae.as_bytes());
-        Some(digest.expect("SHA-2 is always there").to_vec())
+    pub fn digest(self, pae: &Pae<'_>) -> Option<Vec<u8>> {
+        Some(digest(self.hash()?, pae))
     }
 
     fn hash(self) -> Option<MessageDigest> {
@@ -229,10 +228,10 @@ impl PublicKey {
     }
 
     /// Whether `signature` is this key's over `pae`. Nothing about an RSA key tells how it pads; both ways are safe.
-    pub fn verifies(&self, pae: &Pae, signature: &[u8]) -> bool {
+    pub fn verifies(&self, pae: &Pae<'_>, signature: &[u8]) -> bool {
         let key = match &self.half {
             Half::OpenSsl(key) => key,
-            Half::MlDsa(key) => return key.verifies(pae.as_bytes(), signature),
+            Half::MlDsa(key) => return key.verifies(&pae.to_bytes(), signature),
         };
         let verified = match self.algorithm {
             Algorithm::P256 | Algorithm::P384 | Algorithm::P521 => {
@@ -241,20 +240,20 @@ impl PublicKey {
             }
             Algorithm::MlDsa(_) => return false,
             Algorithm::Ed25519 => Verifier::new_without_digest(key)
-                .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes())),
-            Algorithm::Rsa => Verifier::new(MessageDigest::sha256(), key)
-                .and_then(|mut verifier| verifier.verify_oneshot(signature, pae.as_bytes()))
-                .map(|verified| verified || verifies_pss(key, pae, signature).unwrap_or(false)),
+                .and_then(|mut verifier| verifier.verify_oneshot(signature, &pae.to_bytes())),
+            Algorithm::Rsa => verifies_rsa(key, Padding::PKCS1, pae, signature).map(|verified| {
+                verified || verifies_rsa(key, Padding::PKCS1_PSS, pae, signature).unwrap_or(false)
+            }),
         };
         verified.unwrap_or(false)
     }
 
-    /// Whether `signature` is this key's over `pae` as release 0.2.0 of the reference made it: ECDSA with SHA-256 on
-    /// every curve.
-    pub(crate) fn verifies_with_sha256(&self, pae: &Pae, signature: &[u8]) -> bool {
+    /// Whether `signature` is this key's over a payload as release 0.2.0 of the reference made it: ECDSA with SHA-256 on
+    /// every curve, over another encoding.
+    pub(crate) fn verifies_as_release_0_2_0(&self, payload: &[u8], signature: &[u8]) -> bool {
         match (&self.half, self.algorithm) {
             (Half::OpenSsl(key), Algorithm::P256 | Algorithm::P384 | Algorithm::P521) => {
-                verifies_ecdsa(key, Digest::sha256(pae.as_bytes()).as_bytes(), signature)
+                verifies_ecdsa(key, digest_of_release_0_2_0(payload).as_bytes(), signature)
             }
             _ => false,
         }
@@ -281,11 +280,25 @@ fn verifies_ecdsa(key: &PKey<Public>, digest: &[u8], signature: &[u8]) -> bool {
     key.and_then(|key| parsed.verify(digest, &key)).unwrap_or(false)
 }
 
-fn verifies_pss(key: &PKey<Public>, pae: &Pae, signature: &[u8]) -> Result<bool, ErrorStack> {
+fn verifies_rsa(
+    key: &PKey<Public>,
+    padding: Padding,
+    pae: &Pae<'_>,
+    signature: &[u8],
+) -> Result<bool, ErrorStack> {
     let mut verifier = Verifier::new(MessageDigest::sha256(), key)?;
-    verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
-    verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
-    verifier.verify_oneshot(signature, pae.as_bytes())
+    verifier.set_rsa_padding(padding)?;
+    if padding == Padding::PKCS1_PSS {
+        verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
+    }
+    pae.parts().iter().try_for_each(|part| verifier.update(part))?;
+    verifier.verify(signature)
+}
+
+fn digest(algorithm: MessageDigest, pae: &Pae<'_>) -> Vec<u8> {
+    let mut hasher = Hasher::new(algorithm).expect("SHA-2 is always there");
+    pae.parts().iter().try_for_each(|part| hasher.update(part)).expect("hashing memory does not fail");
+    hasher.finish().expect("hashing memory does not fail").to_vec()
 }
 
 /// A private key from a PEM file.
@@ -321,12 +334,12 @@ impl PrivateKey {
     }
 
     /// Signs: ECDSA in DER, RSA with PKCS#1 v1.5 padding, Ed25519.
-    pub fn sign(&self, pae: &Pae) -> Result<Vec<u8>, KeyError> {
+    pub fn sign(&self, pae: &Pae<'_>) -> Result<Vec<u8>, KeyError> {
         let signer = match self.public.algorithm.hash() {
             Some(hash) => openssl::sign::Signer::new(hash, &self.key),
             None => openssl::sign::Signer::new_without_digest(&self.key),
         };
-        signer.and_then(|mut signer| signer.sign_oneshot_to_vec(pae.as_bytes())).map_err(sign_error)
+        signer.and_then(|mut signer| signer.sign_oneshot_to_vec(&pae.to_bytes())).map_err(sign_error)
     }
 }
 

@@ -227,8 +227,11 @@ fn shards(size: u64, bytes: NonZeroU64) -> impl Iterator<Item = Range<u64>> {
 impl Manifest {
     /// SHA-256 over the raw digests in listed order (OMS v1.0, 6.5.1).
     pub fn root_digest(&self) -> Digest {
-        let digests: Vec<u8> =
-            self.resources.iter().flat_map(|resource| resource.digest.as_bytes()).copied().collect();
+        let length = self.serialization.algorithm.digest_bytes();
+        let mut digests = Vec::with_capacity(self.resources.len() * length);
+        for resource in &self.resources {
+            digests.extend_from_slice(resource.digest.as_bytes());
+        }
         Digest::sha256(&digests)
     }
 

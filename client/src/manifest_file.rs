@@ -78,7 +78,7 @@ pub struct PartOf {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct File<'a> {
     omsign_manifest: u32,
     model: String,
     bytes: u64,
@@ -86,7 +86,8 @@ struct File {
     root_digest: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     part: Option<FilePart>,
-    predicate: Predicate,
+    #[serde(borrow)]
+    predicate: Predicate<'a>,
 }
 
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,13 +130,16 @@ pub struct Unsaid {
 /// A manifest from its file, from all its parts, or from lists of `sha256sum`. Also returns the model's size in bytes,
 /// where the files say it.
 pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>), ManifestFileError> {
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|source| ManifestFileError::Read { path: path.clone(), source })
+    };
+    let contents = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let (mut files, mut lists) = (Vec::new(), Vec::new());
-    for path in paths {
-        let read = std::fs::read(path);
-        let bytes = read.map_err(|source| ManifestFileError::Read { path: path.clone(), source })?;
+    for (path, bytes) in paths.iter().zip(&contents) {
         let malformed = |reason: String| ManifestFileError::Malformed { path: path.clone(), reason };
         if bytes.trim_ascii_start().starts_with(b"{") {
-            let file: File = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+            let file: File<'_> =
+                serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
             if file.omsign_manifest != VERSION {
                 return Err(malformed(format!("it is of version {}, not {VERSION}", file.omsign_manifest)));
             }
@@ -144,8 +148,8 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
             }
             files.push((path.as_path(), file));
         } else {
-            let text = String::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".into()))?;
-            let list = sha256sum::parse(&text).map_err(|error| match error {
+            let text = std::str::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".into()))?;
+            let list = sha256sum::parse(text).map_err(|error| match error {
                 SumsError::Line(_) => malformed(error.to_string()),
                 SumsError::Name(source) => ManifestFileError::Predicate { path: path.clone(), source },
             });
@@ -167,7 +171,7 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
 }
 
 /// Puts parts together: each once, none missing, all of the same model and options.
-fn from_parts(mut files: Vec<(&Path, File)>) -> Result<(Manifest, u64), ManifestFileError> {
+fn from_parts(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), ManifestFileError> {
     let predicate_error = |path: &Path| {
         let path = path.to_owned();
         |source| ManifestFileError::Predicate { path, source }

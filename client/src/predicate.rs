@@ -1,7 +1,8 @@
 //! The OMS predicate (OMS v1.0, 5.2): which files, which digests, and how both were found. Written reproducibly,
 //! read strictly.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::num::NonZeroU64;
 use std::ops::Range;
 
@@ -67,17 +68,21 @@ pub enum PredicateError {
 /// A predicate as JSON has it.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Predicate {
-    resources: Vec<Descriptor>,
+pub(crate) struct Predicate<'a> {
+    #[serde(borrow)]
+    resources: Vec<Descriptor<'a>>,
     serialization: Parameters,
 }
 
-/// Unknown fields are ignored, as OMS v1.0, 5.2.1 asks.
+/// Unknown fields are ignored, as OMS v1.0, 5.2.1 asks. Borrowed: there may be a hundred thousand.
 #[derive(Serialize, Deserialize)]
-struct Descriptor {
-    name: String,
-    digest: String,
-    algorithm: String,
+struct Descriptor<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    digest: Cow<'a, str>,
+    #[serde(borrow)]
+    algorithm: Cow<'a, str>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -92,13 +97,13 @@ struct Parameters {
     ignore_paths: BTreeSet<String>,
 }
 
-impl Predicate {
+impl<'a> Predicate<'a> {
     /// What is written for a manifest's resources: the same ones give the same bytes.
     pub(crate) fn new(resources: &[Resource], serialization: &Serialization) -> Self {
         let algorithm = serialization.algorithm.name();
         let descriptor = |resource: &Resource| Descriptor {
-            name: resource.name(),
-            digest: resource.digest.to_string(),
+            name: resource.name().into(),
+            digest: resource.digest.to_string().into(),
             algorithm: algorithm.into(),
         };
         let (method, shard_size) = match serialization.method {
@@ -118,9 +123,9 @@ impl Predicate {
     }
 
     /// What release 0.2.0 said in another form: names and SHA-256 digests of files.
-    pub(crate) fn of_files(files: Vec<(String, String)>) -> Self {
-        let descriptor =
-            |(name, digest)| Descriptor { name, digest, algorithm: Algorithm::Sha256.name().into() };
+    pub(crate) fn of_files(files: Vec<(Cow<'a, str>, Cow<'a, str>)>) -> Self {
+        let algorithm = Algorithm::Sha256.name();
+        let descriptor = |(name, digest)| Descriptor { name, digest, algorithm: algorithm.into() };
         let mut predicate = Self::new(&[], &Serialization::default());
         predicate.resources = files.into_iter().map(descriptor).collect();
         predicate
@@ -153,35 +158,46 @@ impl Predicate {
             Method::Shards(size) => Some(format!("{algorithm}-sharded-{size}")),
         };
         let single = resources.len() == 1;
-        let mut seen = BTreeSet::new();
+        if let Some(name) = first_duplicate(&resources) {
+            return Err(PredicateError::Duplicate(name.to_owned()));
+        }
         let mut checked = Vec::with_capacity(resources.len());
         for Descriptor { name, digest, algorithm: own } in resources {
-            if Algorithm::from_name(&own) != Some(algorithm) && sharded_name.as_ref() != Some(&own) {
-                return Err(PredicateError::Algorithm(name, own, hash_type));
+            if own != algorithm.name()
+                && Algorithm::from_name(&own) != Some(algorithm)
+                && sharded_name.as_deref() != Some(&own)
+            {
+                return Err(PredicateError::Algorithm(name.into_owned(), own.into_owned(), hash_type));
             }
             let (file, shard) = match method {
-                Method::Files => (name.clone(), None),
-                Method::Shards(_) => {
-                    let parsed = shard_name(&name);
-                    let Some((file, range)) = parsed else { return Err(PredicateError::ShardName(name)) };
-                    (file.to_owned(), Some(range))
-                }
+                Method::Files => (&*name, None),
+                Method::Shards(_) => match shard_name(&name) {
+                    Some((file, range)) => (file, Some(range)),
+                    None => return Err(PredicateError::ShardName(name.into_owned())),
+                },
             };
             // The reference calls the only file of a single-file model ".".
             let only_file = file == "." && (single || shard.is_some());
-            if !canonical(&file) && !only_file {
-                return Err(PredicateError::Name(name));
+            if !canonical(file) && !only_file {
+                return Err(PredicateError::Name(name.into_owned()));
             }
             let Some(digest) = Digest::from_hex(algorithm, &digest) else {
-                return Err(PredicateError::Digest(name));
+                return Err(PredicateError::Digest(name.into_owned()));
             };
-            if !seen.insert(name.clone()) {
-                return Err(PredicateError::Duplicate(name));
-            }
+            let file = if shard.is_some() { file.to_owned() } else { name.into_owned() };
             checked.push(Resource { file, shard, digest });
         }
         Ok((checked, Serialization { method, algorithm, allow_symlinks, ignore_paths }))
     }
+}
+
+/// A name that is there twice. Most signers sort them, which makes it quick.
+fn first_duplicate<'a>(resources: &'a [Descriptor<'_>]) -> Option<&'a str> {
+    if resources.is_sorted_by(|one, next| one.name < next.name) {
+        return None;
+    }
+    let mut seen = HashSet::with_capacity(resources.len());
+    resources.iter().map(|resource| &*resource.name).find(|name| !seen.insert(*name))
 }
 
 /// Checks that resources are a whole model: at least one, and of each file every byte once.
@@ -261,7 +277,9 @@ fn shard_name(name: &str) -> Option<(&str, Range<u64>)> {
 
 /// Relative, with `/`, no empty, `.` or `..` components (OMS v1.0, 6.1.2).
 pub(crate) fn canonical(name: &str) -> bool {
-    !name.contains(['\\', '\0']) && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+    let bytes = name.as_bytes();
+    !bytes.iter().any(|byte| matches!(byte, b'\\' | b'\0'))
+        && bytes.split(|byte| *byte == b'/').all(|part| !matches!(part, b"" | b"." | b".."))
 }
 
 #[cfg(test)]

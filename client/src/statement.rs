@@ -1,5 +1,7 @@
 //! The in-toto Statement v1 with the OMS predicate (OMS v1.0, 5 and 6.6): written reproducibly, read strictly.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
@@ -33,13 +35,15 @@ pub enum StatementError {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Statement {
+struct Statement<'a> {
     #[serde(rename = "_type")]
     kind: String,
-    subject: Vec<Subject>,
+    #[serde(borrow)]
+    subject: Vec<Subject<'a>>,
     #[serde(rename = "predicateType")]
     predicate_type: String,
-    predicate: Predicate,
+    #[serde(borrow)]
+    predicate: Predicate<'a>,
 }
 
 /// What a statement says that it is.
@@ -52,21 +56,24 @@ struct Types {
 }
 
 #[derive(Deserialize)]
-struct Subjects {
-    subject: Vec<Subject>,
+struct Subjects<'a> {
+    #[serde(borrow)]
+    subject: Vec<Subject<'a>>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Subject {
+struct Subject<'a> {
     /// Releases before 1.1 left it out where the model was `.`.
-    #[serde(default)]
-    name: String,
-    digest: SubjectDigest,
+    #[serde(default, borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    digest: SubjectDigest<'a>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct SubjectDigest {
-    sha256: String,
+struct SubjectDigest<'a> {
+    #[serde(borrow)]
+    sha256: Cow<'a, str>,
 }
 
 /// The statement's bytes for a manifest: the same manifest gives the same bytes.
@@ -74,8 +81,8 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
     let statement = Statement {
         kind: TYPE.into(),
         subject: vec![Subject {
-            name: manifest.model_name.clone(),
-            digest: SubjectDigest { sha256: manifest.root_digest().to_string() },
+            name: Cow::from(&manifest.model_name),
+            digest: SubjectDigest { sha256: manifest.root_digest().to_string().into() },
         }],
         predicate_type: PREDICATE_TYPE.into(),
         predicate: Predicate::new(&manifest.resources, &manifest.serialization),
@@ -85,16 +92,22 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    // The types first, so that a statement of another type is called that, and not malformed.
-    check_types(bytes, PREDICATE_TYPE)?;
-    let Statement { mut subject, predicate, .. } = serde_json::from_slice(bytes).map_err(malformed)?;
+    // Once for all of it, and not for each string in it.
+    let text = std::str::from_utf8(bytes).map_err(|error| StatementError::Malformed(error.to_string()))?;
+    let statement: Statement<'_> = match serde_json::from_str(text) {
+        Ok(statement) => statement,
+        // A statement of another type is called that, and not malformed.
+        Err(error) => return Err(other_type(bytes, PREDICATE_TYPE).unwrap_or_else(|| malformed(error))),
+    };
+    let Statement { kind, mut subject, predicate_type, predicate } = statement;
+    check_types(kind, predicate_type, PREDICATE_TYPE)?;
     let subjects = subject.len();
     let (Some(subject), 1) = (subject.pop(), subjects) else {
         return Err(StatementError::Subjects(subjects));
     };
     let (resources, serialization) = predicate.check()?;
     complete(&resources, serialization.method)?;
-    let manifest = Manifest { model_name: subject.name, resources, serialization };
+    let manifest = Manifest { model_name: subject.name.into_owned(), resources, serialization };
     if manifest.root_digest().to_string() != subject.digest.sha256 {
         return Err(StatementError::RootDigest);
     }
@@ -104,7 +117,9 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
 /// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
 pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    check_types(bytes, "https://model_signing/Digests/v0.1")?;
+    if let Some(other) = other_type(bytes, "https://model_signing/Digests/v0.1") {
+        return Err(other);
+    }
     let Subjects { subject } = serde_json::from_slice(bytes).map_err(malformed)?;
     let files = subject.into_iter().map(|file| (file.name, file.digest.sha256)).collect();
     let (resources, serialization) = Predicate::of_files(files).check()?;
@@ -112,15 +127,17 @@ pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
     Ok(Manifest { model_name: String::new(), resources, serialization })
 }
 
-fn check_types(bytes: &[u8], predicate_type: &str) -> Result<(), StatementError> {
-    let types: Types = serde_json::from_slice(bytes).map_err(malformed)?;
-    if let Some(kind) = types.kind.filter(|kind| kind != TYPE) {
+/// Whether it is of another type, as far as it says so.
+fn other_type(bytes: &[u8], predicate_type: &str) -> Option<StatementError> {
+    let Types { kind, predicate_type: own } = serde_json::from_slice(bytes).ok()?;
+    check_types(kind.unwrap_or(TYPE.into()), own.unwrap_or(predicate_type.into()), predicate_type).err()
+}
+
+fn check_types(kind: String, predicate_type: String, wanted: &str) -> Result<(), StatementError> {
+    if kind != TYPE {
         return Err(StatementError::Type(kind));
     }
-    match types.predicate_type.filter(|kind| kind != predicate_type) {
-        Some(kind) => Err(StatementError::PredicateType(kind)),
-        None => Ok(()),
-    }
+    if predicate_type == wanted { Ok(()) } else { Err(StatementError::PredicateType(predicate_type)) }
 }
 
 fn malformed(error: serde_json::Error) -> StatementError {

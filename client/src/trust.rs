@@ -270,7 +270,7 @@ impl Trust {
     ) -> Result<VerifiedStatement, TrustError> {
         let legacy = if key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
             false
-        } else if key.verifies_with_sha256(&Pae::of_release_0_2_0(&bundle.payload), &bundle.signature) {
+        } else if key.verifies_as_release_0_2_0(&bundle.payload, &bundle.signature) {
             true
         } else {
             return Err(TrustError::Signature);

@@ -111,11 +111,19 @@ impl Bundle {
             return Err(BundleError::Signatures(envelope.signatures.len()));
         };
         let timestamps = timestamps(material.timestamp_verification_data)?;
-        let entries = material.tlog_entries.map_or("[]", RawValue::get);
+        let entries = log_entries(material.tlog_entries.map_or("[]", RawValue::get))?;
         let material = match (material.public_key, material.certificate_chain, material.certificate) {
             (Some(key), None, None) => Material::PublicKey(key_identifier(key)?),
             (None, Some(chain), None) => Material::CertificateChain(certificates(&chain)?),
-            (None, None, Some(certificate)) => keyless(&certificate, entries)?,
+            (None, None, Some(certificate)) => {
+                if entries.0 == "[]" {
+                    return Err(BundleError::NoLogEntries);
+                }
+                Material::Keyless {
+                    certificate: decode("certificate", &certificate.raw_bytes)?,
+                    log: entries,
+                }
+            }
             (key, chain, certificate) => {
                 let given = [key.is_some(), chain.is_some(), certificate.is_some()];
                 return Err(BundleError::Methods(given.into_iter().filter(|given| *given).count()));
@@ -187,15 +195,12 @@ fn certificates(chain: &ChainJson) -> Result<Vec<Vec<u8>>, BundleError> {
     chain.certificates.iter().map(|certificate| decode("certificate", &certificate.raw_bytes)).collect()
 }
 
-fn keyless(certificate: &CertificateJson, entries: &str) -> Result<Material, BundleError> {
+/// A list, of values that nobody looks at where there is no Fulcio certificate.
+fn log_entries(json: &str) -> Result<LogEntries, BundleError> {
     let malformed = |error: serde_json::Error| BundleError::Malformed(format!("tlogEntries: {error}"));
-    let list: Vec<&RawValue> = serde_json::from_str(entries).map_err(malformed)?;
-    if list.is_empty() {
-        return Err(BundleError::NoLogEntries);
-    }
+    let list: Vec<IgnoredAny> = serde_json::from_str(json).map_err(malformed)?;
     not_too_many("transparency log entries", list.len())?;
-    let certificate = decode("certificate", &certificate.raw_bytes)?;
-    Ok(Material::Keyless { certificate, log: LogEntries(entries.to_owned()) })
+    Ok(LogEntries(if list.is_empty() { "[]" } else { json }.to_owned()))
 }
 
 fn timestamps(data: Option<TimestampsJson>) -> Result<Vec<Vec<u8>>, BundleError> {

@@ -68,6 +68,11 @@ impl Digest {
         Self::from_bytes(&Sha256::digest(bytes))
     }
 
+    /// Of what a hasher was fed.
+    pub(crate) fn from_sha256(hasher: Sha256) -> Self {
+        Self::from_bytes(&hasher.finalize())
+    }
+
     /// From an algorithm's output, of 64 bytes at most.
     pub(super) fn from_bytes(output: &[u8]) -> Self {
         let mut bytes = [0; LONGEST];
@@ -77,11 +82,10 @@ impl Digest {
 
     /// Parses an algorithm's digest in lower-case hexadecimal, which alone is canonical.
     pub fn from_hex(algorithm: Algorithm, text: &str) -> Option<Self> {
-        if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            return None;
-        }
-        let bytes = hex::decode(text).ok()?;
-        (bytes.len() == algorithm.digest_bytes()).then(|| Self::from_bytes(&bytes))
+        let mut bytes = [0; LONGEST];
+        let length = base16ct::lower::decode(text, &mut bytes).ok()?.len();
+        (length == algorithm.digest_bytes())
+            .then(|| Self { bytes, length: u8::try_from(length).unwrap_or_default() })
     }
 
     /// Its bytes.

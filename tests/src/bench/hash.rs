@@ -16,9 +16,9 @@ use crate::world::{World, text};
 
 /// What a command took.
 #[derive(Clone, Copy)]
-struct Took {
-    seconds: f64,
-    cpu_seconds: f64,
+pub(super) struct Took {
+    pub(super) seconds: f64,
+    pub(super) cpu_seconds: f64,
     rss_mb: f64,
 }
 
@@ -36,7 +36,7 @@ pub fn measure(command: &[String]) -> anyhow::Result<Value> {
     Ok(json!({ "seconds": seconds, "cpu_seconds": cpu, "rss_mb": used.max_rss() as f64 / 1e3 }))
 }
 
-fn took(program: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<Took> {
+pub(super) fn took(program: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<Took> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("measure").arg(program).args(arguments).envs(environment.iter().copied());
     let output = command.stderr(Stdio::inherit()).output()?;
@@ -57,7 +57,7 @@ fn one_stream(block_bytes: usize) -> anyhow::Result<f64> {
 }
 
 /// Of several rounds the median of each figure.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -3,6 +3,7 @@
 pub mod device;
 pub mod hash;
 pub mod sign;
+pub mod verify;
 
 use std::fmt::Write as _;
 

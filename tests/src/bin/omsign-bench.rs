@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use omsign_tests::bench::{device, hash, json, sign, table};
+use omsign_tests::bench::{device, hash, json, sign, table, verify};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,8 +25,9 @@ fn main() -> anyhow::Result<()> {
             }
         },
         Some("hash") => hash::run(rounds, quick)?,
+        Some("verify") => verify::run(rounds, quick)?,
         _ => anyhow::bail!(
-            "usage: ./tests/bench hash | sign [--backend {}] [--json] [--quick]",
+            "usage: ./tests/bench hash | verify | sign [--backend {}] [--json] [--quick]",
             device::NAMES.join("|")
         ),
     };

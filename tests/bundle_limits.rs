@@ -1,0 +1,118 @@
+//! Bundles made to use up memory or time.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+
+use anyhow::{Context as _, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+use omsign_tests::forge;
+use omsign_tests::pki::{Certificate, Pki};
+use omsign_tests::world::World;
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+
+fn world() -> anyhow::Result<World> {
+    let world = World::new()?;
+    world.write("model/a", "a")?;
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("k", "root", Certificate::default())?;
+    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
+    Ok(world)
+}
+
+/// The largest size in memory, in bytes, of any command so far: all that the system says of children, so that a test
+/// needs a process of its own.
+fn most_memory() -> anyhow::Result<usize> {
+    Ok(usize::try_from(getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss())? * 1024)
+}
+
+const VERIFY: [&str; 6] = ["verify", "model", "--signature", "b.sig", "--public-key", "k.pub"];
+
+/// A bundle that is as long as this because of its payload, its log entries or something that nobody knows. Written
+/// bit by bit: what this process ever held counts as its children's memory, too.
+fn hostile(world: &World, kind: &str, bytes: usize) -> anyhow::Result<()> {
+    let key = forge::private_key(&world.path("k.key"))?;
+    let mut whole = forge::bundle(&forge::key_material(&key)?, b"PAYLOAD", b"SIGNATURE");
+    let (from, before, repeated, after) = match kind {
+        "payload" => (openssl::base64::encode_block(b"PAYLOAD"), "", "QUJD", ""),
+        "entries" => ("\"[]\"".into(), "[", "{},", "1]"),
+        "nested entries" => ("\"[]\"".into(), "", "[", ""),
+        "numbers" => ("\"[]\"".into(), "[", "9", "]"),
+        "escapes" => ("{\"dsse".into(), "{\"", r"\u0041", "\":1,\"dsse"),
+        _ => ("{\"dsse".into(), "{", " ", "\"dsse"),
+    };
+    whole["verificationMaterial"]["tlogEntries"] = "[]".into();
+    let text = whole.to_string();
+    let (start, end) = text.split_once(&from).context("there")?;
+    let mut file = BufWriter::new(File::create(world.path("b.sig"))?);
+    write!(file, "{start}{before}")?;
+    let block = repeated.repeat(1000);
+    for _ in 0..bytes / block.len() {
+        file.write_all(block.as_bytes())?;
+    }
+    write!(file, "{after}{end}")?;
+    Ok(file.flush()?)
+}
+
+const KINDS: [&str; 6] = ["payload", "entries", "nested entries", "escapes", "numbers", "space"];
+
+#[test]
+fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {
+    let world = world()?;
+    for kind in KINDS {
+        hostile(&world, kind, 100_000_000)?;
+        let expected = ["larger than 67108864 bytes", "hint: --max-bundle-size"];
+        world.omsign_refuses(1, &VERIFY, &expected).context(kind)?;
+        world.omsign_refuses(1, &["inspect", "b.sig"], &expected).context(kind)?;
+        ensure!(most_memory()? < 64 * MIB, "{kind}: {} bytes", most_memory()?);
+    }
+    Ok(())
+}
+
+/// What is small enough to be looked at costs memory in proportion to its size, whatever it is. (What it costs in time
+/// is in `./tests/bench verify`.)
+#[test]
+fn memory_grows_no_faster_than_the_bundle() -> anyhow::Result<()> {
+    let world = world()?;
+    for kind in KINDS {
+        hostile(&world, kind, 16 * MIB)?;
+        world.omsign_fails(1, &VERIFY).context(kind)?;
+        ensure!(most_memory()? < 24 * MIB + 4 * 16 * MIB, "{kind}: {} bytes", most_memory()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn more_of_anything_than_a_signer_would_put_in() -> anyhow::Result<()> {
+    let world = world()?;
+    let key = forge::private_key(&world.path("k.key"))?;
+    let payload = serde_json::to_vec(&forge::statement(&[("a", "a")]))?;
+    let signature = forge::sign(&key, &payload)?;
+    let whole = forge::bundle(&forge::key_material(&key)?, &payload, &signature);
+    let certificate = json!({ "rawBytes": "AA==" });
+    let cases = [
+        ("tlogEntries", json!(vec![json!({}); 17]), "17 transparency log entries, more than 16"),
+        (
+            "timestampVerificationData",
+            json!({ "rfc3161Timestamps": vec![json!({ "signedTimestamp": "AA==" }); 1000] }),
+            "1000 time stamps, more than 16",
+        ),
+        (
+            "x509CertificateChain",
+            json!({ "certificates": vec![certificate; 500] }),
+            "500 certificates, more than 16",
+        ),
+    ];
+    for (field, value, expected) in cases {
+        let mut bundle = whole.clone();
+        if field == "x509CertificateChain" {
+            bundle["verificationMaterial"] = json!({});
+        }
+        bundle["verificationMaterial"][field] = value;
+        world.write("b.sig", bundle.to_string())?;
+        world.omsign_refuses(1, &VERIFY, &[expected])?;
+    }
+    Ok(())
+}

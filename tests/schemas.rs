@@ -1,0 +1,232 @@
+//! Bundles and results are what their schemas say: the official ones of OMS v1.0, and ours of `verify --json`.
+
+use std::path::Path;
+
+use anyhow::{Context as _, ensure};
+use jsonschema::{Registry, Validator};
+use omsign_tests::forge;
+use omsign_tests::pki::{Certificate, Pki};
+use omsign_tests::sigstore::{Flaw, Sigstore};
+use omsign_tests::world::World;
+use openssl::base64::decode_block;
+use serde_json::{Value, json};
+
+fn read(path: &str) -> anyhow::Result<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// The official schemas of a bundle and of the statement in it.
+struct Official {
+    bundle: Validator,
+    statement: Validator,
+}
+
+impl Official {
+    fn read() -> anyhow::Result<Self> {
+        let mut registry = Registry::new();
+        for name in ["envelope", "predicate"] {
+            let schema = read(&format!("data/schemas/{name}.schema.json"))?;
+            let id = schema["$id"].as_str().context("an id")?.to_owned();
+            registry = registry.add(id, schema)?;
+        }
+        let registry = registry.prepare()?;
+        let validator = |name: &str| -> anyhow::Result<Validator> {
+            let schema = read(&format!("data/schemas/{name}.schema.json"))?;
+            Ok(jsonschema::options().with_registry(&registry).build(&schema)?)
+        };
+        Ok(Self { bundle: validator("bundle")?, statement: validator("statement")? })
+    }
+
+    /// What is wrong with a bundle.
+    fn mistakes(&self, bundle: &Value) -> anyhow::Result<Vec<String>> {
+        let mut mistakes: Vec<_> = self.bundle.iter_errors(bundle).map(|error| error.to_string()).collect();
+        let payload = bundle["dsseEnvelope"]["payload"].as_str().unwrap_or_default();
+        let statement: Value = serde_json::from_slice(&decode_block(payload)?).unwrap_or_default();
+        mistakes.extend(self.statement.iter_errors(&statement).map(|error| error.to_string()));
+        Ok(mistakes)
+    }
+}
+
+const FILES: [(&str, &str); 2] = [("config.json", "{}"), ("weights.bin", "0123456789")];
+
+fn world() -> anyhow::Result<World> {
+    let world = World::new()?;
+    for (name, content) in FILES {
+        world.write(&format!("model/{name}"), content)?;
+    }
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("k", "root", Certificate::default())?;
+    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
+    Ok(world)
+}
+
+#[test]
+fn what_we_write_is_what_the_official_schemas_say() -> anyhow::Result<()> {
+    let official = Official::read()?;
+    let world = world()?;
+    for hash in ["sha256", "blake2b", "blake3"] {
+        for serialization in [&["--serialization", "files"][..], &["--shard-size", "4"]] {
+            for chain in [&[][..], &["--certificate-chain", "k.pem"]] {
+                let sign = ["sign", "model", "--private-key", "k.key", "--hash-type", hash];
+                world.omsign_ok(&[&sign[..], serialization, chain].concat())?;
+                let bundle: Value = serde_json::from_slice(&std::fs::read(world.path("model.sig"))?)?;
+                let mistakes = official.mistakes(&bundle)?;
+                ensure!(mistakes.is_empty(), "{hash} {serialization:?} {chain:?}: {mistakes:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whatever the schemas refuse, we refuse: one change at a time in a bundle that both take.
+#[test]
+fn what_the_official_schemas_refuse_is_refused() -> anyhow::Result<()> {
+    let official = Official::read()?;
+    let world = world()?;
+    let key = forge::private_key(&world.path("k.key"))?;
+    let signed = |statement: &Value| -> anyhow::Result<Value> {
+        let payload = serde_json::to_vec(statement)?;
+        Ok(forge::bundle(&forge::key_material(&key)?, &payload, &forge::sign(&key, &payload)?))
+    };
+    let verify = |bundle: &Value| -> anyhow::Result<bool> {
+        world.write("b.sig", bundle.to_string())?;
+        let verified = world.omsign(&["verify", "model", "--signature", "b.sig", "--public-key", "k.pub"])?;
+        Ok(verified.status.success())
+    };
+    let statement = forge::statement(&FILES);
+    let whole = signed(&statement)?;
+    ensure!(official.mistakes(&whole)?.is_empty() && verify(&whole)?);
+    let values = [
+        json!(null),
+        json!(1),
+        json!(""),
+        json!("x"),
+        json!([]),
+        json!({}),
+        json!(true),
+        json!("AA=="),
+        json!([{}]),
+    ];
+    let (mut refused, mut relaxed) = (0, Vec::new());
+    let mut compare = |what: String, bundle: &Value| -> anyhow::Result<()> {
+        if official.mistakes(bundle).is_ok_and(|mistakes| mistakes.is_empty()) {
+            return Ok(());
+        }
+        refused += 1;
+        if verify(bundle)? {
+            relaxed.push(what);
+        }
+        Ok(())
+    };
+    for pointer in pointers(&whole) {
+        for value in &values {
+            let mut bundle = whole.clone();
+            *bundle.pointer_mut(&pointer).context("there")? = value.clone();
+            compare(format!("{pointer} = {value}"), &bundle)?;
+        }
+        let mut bundle = whole.clone();
+        remove(&mut bundle, &pointer)?;
+        compare(format!("{pointer} removed"), &bundle)?;
+    }
+    for pointer in pointers(&statement) {
+        for value in &values {
+            let mut changed = statement.clone();
+            *changed.pointer_mut(&pointer).context("there")? = value.clone();
+            compare(format!("payload {pointer} = {value}"), &signed(&changed)?)?;
+        }
+        let mut changed = statement.clone();
+        remove(&mut changed, &pointer)?;
+        compare(format!("payload {pointer} removed"), &signed(&changed)?)?;
+    }
+    // Null is no list, but means the same to every parser of Sigstore bundles. Releases before 1.1 left a model's
+    // name out where it was ".".
+    let known = [
+        "/verificationMaterial/tlogEntries = null",
+        "payload /subject/0/name = \"\"",
+        "payload /subject/0/name removed",
+    ];
+    relaxed.retain(|what| !known.contains(&what.as_str()));
+    ensure!(relaxed.is_empty(), "the schemas refuse, and we do not: {relaxed:?}");
+    ensure!(refused > 200, "{refused} bundles tried");
+    Ok(())
+}
+
+/// Every value in a document.
+fn pointers(value: &Value) -> Vec<String> {
+    let children: Vec<(String, &Value)> = match value {
+        Value::Object(map) => map.iter().map(|(name, value)| (name.clone(), value)).collect(),
+        Value::Array(list) => {
+            list.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+        }
+        _ => Vec::new(),
+    };
+    let mut found = Vec::new();
+    for (name, child) in children {
+        found.push(format!("/{name}"));
+        found.extend(pointers(child).into_iter().map(|below| format!("/{name}{below}")));
+    }
+    found
+}
+
+fn remove(value: &mut Value, pointer: &str) -> anyhow::Result<()> {
+    let (parent, name) = pointer.rsplit_once('/').context("a pointer")?;
+    match value.pointer_mut(parent).context("there")? {
+        Value::Object(map) => drop(map.remove(name)),
+        Value::Array(list) => drop(list.remove(name.parse()?)),
+        _ => {}
+    }
+    Ok(())
+}
+
+#[test]
+fn results_of_verify_are_what_our_schema_says() -> anyhow::Result<()> {
+    let schema = jsonschema::validator_for(&read("../docs/verify.schema.json")?)?;
+    let world = world()?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.key", "--signature", "k.sig"])?;
+    let chain = ["--certificate-chain", "k.pem"];
+    world.omsign_ok(
+        &[&["sign", "model", "--private-key", "k.key", "--signature", "c.sig"], &chain[..]].concat(),
+    )?;
+    let sigstore = Sigstore::new(&world)?;
+    world.write("root.json", serde_json::to_vec(&sigstore.trusted_root()?)?)?;
+    let payload = serde_json::to_vec(&forge::statement(&FILES))?;
+    world.write(
+        "s.sig",
+        sigstore.sign(&payload, "ann@acme.com", "https://p.example", Flaw::None)?.to_string(),
+    )?;
+    let check = |status: i32, outcome: &str, arguments: &[&str]| -> anyhow::Result<Value> {
+        let output = world.omsign(&[&["verify", "model", "--json"], arguments].concat())?;
+        let json: Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(output.status.code() == Some(status) && json["outcome"] == outcome, "{arguments:?}: {json}");
+        let mistakes: Vec<_> = schema.iter_errors(&json).map(|error| error.to_string()).collect();
+        ensure!(mistakes.is_empty(), "{arguments:?}: {json}: {mistakes:?}");
+        // And nothing that it does not know.
+        let documented = read("../docs/verify.schema.json")?.to_string();
+        for name in json.as_object().context("an object")?.keys() {
+            ensure!(documented.contains(&format!("\"{name}\":{{")), "{name} is not documented");
+        }
+        Ok(json)
+    };
+    let key = ["--signature", "k.sig", "--public-key", "k.pub"];
+    check(0, "verified", &key)?;
+    check(0, "verified", &["--signature", "c.sig", "--certificate-chain", "root.pem"])?;
+    let keyless = ["--signature", "s.sig", "--trusted-root", "root.json", "--identity", "ann@acme.com"];
+    check(0, "verified", &[&keyless[..], &["--identity-provider", "https://p.example"]].concat())?;
+    world.omsign_ok(&["trust", "add", "k", "--public-key", "k.pub"])?;
+    check(0, "verified", &["--signature", "k.sig"])?;
+    check(0, "verified", &[&key[..], &["--partial", "config.json"]].concat())?;
+    check(1, "wrong", &["--signature", "k.sig", "--public-key", "k.pub", "--model-name", "x"])?;
+    check(2, "undone", &["--signature", "k.sig", "--public-key", "nowhere"])?;
+    check(2, "undone", &["--signature", "nowhere.sig", "--public-key", "k.pub"])?;
+    world.write("model/config.json", "{ }")?;
+    world.write("model/more", "")?;
+    let json = check(1, "wrong", &key)?;
+    ensure!(json["changed_count"] == 1 && json["not_signed"] == json!(["more"]), "{json}");
+    world.write("model/config.json", "{}")?;
+    let json = check(0, "verified", &[&key[..], &["--ignore-unsigned-files"]].concat())?;
+    ensure!(json["ignored"] == json!(["more"]), "{json}");
+    Ok(())
+}
