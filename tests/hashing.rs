@@ -102,7 +102,7 @@ fn every_algorithm_and_serialization_beside_other_tools() -> anyhow::Result<()> 
                 change(&mut changed);
                 fs::write(&big, changed)?;
                 let arguments = [&["verify", "model"], &VERIFY[..]].concat();
-                world.omsign_refuses(1, &arguments, &["signed: 1 changed\n  changed: big.bin ("])?;
+                world.omsign_refuses(1, &arguments, &["(OMS 8.4): 1 changed\n  changed: big.bin ("])?;
             }
             fs::write(&big, content)?;
         }

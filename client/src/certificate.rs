@@ -1,5 +1,7 @@
 //! What an X.509 certificate says: whose it is, and what its key may do (RFC 5280).
 
+use cms::cert::x509::der::Decode as _;
+use cms::cert::x509::name::RdnSequence;
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
@@ -43,24 +45,36 @@ pub fn subject(certificate: &X509Ref) -> String {
     name(certificate.subject_name())
 }
 
-/// A distinguished name, in the order in which it is encoded, values escaped as in RFC 4514, 2.4: `CN=…, O=…`.
+/// A distinguished name, in the order in which it is encoded, values escaped as in RFC 4514, 2.4: `CN=…, O=…`; `+`
+/// between what is at the same level.
 pub(crate) fn name(name: &X509NameRef) -> String {
-    let part = |entry: &X509NameEntryRef| {
-        let kind = entry.object().nid();
-        let kind = match kind.short_name() {
-            Ok(known) if kind != Nid::UNDEF => known.to_owned(),
-            _ => entry.object().to_string(),
-        };
-        let mut value = String::new();
-        for character in entry.data().to_string().unwrap_or_default().chars() {
-            match character {
-                ',' | '+' | '"' | '\\' | '<' | '>' | ';' | '=' => value.extend(['\\', character]),
-                _ => value.extend(character.escape_debug()),
-            }
+    let levels = name.to_der().ok().and_then(|der| RdnSequence::from_der(&der).ok());
+    let levels = levels.map_or_else(Vec::new, |name| name.0.iter().map(|level| level.0.len()).collect());
+    let mut entries = name.entries().map(entry);
+    let joined: Vec<String> = match levels.iter().sum::<usize>() == name.entries().count() {
+        true => {
+            levels.iter().map(|count| entries.by_ref().take(*count).collect::<Vec<_>>().join("+")).collect()
         }
-        format!("{kind}={value}")
+        false => entries.collect(),
     };
-    name.entries().map(part).collect::<Vec<_>>().join(", ")
+    joined.join(", ")
+}
+
+fn entry(entry: &X509NameEntryRef) -> String {
+    let kind = entry.object().nid();
+    let kind = match kind.short_name() {
+        Ok(known) if kind != Nid::UNDEF => known.to_owned(),
+        _ => entry.object().to_string(),
+    };
+    let mut value = String::new();
+    for character in entry.data().to_string().unwrap_or_default().chars() {
+        match character {
+            ',' | '+' | '"' | '\\' | '<' | '>' | ';' | '=' => value.extend(['\\', character]),
+            _ if character.is_control() => value.extend(character.escape_default()),
+            _ => value.push(character),
+        }
+    }
+    format!("{kind}={value}")
 }
 
 /// The subject's alternative names: e-mail addresses, DNS names and URIs.
@@ -78,13 +92,21 @@ pub fn fingerprint(certificate: &X509Ref) -> Result<String, ErrorStack> {
     Ok(format!("sha256:{}", hex::encode(certificate.digest(MessageDigest::sha256())?)))
 }
 
-/// Whether this is how somebody may call it: its SHA-256 fingerprint (with or without `sha256:` and colons), or its
-/// subject, or one of its alternative names.
+/// Whether this is how somebody may call it: its SHA-256 fingerprint (with or without `sha256:` and colons), its subject
+/// (`CN=…`), an e-mail address, a URI or a DNS name of it. What it looks like says which is meant, or else a name of one
+/// kind would pass for one of another, which other rules let an issuer certify.
 pub fn is_called(certificate: &X509Ref, wanted: &str) -> bool {
     let digits = wanted.strip_prefix("sha256:").unwrap_or(wanted).replace(':', "").to_ascii_lowercase();
-    // What looks like a fingerprint is one: a URI of a certificate may look like one, too.
     if digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return fingerprint(certificate).is_ok_and(|own| own == format!("sha256:{digits}"));
     }
-    subject(certificate) == wanted || names(certificate).iter().any(|name| name == wanted)
+    let names = certificate.subject_alt_names();
+    let mut names = names.iter().flatten();
+    match wanted {
+        "" => false,
+        uri if uri.contains("://") || uri.starts_with("urn:") => names.any(|name| name.uri() == Some(uri)),
+        name if name.contains('=') => subject(certificate) == name,
+        address if address.contains('@') => names.any(|name| name.email() == Some(address)),
+        host => names.any(|name| name.dnsname() == Some(host)),
+    }
 }

@@ -150,7 +150,7 @@ impl fmt::Display for Differences {
         ];
         let counts = counts.iter().filter(|(count, _)| *count > 0);
         let counts: Vec<_> = counts.map(|(count, what)| format!("{count} {what}")).collect();
-        write!(f, "the model is not what was signed: {}", counts.join(", "))
+        write!(f, "the model is not what was signed (OMS 8.4): {}", counts.join(", "))
     }
 }
 
@@ -198,8 +198,10 @@ mod tests {
                 if method == two && size == 6 { "5 bytes were signed, 6 are there" } else { " was signed, " };
             assert!(first.starts_with("\"b\" is not what was signed: ") && first.contains(how), "{first}");
             assert_eq!(found.extra, extra);
-            let text =
-                format!("the model is not what was signed: 1 changed, 1 missing, {} not signed", extra.len());
+            let text = format!(
+                "the model is not what was signed (OMS 8.4): 1 changed, 1 missing, {} not signed",
+                extra.len()
+            );
             assert_eq!(found.to_string(), text);
         }
     }

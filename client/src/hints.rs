@@ -79,6 +79,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Trust(TrustError::Refused { .. }) => {
             "`omsign inspect` shows who claims to have signed; `omsign trust add` accepts a signer from then on".into()
         }
+        Error::Policy(PolicyError::Changed(_) | PolicyError::NotAllowed(_)) => {
+            "read it, and run `omsign trust allow` in the project's directory if you agree with it".into()
+        }
         Error::Policy(PolicyError::Nothing) => {
             "say whose: --public-key, --certificate-chain, or --identity and --identity-provider; or once for all: \
              `omsign trust add`"

@@ -48,6 +48,9 @@ pub enum KeylessError {
         /// The certificate's issuer extension.
         found: String,
     },
+    /// The certificate does not say who signed, or who vouches for that.
+    #[error("the Fulcio certificate has no {0} (OMS 8.2: identity)")]
+    Nameless(&'static str),
     /// The certificate is not Fulcio's, or was not valid.
     #[error("the Fulcio certificate is not accepted (OMS 8.2)")]
     Certificate(#[source] CertificateError),
@@ -152,11 +155,12 @@ impl Keyless {
         for stamp in &bundle.timestamps {
             timestamp::verify(stamp, &bundle.signature, &self.timestamp_roots, Timestamp::now())?;
         }
-        let identity = result.identity().map_or("nobody", |name| name.as_str()).to_owned();
+        let missing = |what| KeylessError::Nameless(what);
+        let identity = result.identity().ok_or(missing("subject alternative name"))?.as_str().to_owned();
         if !self.identity.is(&identity) {
             return Err(KeylessError::Identity { wanted: self.identity.to_string(), found: identity });
         }
-        let identity_provider = result.issuer().unwrap_or("nobody").to_owned();
+        let identity_provider = result.issuer().ok_or(missing("identity provider"))?.to_owned();
         if !self.identity_provider.is(&identity_provider) {
             let wanted = self.identity_provider.to_string();
             return Err(KeylessError::IdentityProvider { wanted, found: identity_provider });

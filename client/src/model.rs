@@ -7,6 +7,9 @@ use std::path::{Component, Path, PathBuf};
 /// What is left out at the model's root by default (OMS v1.0, 6.2).
 pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitignore"];
 
+/// Directories that a model may have behind symbolic links.
+const MOST_LINKED: usize = 10_000;
+
 /// A model: its name and its files.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -14,6 +17,8 @@ pub struct Model {
     pub name: String,
     /// Its files, sorted by name in code-point order.
     pub files: Vec<File>,
+    /// What is there and was left out, sorted: files, and directories with all that is below them.
+    pub left_out: Vec<String>,
 }
 
 /// One regular file of a model.
@@ -64,14 +69,17 @@ pub enum ModelError {
     #[error("{0} has no files to sign")]
     Empty(PathBuf),
     /// A symbolic link where they are not allowed.
-    #[error("{0} is a symbolic link, and symbolic links are not allowed here")]
+    #[error("{0} is a symbolic link, and symbolic links are not allowed here (OMS 6.1.1)")]
     Symlink(PathBuf),
     /// A symbolic link that leads out of the model.
-    #[error("{0} is a symbolic link that leads out of the model")]
+    #[error("{0} is a symbolic link that leads out of the model (OMS 6.1.1)")]
     Outside(PathBuf),
     /// A symbolic link to a directory that contains it.
-    #[error("{0} is a symbolic link to a directory that contains it")]
+    #[error("{0} is a symbolic link to a directory that contains it (OMS 6.1.1)")]
     Cycle(PathBuf),
+    /// Links to directories with links to directories: of few of them, any number of files can be made.
+    #[error("more than {MOST_LINKED} directories are reached through symbolic links, the last one at {0}")]
+    Linked(PathBuf),
     /// A name that JSON cannot carry (OMS v1.0, 6.1.2).
     #[error("the name of {0} is not valid UTF-8 (OMS 6.1.2)")]
     NotUtf8(PathBuf),
@@ -106,7 +114,8 @@ impl Model {
             Some(name) => name.to_str().ok_or_else(|| ModelError::NotUtf8(root.to_owned()))?.to_owned(),
             None => "/".to_owned(),
         };
-        let mut walk = Walk { real_root: &real, scope, files: Vec::new() };
+        let mut walk =
+            Walk { real_root: &real, scope, files: Vec::new(), left_out: Vec::new(), links: 0, linked: 0 };
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
             walk.files.push(File { name: name.clone(), path: real.clone() });
@@ -115,10 +124,11 @@ impl Model {
         } else {
             return Err(ModelError::Special(root.to_owned()));
         }
-        let mut files = walk.files;
+        let Walk { mut files, mut left_out, .. } = walk;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { name, files })
+        left_out.sort();
+        Ok(Self { name, files, left_out })
     }
 
     /// The name of one of its files.
@@ -136,11 +146,19 @@ struct Walk<'a> {
     real_root: &'a Path,
     scope: &'a Scope,
     files: Vec<File>,
+    left_out: Vec<String>,
+    /// How many links the walk is behind, and how many directories it saw there.
+    links: usize,
+    linked: usize,
 }
 
 impl Walk<'_> {
     /// Collects what is below a directory. `above` holds the real paths of it and the directories above it.
     fn directory(&mut self, path: &Path, prefix: &str, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
+        self.linked += usize::from(self.links > 0);
+        if self.linked > MOST_LINKED {
+            return Err(ModelError::Linked(path.to_owned()));
+        }
         let entries = std::fs::read_dir(path).map_err(|source| read_error(path, source))?;
         for entry in entries {
             let entry = entry.map_err(|source| read_error(path, source))?;
@@ -150,6 +168,7 @@ impl Walk<'_> {
             };
             let name = format!("{prefix}{own_name}");
             if self.scope.ignore_paths.contains(&name) || !self.scope.concerns(&name) {
+                self.left_out.push(name);
                 continue;
             }
             if own_name.contains('\\') {
@@ -190,7 +209,10 @@ impl Walk<'_> {
         if above.contains(&target) {
             return Err(ModelError::Cycle(path));
         }
-        self.below(&path, &name, target, above)
+        self.links += 1;
+        self.below(&path, &name, target, above)?;
+        self.links -= 1;
+        Ok(())
     }
 
     fn below(

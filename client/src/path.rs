@@ -1,6 +1,5 @@
 //! Does a certificate lead to one that is trusted (RFC 5280, 6)? OpenSSL answers; this asks, and names its reasons.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -9,11 +8,11 @@ use openssl::ssl::SslFiletype;
 use openssl::stack::Stack;
 use openssl::x509::store::{X509Lookup, X509StoreBuilder};
 use openssl::x509::verify::{X509VerifyFlags, X509VerifyParam};
-use openssl::x509::{X509, X509Crl, X509PurposeId, X509StoreContext};
+use openssl::x509::{X509, X509ExtendedKeyUsage, X509PurposeId, X509StoreContext};
 use openssl_sys as ffi;
 
 use crate::certificate;
-use crate::key::{KeyError, read};
+use crate::crl::Crls;
 
 /// Why a certificate does not lead to a trusted one.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +66,7 @@ pub enum PathError {
         until: String,
     },
     /// For another purpose.
-    #[error("{0} is not for this purpose (RFC 5280, 4.2.1.12)")]
+    #[error("the extended key usage of {0} is for something else (RFC 5280, 4.2.1.12)")]
     Purpose(String),
     /// Any other reason of OpenSSL's.
     #[error("{0} does not lead to a trusted certificate (RFC 5280, 6.1): {1}")]
@@ -83,116 +82,96 @@ pub enum PathError {
     Handed(#[source] std::io::Error),
 }
 
-/// What issuers revoked.
-#[derive(Default)]
-pub struct Crls(Vec<(X509Crl, Vec<u8>)>);
-
-impl Crls {
-    /// Adds the lists of a file, PEM or DER.
-    pub fn read(&mut self, path: &Path) -> Result<(), KeyError> {
-        const END: &str = "-----END X509 CRL-----";
-        let bytes = read(path)?;
-        let content = || KeyError::Content { path: path.to_owned(), what: "a CRL" };
-        if let Ok(crl) = X509Crl::from_der(&bytes) {
-            let pem = crl.to_pem().map_err(|_| content())?;
-            self.0.push((crl, pem));
-            return Ok(());
-        }
-        let text = String::from_utf8(bytes).map_err(|_| content())?;
-        let blocks: Vec<&str> = text.split_inclusive(END).filter(|block| block.contains(END)).collect();
-        if blocks.is_empty() {
-            return Err(content());
-        }
-        for block in blocks {
-            let crl = X509Crl::from_pem(block.as_bytes()).map_err(|_| content())?;
-            let pem = crl.to_pem().map_err(|_| content())?;
-            self.0.push((crl, pem));
-        }
-        Ok(())
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// A list that is over may miss what was revoked since.
-    fn check_current(&self) -> Result<(), PathError> {
-        let now = openssl::asn1::Asn1Time::days_from_now(0)?;
-        for (crl, _) in &self.0 {
-            let next = crl.next_update();
-            if crl.last_update() > &*now || next.is_some_and(|next| next < &*now) {
-                let until = next.map_or_else(|| "no date".to_owned(), ToString::to_string);
-                let (issuer, from) = (certificate::name(crl.issuer_name()), crl.last_update().to_string());
-                return Err(PathError::OldCrl { issuer, from, until });
-            }
-        }
-        Ok(())
-    }
-}
-
 /// One question: does `leaf` lead to one of `anchors`, at a time?
 pub(crate) struct Question<'a> {
     pub(crate) anchors: &'a [X509],
     pub(crate) leaf: &'a X509,
     pub(crate) intermediates: &'a [X509],
-    pub(crate) purpose: Option<X509PurposeId>,
+    pub(crate) purpose: Purpose,
+}
+
+/// What the leaf is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Signing models: what its own extensions say of it is checked by whoever asks.
+    CodeSigning,
+    /// RFC 3161, 2.3.
+    TimeStamping,
 }
 
 impl Question<'_> {
-    /// Whether it did at this time.
-    pub(crate) fn ask(&self, at: Timestamp) -> Result<(), PathError> {
+    /// The way that it did at this time: from the leaf to an anchor.
+    pub(crate) fn ask(&self, at: Timestamp) -> Result<Vec<X509>, PathError> {
         let mut parameters = parameters()?;
         parameters.set_time(at.as_second());
-        if let Some(purpose) = self.purpose {
-            parameters.set_purpose(purpose)?;
+        if self.purpose == Purpose::TimeStamping {
+            parameters.set_purpose(X509PurposeId::TIMESTAMP_SIGN)?;
         }
-        self.verify(&parameters, None, at)
+        let path = verify(self.anchors, self.leaf, self.intermediates, &parameters, None, at)?;
+        // RFC 5280 leaves it open, but all other verifiers hold issuers to their own extended key usage.
+        let usage = match self.purpose {
+            Purpose::CodeSigning => X509ExtendedKeyUsage::CODE_SIGN,
+            Purpose::TimeStamping => X509ExtendedKeyUsage::TIMESTAMP,
+        };
+        let [_, between @ .., _anchor] = path.as_slice() else { return Ok(path) };
+        let limited = |issuer: &&X509| {
+            issuer
+                .extended_key_usage()
+                .is_some_and(|own| !own.intersects(usage | X509ExtendedKeyUsage::ANYEKU))
+        };
+        match between.iter().find(limited) {
+            Some(issuer) => Err(PathError::Purpose(certificate::subject(issuer))),
+            None => Ok(path),
+        }
     }
+}
 
-    /// Whether no certificate on the way is revoked by now, whenever it was used.
-    pub(crate) fn ask_revoked(&self, crls: &Crls, now: Timestamp) -> Result<(), PathError> {
-        crls.check_current()?;
+/// Whether no certificate on a way is revoked by now, whenever it was used. Of the anchor nobody has to say so.
+pub(crate) fn check_revocation(path: &[X509], crls: &Crls, now: Timestamp) -> Result<(), PathError> {
+    for pair in path.windows(2) {
+        let [certificate, issuer] = pair else { continue };
+        let Some(file) = crls.about(certificate)? else {
+            return Err(PathError::NoCrl(certificate::subject(certificate), "there is none of its issuer"));
+        };
         let mut parameters = parameters()?;
-        let flags =
-            X509VerifyFlags::CRL_CHECK | X509VerifyFlags::CRL_CHECK_ALL | X509VerifyFlags::NO_CHECK_TIME;
-        parameters.set_flags(flags)?;
-        // OpenSSL takes CRLs from files only.
-        let mut file = tempfile::NamedTempFile::new().map_err(PathError::Handed)?;
-        crls.0.iter().try_for_each(|(_, pem)| file.write_all(pem)).map_err(PathError::Handed)?;
-        self.verify(&parameters, Some(file.path()), now)
+        parameters.set_flags(X509VerifyFlags::CRL_CHECK | X509VerifyFlags::NO_CHECK_TIME)?;
+        verify(std::slice::from_ref(issuer), certificate, &[], &parameters, Some(file.path()), now)?;
     }
+    Ok(())
+}
 
-    fn verify(
-        &self,
-        parameters: &X509VerifyParam,
-        crls: Option<&Path>,
-        at: Timestamp,
-    ) -> Result<(), PathError> {
-        let mut store = X509StoreBuilder::new()?;
-        for anchor in self.anchors {
-            store.add_cert(anchor.clone())?;
-        }
-        store.set_param(parameters)?;
-        if let Some(path) = crls {
-            store.add_lookup(X509Lookup::file())?.load_crl_file(path, SslFiletype::PEM)?;
-        }
-        let store = store.build();
-        let mut intermediates = Stack::new()?;
-        for certificate in self.intermediates {
-            intermediates.push(certificate.clone())?;
-        }
-        let mut context = X509StoreContext::new()?;
-        context
-            .init(&store, self.leaf, &intermediates, |context| {
-                if context.verify_cert()? {
-                    return Ok(Ok(()));
-                }
-                let concerned = context.current_cert().unwrap_or(self.leaf);
-                Ok(Err(reason(context.error(), concerned, at)))
-            })
-            .map_err(PathError::OpenSsl)?
+fn verify(
+    anchors: &[X509],
+    leaf: &X509,
+    intermediates: &[X509],
+    parameters: &X509VerifyParam,
+    crls: Option<&Path>,
+    at: Timestamp,
+) -> Result<Vec<X509>, PathError> {
+    let mut store = X509StoreBuilder::new()?;
+    for anchor in anchors {
+        store.add_cert(anchor.clone())?;
     }
+    store.set_param(parameters)?;
+    if let Some(path) = crls {
+        store.add_lookup(X509Lookup::file())?.load_crl_file(path, SslFiletype::PEM)?;
+    }
+    let store = store.build();
+    let mut stack = Stack::new()?;
+    for certificate in intermediates {
+        stack.push(certificate.clone())?;
+    }
+    let mut context = X509StoreContext::new()?;
+    context
+        .init(&store, leaf, &stack, |context| {
+            if context.verify_cert()? {
+                let path = context.chain().map(|chain| chain.iter().map(ToOwned::to_owned).collect());
+                return Ok(Ok(path.unwrap_or_default()));
+            }
+            let concerned = context.current_cert().unwrap_or(leaf);
+            Ok(Err(reason(context.error(), concerned, at)))
+        })
+        .map_err(PathError::OpenSsl)?
 }
 
 fn parameters() -> Result<X509VerifyParam, ErrorStack> {
@@ -260,5 +239,6 @@ pub(crate) fn check_order(chain: &[X509], now: Timestamp) -> Result<(), PathErro
     }
     let [leaf, intermediates @ ..] = chain else { return Ok(()) };
     let anchor = intermediates.last().unwrap_or(leaf);
-    Question { anchors: std::slice::from_ref(anchor), leaf, intermediates, purpose: None }.ask(now)
+    let anchors = std::slice::from_ref(anchor);
+    Question { anchors, leaf, intermediates, purpose: Purpose::CodeSigning }.ask(now).map(drop)
 }

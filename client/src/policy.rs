@@ -1,13 +1,15 @@
 //! The trust policy, `trust.toml`: who may sign which models.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use toml_edit::DocumentMut;
 
 use crate::bundle::Bundle;
+use crate::hash::Digest;
+use crate::replace::replace;
 use crate::terms::{Terms, TermsError};
 use crate::trust::{Trust, TrustError, VerifiedStatement};
 use crate::wanted::{PatternError, Wanted};
@@ -82,6 +84,12 @@ pub enum PolicyError {
     /// A model cannot say who may sign it.
     #[error("{0} lies inside the model that it is to judge")]
     InsideModel(PathBuf),
+    /// The policy of a project that was allowed is another one now.
+    #[error("{0} is not what it was when you allowed it")]
+    Changed(PathBuf),
+    /// The policy of a project that was not allowed.
+    #[error("{0} is there, and you did not allow it")]
+    NotAllowed(PathBuf),
     /// There is no policy.
     #[error("there is no trust policy, and nothing else says whose signature to accept")]
     Nothing,
@@ -112,9 +120,9 @@ pub enum PolicyError {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicyToml {
-    /// Directories whose own `.omsign/trust.toml` counts, too.
+    /// Directories whose own `.omsign/trust.toml` counts, too, as long as its fingerprint is this.
     #[serde(default)]
-    projects: Vec<PathBuf>,
+    projects: BTreeMap<PathBuf, String>,
     #[serde(default)]
     signer: BTreeMap<String, Terms>,
 }
@@ -135,14 +143,18 @@ impl Policy {
         let projects = policy.add(&own)?;
         let here =
             std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
-        if projects.contains(&here) && here.join(PROJECT_FILE).exists() {
-            policy.add(Path::new(PROJECT_FILE))?;
+        if let Some(allowed) = projects.get(&here) {
+            let file = Path::new(PROJECT_FILE);
+            if fingerprint(file)? != *allowed {
+                return Err(PolicyError::Changed(here.join(file)));
+            }
+            policy.add(file)?;
         }
         Ok(policy)
     }
 
     /// Adds the entries of a file, and returns the projects that it allows.
-    fn add(&mut self, path: &Path) -> Result<Vec<PathBuf>, PolicyError> {
+    fn add(&mut self, path: &Path) -> Result<BTreeMap<PathBuf, String>, PolicyError> {
         let text = std::fs::read_to_string(path);
         let text = text.map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
         let PolicyToml { projects, signer } = parse(&text, path)?;
@@ -157,14 +169,21 @@ impl Policy {
         Ok(projects)
     }
 
-    /// A model cannot say who may sign it: refuses a policy inside of it.
+    /// A model cannot say who may sign it: refuses a policy inside of it, and keys and certificates from there.
     pub fn check_outside(&self, model: &Path) -> Result<(), PolicyError> {
-        let Ok(root) = model.canonicalize() else { return Ok(()) };
-        let inside = |file: &PathBuf| file.canonicalize().is_ok_and(|file| file.starts_with(&root));
-        match self.entries.iter().map(|entry| &entry.file).find(|file| inside(file)) {
-            Some(file) => Err(PolicyError::InsideModel(file.clone())),
-            None => Ok(()),
+        // As it is written, and where it really is: a link in the model may lead to a policy anywhere.
+        let both = |path: &Path| [std::path::absolute(path).ok(), path.canonicalize().ok()];
+        let roots: Vec<PathBuf> = both(model).into_iter().flatten().collect();
+        let inside = |path: &Path| {
+            both(path).iter().flatten().any(|path| roots.iter().any(|root| path.starts_with(root)))
+        };
+        for entry in &self.entries {
+            let named = entry.terms.files(entry.file.parent().unwrap_or(Path::new("")));
+            if let Some(file) = std::iter::once(&entry.file).chain(&named).find(|file| inside(file)) {
+                return Err(PolicyError::InsideModel(file.clone()));
+            }
         }
+        Ok(())
     }
 
     /// Verifies a bundle on the terms of the first entry that accepts it.
@@ -184,13 +203,12 @@ impl Policy {
 impl Entry {
     /// Verifies a bundle on this entry's terms.
     pub fn verify(&self, bundle: &Bundle) -> Result<VerifiedStatement, TrustError> {
-        let mut statement = self.trust.verify(bundle)?;
-        let model = &statement.manifest.model_name;
+        let statement = self.trust.verify(bundle)?;
+        let model = &statement.manifest().model_name;
         if !self.models.is_empty() && !self.models.iter().any(|models| models.is(model)) {
             return Err(TrustError::OutOfScope { model: model.clone(), models: self.terms.models.clone() });
         }
-        statement.proof.accepted_by = Some(format!("{} ({})", self.name, self.file.display()));
-        Ok(statement)
+        Ok(statement.accepted_by(format!("{} ({})", self.name, self.file.display())))
     }
 }
 
@@ -202,6 +220,47 @@ pub fn own_file() -> Result<PathBuf, PolicyError> {
     let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")));
     Ok(base.ok_or(PolicyError::Nowhere)?.join("omsign/trust.toml"))
+}
+
+/// What a project's policy is allowed by: SHA-256 of it and of the keys, certificates and trusted roots that it names.
+/// Lists of revoked certificates may change: somebody who is trusted signed them.
+fn fingerprint(path: &Path) -> Result<String, PolicyError> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|source| PolicyError::Read { path: path.to_owned(), source })
+    };
+    let bytes = read(path)?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let base = path.parent().unwrap_or(Path::new(""));
+    let mut digests = vec![Digest::sha256(&bytes)];
+    for mut terms in parse(&text, path)?.signer.into_values() {
+        terms.crls.clear();
+        for file in terms.files(base) {
+            digests.push(Digest::sha256(&read(&file)?));
+        }
+    }
+    let digests: Vec<u8> = digests.iter().flat_map(Digest::as_bytes).copied().collect();
+    Ok(format!("sha256:{}", Digest::sha256(&digests)))
+}
+
+/// Lets the policy of a project count, as it is now, when the user works in its directory.
+pub fn allow(project: &Path) -> Result<(), PolicyError> {
+    let fingerprint = fingerprint(&project.join(PROJECT_FILE))?;
+    let mut own = Edit::open(&own_file()?)?;
+    own.allow(project, &fingerprint)?;
+    own.save()
+}
+
+/// Whether a project's policy may be added to: there is none yet, or it is as it was allowed.
+pub fn check_allowed(project: &Path) -> Result<(), PolicyError> {
+    let file = project.join(PROJECT_FILE);
+    if !file.exists() {
+        return Ok(());
+    }
+    let own = std::fs::read_to_string(own_file()?).unwrap_or_default();
+    match parse(&own, Path::new("trust.toml"))?.projects.get(project) {
+        Some(allowed) if *allowed == fingerprint(&file)? => Ok(()),
+        _ => Err(PolicyError::NotAllowed(file)),
+    }
 }
 
 /// Checks a policy's text, as far as that is possible without the files that it names.
@@ -272,31 +331,25 @@ impl Edit {
         }
     }
 
-    /// Allows the policy of a project. Returns whether it was not yet.
-    pub fn allow(&mut self, project: &Path) -> bool {
-        let projects = self.document.entry("projects").or_insert(toml_edit::value(toml_edit::Array::new()));
-        let Some(projects) = projects.as_array_mut() else { return false };
-        let name = project.display().to_string();
-        if projects.iter().any(|known| known.as_str() == Some(&name)) {
-            return false;
-        }
-        projects.push(name);
-        true
+    fn allow(&mut self, project: &Path, fingerprint: &str) -> Result<(), PolicyError> {
+        let projects = self.document.entry("projects").or_insert(toml_edit::table());
+        let Some(projects) = projects.as_table_like_mut() else { return Err(self.taken("projects")) };
+        let name = project.to_str().ok_or_else(|| PolicyError::Name(project.display().to_string()))?;
+        projects.insert(name, toml_edit::value(fingerprint));
+        Ok(())
     }
 
-    /// Writes it: a temporary file beside it, then renamed. Nothing is written that could not be read again.
+    /// Writes it as a whole, or not at all. Nothing is written that could not be read again.
     pub fn save(self) -> Result<(), PolicyError> {
         let text = self.document.to_string();
         parse(&text, &self.path)?;
         let error = |source| PolicyError::Write { path: self.path.clone(), source };
-        let directory =
-            self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory).map_err(error)?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".trust-").permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-        let mut file = builder.tempfile_in(directory).map_err(error)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(error)?;
-        file.persist(&self.path).map_err(|failed| error(failed.error))?;
-        Ok(())
+        // Where it is a link, what it leads to is replaced.
+        let path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory).map_err(error)?;
+        }
+        let mode = std::fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o777);
+        replace(&path, text.as_bytes(), mode).map_err(error)
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash::{Algorithm, Digest};
 use crate::manifest::{Method, Resource, Serialization};
+use crate::object::{Object, present};
 
 /// What is wrong with a predicate.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +71,8 @@ pub enum PredicateError {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Predicate<'a> {
     #[serde(borrow)]
-    resources: Vec<Descriptor<'a>>,
-    serialization: Parameters,
+    resources: Vec<Object<Descriptor<'a>>>,
+    serialization: Object<Parameters>,
 }
 
 /// Unknown fields are ignored, as OMS v1.0, 5.2.1 asks. Borrowed: there may be a hundred thousand.
@@ -90,7 +91,7 @@ struct Descriptor<'a> {
 struct Parameters {
     method: String,
     hash_type: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     shard_size: Option<serde_json::Number>,
     allow_symlinks: bool,
     #[serde(default)]
@@ -111,14 +112,14 @@ impl<'a> Predicate<'a> {
             Method::Shards(size) => ("shards", Some(size.get().into())),
         };
         Self {
-            resources: resources.iter().map(descriptor).collect(),
-            serialization: Parameters {
+            resources: resources.iter().map(descriptor).map(Object).collect(),
+            serialization: Object(Parameters {
                 method: method.into(),
                 hash_type: algorithm.into(),
                 shard_size,
                 allow_symlinks: serialization.allow_symlinks,
                 ignore_paths: serialization.ignore_paths.clone(),
-            },
+            }),
         }
     }
 
@@ -127,7 +128,7 @@ impl<'a> Predicate<'a> {
         let algorithm = Algorithm::Sha256.name();
         let descriptor = |(name, digest)| Descriptor { name, digest, algorithm: algorithm.into() };
         let mut predicate = Self::new(&[], &Serialization::default());
-        predicate.resources = files.into_iter().map(descriptor).collect();
+        predicate.resources = files.into_iter().map(descriptor).map(Object).collect();
         predicate
     }
 
@@ -135,7 +136,7 @@ impl<'a> Predicate<'a> {
     pub(crate) fn check(self) -> Result<(Vec<Resource>, Serialization), PredicateError> {
         let Self {
             resources,
-            serialization: Parameters { method, hash_type, shard_size, allow_symlinks, ignore_paths },
+            serialization: Object(Parameters { method, hash_type, shard_size, allow_symlinks, ignore_paths }),
         } = self;
         let method = match method.as_str() {
             "files" if shard_size.is_some() => return Err(PredicateError::ShardSize),
@@ -162,7 +163,7 @@ impl<'a> Predicate<'a> {
             return Err(PredicateError::Duplicate(name.to_owned()));
         }
         let mut checked = Vec::with_capacity(resources.len());
-        for Descriptor { name, digest, algorithm: own } in resources {
+        for Object(Descriptor { name, digest, algorithm: own }) in resources {
             if own != algorithm.name()
                 && Algorithm::from_name(&own) != Some(algorithm)
                 && sharded_name.as_deref() != Some(&own)
@@ -192,12 +193,12 @@ impl<'a> Predicate<'a> {
 }
 
 /// A name that is there twice. Most signers sort them, which makes it quick.
-fn first_duplicate<'a>(resources: &'a [Descriptor<'_>]) -> Option<&'a str> {
-    if resources.is_sorted_by(|one, next| one.name < next.name) {
+fn first_duplicate<'a>(resources: &'a [Object<Descriptor<'_>>]) -> Option<&'a str> {
+    if resources.is_sorted_by(|one, next| one.0.name < next.0.name) {
         return None;
     }
     let mut seen = HashSet::with_capacity(resources.len());
-    resources.iter().map(|resource| &*resource.name).find(|name| !seen.insert(*name))
+    resources.iter().map(|resource| &*resource.0.name).find(|name| !seen.insert(*name))
 }
 
 /// Checks that resources are a whole model: at least one, and of each file every byte once.

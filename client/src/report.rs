@@ -1,5 +1,6 @@
 //! What people and programs see: results on standard output, everything else on standard error.
 
+use std::borrow::Cow;
 use std::io::{self, Write as _};
 
 use omsign::Error;
@@ -8,12 +9,30 @@ use omsign::differences::Differences;
 use crate::commands::Failure;
 use crate::hints::hint;
 
-/// Names printed of each kind of difference; `--json` has them all.
+/// Names printed of each kind of difference; `--json` has more.
 const SHOWN: usize = 50;
 
 /// Prints a result.
 pub(crate) fn result(text: impl std::fmt::Display) -> Result<(), Failure> {
-    raw(format!("{text}\n").as_bytes())
+    raw(format!("{}\n", printable(&text.to_string())).as_bytes())
+}
+
+/// Prints a result in one line, whatever names in it hold.
+pub(crate) fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
+    result(text.to_string().replace('\n', "\\n"))
+}
+
+/// Names and values of others may hold escape sequences for the terminal.
+fn printable(text: &str) -> Cow<'_, str> {
+    let harmful = |character: char| character.is_control() && character != '\n';
+    if !text.contains(harmful) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for character in text.chars() {
+        if harmful(character) { escaped.extend(character.escape_debug()) } else { escaped.push(character) }
+    }
+    escaped.into()
 }
 
 /// Prints bytes as they are.
@@ -28,33 +47,17 @@ pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
 
 /// Prints why a command did not succeed, and returns its exit status.
 pub(crate) fn failure(failure: &Failure) -> u8 {
-    match failure {
-        Failure::Wrong(error) => explain(error),
-        Failure::Undone(error) => {
-            explain(error);
-            return 2;
+    // In one line, whatever names in it hold.
+    eprintln!("error: {}", printable(&failure.text().replace('\n', "\\n")));
+    if let Failure::Wrong(error) | Failure::Undone(error) = failure {
+        if let Error::Differs(differences) = error {
+            show(differences);
         }
-        Failure::Usage(what) => {
-            eprintln!("error: {what}");
-            return 2;
-        }
-        Failure::Unprinted(error) => {
-            eprintln!("error: the result could not be written to standard output: {error}");
-            return 2;
+        if let Some(hint) = hint(error) {
+            eprintln!("hint: {hint}");
         }
     }
-    1
-}
-
-/// Prints an error and what to do about it.
-fn explain(error: &Error) {
-    eprintln!("error: {}", with_causes(error));
-    if let Error::Differs(differences) = error {
-        show(differences);
-    }
-    if let Some(hint) = hint(error) {
-        eprintln!("hint: {hint}");
-    }
+    if matches!(failure, Failure::Wrong(_)) { 1 } else { 2 }
 }
 
 /// A message never repeats its cause, so the whole is the chain.
@@ -70,7 +73,7 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
 
 /// Prints something worth knowing that is not an error.
 pub(crate) fn warning(text: &str) {
-    eprintln!("warning: {text}");
+    eprintln!("warning: {}", printable(text));
 }
 
 fn show(differences: &Differences) {

@@ -1,10 +1,12 @@
 //! The in-toto Statement v1 with the OMS predicate (OMS v1.0, 5 and 6.6): written reproducibly, read strictly.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
+use crate::object::Object;
 use crate::predicate::{Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
@@ -39,11 +41,11 @@ struct Statement<'a> {
     #[serde(rename = "_type")]
     kind: String,
     #[serde(borrow)]
-    subject: Vec<Subject<'a>>,
+    subject: Vec<Object<Subject<'a>>>,
     #[serde(rename = "predicateType")]
     predicate_type: String,
     #[serde(borrow)]
-    predicate: Predicate<'a>,
+    predicate: Object<Predicate<'a>>,
 }
 
 /// What a statement says that it is.
@@ -55,11 +57,30 @@ struct Types {
     predicate_type: Option<String>,
 }
 
+/// The statement of release 0.2.0: one subject for each file, and nothing in the predicate.
 #[derive(Deserialize)]
-struct Subjects<'a> {
+#[serde(deny_unknown_fields)]
+struct Statement020<'a> {
+    #[serde(rename = "_type")]
+    kind: String,
     #[serde(borrow)]
-    subject: Vec<Subject<'a>>,
+    subject: Vec<Object<Subject<'a>>>,
+    #[serde(rename = "predicateType")]
+    predicate_type: String,
+    #[serde(rename = "predicate")]
+    _predicate: Object<Anything>,
 }
+
+/// What is claimed of the root digest before anything is verified.
+#[derive(Deserialize)]
+struct Claim<'a> {
+    #[serde(borrow)]
+    subject: Vec<Object<Subject<'a>>>,
+}
+
+/// An object of which nothing is used.
+#[derive(Deserialize)]
+struct Anything {}
 
 #[derive(Serialize, Deserialize)]
 struct Subject<'a> {
@@ -67,25 +88,35 @@ struct Subject<'a> {
     #[serde(default, borrow)]
     name: Cow<'a, str>,
     #[serde(borrow)]
-    digest: SubjectDigest<'a>,
+    digest: BTreeMap<Cow<'a, str>, Cow<'a, str>>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct SubjectDigest<'a> {
-    #[serde(borrow)]
-    sha256: Cow<'a, str>,
+impl<'a> Subject<'a> {
+    fn new(name: &'a str, sha256: String) -> Self {
+        Self { name: name.into(), digest: [("sha256".into(), sha256.into())].into() }
+    }
+
+    /// Its SHA-256 digest. Others may be beside it, in lower-case hexadecimal as well (in-toto DigestSet).
+    fn sha256(&mut self) -> Result<Cow<'a, str>, StatementError> {
+        let lower = |digest: &str| {
+            !digest.is_empty() && digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if let Some((name, _)) = self.digest.iter().find(|(_, digest)| !lower(digest)) {
+            return Err(StatementError::Malformed(format!("the subject's {name} digest is not hexadecimal")));
+        }
+        let sha256 = self.digest.remove("sha256");
+        sha256
+            .ok_or_else(|| StatementError::Malformed("missing field `sha256` of the subject's digest".into()))
+    }
 }
 
 /// The statement's bytes for a manifest: the same manifest gives the same bytes.
 pub fn encode(manifest: &Manifest) -> Vec<u8> {
     let statement = Statement {
         kind: TYPE.into(),
-        subject: vec![Subject {
-            name: Cow::from(&manifest.model_name),
-            digest: SubjectDigest { sha256: manifest.root_digest().to_string().into() },
-        }],
+        subject: vec![Object(Subject::new(&manifest.model_name, manifest.root_digest().to_string()))],
         predicate_type: PREDICATE_TYPE.into(),
-        predicate: Predicate::new(&manifest.resources, &manifest.serialization),
+        predicate: Object(Predicate::new(&manifest.resources, &manifest.serialization)),
     };
     serde_json::to_vec(&statement).expect("strings and lists always serialize")
 }
@@ -94,21 +125,22 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
     // Once for all of it, and not for each string in it.
     let text = std::str::from_utf8(bytes).map_err(|error| StatementError::Malformed(error.to_string()))?;
-    let statement: Statement<'_> = match serde_json::from_str(text) {
+    let statement: Object<Statement<'_>> = match serde_json::from_str(text) {
         Ok(statement) => statement,
         // A statement of another type is called that, and not malformed.
         Err(error) => return Err(other_type(bytes, PREDICATE_TYPE).unwrap_or_else(|| malformed(error))),
     };
-    let Statement { kind, mut subject, predicate_type, predicate } = statement;
+    let Statement { kind, mut subject, predicate_type, predicate: Object(predicate) } = statement.0;
     check_types(kind, predicate_type, PREDICATE_TYPE)?;
     let subjects = subject.len();
-    let (Some(subject), 1) = (subject.pop(), subjects) else {
+    let (Some(Object(mut subject)), 1) = (subject.pop(), subjects) else {
         return Err(StatementError::Subjects(subjects));
     };
     let (resources, serialization) = predicate.check()?;
     complete(&resources, serialization.method)?;
+    let root_digest = subject.sha256()?;
     let manifest = Manifest { model_name: subject.name.into_owned(), resources, serialization };
-    if manifest.root_digest().to_string() != subject.digest.sha256 {
+    if manifest.root_digest().to_string() != root_digest {
         return Err(StatementError::RootDigest);
     }
     Ok(manifest)
@@ -117,14 +149,32 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
 /// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
 pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    if let Some(other) = other_type(bytes, "https://model_signing/Digests/v0.1") {
-        return Err(other);
+    const DIGESTS: &str = "https://model_signing/Digests/v0.1";
+    let statement: Object<Statement020<'_>> = match serde_json::from_slice(bytes) {
+        Ok(statement) => statement,
+        Err(error) => return Err(other_type(bytes, DIGESTS).unwrap_or_else(|| malformed(error))),
+    };
+    let Statement020 { kind, subject, predicate_type, .. } = statement.0;
+    check_types(kind, predicate_type, DIGESTS)?;
+    let mut files = Vec::with_capacity(subject.len());
+    for Object(mut file) in subject {
+        let digest = file.sha256()?;
+        files.push((file.name, digest));
     }
-    let Subjects { subject } = serde_json::from_slice(bytes).map_err(malformed)?;
-    let files = subject.into_iter().map(|file| (file.name, file.digest.sha256)).collect();
     let (resources, serialization) = Predicate::of_files(files).check()?;
     complete(&resources, serialization.method)?;
     Ok(Manifest { model_name: String::new(), resources, serialization })
+}
+
+/// What a statement says is its root digest. Nothing about it is proven, nor whether it is one.
+pub(crate) fn claimed_root_digest(bytes: &[u8]) -> Result<String, StatementError> {
+    let claim: Option<Claim<'_>> = serde_json::from_slice(bytes).ok();
+    let subject = claim.and_then(|claim| claim.subject.into_iter().next());
+    match subject.and_then(|Object(mut subject)| subject.sha256().ok()) {
+        Some(digest) => Ok(digest.into_owned()),
+        // There is none, so that it is wrong whoever signed it.
+        None => Err(decode(bytes).err().unwrap_or(StatementError::RootDigest)),
+    }
 }
 
 /// Whether it is of another type, as far as it says so.

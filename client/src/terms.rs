@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use openssl::x509::X509;
 use serde::{Deserialize, Serialize};
 
+use crate::crl::Crls;
 use crate::key::{KeyError, PublicKey, certificates_from_pem, read};
 use crate::keyless::{Instance, Keyless};
-use crate::path::Crls;
 use crate::trust::{Anchors, Signers, Trust};
 use crate::wanted::{PatternError, Wanted};
 
@@ -72,6 +72,9 @@ pub enum TermsError {
         "give exactly one of a public key, roots of certificates, and an identity with its identity provider"
     )]
     Signer,
+    /// A name of nobody.
+    #[error("the certificate identity is empty")]
+    Nameless,
     /// One without the other.
     #[error("a keyless signer needs an identity and an identity provider, each by name or by pattern")]
     Identity,
@@ -90,8 +93,12 @@ pub enum TermsError {
 }
 
 impl Source {
+    fn is_pem(&self) -> bool {
+        self.0.trim_start().starts_with("-----BEGIN ")
+    }
+
     fn pem(&self, base: &Path) -> Result<(Vec<u8>, PathBuf), KeyError> {
-        if self.0.trim_start().starts_with("-----BEGIN ") {
+        if self.is_pem() {
             return Ok((self.0.clone().into_bytes(), "the PEM in the policy".into()));
         }
         let path = base.join(&self.0);
@@ -131,6 +138,10 @@ impl Terms {
 
     /// Reads what they name. Relative paths are relative to `base`.
     pub fn trust(&self, base: &Path) -> Result<Trust, TermsError> {
+        self.scope()?;
+        if self.certificate_identity.as_deref() == Some("") {
+            return Err(TermsError::Nameless);
+        }
         let signers = match (self.method()?, &self.public_key) {
             ("key", Some(key)) => {
                 let (pem, path) = key.pem(base)?;
@@ -163,30 +174,37 @@ impl Terms {
         Ok(Keyless::new(&instance, identity, provider)?)
     }
 
-    /// Checks the patterns of models.
-    pub fn check_scope(&self) -> Result<(), TermsError> {
-        self.scope()?;
-        Ok(())
-    }
-
     /// The patterns of models.
     pub(crate) fn scope(&self) -> Result<Vec<Wanted>, PatternError> {
         self.models.iter().map(|pattern| Wanted::pattern(pattern)).collect()
     }
 
     /// Takes keys and certificates in, so that the terms stay what they are when files change; names other files
-    /// from the root.
+    /// from the root. Nothing else that is in those files comes along.
     pub fn make_self_contained(&mut self, base: &Path) -> Result<(), TermsError> {
-        for source in self.public_key.iter_mut().chain(&mut self.roots).chain(&mut self.timestamp_roots) {
-            let (pem, path) = source.pem(base)?;
-            let what = "a key or certificates";
-            *source = Source(String::from_utf8(pem).map_err(|_| KeyError::Content { path, what })?);
+        let text = |pem: Vec<u8>| Source(String::from_utf8(pem).unwrap_or_default());
+        if let Some(key) = &mut self.public_key {
+            let (pem, path) = key.pem(base)?;
+            *key = text(PublicKey::from_pem(&pem, &path)?.to_pem());
+        }
+        for roots in [&mut self.roots, &mut self.timestamp_roots] {
+            let pem =
+                |certificate: &X509| certificate.to_pem().expect("a parsed certificate always serializes");
+            *roots = certificates(roots, base)?.iter().map(pem).map(text).collect();
         }
         for path in self.crls.iter_mut().chain(&mut self.trusted_root).chain(&mut self.trust_config) {
             let absolute = base.join(&path).canonicalize();
             *path = absolute.map_err(|source| KeyError::Read { path: path.clone(), source })?;
         }
         Ok(())
+    }
+
+    /// The files that they name.
+    pub(crate) fn files(&self, base: &Path) -> Vec<PathBuf> {
+        let sources = self.public_key.iter().chain(&self.roots).chain(&self.timestamp_roots);
+        let sources = sources.filter(|source| !source.is_pem()).map(|source| base.join(&source.0));
+        let paths = self.crls.iter().chain(&self.trusted_root).chain(&self.trust_config);
+        sources.chain(paths.map(|path| base.join(path))).collect()
     }
 }
 

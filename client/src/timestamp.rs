@@ -13,10 +13,11 @@ use openssl::cms::{CMSOptions, CmsContentInfo};
 use openssl::error::ErrorStack;
 use openssl::hash::{MessageDigest, hash};
 use openssl::stack::Stack;
-use openssl::x509::{X509, X509PurposeId};
+use openssl::x509::X509;
 
 use crate::certificate;
-use crate::path::{PathError, Question};
+use crate::path::{PathError, Purpose, Question};
+use crate::strength::{is_strong_hash, is_strong_signature, skip_rest};
 
 const SIGNED_DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.2");
 const TST_INFO: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.16.1.4");
@@ -26,6 +27,9 @@ const SIGNING_CERTIFICATE_V2: ObjectIdentifier = ObjectIdentifier::new_unwrap("1
 const SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.1");
 const SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.2");
 const SHA512: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.3");
+
+/// More in one token are an attack: nobody signs them.
+const MOST_CERTIFICATES: usize = 16;
 
 /// How far an authority's clock may be ahead of ours.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_mins(5);
@@ -45,6 +49,9 @@ pub enum TimestampError {
     /// A broken or unknown hash.
     #[error("the time stamp's hash is {0}, neither SHA-256, SHA-384 nor SHA-512 (RFC 3161, 2.4.2)")]
     Hash(String),
+    /// Signed with a broken or unknown hash.
+    #[error("the time stamp is signed with less than 112 bits of security (NIST SP 800-57)")]
+    Weak,
     /// Its own signature is wrong.
     #[error("the time stamp was changed, or not signed by the certificate that it names (RFC 5652, 5.6)")]
     Signature,
@@ -65,13 +72,23 @@ pub enum TimestampError {
     OpenSsl(#[from] ErrorStack),
 }
 
-/// The time at which an authority that leads to one of `roots` saw `signature`.
+/// When an authority saw a signature.
+pub(crate) struct Seen {
+    /// Not before this.
+    pub(crate) earliest: Timestamp,
+    /// At this time at the latest, its clock's accuracy considered: the signature existed.
+    pub(crate) latest: Timestamp,
+    /// From the authority's certificate to the one that is trusted.
+    pub(crate) path: Vec<X509>,
+}
+
+/// Verifies that an authority that leads to one of `roots` saw `signature`.
 pub(crate) fn verify(
     response: &[u8],
     signature: &[u8],
     roots: &[X509],
     now: Timestamp,
-) -> Result<Timestamp, TimestampError> {
+) -> Result<Seen, TimestampError> {
     let token = token(response)?;
     let signed = signed_data(&token)?;
     let [info] = signed.signer_infos.0.as_slice() else {
@@ -84,6 +101,10 @@ pub(crate) fn verify(
     // RFC 5652, 5.1 and 5.3. Nothing that is signed covers these numbers.
     if (signed.version, info.version) != (CmsVersion::V3, version) {
         return Err(TimestampError::Malformed("of another version of CMS"));
+    }
+    // Nor does it have to be signed with the hash that it is a stamp of.
+    if !is_strong_hash(&info.digest_alg) || !is_strong_signature(&info.signature_algorithm) {
+        return Err(TimestampError::Weak);
     }
     let certificates = embedded(&signed)?;
     // Only where the token has no certificates (certReq was false), the trusted ones may hold the signer's.
@@ -116,10 +137,19 @@ pub(crate) fn verify(
     if time > now + CLOCK_SKEW {
         return Err(TimestampError::Future(time));
     }
-    let purpose = Some(X509PurposeId::TIMESTAMP_SIGN);
+    let purpose = Purpose::TimeStamping;
     let question = Question { anchors: roots, leaf: signer, intermediates: &certificates, purpose };
-    question.ask(time).map_err(TimestampError::Authority)?;
-    Ok(time)
+    let path = question.ask(time).map_err(TimestampError::Authority)?;
+    let out_of_range = |_| TimestampError::Malformed("no accuracy that a clock can have");
+    let earliest = time.checked_sub(stamp.accuracy).map_err(out_of_range)?;
+    let latest = time.checked_add(stamp.accuracy).map_err(out_of_range)?;
+    Ok(Seen { earliest, latest, path })
+}
+
+/// When an authority says that it saw something. Nothing about it is proven.
+pub fn claimed_time(response: &[u8]) -> Option<Timestamp> {
+    let content = signed_data(&token(response).ok()?).ok()?.encap_content_info.econtent?;
+    Stamp::parse(content.value()).ok()?.time
 }
 
 /// The token of a TimeStampResp. Some bundles hold the token alone.
@@ -164,6 +194,9 @@ fn signed_data(token: &[u8]) -> Result<SignedData, TimestampError> {
 /// The certificates in the token, nothing about which is proven.
 fn embedded(signed: &SignedData) -> Result<Vec<X509>, TimestampError> {
     let choices = signed.certificates.iter().flat_map(|set| set.0.iter());
+    if choices.clone().count() > MOST_CERTIFICATES {
+        return Err(TimestampError::Malformed("it holds too many certificates"));
+    }
     let certificates = choices.map(|choice| match choice {
         CertificateChoices::Certificate(certificate) => certificate::parse(&certificate.to_der().ok()?),
         CertificateChoices::Other(_) => None,
@@ -247,13 +280,16 @@ struct Stamp {
     hash: ObjectIdentifier,
     digest: Vec<u8>,
     time: Option<Timestamp>,
+    accuracy: SignedDuration,
 }
 
 impl Stamp {
     fn parse(content: &[u8]) -> der::Result<Self> {
         let mut reader = SliceReader::new(content)?;
         let stamp = reader.sequence(|info| {
-            let _version = u8::decode(info)?;
+            if u8::decode(info)? != 1 {
+                return Err(Tag::Integer.value_error());
+            }
             let _policy = ObjectIdentifier::decode(info)?;
             let (hash, digest) = info.sequence(|imprint| {
                 let hash = imprint.sequence(|algorithm| {
@@ -266,16 +302,54 @@ impl Stamp {
             let _serial = Int::decode(info)?;
             let time = AnyRef::decode(info)?;
             let time = if time.tag() == Tag::GeneralizedTime { generalized_time(time.value()) } else { None };
-            skip_rest(info)?;
-            Ok(Self { hash, digest, time })
+            let mut accuracy = SignedDuration::ZERO;
+            while !info.is_finished() {
+                let field = AnyRef::decode(info)?;
+                if field.tag() == Tag::Sequence {
+                    accuracy = parse_accuracy(field.value())?;
+                } else if field.tag().number().value() == 1 && field.tag().is_context_specific() {
+                    no_critical_extension(field.value())?;
+                }
+            }
+            Ok(Self { hash, digest, time, accuracy })
         })?;
         reader.finish(stamp)
     }
 }
 
-fn skip_rest<'a>(reader: &mut impl der::Reader<'a>) -> der::Result<()> {
+/// Accuracy: `seconds INTEGER OPTIONAL, millis [0] OPTIONAL, micros [1] OPTIONAL`.
+fn parse_accuracy(fields: &[u8]) -> der::Result<SignedDuration> {
+    let (mut reader, mut accuracy) = (SliceReader::new(fields)?, SignedDuration::ZERO);
     while !reader.is_finished() {
-        AnyRef::decode(reader)?;
+        let field = AnyRef::decode(&mut reader)?;
+        let number = match field.value() {
+            bytes @ [0..0x80, ..] if bytes.len() <= 4 => {
+                bytes.iter().fold(0, |sum, byte| sum << 8 | i64::from(*byte))
+            }
+            _ => return Err(field.tag().value_error()),
+        };
+        accuracy += match (field.tag() == Tag::Integer, field.tag().number().value()) {
+            (true, _) => SignedDuration::from_secs(number),
+            (false, 0) => SignedDuration::from_millis(number),
+            (false, _) => SignedDuration::from_micros(number),
+        };
+    }
+    Ok(accuracy)
+}
+
+/// None is understood.
+fn no_critical_extension(extensions: &[u8]) -> der::Result<()> {
+    let mut reader = SliceReader::new(extensions)?;
+    while !reader.is_finished() {
+        let critical = reader.sequence(|extension| {
+            let _oid = ObjectIdentifier::decode(extension)?;
+            let second = AnyRef::decode(extension)?;
+            skip_rest(extension)?;
+            Ok(second.tag() == Tag::Boolean && second.value() != [0])
+        })?;
+        if critical {
+            return Err(Tag::Boolean.value_error());
+        }
     }
     Ok(())
 }

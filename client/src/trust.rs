@@ -9,15 +9,17 @@ use sigstore_verify::types::Sha256Hash;
 
 use crate::bundle::{Bundle, KeyIdentifier, Material};
 use crate::certificate::{self, UsageError};
+use crate::crl::Crls;
 use crate::dsse::Pae;
 use crate::hash::Digest;
-use crate::key::{Algorithm, KeyError, PublicKey};
+use crate::key::{KeyError, PublicKey};
 use crate::keyless::{Keyless, KeylessError};
 use crate::manifest::Manifest;
-use crate::path::{Crls, PathError, Question};
+use crate::path::{PathError, Purpose, Question, check_revocation};
 use crate::policy::Refusal;
+use crate::proof::{Proof, SignedAt, Signer};
 use crate::statement::{self, StatementError};
-use crate::timestamp::{self, TimestampError};
+use crate::timestamp::{self, Seen, TimestampError};
 
 /// Whose signatures are accepted, and how that is proven.
 pub struct Trust {
@@ -45,7 +47,7 @@ pub enum Signers {
 pub struct Anchors {
     /// Those that lead to one of these.
     pub roots: Vec<X509>,
-    /// And, where there are any, that are not revoked. Then each certificate on the way needs one.
+    /// And, where there are any, that are not revoked. Then each issuer on the way needs one.
     pub crls: Crls,
     /// And, where it is given, that are called so: subject, alternative name or SHA-256 fingerprint.
     pub identity: Option<String>,
@@ -53,65 +55,9 @@ pub struct Anchors {
 
 /// A statement whose signature was verified. Only this module can make one.
 #[derive(Debug)]
-#[non_exhaustive]
 pub struct VerifiedStatement {
-    /// What was signed.
-    pub manifest: Manifest,
-    /// By whom, and what else is proven.
-    pub proof: Proof,
-}
-
-/// What is proven about a signature.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Proof {
-    /// Who signed.
-    pub signer: Signer,
-    /// How its key signs.
-    pub algorithm: Algorithm,
-    /// SHA-256 of the key's PEM, as in `publicKey.hint`.
-    pub key_hint: String,
-    /// A time at which the signature existed. Without one, certificates were valid when it was verified.
-    pub signed_at: Option<SignedAt>,
-    /// Whether CRLs were looked at.
-    pub revocation_checked: bool,
-    /// Time stamps that nothing is known about, because no authority was given.
-    pub unchecked_timestamps: usize,
-    /// Whether it is of release 0.2.0, and so a weaker promise.
-    pub legacy: bool,
-    /// The entry of the trust policy that accepted it, where there is one.
-    pub accepted_by: Option<String>,
-}
-
-/// Who signed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Signer {
-    /// Whoever has the key.
-    Key,
-    /// The owner of a certificate.
-    Certificate {
-        /// Its subject.
-        subject: String,
-        /// Its subject's alternative names.
-        names: Vec<String>,
-        /// SHA-256 of its DER.
-        fingerprint: String,
-    },
-    /// A person or a workflow.
-    Keyless {
-        /// As the provider calls it.
-        identity: String,
-        /// Who vouches for it.
-        identity_provider: String,
-    },
-}
-
-/// A time at which a signature existed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SignedAt {
-    /// The earliest that is proven.
-    pub time: Timestamp,
-    /// Who says so, for people.
-    pub source: &'static str,
+    manifest: Manifest,
+    proof: Proof,
 }
 
 /// Why a signature is not accepted.
@@ -215,6 +161,29 @@ impl TrustError {
     }
 }
 
+impl VerifiedStatement {
+    /// What was signed.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// By whom, and what else is proven.
+    pub fn proof(&self) -> &Proof {
+        &self.proof
+    }
+
+    /// Says which entry of a policy it was that accepted it.
+    pub(crate) fn accepted_by(mut self, entry: String) -> Self {
+        self.proof.accepted_by = Some(entry);
+        self
+    }
+
+    /// Both.
+    pub(crate) fn into_parts(self) -> (Manifest, Proof) {
+        (self.manifest, self.proof)
+    }
+}
+
 impl Trust {
     /// Accepts these signers without more ado.
     pub fn new(signers: Signers) -> Self {
@@ -223,18 +192,27 @@ impl Trust {
 
     /// Verifies a bundle's signature and signer, and reads its statement.
     pub fn verify(&self, bundle: &Bundle) -> Result<VerifiedStatement, TrustError> {
+        let now = Timestamp::now();
         match (&self.signers, &bundle.material) {
             (Signers::PublicKey(key), Material::PublicKey(identifier)) => {
                 same_key(key, identifier)?;
-                let times = self.times(bundle, Timestamp::now())?;
-                self.signed(bundle, key, Signer::Key, times, false)
+                let form = self.signed(bundle, key)?;
+                let stamps = self.stamps(bundle, now)?;
+                let proof = proof(Signer::Key, key, bundle, &stamps, form);
+                read(bundle, form, proof)
             }
             (Signers::Certified(anchors), Material::CertificateChain(chain)) => {
-                let now = Timestamp::now();
-                let times = self.times(bundle, now)?;
-                let leaf = anchors.leaf(chain, &times, now)?;
-                let key = PublicKey::of_certificate(&leaf).map_err(TrustError::LeafKey)?;
-                self.signed(bundle, &key, certified(&leaf)?, times, !anchors.crls.is_empty())
+                let certificates = parse(chain)?;
+                let (leaf, intermediates) = certificates.split_first().ok_or(TrustError::Certificate(0))?;
+                let key = PublicKey::of_certificate(leaf).map_err(TrustError::LeafKey)?;
+                // First what is quick, and what nobody else can make.
+                let form = self.signed(bundle, &key)?;
+                let stamps = self.stamps(bundle, now)?;
+                anchors.check(leaf, intermediates, &stamps, now)?;
+                let mut proof = proof(certified(leaf)?, &key, bundle, &stamps, form);
+                proof.revocation_checked = !anchors.crls.is_empty();
+                proof.authority_revocation_checked = anchors.check_authorities(&stamps, now)?;
+                read(bundle, form, proof)
             }
             (Signers::Keyless(keyless), Material::Keyless { certificate, .. }) => {
                 verify_keyless(keyless, bundle, certificate)
@@ -250,52 +228,56 @@ impl Trust {
         }
     }
 
-    /// When the signature existed: all that authorities say. Each has to be right.
-    fn times(&self, bundle: &Bundle, now: Timestamp) -> Result<Vec<Timestamp>, TimestampError> {
+    /// In which form this key signed the payload.
+    fn signed(&self, bundle: &Bundle, key: &PublicKey) -> Result<Form, TrustError> {
+        if key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
+            return Ok(Form::Dsse);
+        }
+        match key.verifies_as_release_0_2_0(&bundle.payload, &bundle.signature) {
+            true if self.accept_legacy => Ok(Form::Release020),
+            true => Err(TrustError::Legacy),
+            false => Err(TrustError::Signature),
+        }
+    }
+
+    /// When authorities saw the signature. Each has to be right.
+    fn stamps(&self, bundle: &Bundle, now: Timestamp) -> Result<Vec<Seen>, TimestampError> {
         if self.timestamp_roots.is_empty() {
             return Ok(Vec::new());
         }
-        let time = |stamp: &Vec<u8>| timestamp::verify(stamp, &bundle.signature, &self.timestamp_roots, now);
-        bundle.timestamps.iter().map(time).collect()
+        let seen = |stamp: &Vec<u8>| timestamp::verify(stamp, &bundle.signature, &self.timestamp_roots, now);
+        bundle.timestamps.iter().map(seen).collect()
     }
+}
 
-    /// The statement, if this key signed it.
-    fn signed(
-        &self,
-        bundle: &Bundle,
-        key: &PublicKey,
-        signer: Signer,
-        times: Vec<Timestamp>,
-        revocation_checked: bool,
-    ) -> Result<VerifiedStatement, TrustError> {
-        let legacy = if key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
-            false
-        } else if key.verifies_as_release_0_2_0(&bundle.payload, &bundle.signature) {
-            true
-        } else {
-            return Err(TrustError::Signature);
-        };
-        if legacy && !self.accept_legacy {
-            return Err(TrustError::Legacy);
-        }
-        // Nothing of the payload is looked at before this line.
-        let manifest = if legacy {
-            statement::decode_release_0_2_0(&bundle.payload)?
-        } else {
-            statement::decode(&bundle.payload)?
-        };
-        let signed_at = times.iter().min();
-        let proof = Proof {
-            signer,
-            algorithm: key.algorithm,
-            key_hint: key.hint(),
-            signed_at: signed_at.map(|&time| SignedAt { time, source: "RFC 3161 time stamp" }),
-            revocation_checked,
-            unchecked_timestamps: bundle.timestamps.len() - times.len(),
-            legacy,
-            accepted_by: None,
-        };
-        Ok(VerifiedStatement { manifest, proof })
+/// How a payload was encoded to be signed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Dsse,
+    Release020,
+}
+
+/// Reads the statement of a bundle whose signature is proven. Nothing of the payload is looked at before.
+fn read(bundle: &Bundle, form: Form, proof: Proof) -> Result<VerifiedStatement, TrustError> {
+    let manifest = match form {
+        Form::Dsse => statement::decode(&bundle.payload)?,
+        Form::Release020 => statement::decode_release_0_2_0(&bundle.payload)?,
+    };
+    Ok(VerifiedStatement { manifest, proof })
+}
+
+fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], form: Form) -> Proof {
+    let earliest = stamps.iter().map(|seen| seen.latest).min();
+    Proof {
+        signer,
+        algorithm: key.algorithm,
+        key_hint: key.hint(),
+        signed_at: earliest.map(|time| SignedAt { time, source: "RFC 3161 time stamp" }),
+        revocation_checked: false,
+        authority_revocation_checked: false,
+        unchecked_timestamps: bundle.timestamps.len() - stamps.len(),
+        legacy: form == Form::Release020,
+        accepted_by: None,
     }
 }
 
@@ -308,33 +290,58 @@ fn same_key(key: &PublicKey, identifier: &KeyIdentifier) -> Result<(), TrustErro
     }
 }
 
+fn parse(chain: &[Vec<u8>]) -> Result<Vec<X509>, TrustError> {
+    let parse =
+        |(index, der): (usize, &Vec<u8>)| certificate::parse(der).ok_or(TrustError::Certificate(index));
+    chain.iter().enumerate().map(parse).collect()
+}
+
 impl Anchors {
-    /// The leaf of a chain that leads to an anchor, was valid at all of the times (or is now), and may sign.
-    fn leaf(&self, chain: &[Vec<u8>], times: &[Timestamp], now: Timestamp) -> Result<X509, TrustError> {
-        let parse =
-            |(index, der): (usize, &Vec<u8>)| certificate::parse(der).ok_or(TrustError::Certificate(index));
-        let mut certificates =
-            chain.iter().enumerate().map(parse).collect::<Result<Vec<_>, _>>()?.into_iter();
-        let leaf = certificates.next().ok_or(TrustError::Certificate(0))?;
-        let intermediates: Vec<X509> = certificates.collect();
-        let question =
-            Question { anchors: &self.roots, leaf: &leaf, intermediates: &intermediates, purpose: None };
-        let times = if times.is_empty() { std::slice::from_ref(&now) } else { times };
-        times.iter().try_for_each(|&time| question.ask(time))?;
-        if !self.crls.is_empty() {
-            question.ask_revoked(&self.crls, now)?;
+    /// Checks that a leaf leads to an anchor, was valid whenever it was seen (or is now), and may sign.
+    fn check(
+        &self,
+        leaf: &X509,
+        intermediates: &[X509],
+        stamps: &[Seen],
+        now: Timestamp,
+    ) -> Result<(), TrustError> {
+        let question = Question { anchors: &self.roots, leaf, intermediates, purpose: Purpose::CodeSigning };
+        let mut times: Vec<Timestamp> = stamps.iter().flat_map(|seen| [seen.earliest, seen.latest]).collect();
+        if times.is_empty() {
+            times.push(now);
         }
-        certificate::check_usage(&leaf)?;
+        let mut path = Vec::new();
+        for time in times {
+            path = question.ask(time)?;
+        }
+        if !self.crls.is_empty() {
+            check_revocation(&path, &self.crls, now)?;
+        }
+        certificate::check_usage(leaf)?;
         match &self.identity {
-            Some(wanted) if !certificate::is_called(&leaf, wanted) => {
-                let (subject, fingerprint) = (certificate::subject(&leaf), certificate::fingerprint(&leaf)?);
+            Some(wanted) if !certificate::is_called(leaf, wanted) => {
+                let (subject, fingerprint) = (certificate::subject(leaf), certificate::fingerprint(leaf)?);
                 Err(TrustError::Identity {
                     wanted: wanted.clone(),
                     found: format!("{subject} ({fingerprint})"),
                 })
             }
-            _ => Ok(leaf),
+            _ => Ok(()),
         }
+    }
+
+    /// Whether the time-stamp authorities' certificates are known not to be revoked. Their issuers' CRLs may be others'
+    /// business, so that it is no error where there are none.
+    fn check_authorities(&self, stamps: &[Seen], now: Timestamp) -> Result<bool, TrustError> {
+        let mut known = !self.crls.is_empty();
+        for seen in stamps {
+            match check_revocation(&seen.path, &self.crls, now) {
+                Ok(()) => {}
+                Err(PathError::NoCrl(..)) => known = false,
+                Err(error) => return Err(TimestampError::Authority(error).into()),
+            }
+        }
+        Ok(known)
     }
 }
 
@@ -350,22 +357,20 @@ fn verify_keyless(
 ) -> Result<VerifiedStatement, TrustError> {
     let leaf = certificate::parse(certificate).ok_or(TrustError::Certificate(0))?;
     let key = PublicKey::of_certificate(&leaf).map_err(TrustError::LeafKey)?;
-    // Read before it is verified, for sigstore-verify wants to know what the signature is of; not used unless it is.
-    let manifest = statement::decode(&bundle.payload)?;
-    let root_digest =
-        Sha256Hash::from_hex(&manifest.root_digest().to_string()).map_err(|_| TrustError::Signature)?;
-    let proven = keyless.verify(bundle, root_digest)?;
+    // The one thing that is read before it is verified: sigstore-verify wants to know what the signature is of.
+    let root_digest = statement::claimed_root_digest(&bundle.payload)?;
+    let root_digest = Sha256Hash::from_hex(&root_digest).map_err(|_| StatementError::RootDigest)?;
+    let proven = keyless.verify(bundle, root_digest).map_err(|error| {
+        // What their parser does not take is said in our words: it is wrong whoever signed it.
+        let unreadable = matches!(error, KeylessError::Bundle(_));
+        let statement = unreadable.then(|| statement::decode(&bundle.payload).err()).flatten();
+        statement.map_or(TrustError::Keyless(error), TrustError::Statement)
+    })?;
     certificate::check_usage(&leaf)?;
     let source = if proven.logged { "transparency log" } else { "RFC 3161 time stamp" };
-    let proof = Proof {
-        signer: Signer::Keyless { identity: proven.identity, identity_provider: proven.identity_provider },
-        algorithm: key.algorithm,
-        key_hint: key.hint(),
-        signed_at: Some(SignedAt { time: proven.at, source }),
-        revocation_checked: false,
-        unchecked_timestamps: 0,
-        legacy: false,
-        accepted_by: None,
-    };
-    Ok(VerifiedStatement { manifest, proof })
+    let signer = Signer::Keyless { identity: proven.identity, identity_provider: proven.identity_provider };
+    let mut proof = proof(signer, &key, bundle, &[], Form::Dsse);
+    proof.signed_at = Some(SignedAt { time: proven.at, source });
+    proof.unchecked_timestamps = 0;
+    read(bundle, Form::Dsse, proof)
 }

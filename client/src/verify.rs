@@ -6,12 +6,12 @@
 //! use omsign::hash::Hasher;
 //! use omsign::key::PublicKey;
 //! use omsign::trust::{Signers, Trust};
-//! use omsign::verify::{Request, verify};
+//! use omsign::verify::{Judge, Request, verify};
 //!
 //! # fn main() -> Result<(), omsign::Error> {
 //! let trust = Trust::new(Signers::PublicKey(PublicKey::read(Path::new("release.pem"))?));
 //! let request = Request::new(Path::new("my-model"), Path::new("model.sig"));
-//! let verified = verify(&request, |bundle| trust.verify(bundle), &Hasher::new(None, None)?)?;
+//! let verified = verify(&request, &Judge::Trust(trust), &Hasher::new(None, None)?)?;
 //! println!("{} files, signed by the key {}", verified.files, verified.proof.key_hint);
 //! # Ok(())
 //! # }
@@ -24,10 +24,29 @@ use crate::bundle::{Bundle, LARGEST_BYTES};
 use crate::differences::{Compared, compare};
 use crate::hash::Hasher;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Scope, at_or_below, bundle_inside, name_below};
-use crate::trust::{Proof, TrustError, VerifiedStatement};
+use crate::model::{self, GIT_PATHS, Model, Scope, at_or_below, bundle_inside};
+use crate::policy::Policy;
+use crate::proof::Proof;
+use crate::trust::{Trust, TrustError, VerifiedStatement};
 
-/// What to verify. Nothing in it makes a check weaker than OMS v1.0, 8 asks: it says which files are the model.
+/// Who decides whose signature counts.
+pub enum Judge {
+    /// These terms.
+    Trust(Trust),
+    /// A policy.
+    Policy(Policy),
+}
+
+impl Judge {
+    fn verify(&self, bundle: &Bundle) -> Result<VerifiedStatement, TrustError> {
+        match self {
+            Self::Trust(trust) => trust.verify(bundle),
+            Self::Policy(policy) => policy.verify(bundle),
+        }
+    }
+}
+
+/// What to verify. Nothing in it makes the check of a signed file weaker: it says which files are looked at.
 #[derive(Clone, Debug)]
 pub struct Request<'a> {
     /// The model: a directory or a file.
@@ -79,8 +98,12 @@ pub struct Verified {
     pub bytes: u64,
     /// Files that were signed and not looked at, because only some were asked for.
     pub not_looked_at: usize,
-    /// Files that were not signed: ignored because the caller said so, or empty where files are sharded.
+    /// Files that were not signed: ignored because the caller said so, or empty where files are sharded. Sorted.
     pub ignored: Vec<String>,
+    /// What is there and was not looked at, the bundle aside: paths that the signer or the caller left out, sorted.
+    pub left_out: Vec<String>,
+    /// Whether only some files were asked for.
+    pub partial: bool,
 }
 
 /// Why a verified statement is not about what was asked for.
@@ -99,23 +122,19 @@ pub enum SubjectError {
     NotSigned(PathBuf),
 }
 
-/// Verifies a model. `judge` decides whose signature counts: [`crate::trust::Trust::verify`] or
-/// [`crate::policy::Policy::verify`]. `Ok` only if the signature, the signer and every file are right.
-pub fn verify(
-    request: &Request<'_>,
-    judge: impl FnOnce(&Bundle) -> Result<VerifiedStatement, TrustError>,
-    hasher: &Hasher,
-) -> Result<Verified, Error> {
+/// Verifies a model. `Ok` only if the signature, the signer and every file are right.
+pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<Verified, Error> {
     let bundle = Bundle::read(request.signature, request.largest_bundle)?;
-    let VerifiedStatement { manifest: mut signed, proof, .. } = judge(&bundle)?;
+    let (mut signed, proof) = judge.verify(&bundle)?.into_parts();
     drop(bundle);
     if let Some(wanted) = request.model_name.filter(|wanted| *wanted != signed.model_name) {
         return Err(SubjectError::ModelName { wanted: wanted.to_owned(), found: signed.model_name }.into());
     }
     let (root_digest, all_files) = (signed.root_digest().to_string(), signed.files());
+    let partial = !request.partial.is_empty();
     let only = only(request, &signed)?;
     let scope = what_to_look_at(&signed, request, only);
-    if !scope.only.is_empty() {
+    if partial {
         signed.resources.retain(|resource| scope.only.iter().any(|only| at_or_below(&resource.file, only)));
     }
     let found = Model::walk(request.model, &scope)?;
@@ -123,22 +142,30 @@ pub fn verify(
     let Compared { mut differences, unlistable: mut ignored, files, bytes } = compared;
     if request.ignore_unsigned_files {
         ignored.append(&mut differences.extra);
+        ignored.sort();
     }
     if !differences.is_empty() {
         return Err(differences.into());
     }
-    let not_looked_at = all_files - files;
-    Ok(Verified { proof, model_name: signed.model_name, root_digest, files, bytes, not_looked_at, ignored })
+    let mut left_out = found.left_out;
+    let own = bundle_inside(request.model, request.signature);
+    left_out.retain(|path| Some(path) != own.as_ref());
+    let (model_name, not_looked_at) = (signed.model_name, all_files - files);
+    Ok(Verified { proof, model_name, root_digest, files, bytes, not_looked_at, ignored, left_out, partial })
 }
 
-/// Names of what alone is looked at, as the manifest has them.
+/// Names of what alone is looked at, as the manifest has them. A path is taken as it is written, from the model's root
+/// or from here: to follow a link on its way would be to look at another file than the one that is named.
 fn only(request: &Request<'_>, signed: &Manifest) -> Result<Vec<String>, SubjectError> {
-    let real_root = request.model.canonicalize().unwrap_or_else(|_| request.model.to_owned());
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let roots = [absolute(request.model), request.model.canonicalize().unwrap_or_default()];
     let name = |path: &PathBuf| {
-        let from_root = name_below(&real_root, &real_root.join(path));
-        let candidates = [from_root, name_below(&real_root, path), Some(path.clone())];
-        let names = candidates.into_iter().flatten().filter_map(|path| path.to_str().map(str::to_owned));
-        let mut names = names.map(|name| name.trim_end_matches('/').to_owned());
+        let here = absolute(path);
+        let from_here = roots.iter().filter_map(|root| here.strip_prefix(root).ok());
+        let candidates = std::iter::once(path.as_path()).chain(from_here);
+        // Without `.` and a slash at the end.
+        let names = candidates.filter_map(|path| path.components().as_path().to_str());
+        let mut names = names.map(|name| name.strip_prefix("./").unwrap_or(name).to_owned());
         let is_signed =
             |name: &String| signed.resources.iter().any(|resource| at_or_below(&resource.file, name));
         names.find(is_signed).ok_or_else(|| SubjectError::NotSigned(path.clone()))
@@ -157,7 +184,13 @@ fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) 
     // One that is not there hides nothing.
     ignore_paths
         .extend(request.ignore_paths.iter().filter_map(|path| model::ignored(request.model, path).ok()));
-    ignore_paths.retain(|path| !signed.resources.iter().any(|resource| at_or_below(&resource.file, path)));
+    for resource in &signed.resources {
+        let file = resource.file.as_str();
+        let above = file.match_indices('/').filter_map(|(at, _)| file.get(..at));
+        for path in above.chain([file]) {
+            ignore_paths.remove(path);
+        }
+    }
     ignore_paths.extend(bundle_inside(request.model, request.signature));
     Scope { ignore_paths, allow_symlinks: *allow_symlinks, only }
 }

@@ -1,10 +1,11 @@
 //! A bundle on disk.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use super::{Bundle, BundleError};
+use crate::replace::replace;
 
 impl Bundle {
     /// Reads a bundle file of at most so many bytes: see [`super::LARGEST_BYTES`].
@@ -46,20 +47,9 @@ impl Bundle {
         Err(occupied())
     }
 
-    /// Writes the bundle: a temporary file beside it, synced, then renamed. On failure nothing is left and what
-    /// was there before is untouched.
+    /// Writes the bundle as a whole, or not at all.
     pub fn write(&self, path: &Path) -> Result<(), BundleError> {
         let io = |source| BundleError::Write { path: path.to_owned(), source };
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".omsign-").permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-        let mut file = builder.tempfile_in(directory).map_err(io)?;
-        file.write_all(&self.to_json()).map_err(io)?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(path).map_err(|error| io(error.error))?;
-        File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)
+        replace(path, &self.to_json(), 0o644).map_err(io)
     }
 }

@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 
 use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
 use crate::dsse::PAYLOAD_TYPE;
+use crate::object::{Bounded, Object, present};
 
 /// No other fields anywhere: the schemas of OMS allow them in the verification material, but no parser of Sigstore
 /// bundles does.
@@ -18,33 +19,38 @@ use crate::dsse::PAYLOAD_TYPE;
 struct BundleJson<'a> {
     media_type: String,
     #[serde(borrow)]
-    verification_material: MaterialJson<'a>,
+    verification_material: Object<MaterialJson<'a>>,
     #[serde(borrow)]
-    dsse_envelope: EnvelopeJson<'a>,
+    dsse_envelope: Object<EnvelopeJson<'a>>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct MaterialJson<'a> {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    public_key: Option<KeyJson>,
-    #[serde(default, rename = "x509CertificateChain", skip_serializing_if = "Option::is_none")]
-    certificate_chain: Option<ChainJson>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    certificate: Option<CertificateJson>,
-    /// Unparsed: what is not used needs no memory. Written even where it is empty, for some verifiers ask for it.
-    #[serde(default, borrow)]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    public_key: Option<Object<KeyJson>>,
+    #[serde(
+        default,
+        rename = "x509CertificateChain",
+        deserialize_with = "present",
+        skip_serializing_if = "Option::is_none"
+    )]
+    certificate_chain: Option<Object<ChainJson>>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    certificate: Option<Object<CertificateJson>>,
+    /// Unparsed. Written even where it is empty, for some verifiers ask for it.
+    #[serde(default, borrow, deserialize_with = "present")]
     tlog_entries: Option<&'a RawValue>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    timestamp_verification_data: Option<TimestampsJson>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    timestamp_verification_data: Option<Object<TimestampsJson>>,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct KeyJson {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     hint: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     raw_bytes: Option<String>,
     #[serde(default, skip_serializing)]
     #[expect(dead_code, reason = "known, so not an unknown field; the key itself says what it is")]
@@ -54,7 +60,7 @@ struct KeyJson {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ChainJson {
-    certificates: Vec<CertificateJson>,
+    certificates: Bounded<Object<CertificateJson>, MOST>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -67,7 +73,7 @@ struct CertificateJson {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct TimestampsJson {
     #[serde(default, rename = "rfc3161Timestamps")]
-    rfc3161: Option<Vec<TimestampJson>>,
+    rfc3161: Bounded<Object<TimestampJson>, MOST>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -83,8 +89,12 @@ struct EnvelopeJson<'a> {
     #[serde(borrow)]
     payload: Cow<'a, str>,
     payload_type: String,
-    signatures: Vec<SignatureJson>,
+    signatures: Bounded<Object<SignatureJson>, MOST>,
 }
+
+/// An object of which nothing is used.
+#[derive(Deserialize)]
+struct Anything {}
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,24 +108,25 @@ struct SignatureJson {
 impl Bundle {
     /// Parses a bundle.
     pub fn parse(bytes: &[u8]) -> Result<Self, BundleError> {
-        let bundle: BundleJson<'_> =
+        let bundle: Object<BundleJson<'_>> =
             serde_json::from_slice(bytes).map_err(|error| BundleError::Malformed(error.to_string()))?;
-        let BundleJson { media_type, verification_material: material, dsse_envelope: envelope } = bundle;
+        let BundleJson { media_type, verification_material, dsse_envelope } = bundle.0;
+        let (Object(material), Object(envelope)) = (verification_material, dsse_envelope);
         if media_type != MEDIA_TYPE {
             return Err(BundleError::MediaType(media_type));
         }
         if envelope.payload_type != PAYLOAD_TYPE {
             return Err(BundleError::PayloadType(envelope.payload_type));
         }
-        let [signature] = envelope.signatures.as_slice() else {
-            return Err(BundleError::Signatures(envelope.signatures.len()));
+        let [Object(signature)] = envelope.signatures.kept.as_slice() else {
+            return Err(BundleError::Signatures(envelope.signatures.count));
         };
         let timestamps = timestamps(material.timestamp_verification_data)?;
         let entries = log_entries(material.tlog_entries.map_or("[]", RawValue::get))?;
         let material = match (material.public_key, material.certificate_chain, material.certificate) {
-            (Some(key), None, None) => Material::PublicKey(key_identifier(key)?),
-            (None, Some(chain), None) => Material::CertificateChain(certificates(&chain)?),
-            (None, None, Some(certificate)) => {
+            (Some(Object(key)), None, None) => Material::PublicKey(key_identifier(key)?),
+            (None, Some(Object(chain)), None) => Material::CertificateChain(certificates(&chain)?),
+            (None, None, Some(Object(certificate))) => {
                 if entries.0 == "[]" {
                     return Err(BundleError::NoLogEntries);
                 }
@@ -135,7 +146,7 @@ impl Bundle {
 
     /// The bundle as JSON, on one line.
     pub fn to_json(&self) -> Vec<u8> {
-        let certificate = |der: &Vec<u8>| CertificateJson { raw_bytes: STANDARD.encode(der) };
+        let certificate = |der: &Vec<u8>| Object(CertificateJson { raw_bytes: STANDARD.encode(der) });
         let entries = match &self.material {
             Material::Keyless { log, .. } => log.0.as_str(),
             Material::PublicKey(_) | Material::CertificateChain(_) => "[]",
@@ -148,30 +159,28 @@ impl Bundle {
                     KeyIdentifier::Hint(hint) => (Some(hint.clone()), None),
                     KeyIdentifier::Pem(pem) => (None, Some(STANDARD.encode(pem))),
                 };
-                material.public_key = Some(KeyJson { hint, raw_bytes, key_details: None });
+                material.public_key = Some(Object(KeyJson { hint, raw_bytes, key_details: None }));
             }
             Material::CertificateChain(chain) => {
-                let certificates = chain.iter().map(certificate).collect();
-                material.certificate_chain = Some(ChainJson { certificates });
+                let certificates: Vec<_> = chain.iter().map(certificate).collect();
+                material.certificate_chain = Some(Object(ChainJson { certificates: certificates.into() }));
             }
             Material::Keyless { certificate: leaf, .. } => material.certificate = Some(certificate(leaf)),
         }
         if !self.timestamps.is_empty() {
-            let timestamp = |der: &Vec<u8>| TimestampJson { signed_timestamp: STANDARD.encode(der) };
-            let rfc3161 = Some(self.timestamps.iter().map(timestamp).collect());
-            material.timestamp_verification_data = Some(TimestampsJson { rfc3161 });
+            let timestamp = |der: &Vec<u8>| Object(TimestampJson { signed_timestamp: STANDARD.encode(der) });
+            let rfc3161: Vec<_> = self.timestamps.iter().map(timestamp).collect();
+            material.timestamp_verification_data = Some(Object(TimestampsJson { rfc3161: rfc3161.into() }));
         }
+        let signature = SignatureJson { sig: STANDARD.encode(&self.signature), keyid: Some(String::new()) };
         let bundle = BundleJson {
             media_type: MEDIA_TYPE.into(),
-            verification_material: material,
-            dsse_envelope: EnvelopeJson {
+            verification_material: Object(material),
+            dsse_envelope: Object(EnvelopeJson {
                 payload: STANDARD.encode(&self.payload).into(),
                 payload_type: PAYLOAD_TYPE.into(),
-                signatures: vec![SignatureJson {
-                    sig: STANDARD.encode(&self.signature),
-                    keyid: Some(String::new()),
-                }],
-            },
+                signatures: vec![Object(signature)].into(),
+            }),
         };
         let mut json = serde_json::to_vec(&bundle).expect("strings and lists always serialize");
         json.push(b'\n');
@@ -188,29 +197,32 @@ fn key_identifier(key: KeyJson) -> Result<KeyIdentifier, BundleError> {
 }
 
 fn certificates(chain: &ChainJson) -> Result<Vec<Vec<u8>>, BundleError> {
-    if chain.certificates.is_empty() {
+    let certificates = few("certificates", &chain.certificates)?;
+    if certificates.is_empty() {
         return Err(BundleError::EmptyChain);
     }
-    not_too_many("certificates", chain.certificates.len())?;
-    chain.certificates.iter().map(|certificate| decode("certificate", &certificate.raw_bytes)).collect()
+    certificates.iter().map(|Object(certificate)| decode("certificate", &certificate.raw_bytes)).collect()
 }
 
-/// A list, of values that nobody looks at where there is no Fulcio certificate.
+/// A list of objects, which nobody looks into where there is no Fulcio certificate.
 fn log_entries(json: &str) -> Result<LogEntries, BundleError> {
     let malformed = |error: serde_json::Error| BundleError::Malformed(format!("tlogEntries: {error}"));
-    let list: Vec<IgnoredAny> = serde_json::from_str(json).map_err(malformed)?;
-    not_too_many("transparency log entries", list.len())?;
+    let list: Bounded<Object<Anything>, MOST> = serde_json::from_str(json).map_err(malformed)?;
+    let list = few("transparency log entries", &list)?;
     Ok(LogEntries(if list.is_empty() { "[]" } else { json }.to_owned()))
 }
 
-fn timestamps(data: Option<TimestampsJson>) -> Result<Vec<Vec<u8>>, BundleError> {
-    let timestamps = data.and_then(|data| data.rfc3161).unwrap_or_default();
-    not_too_many("time stamps", timestamps.len())?;
-    timestamps.iter().map(|timestamp| decode("signedTimestamp", &timestamp.signed_timestamp)).collect()
+fn timestamps(data: Option<Object<TimestampsJson>>) -> Result<Vec<Vec<u8>>, BundleError> {
+    let Some(Object(data)) = data else { return Ok(Vec::new()) };
+    let timestamps = few("time stamps", &data.rfc3161)?;
+    timestamps
+        .iter()
+        .map(|Object(timestamp)| decode("signedTimestamp", &timestamp.signed_timestamp))
+        .collect()
 }
 
-fn not_too_many(what: &'static str, count: usize) -> Result<(), BundleError> {
-    if count > MOST { Err(BundleError::TooMany { count, what }) } else { Ok(()) }
+fn few<'a, T>(what: &'static str, list: &'a Bounded<T, MOST>) -> Result<&'a [T], BundleError> {
+    if list.count > MOST { Err(BundleError::TooMany { count: list.count, what }) } else { Ok(&list.kept) }
 }
 
 fn decode(what: &'static str, text: &str) -> Result<Vec<u8>, BundleError> {

@@ -6,6 +6,8 @@ mod json;
 use std::io;
 use std::path::PathBuf;
 
+use jiff::Timestamp;
+
 use crate::dsse::PAYLOAD_TYPE;
 
 const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
@@ -48,6 +50,19 @@ pub enum Material {
 /// Entries of transparency logs: a JSON list, as it is in the bundle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogEntries(String);
+
+impl LogEntries {
+    /// When logs say that they took entries in. Nothing about it is proven.
+    pub fn claimed_times(&self) -> Vec<Timestamp> {
+        let entries: serde_json::Value = serde_json::from_str(&self.0).unwrap_or_default();
+        let entries = entries.as_array().into_iter().flatten();
+        let seconds = entries.filter_map(|entry| entry.get("integratedTime")?.as_str()?.parse().ok());
+        seconds
+            .filter(|seconds| *seconds > 0)
+            .filter_map(|seconds| Timestamp::from_second(seconds).ok())
+            .collect()
+    }
+}
 
 /// How a bundle names its public key.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,9 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use omsign::hash::Algorithm;
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part, Selection};
 
-pub(crate) use self::verify::{Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What};
+pub(crate) use self::verify::{
+    Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What, policy_from_environment,
+};
 
 /// Signs and verifies machine-learning models, and any other directory of files, in the OpenSSF Model Signing
 /// (OMS) format. Exit status: 0 done, 1 checked and found wrong, 2 could not do it.

@@ -18,9 +18,24 @@ pub(crate) struct Verify {
     #[command(flatten)]
     terms: Terms,
     /// Trust policy to go by where nothing above says whose signature to accept [default: your own trust.toml, and
-    /// that of the project in the working directory if you allowed it]
-    #[arg(long, value_name = "FILE", env = "OMSIGN_POLICY")]
+    /// that of the project in the working directory if you allowed it] [env: OMSIGN_POLICY]
+    #[arg(long, value_name = "FILE", conflicts_with_all = SIGNERS)]
     pub(crate) policy: Option<PathBuf>,
+}
+
+/// What says whose signature to accept.
+const SIGNERS: [&str; 6] = [
+    "public_key",
+    "certificate_chain",
+    "identity",
+    "identity_pattern",
+    "identity_provider",
+    "identity_provider_pattern",
+];
+
+/// The policy that the environment names. An empty name is none.
+pub(crate) fn policy_from_environment() -> Option<PathBuf> {
+    std::env::var_os("OMSIGN_POLICY").filter(|name| !name.is_empty()).map(PathBuf::from)
 }
 
 #[derive(Debug, Subcommand)]
@@ -74,7 +89,7 @@ pub(crate) struct What {
     #[arg(long, visible_alias = "ignore_unsigned_files", overrides_with = "no_ignore_unsigned_files")]
     pub(crate) ignore_unsigned_files: bool,
     /// Does not (default)
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, visible_alias = "no-ignore_unsigned_files")]
     no_ignore_unsigned_files: bool,
     /// Accepts unsigned files below this path of the model (repeatable); what was signed there is checked
     #[arg(long, value_name = "PATH", visible_alias = "ignore_paths")]
@@ -121,14 +136,14 @@ pub(crate) struct Terms {
 pub(crate) struct KeyTerms {
     /// The signer's public key, PEM
     #[arg(long, value_name = "FILE", visible_alias = "public_key")]
-    public_key: Option<PathBuf>,
+    public_key: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct CertificateTerms {
     /// Certificates to trust, PEM (repeatable): the signer's must lead to one of them
     #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
-    certificate_chain: Vec<PathBuf>,
+    certificate_chain: Vec<String>,
     /// And how the signer's must be called: subject, alternative name or SHA-256 fingerprint
     #[arg(long, value_name = "NAME")]
     certificate_identity: Option<String>,
@@ -172,7 +187,7 @@ pub(crate) struct CommonTerms {
     /// Certificates that RFC 3161 time stamps must lead to, PEM (repeatable): what they prove to have been signed in
     /// time stays good when the signer's certificate has expired
     #[arg(long = "timestamp-root", value_name = "FILE")]
-    timestamp_roots: Vec<PathBuf>,
+    timestamp_roots: Vec<String>,
     /// Accepts bundles of release 0.2.0 of model-signing: a weaker promise
     #[arg(long)]
     allow_legacy: bool,
@@ -226,13 +241,13 @@ impl Terms {
 
 impl KeyTerms {
     fn put(self, terms: &mut terms::Terms) {
-        terms.public_key = self.public_key.map(source);
+        terms.public_key = self.public_key.map(Source);
     }
 }
 
 impl CertificateTerms {
     fn put(self, terms: &mut terms::Terms) {
-        terms.roots = self.certificate_chain.into_iter().map(source).collect();
+        terms.roots = self.certificate_chain.into_iter().map(Source).collect();
         terms.certificate_identity = self.certificate_identity;
         terms.crls = self.crls;
     }
@@ -252,13 +267,9 @@ impl KeylessTerms {
 
 impl CommonTerms {
     fn put(self, terms: &mut terms::Terms) {
-        terms.timestamp_roots = self.timestamp_roots.into_iter().map(source).collect();
+        terms.timestamp_roots = self.timestamp_roots.into_iter().map(Source).collect();
         terms.accept_legacy = self.allow_legacy;
     }
-}
-
-fn source(path: PathBuf) -> Source {
-    Source(path.to_string_lossy().into_owned())
 }
 
 #[derive(Debug, Args)]
@@ -330,8 +341,8 @@ pub(crate) enum TrustCommand {
 /// Which trust policy.
 #[derive(Debug, Args)]
 pub(crate) struct TrustFile {
-    /// The policy [default: your own]
-    #[arg(long, value_name = "FILE", env = "OMSIGN_POLICY")]
+    /// The policy [default: your own] [env: OMSIGN_POLICY]
+    #[arg(long, value_name = "FILE")]
     pub(crate) policy: Option<PathBuf>,
     /// The policy of the project in the working directory: .omsign/trust.toml
     #[arg(long, conflicts_with = "policy")]

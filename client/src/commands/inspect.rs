@@ -8,6 +8,7 @@ use omsign::hash::Digest;
 use omsign::keyless;
 use omsign::manifest::{Manifest, Method};
 use omsign::statement::{self, StatementError};
+use omsign::timestamp;
 use openssl::x509::X509;
 use serde_json::{Value, json};
 
@@ -23,8 +24,10 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         Err(StatementError::PredicateType(_)) => statement::decode_release_0_2_0(&bundle.payload),
         statement => statement,
     };
+    let legacy = statement::decode(&bundle.payload).is_err() && statement.is_ok();
     if arguments.json {
         let mut json = claims.json(&bundle);
+        json["legacy"] = legacy.into();
         if let (Some(json), Ok(Value::Object(more))) =
             (json.as_object_mut(), statement.as_ref().map(manifest_json))
         {
@@ -33,6 +36,9 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         report::result(json)?;
     } else {
         claims.print(&bundle)?;
+        if legacy {
+            line("form", "of release 0.2.0 of model-signing, whose signatures promise less")?;
+        }
         if let Ok(manifest) = &statement {
             print_manifest(manifest)?;
         }
@@ -47,6 +53,8 @@ struct Claims {
     certificates: Vec<X509>,
     malformed: usize,
     keyless: Option<(String, String)>,
+    /// Of time stamps and log entries.
+    times: Vec<String>,
 }
 
 impl Claims {
@@ -73,7 +81,12 @@ impl Claims {
                 None => "a certificate that is not Fulcio's".into(),
             },
         };
-        Self { signer, malformed: chain.len() - certificates.len(), certificates, keyless }
+        let stamps = bundle.timestamps.iter().filter_map(|stamp| timestamp::claimed_time(stamp));
+        let mut times: Vec<String> = stamps.map(|time| format!("{time} (RFC 3161 time stamp)")).collect();
+        if let Material::Keyless { log, .. } = &bundle.material {
+            times.extend(log.claimed_times().iter().map(|time| format!("{time} (transparency log)")));
+        }
+        Self { signer, malformed: chain.len() - certificates.len(), certificates, keyless, times }
     }
 
     fn json(&self, bundle: &Bundle) -> Value {
@@ -95,6 +108,7 @@ impl Claims {
             "identity": self.keyless.as_ref().map(|(identity, _)| identity),
             "identity_provider": self.keyless.as_ref().map(|(_, provider)| provider),
             "timestamps": bundle.timestamps.len(),
+            "claimed_times": self.times,
         })
     }
 
@@ -113,16 +127,15 @@ impl Claims {
         if self.malformed > 0 {
             line("malformed", &report::count(self.malformed, "certificate"))?;
         }
-        if !bundle.timestamps.is_empty() {
-            line("time stamps", &bundle.timestamps.len().to_string())?;
+        for time in &self.times {
+            line("claimed time", time)?;
         }
         Ok(())
     }
 }
 
-/// A name or a value may hold escape sequences for the terminal.
 fn line(name: &str, value: &str) -> Done {
-    report::result(format_args!("{name:<15} {}", value.escape_debug()))
+    report::line(format_args!("{name:<15} {value}"))
 }
 
 fn shard_size(manifest: &Manifest) -> Option<u64> {
@@ -155,7 +168,7 @@ fn print_manifest(manifest: &Manifest) -> Done {
     line("left out", &ignored.join(" "))?;
     line("files", &manifest.files().to_string())?;
     for resource in &manifest.resources {
-        report::result(format_args!("  {}  {}", resource.digest, resource.name().escape_debug()))?;
+        report::line(format_args!("  {}  {}", resource.digest, resource.name().escape_debug()))?;
     }
     Ok(())
 }

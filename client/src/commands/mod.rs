@@ -20,7 +20,7 @@ pub(crate) use self::inspect::inspect;
 pub(crate) use self::sign::sign;
 pub(crate) use self::trust::trust;
 pub(crate) use self::verify::verify;
-use crate::cli;
+use crate::{cli, report};
 
 /// Why a command did not succeed, by its exit status.
 pub(crate) enum Failure {
@@ -32,6 +32,17 @@ pub(crate) enum Failure {
     Usage(&'static str),
     /// 2: it was done, and its result is lost.
     Unprinted(std::io::Error),
+}
+
+impl Failure {
+    /// In one line, for people.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Wrong(error) | Self::Undone(error) => report::with_causes(error),
+            Self::Usage(what) => (*what).to_owned(),
+            Self::Unprinted(error) => format!("the result could not be written to standard output: {error}"),
+        }
+    }
 }
 
 impl<E: Into<Error>> From<E> for Failure {

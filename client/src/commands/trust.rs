@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use omsign::Error;
 use omsign::bundle::{Bundle, LARGEST_BYTES};
-use omsign::policy::{Edit, Entry, PROJECT_FILE, Policy, PolicyError, own_file};
+use omsign::policy::{self, Edit, Entry, PROJECT_FILE, Policy, PolicyError, own_file};
 use omsign::terms::Terms;
 use serde_json::json;
 
@@ -25,22 +25,22 @@ pub(crate) fn trust(arguments: cli::Trust) -> Done {
             let mut edit = Edit::open(&path)?;
             edit.remove(&name)?;
             edit.save()?;
-            report::result(format_args!("removed {name} from {}", path.display()))
+            report::line(format_args!("removed {name} from {}", path.display()))
         }
         TrustCommand::Test { bundle, file, json } => test(&bundle, &file, json),
         TrustCommand::Allow { project } => {
             let directory = project.canonicalize();
             let directory =
                 directory.map_err(|source| PolicyError::Read { path: project.clone(), source })?;
-            allow(&directory)?;
-            report::result(format_args!("{} counts in {}", PROJECT_FILE, directory.display()))
+            policy::allow(&directory)?;
+            report::line(format_args!("{} counts in {}", PROJECT_FILE, directory.display()))
         }
     }
 }
 
 fn path(file: &TrustFile) -> Result<PathBuf, PolicyError> {
-    match &file.policy {
-        Some(path) => Ok(path.clone()),
+    match file.policy.clone().or_else(|| cli::policy_from_environment().filter(|_| !file.project)) {
+        Some(path) => Ok(path),
         None if file.project => Ok(PROJECT_FILE.into()),
         None => own_file(),
     }
@@ -49,32 +49,27 @@ fn path(file: &TrustFile) -> Result<PathBuf, PolicyError> {
 fn add(name: &str, mut terms: Terms, file: &TrustFile) -> Done {
     // What could not be used is not written.
     terms.trust(Path::new(""))?;
-    terms.check_scope()?;
     terms.make_self_contained(Path::new(""))?;
+    let here = std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
+    if file.project {
+        // Nobody allows what is in it already by adding to it.
+        policy::check_allowed(&here)?;
+    }
     let path = path(file)?;
     let mut edit = Edit::open(&path)?;
     edit.add(name, &terms)?;
     edit.save()?;
     if file.project {
-        let here =
-            std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
-        allow(&here)?;
+        policy::allow(&here)?;
     }
-    report::result(format_args!("added {name} to {}", path.display()))
-}
-
-fn allow(project: &Path) -> Result<(), PolicyError> {
-    let mut own = Edit::open(&own_file()?)?;
-    if own.allow(project) {
-        own.save()?;
-    }
-    Ok(())
+    report::line(format_args!("added {name} to {}", path.display()))
 }
 
 /// The policy that a command is about: that of a file, or all that counts here.
 fn policy(file: &TrustFile) -> Result<Policy, PolicyError> {
     let project = file.project.then(|| PathBuf::from(PROJECT_FILE));
-    match Policy::find(file.policy.as_ref().or(project.as_ref()).map(PathBuf::as_path)) {
+    let named = file.policy.clone().or(project).or_else(cli::policy_from_environment);
+    match Policy::find(named.as_deref()) {
         Err(PolicyError::Nothing) => Ok(Policy::default()),
         policy => policy,
     }
@@ -97,10 +92,7 @@ fn list(file: &TrustFile, as_json: bool) -> Done {
         let who = who.into_iter().flatten().next().map_or("", String::as_str);
         let models = if terms.models.is_empty() { "any model".to_owned() } else { terms.models.join(" ") };
         let file = file.display();
-        report::result(format_args!(
-            "{name:<width$}  {method:<11}  {models}  {file}  {}",
-            who.escape_debug()
-        ))?;
+        report::line(format_args!("{name:<width$}  {method:<11}  {models}  {file}  {}", who))?;
     }
     Ok(())
 }
@@ -121,7 +113,7 @@ fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
             );
         } else {
             let verdict = why.map_or_else(|| "accepts it".to_owned(), |why| format!("does not: {why}"));
-            report::result(format_args!("{}: {verdict}", entry.name))?;
+            report::line(format_args!("{}: {verdict}", entry.name))?;
         }
     }
     if as_json {

@@ -2,12 +2,11 @@
 
 use omsign::Error;
 use omsign::differences::Differences;
-use omsign::trust::Signer;
+use omsign::proof::Signer;
 use omsign::verify::Verified;
 use serde_json::{Value, json};
 
-use super::Done;
-use crate::cli::What;
+use super::{Done, Failure};
 use crate::report::{self, count, size};
 
 /// Of the JSON objects. It grows by fields; what is there keeps its meaning.
@@ -16,33 +15,33 @@ const VERSION: u32 = 1;
 /// Names in each list of a JSON object; there is a count beside it.
 const LISTED: usize = 1000;
 
-pub(crate) fn print(verified: &Verified, what: &What, from_cache: usize) -> Done {
+pub(crate) fn print(verified: &Verified, from_cache: usize) -> Done {
     let (files, size) = (count(verified.files, "file"), size(verified.bytes));
     let proof = &verified.proof;
     let signer = match &proof.signer {
         Signer::Key => format!("the key sha256:{}", proof.key_hint),
         Signer::Certificate { subject, .. } => format!("the certificate {subject}"),
-        Signer::Keyless { identity, .. } => identity.escape_debug().to_string(),
+        Signer::Keyless { identity, .. } => identity.clone(),
     };
     let cached = match from_cache {
         0 => String::new(),
         digests => format!(", {} believed from the cache", count(digests, "digest")),
     };
-    report::result(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
-    let line = |name: &str, text: &str| report::result(format_args!("  {name:<12} {text}"));
+    report::line(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
+    let line = |name: &str, text: &str| report::line(format_args!("  {name:<12} {text}"));
     if !verified.model_name.is_empty() {
-        line("model", &verified.model_name.escape_debug().to_string())?;
+        line("model", &verified.model_name)?;
     }
     match &proof.signer {
         Signer::Key => {}
         Signer::Certificate { names, fingerprint, .. } => {
             if !names.is_empty() {
-                line("names", &names.join(", ").escape_debug().to_string())?;
+                line("names", &names.join(", "))?;
             }
             line("certificate", fingerprint)?;
         }
         Signer::Keyless { identity_provider, .. } => {
-            line("vouched by", &identity_provider.escape_debug().to_string())?;
+            line("vouched by", identity_provider)?;
         }
     }
     line("signed with", proof.algorithm.name())?;
@@ -52,7 +51,7 @@ pub(crate) fn print(verified: &Verified, what: &What, from_cache: usize) -> Done
     if let Some(entry) = &proof.accepted_by {
         line("accepted by", entry)?;
     }
-    let (checked, not_checked) = checks(verified, what);
+    let (checked, not_checked) = checks(verified);
     line("checked", &checked.join(", "))?;
     if !not_checked.is_empty() {
         line("not checked", &not_checked.join(", "))?;
@@ -63,11 +62,16 @@ pub(crate) fn print(verified: &Verified, what: &What, from_cache: usize) -> Done
     if !verified.ignored.is_empty() {
         report::warning(&format!("{} not signed and ignored", count(verified.ignored.len(), "file")));
     }
+    if !verified.left_out.is_empty() && !verified.partial {
+        let paths = count(verified.left_out.len(), "path");
+        let first = verified.left_out.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+        report::warning(&format!("{paths} not looked at: {first}"));
+    }
     Ok(())
 }
 
 /// What was checked, and what was not.
-fn checks(verified: &Verified, what: &What) -> (Vec<&'static str>, Vec<&'static str>) {
+fn checks(verified: &Verified) -> (Vec<&'static str>, Vec<&'static str>) {
     let proof = &verified.proof;
     let (certified, keyless) = match proof.signer {
         Signer::Key => (false, false),
@@ -75,16 +79,18 @@ fn checks(verified: &Verified, what: &What) -> (Vec<&'static str>, Vec<&'static 
         Signer::Keyless { .. } => (false, true),
     };
     let timed = proof.signed_at.is_some();
-    let partial = verified.not_looked_at > 0;
+    let partial = verified.partial;
+    let all_looked_at = verified.ignored.is_empty() && verified.left_out.is_empty() && !partial;
     let facts = [
         (true, true, "signature"),
         (true, !partial, "content of every signed file"),
         (partial, partial, "content of the files asked for"),
-        (true, !what.ignore_unsigned_files, "no unsigned files"),
+        (true, all_looked_at, "no unsigned files"),
         (certified, true, "path to a trusted certificate"),
         (certified, timed, "validity when it was signed"),
         (certified && !timed, true, "validity of the certificates now"),
         (certified, proof.revocation_checked, "revocation (CRL)"),
+        (certified && timed, proof.authority_revocation_checked, "revocation of the time-stamp authority"),
         (keyless, true, "Fulcio certificate"),
         (keyless, true, "certificate transparency"),
         (keyless, true, "transparency log"),
@@ -103,9 +109,9 @@ fn checks(verified: &Verified, what: &What) -> (Vec<&'static str>, Vec<&'static 
     (checked, not_checked)
 }
 
-pub(crate) fn verified_json(verified: &Verified, what: &What, from_cache: usize) -> Value {
+pub(crate) fn verified_json(verified: &Verified, from_cache: usize) -> Value {
     let proof = &verified.proof;
-    let (checked, not_checked) = checks(verified, what);
+    let (checked, not_checked) = checks(verified);
     let mut json = json!({
         "version": VERSION,
         "outcome": "verified",
@@ -119,6 +125,8 @@ pub(crate) fn verified_json(verified: &Verified, what: &What, from_cache: usize)
         "not_looked_at": verified.not_looked_at,
         "ignored": bounded(&verified.ignored),
         "ignored_count": verified.ignored.len(),
+        "left_out": bounded(&verified.left_out),
+        "left_out_count": verified.left_out.len(),
         "signed_at": proof.signed_at.as_ref().map(|at| at.time.to_string()),
         "signed_at_source": proof.signed_at.as_ref().map(|at| at.source),
         "accepted_by": proof.accepted_by,
@@ -147,14 +155,14 @@ pub(crate) fn verified_json(verified: &Verified, what: &What, from_cache: usize)
     json
 }
 
-pub(crate) fn failed_json(error: &Error) -> Value {
+pub(crate) fn failed_json(failure: &Failure) -> Value {
     let mut json = json!({
         "version": VERSION,
-        "outcome": if error.found_wrong() { "wrong" } else { "undone" },
+        "outcome": if matches!(failure, Failure::Wrong(_)) { "wrong" } else { "undone" },
         "verified": false,
-        "error": report::with_causes(error),
+        "error": failure.text(),
     });
-    if let (Some(json), Error::Differs(found)) = (json.as_object_mut(), error) {
+    if let (Some(json), Failure::Wrong(Error::Differs(found))) = (json.as_object_mut(), failure) {
         json.extend(differences(found));
     }
     json

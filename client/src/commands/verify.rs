@@ -7,8 +7,7 @@ use omsign::bundle::{Bundle, Material};
 use omsign::certificate;
 use omsign::policy::{Policy, PolicyError};
 use omsign::terms::Terms;
-use omsign::trust::{TrustError, VerifiedStatement};
-use omsign::verify::{Request, Verified};
+use omsign::verify::{Judge, Request, Verified};
 
 use super::hasher::Hashing;
 use super::verdict;
@@ -24,28 +23,24 @@ pub(crate) fn verify(arguments: cli::Verify) -> Done {
     if what.allow_symlinks {
         report::warning("--allow-symlinks has no effect: what the signer chose counts (OMS 8.4)");
     }
-    let (verified, from_cache) = match verified(&what, terms, policy.as_deref(), fingerprints) {
-        Ok((verified, from_cache)) => (Ok(verified), from_cache),
-        Err(Failure::Undone(error)) => (Err(error), 0),
-        Err(other) => return Err(other),
-    };
+    let verified = verified(&what, terms, policy, fingerprints);
     if what.json {
         let printed = report::result(match &verified {
-            Ok(verified) => verdict::verified_json(verified, &what, from_cache),
-            Err(error) => verdict::failed_json(error),
+            Ok((verified, from_cache)) => verdict::verified_json(verified, *from_cache),
+            Err(failure) => verdict::failed_json(failure),
         });
         // That it is wrong matters more than that nobody could be told in JSON.
-        return verified.map_err(checked).and(printed);
+        return verified.and(printed);
     }
-    let verified = verified.map_err(checked)?;
-    verdict::print(&verified, &what, from_cache)
+    let (verified, from_cache) = verified?;
+    verdict::print(&verified, from_cache)
 }
 
 /// Also how many digests were believed from the cache.
 fn verified(
     what: &cli::What,
     terms: Option<Terms>,
-    policy: Option<&Path>,
+    policy: Option<PathBuf>,
     fingerprints: bool,
 ) -> Result<(Verified, usize), Failure> {
     let signature = signature(what)?;
@@ -60,32 +55,26 @@ fn verified(
         model_name: what.model_name.as_deref(),
         largest_bundle: what.max_bundle_size,
     };
+    if fingerprints {
+        let bundle = Bundle::read(&signature, what.max_bundle_size);
+        print_fingerprints(&bundle.map_err(|error| checked(error.into()))?);
+    }
     let hashing = Hashing::start(&what.work, what.model())?;
-    let judge = |bundle: &Bundle| {
-        if fingerprints {
-            print_fingerprints(bundle);
-        }
-        judge(bundle)
-    };
-    let verified = omsign::verify::verify(&request, judge, &hashing.hasher);
+    let verified = omsign::verify::verify(&request, &judge, &hashing.hasher);
     let from_cache = hashing.end();
-    Ok((verified?, from_cache))
+    Ok((verified.map_err(checked)?, from_cache))
 }
 
-/// Who decides whose signature is accepted.
-type Judge = Box<dyn Fn(&Bundle) -> Result<VerifiedStatement, TrustError>>;
-
-fn judge(terms: Option<Terms>, policy: Option<&Path>, model: &Path) -> Result<Judge, Error> {
+fn judge(terms: Option<Terms>, policy: Option<PathBuf>, model: &Path) -> Result<Judge, Error> {
     if let Some(terms) = terms {
-        let trust = terms.trust(Path::new(""))?;
-        return Ok(Box::new(move |bundle| trust.verify(bundle)));
+        return Ok(Judge::Trust(terms.trust(Path::new(""))?));
     }
-    let policy = Policy::find(policy)?;
+    let policy = Policy::find(policy.or_else(cli::policy_from_environment).as_deref())?;
     policy.check_outside(model)?;
     if policy.entries.is_empty() {
         return Err(PolicyError::Nothing.into());
     }
-    Ok(Box::new(move |bundle| policy.verify(bundle)))
+    Ok(Judge::Policy(policy))
 }
 
 /// The bundle, where it was not said: `model.sig` in the model, where publishers put it, or in the working directory,
