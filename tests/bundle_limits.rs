@@ -38,6 +38,9 @@ fn hostile(world: &World, kind: &str, bytes: usize) -> anyhow::Result<()> {
     let (from, before, repeated, after) = match kind {
         "payload" => (openssl::base64::encode_block(b"PAYLOAD"), "", "QUJD", ""),
         "entries" => ("\"[]\"".into(), "[", "{},", "1]"),
+        "small entries" => ("\"[]\"".into(), "[", "0,", "1]"),
+        "signatures" => ("\"signatures\":[".into(), "\"signatures\":[", "{\"sig\":\"\"},", ""),
+        "zeros" => (openssl::base64::encode_block(b"PAYLOAD"), "", "AAAA", ""),
         "nested entries" => ("\"[]\"".into(), "", "[", ""),
         "numbers" => ("\"[]\"".into(), "[", "9", "]"),
         "escapes" => ("{\"dsse".into(), "{\"", r"\u0041", "\":1,\"dsse"),
@@ -56,7 +59,17 @@ fn hostile(world: &World, kind: &str, bytes: usize) -> anyhow::Result<()> {
     Ok(file.flush()?)
 }
 
-const KINDS: [&str; 6] = ["payload", "entries", "nested entries", "escapes", "numbers", "space"];
+const KINDS: [&str; 9] = [
+    "payload",
+    "zeros",
+    "entries",
+    "small entries",
+    "nested entries",
+    "signatures",
+    "escapes",
+    "numbers",
+    "space",
+];
 
 #[test]
 fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {

@@ -87,7 +87,7 @@ fn release_0_2_0_only_on_demand() -> anyhow::Result<()> {
         serde_json::from_str(&world.omsign_ok(&[&allowed[..], &["--json"]].concat())?)?;
     ensure!(json["legacy"] == true && json["files"] == 2, "{json}");
     let shown = world.omsign_ok(&["inspect", arguments[3]])?;
-    ensure!(shown.contains("  signme-2\n"), "{shown}");
+    ensure!(shown.contains("  signme-2\n") && shown.contains("of release 0.2.0"), "{shown}");
     // The same bundle is refused where anything is changed.
     let original = fs::read_to_string(arguments[3])?;
     world.write(

@@ -30,7 +30,7 @@ fn models_that_cannot_be_signed() -> anyhow::Result<()> {
     sign("model", &["--ignore-paths", "*.json"], &["patterns are not part of OMS"])?;
     sign("model", &["--signature", "no/such/dir.sig"], &["cannot write no/such/dir.sig"])?;
     symlink("config.json", world.path("model/link"))?;
-    sign("model", &[], &["model/link is a symbolic link", "hint: --allow-symlinks"])?;
+    sign("model", &[], &["model/link is a symbolic link", "hint: `sign --allow-symlinks`"])?;
     fs::remove_file(world.path("model/link"))?;
     symlink(world.path("agent.toml"), world.path("model/out"))?;
     sign("model", &["--allow-symlinks"], &["model/out is a symbolic link that leads out of the model"])?;

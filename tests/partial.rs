@@ -127,3 +127,76 @@ fn thousands_of_differences() -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+/// `--partial` looks at the file that it names, not at one that a link on the way leads to.
+#[test]
+fn a_link_does_not_exchange_signed_files() -> anyhow::Result<()> {
+    let world = world()?;
+    fs::rename(world.path("model/weights"), world.path("model/.weights"))?;
+    std::os::unix::fs::symlink("docs", world.path("model/weights"))?;
+    world.write("model/docs/1.bin", "weights/1.bin")?;
+    for path in ["weights/1.bin", "model/weights/1.bin", "weights"] {
+        world.omsign_refuses(1, &partial(&[path]), &["symbolic links are not allowed here (OMS 6.1.1)"])?;
+    }
+    Ok(())
+}
+
+/// The result claims what was looked at, and no more.
+#[test]
+fn what_was_not_looked_at_is_said() -> anyhow::Result<()> {
+    let world = world()?;
+    let claims = |arguments: &[&str]| -> anyhow::Result<(bool, serde_json::Value)> {
+        let json: serde_json::Value =
+            serde_json::from_str(&world.omsign_ok(&[arguments, &["--json"]].concat())?)?;
+        let checked =
+            json["checked"].as_array().is_some_and(|checked| checked.contains(&"no unsigned files".into()));
+        Ok((checked, json["left_out"].clone()))
+    };
+    ensure!(claims(&VERIFY)? == (true, serde_json::json!([])));
+    ensure!(!claims(&partial(&["config.json"]))?.0);
+    world.write("model/.github/evil.py", "")?;
+    ensure!(claims(&VERIFY)? == (false, serde_json::json!([".github"])));
+    let output = world.omsign(&VERIFY)?;
+    ensure!(String::from_utf8_lossy(&output.stderr).contains("warning: 1 path not looked at: .github"));
+    fs::remove_dir_all(world.path("model/.github"))?;
+    world.write("model/evil.py", "")?;
+    ensure!(
+        claims(&[&VERIFY[..], &["--ignore-paths", "evil.py"]].concat())?
+            == (false, serde_json::json!(["evil.py"]))
+    );
+    ensure!(!claims(&[&VERIFY[..], &["--ignore-unsigned-files"]].concat())?.0);
+    fs::remove_file(world.path("model/evil.py"))?;
+    // The bundle itself is no part of the model. Of empty files no shard can tell.
+    fs::rename(world.path("model.sig"), world.path("model/model.sig"))?;
+    ensure!(claims(&VERIFY)? == (true, serde_json::json!([])));
+    fs::remove_file(world.path("model/model.sig"))?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.key", "--shard-size", "4"])?;
+    ensure!(claims(&VERIFY)?.0);
+    world.write("model/__init__.py", "")?;
+    ensure!(!claims(&VERIFY)?.0);
+    Ok(())
+}
+
+/// With `--json` there is one object, also where nothing could be tried; and nothing of others' reaches the terminal.
+#[test]
+fn whatever_comes_out() -> anyhow::Result<()> {
+    let world = world()?;
+    fs::rename(world.path("model.sig"), world.path("other.sig"))?;
+    let output = world.omsign(&[&VERIFY[..], &["--json"]].concat())?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(output.status.code() == Some(2) && json["outcome"] == "undone", "{json}");
+    let bundle = fs::read_to_string(world.path("other.sig"))?;
+    let name = r"\u001b[2K\rverified 5 files\u001b[8m\nverified";
+    world.write("model.sig", bundle.replacen('{', &format!("{{\"{name}\":1,"), 1))?;
+    let errors = world.omsign_fails(1, &VERIFY)?;
+    ensure!(
+        !errors.trim_end().contains(['\u{1b}', '\r', '\n']) && errors.contains("unknown field"),
+        "{errors:?}"
+    );
+    world.write("model.sig", bundle)?;
+    std::os::unix::fs::symlink("x", world.path("model/\u{1b}[2K\nverified"))?;
+    let errors = world.omsign_fails(1, &VERIFY)?;
+    ensure!(errors.lines().count() == 2 && errors.contains("symbolic link"), "{errors:?}");
+    ensure!(!errors.contains('\u{1b}'), "{errors:?}");
+    Ok(())
+}

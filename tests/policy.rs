@@ -252,15 +252,37 @@ fn a_project_has_a_say_only_where_it_was_allowed_to() -> anyhow::Result<()> {
         String::from_utf8_lossy(&output.stdout).contains("accepted by  them (.omsign/trust.toml)"),
         "{output:?}"
     );
+    // As it is now: whoever changes it later, or a key that it names, is asked about again.
+    let changed = |output: Output| {
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        output.status.code() == Some(2) && errors.contains("is not what it was when you allowed it")
+    };
+    let key = fs::read(world.path("release.pub"))?;
+    fs::copy(world.path("other.pub"), world.path("release.pub"))?;
+    ensure!(changed(verify()?));
+    fs::write(world.path("release.pub"), key)?;
+    world.write("project/.omsign/trust.toml", format!("{policy}models = ['*']\n"))?;
+    ensure!(changed(verify()?));
+    world.write("project/.omsign/trust.toml", policy)?;
+    ensure!(verify()?.status.success());
+    // Where there is none, there is nothing to agree with.
+    world.write("nothing/x", "")?;
+    world.omsign_refuses(2, &["trust", "allow", "nothing"], &[".omsign/trust.toml: No such file"])?;
     // There only: not from elsewhere, nor in a copy.
     world.omsign_refuses(1, &["verify", "project/model"], &["no signer of the trust policy"])?;
     ensure!(
         Command::new("cp").args(["-r", "project", "copy"]).current_dir(world.path("")).status()?.success()
     );
     ensure!(omsign_in(&world, "copy", &["verify", "model"])?.status.code() == Some(1));
-    // Adding to it is allowing it.
-    fs::remove_file(world.path("copy/.omsign/trust.toml"))?;
+    // Adding to it is allowing it, but not what somebody else put there.
     let add = ["trust", "add", "we", "--public-key", "../release.pub", "--project"];
+    let output = omsign_in(&world, "copy", &add)?;
+    ensure!(output.status.code() == Some(2), "{output:?}");
+    ensure!(
+        String::from_utf8_lossy(&output.stderr).contains("is there, and you did not allow it"),
+        "{output:?}"
+    );
+    fs::remove_file(world.path("copy/.omsign/trust.toml"))?;
     ensure!(omsign_in(&world, "copy", &add)?.status.success());
     ensure!(omsign_in(&world, "copy", &["verify", "model"])?.status.success());
     // A model cannot say who may sign it, whoever was allowed to what.
@@ -272,7 +294,63 @@ fn a_project_has_a_say_only_where_it_was_allowed_to() -> anyhow::Result<()> {
         output.status.code() == Some(2) && errors.contains("lies inside the model that it is to judge"),
         "{errors}"
     );
-    let output = omsign_in(&world, "project", &["verify", "."])?;
-    ensure!(output.status.code() == Some(2), "{output:?}");
+    // Nor by a link in it to a policy elsewhere, nor with a key of its own in a policy elsewhere.
+    let refused = |policy: &str| -> anyhow::Result<()> {
+        let output = omsign_in(&world, "project", &["verify", "model", "--policy", policy])?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let inside = errors.contains("lies inside the model that it is to judge");
+        ensure!(output.status.code() == Some(2) && inside, "{errors}");
+        Ok(())
+    };
+    fs::rename(&inside, world.path("elsewhere.toml"))?;
+    std::os::unix::fs::symlink(world.path("elsewhere.toml"), &inside)?;
+    refused("model/trust.toml")?;
+    fs::remove_file(&inside)?;
+    fs::copy(world.path("other.pub"), world.path("project/model/key.pem"))?;
+    world.write("project/p.toml", "[signer.a]\npublic_key = 'model/key.pem'\n")?;
+    refused("p.toml")?;
+    // The model is the project's directory, so that its policy lies in it.
+    let here = ["verify", ".", "--signature", "model/model.sig"];
+    let output = omsign_in(&world, "project", &here)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && errors.contains("lies inside the model"), "{errors}");
+    Ok(())
+}
+
+/// What is added is what was meant, whatever else is in the file; and the policy stays whose it was.
+#[test]
+fn nothing_else_comes_along() -> anyhow::Result<()> {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    let world = world()?;
+    let text = Command::new("openssl")
+        .args(["x509", "-text", "-in", "root.pem"])
+        .current_dir(world.path(""))
+        .output()?;
+    let private = fs::read(world.path("release.key"))?;
+    world.write("with-text.pem", [text.stdout, private.clone()].concat())?;
+    world.write("both.pem", [private, fs::read(world.path("release.pub"))?].concat())?;
+    world.write("mine/trust.toml", "")?;
+    fs::set_permissions(world.path("mine/trust.toml"), fs::Permissions::from_mode(0o600))?;
+    std::os::unix::fs::symlink("mine/trust.toml", world.path("trust.toml"))?;
+    let add = |name: &str, flag: &str, file: &str| {
+        world.omsign_ok(&["trust", "add", name, flag, file, "--policy", "trust.toml"])
+    };
+    add("ca", "--certificate-chain", "with-text.pem")?;
+    add("key", "--public-key", "both.pem")?;
+    let policy = fs::read_to_string(world.path("mine/trust.toml"))?;
+    ensure!(policy.contains("BEGIN CERTIFICATE") && policy.contains("BEGIN PUBLIC KEY"), "{policy}");
+    ensure!(!policy.contains("PRIVATE") && !policy.contains("Certificate:"), "{policy}");
+    ensure!(fs::metadata(world.path("mine/trust.toml"))?.mode() & 0o777 == 0o600);
+    ensure!(fs::symlink_metadata(world.path("trust.toml"))?.is_symlink());
+    world.omsign_ok(&["verify", "model", "--policy", "trust.toml"])?;
+    // Flags and a policy at once contradict each other; the environment's policy gives way, and an empty one is none.
+    let both = ["verify", "model", "--policy", "trust.toml", "--public-key", "release.pub"];
+    world.omsign_fails(2, &both)?;
+    let mut command = Command::new(built("omsign")?);
+    command.args(["verify", "model", "--public-key", "release.pub"]).current_dir(world.path(""));
+    world.without_surprises(&mut command);
+    for policy in ["", "nowhere.toml"] {
+        ensure!(command.env("OMSIGN_POLICY", policy).output()?.status.success());
+    }
     Ok(())
 }

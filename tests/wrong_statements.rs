@@ -82,6 +82,15 @@ const WRONG: &[(Change, &str)] = &[
     ),
     (|s| remove(&mut s["subject"][0], "digest"), "missing field `digest`"),
     (|s| s["more"] = 1.into(), "unknown field `more`"),
+    // No lists where objects have to be, and no digests that are none.
+    (|s| s["subject"][0] = json!(["model", { "sha256": "00" }]), "malformed (OMS 5): invalid type: sequence"),
+    (|s| list(s, &["resources", "serialization"], "predicate"), "malformed (OMS 5): invalid type: sequence"),
+    (
+        |s| list(&mut s["predicate"]["resources"], &["name", "digest", "algorithm"], "0"),
+        "invalid type: sequence",
+    ),
+    (|s| s["subject"][0]["digest"]["sha512"] = "ZZ".into(), "the subject's sha512 digest is not hexadecimal"),
+    (|s| s["predicate"]["serialization"]["shard_size"] = json!(null), "malformed (OMS 5)"),
     (|s| s["predicate"]["more"] = 1.into(), "unknown field `more`"),
     (|s| rename(s, "sub/weights.bin"), "lists \"sub/weights.bin\" twice (OMS 5.2.1)"),
     (|s| rename(s, "/etc/passwd"), "\"/etc/passwd\", which is not a canonical path (OMS 6.1.2)"),
@@ -163,6 +172,12 @@ const WRONG_SHARDS: &[(Change, &str)] = &[
 
 fn remove(value: &mut Value, name: &str) {
     value.as_object_mut().expect("an object").remove(name).expect("there");
+}
+
+/// Puts a list of an object's values in its place.
+fn list(parent: &mut Value, names: &[&str], which: &str) {
+    let object = parent.pointer_mut(&format!("/{which}")).expect("there");
+    *object = names.iter().map(|name| object[*name].clone()).collect();
 }
 
 fn rename(statement: &mut Value, name: &str) {
@@ -272,6 +287,13 @@ fn bundles_around_a_right_statement() -> anyhow::Result<()> {
         (|b| remove(b, "dsseEnvelope"), "malformed (OMS 4): missing field `dsseEnvelope`"),
         (|b| b["more"] = 1.into(), "malformed (OMS 4): unknown field `more`"),
         (|b| b["dsseEnvelope"]["more"] = 1.into(), "malformed (OMS 4): unknown field `more`"),
+        (|b| list(b, &["payload", "payloadType", "signatures"], "dsseEnvelope"), "invalid type: sequence"),
+        (|b| b["dsseEnvelope"]["signatures"][0] = json!(["AA=="]), "invalid type: sequence"),
+        (
+            |b| *b = json!([b["mediaType"], b["verificationMaterial"], b["dsseEnvelope"]]),
+            "invalid type: sequence",
+        ),
+        (|b| b["verificationMaterial"]["tlogEntries"] = json!([5]), "malformed (OMS 4): tlogEntries"),
     ];
     for (change, expected) in cases {
         let mut bundle = whole.clone();
@@ -327,4 +349,21 @@ fn links_are_what_the_signer_chose() -> anyhow::Result<()> {
         ensure!(output.status.code() == Some(1) && errors.contains(expected), "{target}: {errors}");
     }
     Ok(())
+}
+
+/// Links to directories with links to directories: a few of them would be any number of files.
+#[test]
+fn links_do_not_multiply() -> anyhow::Result<()> {
+    let world = world()?;
+    let mut statement = forge::statement(&FILES);
+    statement["predicate"]["serialization"]["allow_symlinks"] = true.into();
+    sign(&world, &serde_json::to_vec(&statement)?)?;
+    for level in 0..40 {
+        world.write(&format!("model/{level}/x"), "")?;
+        for link in ["a", "b"] {
+            symlink(format!("../{}", level + 1), world.path(&format!("model/{level}/{link}")))?;
+        }
+    }
+    world.write("model/40/x", "")?;
+    world.omsign_refuses(1, &BY_KEY, &["more than 10000 directories are reached through symbolic links"])
 }

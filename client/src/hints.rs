@@ -39,7 +39,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Agent(AgentError::NoPin) => "add pin-source=/path/to/file to the URI's query".into(),
         Error::Agent(AgentError::Start(_)) => "omsign-agent has to be beside omsign or on the PATH".into(),
         Error::Model(ModelError::Symlink(_)) => {
-            "--allow-symlinks signs what links inside the model point to; `cp -rL` makes a copy without links".into()
+            "`sign --allow-symlinks` signs what links inside the model point to; `cp -rL` makes a copy without links".into()
         }
         Error::Model(ModelError::Outside(_)) => "make a copy with `cp -rL` and sign that".into(),
         Error::Model(ModelError::NotUtf8(_) | ModelError::Backslash(_)) => {

@@ -70,8 +70,8 @@ pub enum KeylessError {
     #[error("the signature is not valid for this payload and certificate (OMS 8.2)")]
     Signature,
     /// The bundle contradicts itself or uses what this version does not know.
-    #[error("the keyless bundle is not accepted (OMS 4.1)")]
-    Bundle(#[source] Box<Error>),
+    #[error("the keyless bundle is not accepted (OMS 4.1): {0}")]
+    Bundle(Box<Error>),
 }
 
 /// Which Sigstore instance is trusted.

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod certified;
 pub mod client;
 pub mod device;
 pub mod forge;

@@ -12,6 +12,10 @@ pub struct Pki<'a> {
     world: &'a World,
     /// Digits of fractions of a second in time stamps.
     pub fraction_digits: u8,
+    /// Hash of the authority's own signature.
+    pub signer_digest: &'static str,
+    /// What it says of its clock.
+    pub accuracy_seconds: u32,
 }
 
 /// What to certify.
@@ -53,7 +57,7 @@ impl Default for Certificate<'_> {
 impl<'a> Pki<'a> {
     /// In this world.
     pub fn new(world: &'a World) -> Self {
-        Self { world, fraction_digits: 0 }
+        Self { world, fraction_digits: 0, signer_digest: "sha256", accuracy_seconds: 1 }
     }
 
     fn openssl(&self, arguments: &str) -> anyhow::Result<()> {
@@ -109,6 +113,18 @@ impl<'a> Pki<'a> {
 
     /// Writes what a CA revoked to `ISSUER.crl`; `options` of `openssl ca -gencrl`.
     pub fn crl(&self, issuer: &str, options: &str) -> anyhow::Result<()> {
+        self.crl_with(issuer, "", options)
+    }
+
+    /// The same with extensions of the list.
+    pub fn crl_with(&self, issuer: &str, extensions: &str, options: &str) -> anyhow::Result<()> {
+        let options = if extensions.is_empty() {
+            options.to_owned()
+        } else {
+            let config = std::fs::read_to_string(self.world.path(&format!("{issuer}.cnf")))?;
+            self.world.write(&format!("{issuer}.cnf"), format!("{config}\n[crl]\n{extensions}"))?;
+            format!("-crlexts crl {options}")
+        };
         self.openssl(&format!("ca -batch -config {issuer}.cnf -gencrl {options} -out {issuer}.crl"))
     }
 
@@ -133,11 +149,11 @@ impl<'a> Pki<'a> {
     ) -> anyhow::Result<Vec<u8>> {
         self.world.write("stamped", signature)?;
         let config = format!(
-            "[tsa]\ndefault_tsa = t\n[t]\nserial = ts.serial\ncrypto_device = builtin\nsigner_digest = sha256\n\
+            "[tsa]\ndefault_tsa = t\n[t]\nserial = ts.serial\ncrypto_device = builtin\nsigner_digest = {}\n\
              default_policy = 1.2.3.4.1\nother_policies = 1.2.3.4.1\ndigests = sha1, sha256, sha384, sha512\n\
-             accuracy = secs:1\nclock_precision_digits = {}\nordering = yes\ntsa_name = no\n\
+             accuracy = secs:{}\nclock_precision_digits = {}\nordering = yes\ntsa_name = no\n\
              ess_cert_id_chain = no\ness_cert_id_alg = sha256\n",
-            self.fraction_digits
+            self.signer_digest, self.accuracy_seconds, self.fraction_digits
         );
         self.world.write("ts.cnf", config)?;
         self.openssl(&format!("ts -query -data stamped {options} -out stamp.tsq"))?;

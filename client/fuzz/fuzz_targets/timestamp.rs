@@ -7,7 +7,8 @@ use omsign::key::PublicKey;
 use omsign::trust::{Signers, Trust, TrustError};
 
 fuzz_target!(|stamp: &[u8]| {
-    let root = openssl::x509::X509::from_pem(include_bytes!("../../../tests/data/historical/ca.pem")).expect("PEM");
+    let root =
+        openssl::x509::X509::from_pem(include_bytes!("../../../tests/data/historical/ca.pem")).expect("PEM");
     let key = PublicKey::of_certificate(&root).expect("a key");
     let material = Material::PublicKey(KeyIdentifier::Hint(key.hint()));
     let timestamps = vec![stamp.to_vec()];

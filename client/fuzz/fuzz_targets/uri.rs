@@ -3,18 +3,14 @@
 
 use libfuzzer_sys::fuzz_target;
 use omsign::oneshot::split_pin;
-
-/// The agent's own file: all of the agent would take minutes to build.
-#[path = "../../../agent/src/config/uri.rs"]
-#[allow(dead_code)]
-mod uri;
+use omsign_agent::config::uri::Pkcs11Uri;
 
 fuzz_target!(|text: &str| {
     let (rest, pin) = split_pin(text);
     if pin.is_some() {
         assert!(!rest.contains("pin-value="));
     }
-    if let Ok(parsed) = uri::Pkcs11Uri::parse(&rest) {
+    if let Ok(parsed) = Pkcs11Uri::parse(&rest) {
         let _ = (parsed.names_more_than_an_object(), parsed.module());
     }
 });

@@ -1,0 +1,106 @@
+//! Certificates that were revoked (RFC 5280, 6.3), and lists that say so.
+
+use std::fs;
+
+use anyhow::ensure;
+use omsign_tests::certified::{sign, verify, world};
+use omsign_tests::pki::{CA, Certificate, Pki};
+
+#[test]
+fn revoked_certificates() -> anyhow::Result<()> {
+    let world = world()?;
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("issuing", "root", Certificate { extensions: CA, ..Certificate::default() })?;
+    pki.issue("k", "issuing", Certificate::default())?;
+    pki.issue("bad", "issuing", Certificate::default())?;
+    pki.revoke("issuing", "bad")?;
+    pki.crl("root", "")?;
+    pki.crl("issuing", "")?;
+    let both = ["root.pem", "--crl", "root.crl", "--crl", "issuing.crl"];
+    sign(&world, "k", &["k", "issuing"])?;
+    let said = world.omsign_ok(&verify(&both))?;
+    ensure!(said.contains("certificates now, revocation (CRL)\n"), "{said}");
+    // One file may hold all.
+    let all = ["root.crl", "issuing.crl"].map(|name| fs::read_to_string(world.path(name)));
+    let [root, issuing] = all;
+    world.write("all.crl", root? + &issuing?)?;
+    world.omsign_ok(&verify(&["root.pem", "--crl", "all.crl"]))?;
+    // A certificate whose issuer says nothing is not known to be good.
+    world.omsign_refuses(
+        1,
+        &verify(&["root.pem", "--crl", "root.crl"]),
+        &["no CRL tells whether CN=k was revoked"],
+    )?;
+    sign(&world, "bad", &["bad", "issuing"])?;
+    world.omsign_refuses(1, &verify(&both), &["CN=bad was revoked by its issuer (RFC 5280, 6.3)"])?;
+    pki.revoke("root", "issuing")?;
+    pki.crl("root", "")?;
+    sign(&world, "k", &["k", "issuing"])?;
+    world.omsign_refuses(1, &verify(&both), &["CN=issuing was revoked"])?;
+    // A list of another CA, one that is over, and none.
+    pki.root("other")?;
+    pki.crl("other", "")?;
+    world.omsign_refuses(1, &verify(&["root.pem", "--crl", "other.crl"]), &["no CRL tells whether"])?;
+    pki.crl("root", "-crl_lastupdate 20200101000000Z -crl_nextupdate 20200201000000Z")?;
+    world.omsign_refuses(
+        2,
+        &verify(&both),
+        &["the CRL of CN=root is not of now", "hint: fetch the CRL anew"],
+    )?;
+    world.omsign_refuses(
+        2,
+        &verify(&["root.pem", "--crl", "root.pem"]),
+        &["root.pem does not hold a CRL in PEM"],
+    )
+}
+
+/// What OpenSSL would take, and does not say that all is well.
+#[test]
+fn lists_that_prove_nothing() -> anyhow::Result<()> {
+    let world = world()?;
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("issuing", "root", Certificate { extensions: CA, ..Certificate::default() })?;
+    pki.issue("k", "issuing", Certificate::default())?;
+    sign(&world, "k", &["k", "issuing"])?;
+    pki.revoke("issuing", "k")?;
+    pki.crl("root", "")?;
+    pki.crl("issuing", "")?;
+    let with = |lists: &[&'static str]| {
+        let flags = lists.iter().flat_map(|list| ["--crl", *list]);
+        verify(&["root.pem", "--crl", "root.crl"].into_iter().chain(flags).collect::<Vec<_>>())
+    };
+    world.omsign_refuses(1, &with(&["issuing.crl"]), &["CN=k was revoked"])?;
+    fs::rename(world.path("issuing.crl"), world.path("revoked.crl"))?;
+    // A delta that names nobody does not take back what the complete one says.
+    pki.crl_with("issuing", "2.5.29.27 = critical, DER:020101\n2.5.29.20 = DER:020102\n", "")?;
+    world.omsign_refuses(
+        2,
+        &with(&["revoked.crl", "issuing.crl"]),
+        &["but a delta CRL (RFC 5280, 5.2.4)"],
+    )?;
+    world.omsign_refuses(2, &with(&["issuing.crl"]), &["but a delta CRL"])?;
+    // A list that is signed with a broken hash.
+    pki.crl("issuing", "-md sha1")?;
+    world.omsign_refuses(
+        2,
+        &with(&["issuing.crl"]),
+        &["does not hold a CRL that is signed with SHA-256 or better"],
+    )?;
+    // An old one beside a new one is no harm, nor is one of somebody else.
+    pki.crl("issuing", "-crl_lastupdate 20200101000000Z -crl_nextupdate 20200201000000Z")?;
+    fs::rename(world.path("issuing.crl"), world.path("old.crl"))?;
+    world.omsign_refuses(1, &with(&["revoked.crl", "old.crl"]), &["CN=k was revoked"])?;
+    pki.root("other")?;
+    pki.crl("other", "-crl_lastupdate 20200101000000Z -crl_nextupdate 20200201000000Z")?;
+    world.omsign_refuses(1, &with(&["revoked.crl", "other.crl"]), &["CN=k was revoked"])?;
+    // Nobody has to say of the anchor that it is not revoked, whether it is self-signed or not.
+    let anchored = verify(&["issuing.pem", "--crl", "revoked.crl"]);
+    world.omsign_refuses(1, &anchored, &["CN=k was revoked"])?;
+    pki.issue("k", "issuing", Certificate::default())?;
+    sign(&world, "k", &["k", "issuing"])?;
+    let said = world.omsign_ok(&anchored)?;
+    ensure!(said.contains("revocation (CRL)\n"), "{said}");
+    Ok(())
+}
