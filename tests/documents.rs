@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::{built, model};
 use omsign_tests::agent::Agent;
+use omsign_tests::pki::Pki;
 use omsign_tests::world::World;
 
 fn project(name: &str) -> PathBuf {
@@ -80,6 +81,27 @@ fn the_transcripts_of_the_readme() -> anyhow::Result<()> {
             actual.len() == step.output.len() && step.output.iter().zip(&actual).all(|(s, a)| matches(s, a));
         ensure!(same, "{}\nshown:\n{}\nactual:\n{said}", step.command, step.output.join("\n"));
     }
+    Ok(())
+}
+
+/// The policy in the manual is one, once the files that it names are there.
+#[test]
+fn the_policy_of_the_manual() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let manual = std::fs::read_to_string(project("docs/verification.md"))?;
+    let (_, rest) = manual.split_once("```toml\n").context("a policy")?;
+    let (policy, _) = rest.split_once("```").context("its end")?;
+    world.write("trust.toml", policy)?;
+    let pki = Pki::new(&world);
+    pki.root("acme-root")?;
+    pki.root("tsa")?;
+    pki.crl("acme-root", "")?;
+    std::fs::rename(world.path("acme-root.crl"), world.path("acme.crl"))?;
+    let list = world.omsign_ok(&["trust", "list", "--policy", "trust.toml"])?;
+    ensure!(
+        list.contains("bob           key") && list.contains("release-team  certificate  acme-*"),
+        "{list}"
+    );
     Ok(())
 }
 

@@ -16,7 +16,7 @@ pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expec
 /// What is signed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// Name of the model: for people, never checked (OMS v1.0, 6.5.1).
+    /// What the signer calls the model (OMS v1.0, 6.5.1).
     pub model_name: String,
     /// Files, or shards, in the order in which they are listed.
     pub resources: Vec<Resource>,

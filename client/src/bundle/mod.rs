@@ -12,7 +12,7 @@ use crate::dsse::PAYLOAD_TYPE;
 
 const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
 
-/// What a bundle may be long, in bytes, where nobody says otherwise: one of 250,000 files is about this long.
+/// What a bundle may be long, in bytes, where nobody says otherwise: one of 400,000 files is about this long.
 pub const LARGEST_BYTES: u64 = 64 << 20;
 
 /// More of anything that has to be verified one by one is an attack.
