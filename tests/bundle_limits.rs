@@ -5,22 +5,12 @@ use std::io::{BufWriter, Write as _};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
+use omsign_tests::certified::world_with_signer;
 use omsign_tests::forge;
-use omsign_tests::pki::{Certificate, Pki};
 use omsign_tests::world::World;
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
-
-fn world() -> anyhow::Result<World> {
-    let world = World::new()?;
-    world.write("model/a", "a")?;
-    let pki = Pki::new(&world);
-    pki.root("root")?;
-    pki.issue("k", "root", Certificate::default())?;
-    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
-    Ok(world)
-}
 
 /// The largest size in memory, in bytes, of any command so far: all that the system says of children, so that a test
 /// needs a process of its own.
@@ -73,7 +63,7 @@ const KINDS: [&str; 9] = [
 
 #[test]
 fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&[("a", "a")])?;
     for kind in KINDS {
         hostile(&world, kind, 100_000_000)?;
         let expected = ["larger than 67108864 bytes", "hint: --max-bundle-size"];
@@ -88,7 +78,7 @@ fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {
 /// is in `./tests/bench verify`.)
 #[test]
 fn memory_grows_no_faster_than_the_bundle() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&[("a", "a")])?;
     for kind in KINDS {
         hostile(&world, kind, 16 * MIB)?;
         world.omsign_fails(1, &VERIFY).context(kind)?;
@@ -99,7 +89,7 @@ fn memory_grows_no_faster_than_the_bundle() -> anyhow::Result<()> {
 
 #[test]
 fn more_of_anything_than_a_signer_would_put_in() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&[("a", "a")])?;
     let key = forge::private_key(&world.path("k.key"))?;
     let payload = serde_json::to_vec(&forge::statement(&[("a", "a")]))?;
     let signature = forge::sign(&key, &payload)?;

@@ -3,19 +3,12 @@
 use std::fs;
 
 use anyhow::ensure;
-use omsign_tests::forge;
-use omsign_tests::pki::{Certificate, Pki};
+use omsign_tests::certified::world_with_signer;
 use omsign_tests::world::{World, text};
 
 fn world() -> anyhow::Result<World> {
-    let world = World::new()?;
-    for name in ["config.json", "weights/1.bin", "weights/2.bin", "docs/a.md", "docs/deep/b.md"] {
-        world.write(&format!("model/{name}"), name)?;
-    }
-    let pki = Pki::new(&world);
-    pki.root("root")?;
-    pki.issue("k", "root", Certificate::default())?;
-    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
+    let files = ["config.json", "weights/1.bin", "weights/2.bin", "docs/a.md", "docs/deep/b.md"];
+    let world = world_with_signer(&files.map(|name| (name, name)))?;
     world.omsign_ok(&["sign", "model", "--private-key", "k.key"])?;
     Ok(world)
 }

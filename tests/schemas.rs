@@ -4,10 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use jsonschema::{Registry, Validator};
+use omsign_tests::certified::world_with_signer;
 use omsign_tests::forge;
-use omsign_tests::pki::{Certificate, Pki};
 use omsign_tests::sigstore::{Flaw, Sigstore};
-use omsign_tests::world::World;
 use openssl::base64::decode_block;
 use serde_json::{Value, json};
 
@@ -51,22 +50,10 @@ impl Official {
 
 const FILES: [(&str, &str); 2] = [("config.json", "{}"), ("weights.bin", "0123456789")];
 
-fn world() -> anyhow::Result<World> {
-    let world = World::new()?;
-    for (name, content) in FILES {
-        world.write(&format!("model/{name}"), content)?;
-    }
-    let pki = Pki::new(&world);
-    pki.root("root")?;
-    pki.issue("k", "root", Certificate::default())?;
-    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
-    Ok(world)
-}
-
 #[test]
 fn what_we_write_is_what_the_official_schemas_say() -> anyhow::Result<()> {
     let official = Official::read()?;
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     for hash in ["sha256", "blake2b", "blake3"] {
         for serialization in [&["--serialization", "files"][..], &["--shard-size", "4"]] {
             for chain in [&[][..], &["--certificate-chain", "k.pem"]] {
@@ -85,7 +72,7 @@ fn what_we_write_is_what_the_official_schemas_say() -> anyhow::Result<()> {
 #[test]
 fn what_the_official_schemas_refuse_is_refused() -> anyhow::Result<()> {
     let official = Official::read()?;
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     let key = forge::private_key(&world.path("k.key"))?;
     let signed = |statement: &Value| -> anyhow::Result<Value> {
         let payload = serde_json::to_vec(statement)?;
@@ -184,7 +171,7 @@ fn remove(value: &mut Value, pointer: &str) -> anyhow::Result<()> {
 #[test]
 fn results_of_verify_are_what_our_schema_says() -> anyhow::Result<()> {
     let schema = jsonschema::validator_for(&read("../docs/verify.schema.json")?)?;
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     world.omsign_ok(&["sign", "model", "--private-key", "k.key", "--signature", "k.sig"])?;
     let chain = ["--certificate-chain", "k.pem"];
     world.omsign_ok(

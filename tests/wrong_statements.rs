@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use anyhow::{Context as _, ensure};
+use omsign_tests::certified::world_with_signer;
 use omsign_tests::forge;
-use omsign_tests::pki::{Certificate, Pki};
 use omsign_tests::sigstore::{Flaw, Sigstore};
 use omsign_tests::world::World;
 use openssl::pkey::{PKey, Private};
@@ -14,19 +14,6 @@ use serde_json::{Value, json};
 const FILES: [(&str, &str); 2] = [("config.json", "{}"), ("sub/weights.bin", "0123456789")];
 const IDENTITY: &str = "ann@acme.com";
 const PROVIDER: &str = "https://accounts.example";
-
-/// A world with a model, a key `k.key`/`k.pub`, a certificate chain to `root.pem`, and a Sigstore instance.
-fn world() -> anyhow::Result<World> {
-    let world = World::new()?;
-    for (name, content) in FILES {
-        world.write(&format!("model/{name}"), content)?;
-    }
-    let pki = Pki::new(&world);
-    pki.root("root")?;
-    pki.issue("k", "root", Certificate::default())?;
-    world.write("k.pub", key(&world)?.public_key_to_pem()?)?;
-    Ok(world)
-}
 
 fn key(world: &World) -> anyhow::Result<PKey<Private>> {
     forge::private_key(&world.path("k.key"))
@@ -204,7 +191,7 @@ fn shards() -> Value {
 
 #[test]
 fn by_the_key_and_the_certificate_method() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     sign(&world, &serde_json::to_vec(&forge::statement(&FILES))?)?;
     world.omsign_ok(&BY_KEY)?;
     world.omsign_ok(&BY_CERTIFICATE)?;
@@ -243,7 +230,7 @@ fn by_the_key_and_the_certificate_method() -> anyhow::Result<()> {
 
 #[test]
 fn by_the_sigstore_method() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     let sigstore = Sigstore::new(&world)?;
     world.write("root.json", serde_json::to_vec(&sigstore.trusted_root()?)?)?;
     let sign = |statement: &Value| -> anyhow::Result<()> {
@@ -264,7 +251,7 @@ fn by_the_sigstore_method() -> anyhow::Result<()> {
 /// What the envelope and the material say is checked whatever was signed.
 #[test]
 fn bundles_around_a_right_statement() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     sign(&world, &serde_json::to_vec(&forge::statement(&FILES))?)?;
     let whole: Value = serde_json::from_slice(&fs::read(world.path("k.sig"))?)?;
     let cases: &[(Change, &str)] = &[
@@ -326,7 +313,7 @@ fn both(bundle: &mut Value) {
 /// The signed policy on links binds, whatever the command line says.
 #[test]
 fn links_are_what_the_signer_chose() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     let mut statement = forge::statement(&[FILES[0], ("link", "{}"), FILES[1]]);
     let verify = |allow: bool, statement: &mut Value| -> anyhow::Result<std::process::Output> {
         statement["predicate"]["serialization"]["allow_symlinks"] = allow.into();
@@ -354,7 +341,7 @@ fn links_are_what_the_signer_chose() -> anyhow::Result<()> {
 /// Links to directories with links to directories: a few of them would be any number of files.
 #[test]
 fn links_do_not_multiply() -> anyhow::Result<()> {
-    let world = world()?;
+    let world = world_with_signer(&FILES)?;
     let mut statement = forge::statement(&FILES);
     statement["predicate"]["serialization"]["allow_symlinks"] = true.into();
     sign(&world, &serde_json::to_vec(&statement)?)?;

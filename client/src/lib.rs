@@ -77,6 +77,23 @@ pub enum Error {
     Key(#[from] key::KeyError),
 }
 
+/// A directory of the user's (XDG Base Directory Specification): what the variable says, or one below `HOME`.
+fn user_directory(variable: &str, below_home: &str) -> Option<std::path::PathBuf> {
+    let set = |name| std::env::var_os(name).map(std::path::PathBuf::from).filter(|path| path.is_absolute());
+    set(variable).or_else(|| Some(set("HOME")?.join(below_home)))
+}
+
+/// An error with its causes, in one line. A message never repeats its cause, so the whole is the chain.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
 impl Error {
     /// Whether the bundle or the model was checked and found wrong, as opposed to could not be checked.
     pub fn found_wrong(&self) -> bool {

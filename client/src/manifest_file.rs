@@ -1,15 +1,15 @@
 //! A manifest in a file: what `omsign digest --json` writes, of a model or of a part of one, and what
 //! `omsign sign --manifest` reads, where the model need not be at hand. Lists of `sha256sum` are read, too.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::hash::Digest;
-use crate::manifest::{Manifest, Method, Part, Resource, Serialization};
-use crate::predicate::{Predicate, PredicateError, canonical, complete, possible};
+use crate::manifest::{Manifest, Part, Resource};
+use crate::predicate::{Predicate, PredicateError, complete, possible};
 use crate::sha256sum::{self, SumsError};
 
 /// The version of the format.
@@ -162,7 +162,7 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
             other: (*other).to_owned(),
             what: "are of different kinds: give manifests of omsign or lists of sha256sum".into(),
         }),
-        (None, _) => from_lists(&lists, unsaid).map(|manifest| (manifest, None)),
+        (None, _) => sha256sum::together(&lists, unsaid).map(|manifest| (manifest, None)),
         (Some(_), None) if unsaid.model_name.is_some() => Err(ManifestFileError::Name(
             "--model-name is for lists of sha256sum: the manifest has the model's name",
         )),
@@ -220,7 +220,9 @@ fn from_parts(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), Mani
     resources.sort_by_cached_key(Resource::name);
     let malformed =
         |reason: &str| ManifestFileError::Malformed { path: first.to_owned(), reason: reason.to_owned() };
-    if let Some((one, _)) = pairs(&resources).find(|(one, next)| one.name() == next.name()) {
+    if let Some([one, ..]) =
+        resources.windows(2).find(|pair| matches!(pair, [one, next] if one.name() == next.name()))
+    {
         return Err(predicate_error(first)(PredicateError::Duplicate(one.name())));
     }
     if part.is_some_and(|part| part.model_resources != resources.len()) {
@@ -235,43 +237,10 @@ fn from_parts(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), Mani
     Ok((manifest, bytes))
 }
 
-fn pairs(resources: &[Resource]) -> impl Iterator<Item = (&Resource, &Resource)> {
-    resources.iter().zip(resources.iter().skip(1))
-}
-
-/// Puts the lists of one model together.
-fn from_lists(lists: &[(&Path, Vec<Resource>)], unsaid: &Unsaid) -> Result<Manifest, ManifestFileError> {
-    let Some(model_name) = unsaid.model_name.clone().filter(|name| !name.is_empty()) else {
-        return Err(ManifestFileError::Name(
-            "a list of sha256sum does not say the model's name: give --model-name",
-        ));
-    };
-    let mut resources = BTreeMap::new();
-    for (path, list) in lists {
-        for resource in list {
-            if resources.insert(resource.file.clone(), resource.clone()).is_some() {
-                let source = PredicateError::Duplicate(resource.file.clone());
-                return Err(ManifestFileError::Predicate { path: (*path).to_owned(), source });
-            }
-        }
-    }
-    let path = lists.first().map(|(path, _)| (*path).to_owned()).unwrap_or_default();
-    let resources: Vec<_> = resources.into_values().collect();
-    let serialization =
-        Serialization { ignore_paths: unsaid.ignore_paths.clone(), ..Serialization::default() };
-    complete(&resources, Method::Files)
-        .map_err(|source| ManifestFileError::Predicate { path: path.clone(), source })?;
-    possible(&resources, &unsaid.ignore_paths)
-        .map_err(|source| ManifestFileError::Predicate { path: path.clone(), source })?;
-    if let Some(bad) = unsaid.ignore_paths.iter().find(|path| !canonical(path)) {
-        return Err(ManifestFileError::Predicate { path, source: PredicateError::IgnorePath(bad.clone()) });
-    }
-    Ok(Manifest { model_name, resources, serialization })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::Serialization;
 
     struct Directory(tempfile::TempDir);
 

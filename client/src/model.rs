@@ -49,6 +49,11 @@ impl Scope {
     }
 }
 
+/// The directories above a path of a model, from the root down.
+pub(crate) fn above(path: &str) -> impl Iterator<Item = &str> + Clone {
+    path.match_indices('/').filter_map(|(at, _)| path.get(..at))
+}
+
 /// Whether a path is another one, or below it.
 pub(crate) fn at_or_below(path: &str, other: &str) -> bool {
     path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

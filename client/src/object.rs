@@ -36,6 +36,10 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
+/// The fields of an object of which nothing is used.
+#[derive(serde::Deserialize)]
+pub(crate) struct Anything {}
+
 /// For `#[serde(default, deserialize_with = "present")]`: absent, or a value that is not null.
 pub(crate) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,

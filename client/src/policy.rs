@@ -12,6 +12,7 @@ use crate::hash::Digest;
 use crate::replace::replace;
 use crate::terms::{Terms, TermsError};
 use crate::trust::{Trust, TrustError, VerifiedStatement};
+use crate::user_directory;
 use crate::wanted::{PatternError, Wanted};
 
 /// Who may sign which models.
@@ -170,7 +171,7 @@ impl Policy {
     }
 
     /// A model cannot say who may sign it: refuses a policy inside of it, and keys and certificates from there.
-    pub fn check_outside(&self, model: &Path) -> Result<(), PolicyError> {
+    pub(crate) fn check_outside(&self, model: &Path) -> Result<(), PolicyError> {
         // As it is written, and where it really is: a link in the model may lead to a policy anywhere.
         let both = |path: &Path| [std::path::absolute(path).ok(), path.canonicalize().ok()];
         let roots: Vec<PathBuf> = both(model).into_iter().flatten().collect();
@@ -217,9 +218,7 @@ pub const PROJECT_FILE: &str = ".omsign/trust.toml";
 
 /// Where the user's own policy is: `$XDG_CONFIG_HOME/omsign/trust.toml`.
 pub fn own_file() -> Result<PathBuf, PolicyError> {
-    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")));
-    Ok(base.ok_or(PolicyError::Nowhere)?.join("omsign/trust.toml"))
+    Ok(user_directory("XDG_CONFIG_HOME", ".config").ok_or(PolicyError::Nowhere)?.join("omsign/trust.toml"))
 }
 
 /// What a project's policy is allowed by: SHA-256 of it and of the keys, certificates and trusted roots that it names.
@@ -261,11 +260,6 @@ pub fn check_allowed(project: &Path) -> Result<(), PolicyError> {
         Some(allowed) if *allowed == fingerprint(&file)? => Ok(()),
         _ => Err(PolicyError::NotAllowed(file)),
     }
-}
-
-/// Checks a policy's text, as far as that is possible without the files that it names.
-pub fn check(text: &str) -> Result<(), PolicyError> {
-    parse(text, Path::new("trust.toml")).map(drop)
 }
 
 fn parse(text: &str, path: &Path) -> Result<PolicyToml, PolicyError> {

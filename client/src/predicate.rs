@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash::{Algorithm, Digest};
 use crate::manifest::{Method, Resource, Serialization};
+use crate::model::above;
 use crate::object::{Object, present};
 
 /// What is wrong with a predicate.
@@ -245,11 +246,10 @@ pub(crate) fn possible(
 ) -> Result<(), PredicateError> {
     let files: BTreeSet<&str> = resources.iter().map(|resource| resource.file.as_str()).collect();
     for file in &files {
-        let above = file.match_indices('/').filter_map(|(at, _)| file.get(..at));
-        if let Some(parent) = above.clone().find(|parent| files.contains(parent)) {
+        if let Some(parent) = above(file).find(|parent| files.contains(parent)) {
             return Err(PredicateError::Below(parent.to_owned()));
         }
-        if above.chain([*file]).any(|path| ignore_paths.contains(path)) {
+        if above(file).chain([*file]).any(|path| ignore_paths.contains(path)) {
             return Err(PredicateError::Ignored((*file).to_owned()));
         }
     }

@@ -60,17 +60,6 @@ pub(crate) fn failure(failure: &Failure) -> u8 {
     if matches!(failure, Failure::Wrong(_)) { 1 } else { 2 }
 }
 
-/// A message never repeats its cause, so the whole is the chain.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 /// Prints something worth knowing that is not an error.
 pub(crate) fn warning(text: &str) {
     eprintln!("warning: {}", printable(text));

@@ -1,8 +1,12 @@
-//! Lists of `sha256sum` (GNU coreutils), in both of its forms.
+//! Lists of `sha256sum` (GNU coreutils), in both of its forms, and the manifest that they make.
+
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::hash::{Algorithm, Digest};
-use crate::manifest::Resource;
-use crate::predicate::{PredicateError, canonical};
+use crate::manifest::{Manifest, Method, Resource, Serialization};
+use crate::manifest_file::{ManifestFileError, Unsaid};
+use crate::predicate::{PredicateError, canonical, complete, possible};
 
 /// A list that cannot be read as one.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +42,38 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
         Ok(Resource { file: name.to_owned(), shard: None, digest })
     };
     text.lines().enumerate().map(resource).collect()
+}
+
+/// Puts the lists of one model together.
+pub(crate) fn together(
+    lists: &[(&Path, Vec<Resource>)],
+    unsaid: &Unsaid,
+) -> Result<Manifest, ManifestFileError> {
+    let Some(model_name) = unsaid.model_name.clone().filter(|name| !name.is_empty()) else {
+        return Err(ManifestFileError::Name(
+            "a list of sha256sum does not say the model's name: give --model-name",
+        ));
+    };
+    let mut resources = BTreeMap::new();
+    for (path, list) in lists {
+        for resource in list {
+            if resources.insert(resource.file.clone(), resource.clone()).is_some() {
+                let source = PredicateError::Duplicate(resource.file.clone());
+                return Err(ManifestFileError::Predicate { path: (*path).to_owned(), source });
+            }
+        }
+    }
+    let path = lists.first().map(|(path, _)| (*path).to_owned()).unwrap_or_default();
+    let resources: Vec<_> = resources.into_values().collect();
+    let serialization =
+        Serialization { ignore_paths: unsaid.ignore_paths.clone(), ..Serialization::default() };
+    let wrong = |source| ManifestFileError::Predicate { path: path.clone(), source };
+    complete(&resources, Method::Files).map_err(wrong)?;
+    possible(&resources, &unsaid.ignore_paths).map_err(wrong)?;
+    if let Some(bad) = unsaid.ignore_paths.iter().find(|path| !canonical(path)) {
+        return Err(wrong(PredicateError::IgnorePath(bad.clone())));
+    }
+    Ok(Manifest { model_name, resources, serialization })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
-use crate::object::Object;
+use crate::object::{Anything, Object};
 use crate::predicate::{Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
@@ -37,15 +37,14 @@ pub enum StatementError {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Statement<'a> {
+struct Statement<'a, P> {
     #[serde(rename = "_type")]
     kind: String,
     #[serde(borrow)]
     subject: Vec<Object<Subject<'a>>>,
     #[serde(rename = "predicateType")]
     predicate_type: String,
-    #[serde(borrow)]
-    predicate: Object<Predicate<'a>>,
+    predicate: Object<P>,
 }
 
 /// What a statement says that it is.
@@ -57,30 +56,12 @@ struct Types {
     predicate_type: Option<String>,
 }
 
-/// The statement of release 0.2.0: one subject for each file, and nothing in the predicate.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Statement020<'a> {
-    #[serde(rename = "_type")]
-    kind: String,
-    #[serde(borrow)]
-    subject: Vec<Object<Subject<'a>>>,
-    #[serde(rename = "predicateType")]
-    predicate_type: String,
-    #[serde(rename = "predicate")]
-    _predicate: Object<Anything>,
-}
-
 /// What is claimed of the root digest before anything is verified.
 #[derive(Deserialize)]
 struct Claim<'a> {
     #[serde(borrow)]
     subject: Vec<Object<Subject<'a>>>,
 }
-
-/// An object of which nothing is used.
-#[derive(Deserialize)]
-struct Anything {}
 
 #[derive(Serialize, Deserialize)]
 struct Subject<'a> {
@@ -123,15 +104,7 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    // Once for all of it, and not for each string in it.
-    let text = std::str::from_utf8(bytes).map_err(|error| StatementError::Malformed(error.to_string()))?;
-    let statement: Object<Statement<'_>> = match serde_json::from_str(text) {
-        Ok(statement) => statement,
-        // A statement of another type is called that, and not malformed.
-        Err(error) => return Err(other_type(bytes, PREDICATE_TYPE).unwrap_or_else(|| malformed(error))),
-    };
-    let Statement { kind, mut subject, predicate_type, predicate: Object(predicate) } = statement.0;
-    check_types(kind, predicate_type, PREDICATE_TYPE)?;
+    let (mut subject, predicate) = parse::<Predicate<'_>>(bytes, PREDICATE_TYPE)?;
     let subjects = subject.len();
     let (Some(Object(mut subject)), 1) = (subject.pop(), subjects) else {
         return Err(StatementError::Subjects(subjects));
@@ -149,13 +122,7 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
 /// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
 pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    const DIGESTS: &str = "https://model_signing/Digests/v0.1";
-    let statement: Object<Statement020<'_>> = match serde_json::from_slice(bytes) {
-        Ok(statement) => statement,
-        Err(error) => return Err(other_type(bytes, DIGESTS).unwrap_or_else(|| malformed(error))),
-    };
-    let Statement020 { kind, subject, predicate_type, .. } = statement.0;
-    check_types(kind, predicate_type, DIGESTS)?;
+    let (subject, Anything {}) = parse(bytes, "https://model_signing/Digests/v0.1")?;
     let mut files = Vec::with_capacity(subject.len());
     for Object(mut file) in subject {
         let digest = file.sha256()?;
@@ -175,6 +142,23 @@ pub(crate) fn claimed_root_digest(bytes: &[u8]) -> Result<String, StatementError
         // There is none, so that it is wrong whoever signed it.
         None => Err(decode(bytes).err().unwrap_or(StatementError::RootDigest)),
     }
+}
+
+/// The subjects and the predicate of a statement with this type of predicate.
+fn parse<'a, P: Deserialize<'a>>(
+    bytes: &'a [u8],
+    predicate_type: &str,
+) -> Result<(Vec<Object<Subject<'a>>>, P), StatementError> {
+    // Once for all of it, and not for each string in it.
+    let text = std::str::from_utf8(bytes).map_err(|error| StatementError::Malformed(error.to_string()))?;
+    let statement: Object<Statement<'_, P>> = match serde_json::from_str(text) {
+        Ok(statement) => statement,
+        // A statement of another type is called that, and not malformed.
+        Err(error) => return Err(other_type(bytes, predicate_type).unwrap_or_else(|| malformed(error))),
+    };
+    let Statement { kind, subject, predicate_type: own, predicate: Object(predicate) } = statement.0;
+    check_types(kind, own, predicate_type)?;
+    Ok((subject, predicate))
 }
 
 /// Whether it is of another type, as far as it says so.

@@ -4,12 +4,11 @@
 use cms::cert::x509::der::asn1::{AnyRef, ObjectIdentifier};
 use cms::cert::x509::der::{self, Decode as _, Encode as _};
 use cms::cert::x509::spki::AlgorithmIdentifierOwned;
+use openssl::hash::MessageDigest;
 
-const SHA2: [ObjectIdentifier; 3] = [
-    ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.1"),
-    ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.2"),
-    ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.3"),
-];
+const SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.1");
+const SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.2");
+const SHA512: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.3");
 
 /// RSA PKCS#1 v1.5 and ECDSA with SHA-256, -384 and -512; Ed25519.
 const SIGNATURES: [ObjectIdentifier; 7] = [
@@ -26,15 +25,20 @@ const SIGNATURES: [ObjectIdentifier; 7] = [
 const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const RSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10");
 
-/// Whether it is SHA-256, SHA-384 or SHA-512.
-pub(crate) fn is_strong_hash(algorithm: &AlgorithmIdentifierOwned) -> bool {
-    SHA2.contains(&algorithm.oid)
+/// SHA-256, SHA-384 or SHA-512; None of any other.
+pub(crate) fn strong_hash(algorithm: ObjectIdentifier) -> Option<MessageDigest> {
+    match algorithm {
+        SHA256 => Some(MessageDigest::sha256()),
+        SHA384 => Some(MessageDigest::sha384()),
+        SHA512 => Some(MessageDigest::sha512()),
+        _ => None,
+    }
 }
 
 /// Whether it signs with one of these hashes, or leaves the hash to be told beside it.
 pub(crate) fn is_strong_signature(algorithm: &AlgorithmIdentifierOwned) -> bool {
     match algorithm.oid {
-        RSA_PSS => pss_hash(algorithm).is_some_and(|hash| SHA2.contains(&hash)),
+        RSA_PSS => pss_hash(algorithm).and_then(strong_hash).is_some(),
         RSA_ENCRYPTION => true,
         other => SIGNATURES.contains(&other),
     }

@@ -17,16 +17,13 @@ use openssl::x509::X509;
 
 use crate::certificate;
 use crate::path::{PathError, Purpose, Question};
-use crate::strength::{is_strong_hash, is_strong_signature, skip_rest};
+use crate::strength::{is_strong_signature, skip_rest, strong_hash};
 
 const SIGNED_DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.2");
 const TST_INFO: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.16.1.4");
 const CONTENT_TYPE: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.3");
 const SIGNING_CERTIFICATE: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.16.2.12");
 const SIGNING_CERTIFICATE_V2: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.16.2.47");
-const SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.1");
-const SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.2");
-const SHA512: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.3");
 
 /// More in one token are an attack: nobody signs them.
 const MOST_CERTIFICATES: usize = 16;
@@ -103,7 +100,7 @@ pub(crate) fn verify(
         return Err(TimestampError::Malformed("of another version of CMS"));
     }
     // Nor does it have to be signed with the hash that it is a stamp of.
-    if !is_strong_hash(&info.digest_alg) || !is_strong_signature(&info.signature_algorithm) {
+    if strong_hash(info.digest_alg.oid).is_none() || !is_strong_signature(&info.signature_algorithm) {
         return Err(TimestampError::Weak);
     }
     let certificates = embedded(&signed)?;
@@ -125,12 +122,7 @@ pub(crate) fn verify(
     // Nothing of the content is looked at before this line.
     let stamp = Stamp::parse(&content).map_err(|_| TimestampError::Malformed("no TSTInfo"))?;
     let time = stamp.time.ok_or(TimestampError::Malformed("no genTime in UTC"))?;
-    let digest = match stamp.hash {
-        SHA256 => MessageDigest::sha256(),
-        SHA384 => MessageDigest::sha384(),
-        SHA512 => MessageDigest::sha512(),
-        other => return Err(TimestampError::Hash(other.to_string())),
-    };
+    let digest = strong_hash(stamp.hash).ok_or_else(|| TimestampError::Hash(stamp.hash.to_string()))?;
     if hash(digest, signature)?.as_ref() != stamp.digest {
         return Err(TimestampError::Imprint);
     }
@@ -251,16 +243,12 @@ fn certificate_hash(attribute: &[u8], default: MessageDigest) -> der::Result<(Me
                 let mut digest = default;
                 let mut field = AnyRef::decode(id)?;
                 if field.tag() == Tag::Sequence {
-                    digest = match field.sequence(|algorithm| {
+                    let oid = field.sequence(|algorithm| {
                         let oid = ObjectIdentifier::decode(algorithm)?;
                         skip_rest(algorithm)?;
                         Ok(oid)
-                    })? {
-                        SHA256 => MessageDigest::sha256(),
-                        SHA384 => MessageDigest::sha384(),
-                        SHA512 => MessageDigest::sha512(),
-                        other => return Err(der::ErrorKind::OidUnknown { oid: other }.into()),
-                    };
+                    })?;
+                    digest = strong_hash(oid).ok_or(der::ErrorKind::OidUnknown { oid })?;
                     field = AnyRef::decode(id)?;
                 }
                 let value = field.decode_as::<OctetStringRef<'_>>()?.as_bytes().to_vec();

@@ -20,6 +20,7 @@ use crate::policy::Refusal;
 use crate::proof::{Proof, SignedAt, Signer};
 use crate::statement::{self, StatementError};
 use crate::timestamp::{self, Seen, TimestampError};
+use crate::with_causes;
 
 /// Whose signatures are accepted, and how that is proven.
 pub struct Trust {
@@ -135,12 +136,7 @@ fn reasons(refusals: &[Refusal]) -> String {
     const SHOWN: usize = 8;
     let mut text = String::new();
     for Refusal { entry, why } in refusals.iter().take(SHOWN) {
-        let _ = write!(text, "; {entry}: {why}");
-        let mut source = std::error::Error::source(why);
-        while let Some(cause) = source {
-            let _ = write!(text, ": {cause}");
-            source = cause.source();
-        }
+        let _ = write!(text, "; {entry}: {}", with_causes(why));
     }
     if refusals.len() > SHOWN {
         let _ = write!(text, "; and {} more", refusals.len() - SHOWN);

@@ -24,7 +24,7 @@ use crate::bundle::{Bundle, LARGEST_BYTES};
 use crate::differences::{Compared, compare};
 use crate::hash::Hasher;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Scope, at_or_below, bundle_inside};
+use crate::model::{self, GIT_PATHS, Model, Scope, above, at_or_below, bundle_inside};
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};
@@ -124,6 +124,9 @@ pub enum SubjectError {
 
 /// Verifies a model. `Ok` only if the signature, the signer and every file are right.
 pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<Verified, Error> {
+    if let Judge::Policy(policy) = judge {
+        policy.check_outside(request.model)?;
+    }
     let bundle = Bundle::read(request.signature, request.largest_bundle)?;
     let (mut signed, proof) = judge.verify(&bundle)?.into_parts();
     drop(bundle);
@@ -186,8 +189,7 @@ fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) 
         .extend(request.ignore_paths.iter().filter_map(|path| model::ignored(request.model, path).ok()));
     for resource in &signed.resources {
         let file = resource.file.as_str();
-        let above = file.match_indices('/').filter_map(|(at, _)| file.get(..at));
-        for path in above.chain([file]) {
+        for path in above(file).chain([file]) {
             ignore_paths.remove(path);
         }
     }

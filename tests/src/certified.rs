@@ -4,7 +4,7 @@ use openssl::base64::encode_block;
 use serde_json::{Value, json};
 
 use crate::forge;
-use crate::pki::Pki;
+use crate::pki::{Certificate, Pki};
 use crate::world::World;
 
 /// The model's files.
@@ -12,8 +12,25 @@ pub const FILES: [(&str, &str); 1] = [("weights.bin", "some weights")];
 
 /// A world with the model in `model/`.
 pub fn world() -> anyhow::Result<World> {
+    world_of(&FILES)
+}
+
+/// A world with these files in `model/`.
+pub fn world_of(files: &[(&str, &str)]) -> anyhow::Result<World> {
     let world = World::new()?;
-    world.write("model/weights.bin", FILES[0].1)?;
+    for (name, content) in files {
+        world.write(&format!("model/{name}"), content)?;
+    }
+    Ok(world)
+}
+
+/// The same with a key `k.key`, `k.pub`, and its certificate `k.pem` of `root.pem`.
+pub fn world_with_signer(files: &[(&str, &str)]) -> anyhow::Result<World> {
+    let world = world_of(files)?;
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("k", "root", Certificate::default())?;
+    world.write("k.pub", forge::private_key(&world.path("k.key"))?.public_key_to_pem()?)?;
     Ok(world)
 }
 

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
 use crate::dsse::PAYLOAD_TYPE;
-use crate::object::{Bounded, Object, present};
+use crate::object::{Anything, Bounded, Object, present};
 
 /// No other fields anywhere: the schemas of OMS allow them in the verification material, but no parser of Sigstore
 /// bundles does.
@@ -91,10 +91,6 @@ struct EnvelopeJson<'a> {
     payload_type: String,
     signatures: Bounded<Object<SignatureJson>, MOST>,
 }
-
-/// An object of which nothing is used.
-#[derive(Deserialize)]
-struct Anything {}
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

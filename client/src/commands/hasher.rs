@@ -32,7 +32,7 @@ impl Hashing {
         drop(self.shown);
         let Some(used) = self.hasher.into_cache_use() else { return 0 };
         if let Some(problem) = used.problem {
-            report::warning(&format!("digests are not remembered: {}", report::with_causes(&problem)));
+            report::warning(&format!("digests are not remembered: {}", omsign::with_causes(&problem)));
         }
         if used.digests > 0 {
             let (digests, size) = (report::count(used.digests, "digest"), report::size(used.bytes));

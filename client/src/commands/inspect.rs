@@ -20,11 +20,13 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
     let bundle = Bundle::read(&arguments.bundle, arguments.max_bundle_size);
     let bundle = bundle.map_err(|error| checked(error.into()))?;
     let claims = Claims::of(&bundle);
-    let statement = match statement::decode(&bundle.payload) {
-        Err(StatementError::PredicateType(_)) => statement::decode_release_0_2_0(&bundle.payload),
-        statement => statement,
+    let (statement, legacy) = match statement::decode(&bundle.payload) {
+        Err(StatementError::PredicateType(other)) => match statement::decode_release_0_2_0(&bundle.payload) {
+            Ok(manifest) => (Ok(manifest), true),
+            Err(_) => (Err(StatementError::PredicateType(other)), false),
+        },
+        statement => (statement, false),
     };
-    let legacy = statement::decode(&bundle.payload).is_err() && statement.is_ok();
     if arguments.json {
         let mut json = claims.json(&bundle);
         json["legacy"] = legacy.into();

@@ -20,7 +20,7 @@ pub(crate) use self::inspect::inspect;
 pub(crate) use self::sign::sign;
 pub(crate) use self::trust::trust;
 pub(crate) use self::verify::verify;
-use crate::{cli, report};
+use crate::cli;
 
 /// Why a command did not succeed, by its exit status.
 pub(crate) enum Failure {
@@ -38,7 +38,7 @@ impl Failure {
     /// In one line, for people.
     pub(crate) fn text(&self) -> String {
         match self {
-            Self::Wrong(error) | Self::Undone(error) => report::with_causes(error),
+            Self::Wrong(error) | Self::Undone(error) => omsign::with_causes(error),
             Self::Usage(what) => (*what).to_owned(),
             Self::Unprinted(error) => format!("the result could not be written to standard output: {error}"),
         }

@@ -106,7 +106,7 @@ fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
     for entry in &policy.entries {
         let verdict = entry.verify(&bundle);
         accepted |= verdict.is_ok();
-        let why = verdict.err().map(|error| report::with_causes(&error));
+        let why = verdict.err().map(|error| omsign::with_causes(&error));
         if as_json {
             lines.push(
                 json!({ "name": entry.name, "file": entry.file, "accepts": why.is_none(), "why_not": why }),

@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::digest::{Algorithm, Digest};
 use super::{Piece, Stamp};
+use crate::user_directory;
 
 const HEADER: &str = "omsign digests 1";
 
@@ -61,9 +62,7 @@ pub struct Cache {
 
 /// Where caches are: `$XDG_CACHE_HOME/omsign/digests`.
 pub fn directory() -> Result<PathBuf, CacheError> {
-    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    Ok(base.ok_or(CacheError::Nowhere)?.join("omsign/digests"))
+    Ok(user_directory("XDG_CACHE_HOME", ".cache").ok_or(CacheError::Nowhere)?.join("omsign/digests"))
 }
 
 /// Removes all caches. Returns how many there were.
