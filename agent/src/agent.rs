@@ -85,7 +85,6 @@ impl Agent {
         }
         let setup = self.setup();
         let key = setup.key(&authorised.key)?;
-        let _announced = self.audit.announce();
         let signed = key.sign(&authorised.content, tell, deadline).await;
         let (outcome, reason, token) = match &signed {
             Ok((_, place)) => ("signed", String::new(), &place.token.name),

@@ -67,10 +67,20 @@ impl AuditFile {
         if let Some(reason) = &self.lost {
             return Err(io::Error::other(format!("fsync failed before ({reason}); restart the agent")));
         }
-        let start = self.file.metadata()?.len();
-        if let Err(error) = self.file.write_all(text) {
-            self.file.set_len(start)?;
-            return Err(error);
+        let mut rest = text;
+        while !rest.is_empty() {
+            let failed = match self.file.write(rest) {
+                Ok(written) if written > 0 => {
+                    rest = rest.get(written..).unwrap_or_default();
+                    continue;
+                }
+                Ok(_) => io::ErrorKind::WriteZero.into(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => error,
+            };
+            let written = u64::try_from(text.len() - rest.len()).unwrap_or(0);
+            self.file.set_len(self.file.metadata()?.len().saturating_sub(written))?;
+            return Err(failed);
         }
         if self.durability == Durability::Fsync
             && let Err(error) = self.file.sync_data()

@@ -3,10 +3,10 @@
 
 mod file;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -14,9 +14,6 @@ use tokio::sync::{mpsc, oneshot};
 use self::file::AuditFile;
 use crate::config::{self, Durability};
 use crate::identity::Identity;
-
-/// The longest that a line waits for others to share its fsync.
-const LONGEST_GATHER: Duration = Duration::from_millis(2);
 
 /// How many lines may wait to be written.
 const BACKLOG: usize = 4096;
@@ -72,16 +69,6 @@ struct Line {
 pub struct Audit {
     writer: Writer,
     failing: Arc<AtomicBool>,
-    in_flight: Arc<AtomicUsize>,
-}
-
-/// Something that will be recorded soon. Ends when dropped.
-pub struct Announced<'a>(&'a AtomicUsize);
-
-impl Drop for Announced<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// How lines get into the file.
@@ -97,30 +84,18 @@ impl Audit {
     pub fn open(config: &config::Audit, name: &str) -> std::io::Result<Self> {
         let mut file = AuditFile::open(&config.directory, name, config.durability)?;
         let failing = Arc::new(AtomicBool::new(false));
-        let announced = Arc::new(AtomicUsize::new(0));
-        let in_flight = Arc::clone(&announced);
         if config.durability == Durability::Os {
-            return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing, in_flight: announced });
+            return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
         }
         let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
         let state = Arc::clone(&failing);
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
-            let mut last_sync = Duration::ZERO;
-            // One write and one fsync for everything that waits at this moment.
+            // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
-                // Others are being signed right now: the time of a few fsyncs lets them share this one.
-                if in_flight.load(Ordering::Relaxed) > batch.len() {
-                    std::thread::sleep((last_sync * 3).min(LONGEST_GATHER));
-                    while let Ok(line) = waiting.try_recv() {
-                        batch.push(line);
-                    }
-                }
-                let started = Instant::now();
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
-                last_sync = started.elapsed();
                 for line in batch.drain(..) {
                     // A receiver that is gone no longer waits for its signature.
                     let _ = line.durable.send(written.clone());
@@ -128,7 +103,7 @@ impl Audit {
             }
         };
         let thread = std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { writer: Writer::Thread(lines, thread), failing, in_flight: announced })
+        Ok(Self { writer: Writer::Thread(lines, thread), failing })
     }
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
@@ -138,12 +113,6 @@ impl Audit {
             // A thread that panicked has let go, too.
             let _ = thread.join();
         }
-    }
-
-    /// Says that an entry is on its way.
-    pub fn announce(&self) -> Announced<'_> {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Announced(&self.in_flight)
     }
 
     /// Writes an entry. `Ok` means that it is as durable as configured.

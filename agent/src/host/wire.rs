@@ -175,6 +175,8 @@ pub(crate) struct Request {
     /// A [`Task`] as JSON; the rest is empty then.
     #[prost(string, tag = "5")]
     task: String,
+    #[prost(bool, tag = "6")]
+    pub(crate) alone: bool,
 }
 
 /// What a token is asked for.
@@ -186,8 +188,8 @@ pub(crate) enum Asked {
 }
 
 impl Request {
-    /// The request `id`.
-    pub(crate) fn new(id: u64, asked: Asked) -> Self {
+    /// The request `id`; `alone` when no other is with the host.
+    pub(crate) fn new(id: u64, asked: Asked, alone: bool) -> Self {
         match asked {
             Asked::Sign(key, content) => {
                 let key = u32::try_from(key).unwrap_or(u32::MAX);
@@ -195,11 +197,11 @@ impl Request {
                     Content::Digest(bytes) => (bytes, false),
                     Content::Message(bytes) => (bytes, true),
                 };
-                Self { id, key, bytes, message, task: String::new() }
+                Self { id, key, bytes, message, alone, ..Self::default() }
             }
             Asked::Do(task) => {
                 let task = serde_json::to_string(&task).expect("tasks are plain data");
-                Self { id, task, ..Self::default() }
+                Self { id, task, alone, ..Self::default() }
             }
         }
     }
@@ -232,6 +234,9 @@ pub(crate) struct Answer {
     /// Not the answer yet: a task has begun that may take minutes.
     #[prost(bool, tag = "6")]
     pub(crate) begun: bool,
+    /// How long the device took, in microseconds.
+    #[prost(uint64, tag = "7")]
+    pub(crate) took_us: u64,
 }
 
 impl Answer {

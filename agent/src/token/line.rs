@@ -1,7 +1,7 @@
 //! The line to a token's process: what is with it, who waits for that, and whether it hangs.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,8 +14,13 @@ use crate::config;
 use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
 use crate::replay::{Step, Tell};
 
-/// Requests a session may have before it: enough that it never waits for the next one.
-const AHEAD: usize = 4;
+/// How much work a session may have before it: more than the event loop takes to come round to it under load, so
+/// that it never waits for the next request.
+const AHEAD: Duration = Duration::from_millis(3);
+
+/// The same in requests: two, or it would wait, and no more than this. Callers may give up on what is with a
+/// process, and a slow device should not work for nobody.
+const AHEAD_REQUESTS: RangeInclusive<u128> = 2..=64;
 
 /// How long a device waits for a finger; YubiKeys take 15 s.
 const TOUCH: Duration = Duration::from_secs(16);
@@ -33,12 +38,17 @@ pub(super) struct Host {
     requests: mpsc::UnboundedSender<Request>,
     pending: Mutex<Pending>,
     touch_command: TouchCommand,
-    next_id: AtomicU64,
 }
 
 #[derive(Default)]
 struct Pending {
-    waiting: HashMap<u64, Waiting>,
+    next_id: u64,
+    /// By id, which is the order in which the process takes them.
+    waiting: BTreeMap<u64, Waiting>,
+    /// How wide the window is.
+    window: usize,
+    /// How long the device takes for one.
+    took: Duration,
     last_answer: Option<Instant>,
     /// When a request ended that the device was busy with.
     free_since: Option<Instant>,
@@ -51,6 +61,8 @@ struct Waiting {
     done: oneshot::Sender<Result<Outcome, String>>,
     tell: Tell,
     sent: Instant,
+    /// It was begun before this: a later request was answered then.
+    begun: Option<Instant>,
     /// It takes its time: somebody has to touch the device, or an operator's task.
     busy_until: Option<Instant>,
     /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
@@ -85,31 +97,34 @@ impl Host {
     /// The line to a process that has opened its device, and the end of it that the process is fed from.
     pub(super) fn new(opened: Opened, token: &config::Token) -> (Self, mpsc::UnboundedReceiver<Request>) {
         let (requests, inbox) = mpsc::unbounded_channel();
+        let window = opened.sessions * ahead(AHEAD);
         let host = Self {
-            window: Arc::new(Semaphore::new(opened.sessions * AHEAD)),
+            window: Arc::new(Semaphore::new(window)),
             opened,
             requests,
-            pending: Mutex::default(),
+            pending: Mutex::new(Pending { window, took: AHEAD, ..Pending::default() }),
             touch_command: TouchCommand::of(token),
-            next_id: AtomicU64::new(0),
         };
         (host, inbox)
     }
 
     /// Has the process do it. The outer error says why the process was replaced before it answered.
     pub(super) async fn ask(&self, asked: Asked, tell: &Tell, held: Held) -> Result<Outcome, String> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (done, outcome) = oneshot::channel();
         {
             let mut pending = self.pending();
             if let Some(reason) = &pending.ended {
                 return Err(reason.clone());
             }
+            let id = pending.next_id;
+            pending.next_id += 1;
             let (tell, sent) = (tell.clone(), Instant::now());
-            pending.waiting.insert(id, Waiting { done, tell, sent, busy_until: None, _held: held });
+            let waiting = Waiting { done, tell, sent, begun: None, busy_until: None, _held: held };
+            pending.waiting.insert(id, waiting);
+            let alone = pending.waiting.len() == 1;
+            // In the order of their ids; the window bounds how many there can be.
+            let _ = self.requests.send(Request::new(id, asked, alone));
         }
-        // The window bounds how many there can be.
-        let _ = self.requests.send(Request::new(id, asked));
         outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
     }
 
@@ -169,6 +184,21 @@ impl Host {
             self.touch_command.run(answer.touch);
             return;
         }
+        // They were taken from the line before this one was.
+        let (id, now) = (answer.id, Instant::now());
+        for (_, earlier) in pending.waiting.range_mut(..id) {
+            earlier.begun.get_or_insert(now);
+        }
+        // Smoothed: one answer in many takes long only because the machine was busy.
+        pending.took = (pending.took * 7 + Duration::from_micros(answer.took_us)) / 8;
+        let target = self.opened.sessions * ahead(pending.took);
+        if pending.window < target {
+            self.window.add_permits(target - pending.window);
+            pending.window = target;
+        } else {
+            // Those in use come back, and go at a later answer.
+            pending.window -= self.window.forget_permits(pending.window - target);
+        }
         let waiting = pending.take(answer.id);
         drop(pending);
         if let Some(waiting) = waiting {
@@ -177,28 +207,32 @@ impl Host {
         }
     }
 
-    /// Whether an operation takes longer than `limit`. Requests are taken in order and each session has at
-    /// most [`AHEAD`] of them, so a request that is older than that many operations is stuck, and so is
-    /// everything when nothing at all was answered for one.
+    /// Whether an operation takes longer than `limit`: one that is known to have begun so long ago, or, as one is
+    /// always at work, any, when nothing at all was answered in that time.
     pub(super) fn hangs(&self, limit: Duration) -> bool {
         let pending = self.pending();
         let now = Instant::now();
-        let busy = |waiting: &Waiting| waiting.busy_until.is_some_and(|until| until > now);
+        let busy = |waiting: &&Waiting| waiting.busy_until.is_some_and(|until| until > now);
         // With one session, everybody waits behind it; with more, the others go on.
-        if self.opened.sessions == 1 && pending.waiting.values().any(busy) {
+        if self.opened.sessions == 1 && pending.waiting.values().any(|waiting| busy(&waiting)) {
             return false;
         }
-        let sent = pending.waiting.values().filter(|waiting| !busy(waiting)).map(|waiting| waiting.sent);
-        let Some(oldest) = sent.map(|sent| pending.free_since.map_or(sent, |free| free.max(sent))).min()
-        else {
-            return false;
-        };
-        let ahead = u32::try_from(AHEAD).unwrap_or(u32::MAX);
-        let quiet_since = pending.last_answer.map_or(oldest, |last| last.max(oldest));
-        quiet_since.elapsed() > limit || oldest.elapsed() > limit.saturating_mul(ahead)
+        let mut idle = pending.waiting.values().filter(|waiting| !busy(waiting));
+        // The first is the oldest.
+        let Some(oldest) = idle.next() else { return false };
+        let quiet_since =
+            [Some(oldest.sent), pending.free_since, pending.last_answer].into_iter().flatten().max();
+        let mut begun = std::iter::once(oldest).chain(idle).filter_map(|waiting| waiting.begun);
+        quiet_since.is_some_and(|since| since.elapsed() > limit) || begun.any(|begun| begun.elapsed() > limit)
     }
 
     fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+/// How many requests a session has before it whose device took so long for the last one.
+fn ahead(took: Duration) -> usize {
+    let fits = AHEAD.as_micros() / took.as_micros().max(1);
+    usize::try_from(fits.clamp(*AHEAD_REQUESTS.start(), *AHEAD_REQUESTS.end())).unwrap_or(usize::MAX)
 }
