@@ -40,7 +40,22 @@ pub enum Identity {
     },
 }
 
+/// What tells one caller from another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Caller {
+    Uid(u32),
+    Certificate([u8; 32]),
+}
+
 impl Identity {
+    /// What tells this caller from others.
+    pub(crate) fn caller(&self) -> Caller {
+        match self {
+            Self::Unix { uid, .. } => Caller::Uid(*uid),
+            Self::Certificate { fingerprint, .. } => Caller::Certificate(*fingerprint),
+        }
+    }
+
     /// The identity behind peer credentials. Asks the user database, which may block.
     pub fn from_unix(uid: u32, gid: u32, pid: Option<i32>) -> Self {
         let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();

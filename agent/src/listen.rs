@@ -1,11 +1,12 @@
 //! Where callers come in: a Unix socket, TCP with mutual TLS, or sockets that systemd hands over. Every
 //! connection carries the [`Identity`] of its caller before the first request is read from it.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,10 +22,17 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
 use crate::config::{Listen, TlsListen, UnixListen};
-use crate::identity::Identity;
+use crate::identity::{Caller, Identity};
 
 /// How many connections each socket may have open at once.
 const CONNECTIONS: usize = 1024;
+
+/// How many of these one caller may have: nobody keeps the others out.
+const CONNECTIONS_OF_ONE: usize = 256;
+
+/// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
+/// whether somebody is there.
+const PREFACE: usize = 24;
 
 /// How long a caller may take to prove who it is.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -36,15 +44,68 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 pub struct Connection {
     io: Box<dyn Io>,
     identity: Arc<Identity>,
-    /// Ends a connection that says nothing: it would hold its place for ever. Gone after the first bytes.
+    /// Ends a connection that does not get as far as its preface: it would hold its place for ever.
     silence: Option<Pin<Box<Sleep>>>,
+    /// Bytes read before that.
+    preface: usize,
     /// Given back, or dropped, when the connection ends.
     _held: Held,
 }
 
 enum Held {
-    Place(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit),
+    Place(#[expect(dead_code, reason = "held, not read")] Place),
     Closed(#[expect(dead_code, reason = "held, not read")] oneshot::Sender<()>),
+}
+
+/// The places of one socket.
+struct Places {
+    all: Arc<Semaphore>,
+    taken: Arc<Mutex<HashMap<Caller, usize>>>,
+}
+
+/// A place, given back when dropped.
+struct Place {
+    _one: OwnedSemaphorePermit,
+    caller: Caller,
+    taken: Arc<Mutex<HashMap<Caller, usize>>>,
+}
+
+impl Places {
+    fn new() -> Self {
+        Self { all: Arc::new(Semaphore::new(CONNECTIONS)), taken: Arc::default() }
+    }
+}
+
+impl Place {
+    /// The place of a caller who is known now. None: this caller has enough.
+    fn of(
+        identity: &Identity,
+        one: OwnedSemaphorePermit,
+        taken: &Arc<Mutex<HashMap<Caller, usize>>>,
+    ) -> Option<Self> {
+        let caller = identity.caller();
+        let mut of_each = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = of_each.entry(caller.clone()).or_default();
+        if *count >= CONNECTIONS_OF_ONE {
+            tracing::warn!(caller = %identity, "has {CONNECTIONS_OF_ONE} connections already; this one is closed");
+            return None;
+        }
+        *count += 1;
+        drop(of_each);
+        Some(Self { _one: one, caller, taken: Arc::clone(taken) })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut of_each = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = of_each.get_mut(&self.caller) {
+            *count -= 1;
+            if *count == 0 {
+                of_each.remove(&self.caller);
+            }
+        }
+    }
 }
 
 /// The sockets, bound and listening.
@@ -56,7 +117,7 @@ pub struct Listeners {
 
 /// Socket files that we made, removed with this value.
 #[derive(Default)]
-struct SocketFiles(Vec<PathBuf>);
+pub(crate) struct SocketFiles(pub(crate) Vec<PathBuf>);
 
 impl Drop for SocketFiles {
     fn drop(&mut self) {
@@ -135,13 +196,12 @@ impl Listeners {
     pub fn accept(self) -> mpsc::Receiver<io::Result<Connection>> {
         let (accepted, connections) = mpsc::channel(16);
         // Each has places of its own: strangers on the network do not keep local callers out.
-        let places = || Arc::new(Semaphore::new(CONNECTIONS));
         let mut tasks = tokio::task::JoinSet::new();
         for socket in self.unix {
-            tasks.spawn(accept_unix(socket, places(), accepted.clone()));
+            tasks.spawn(accept_unix(socket, Places::new(), accepted.clone()));
         }
         for (socket, acceptor) in self.tls {
-            tasks.spawn(accept_tls(socket, acceptor, places(), accepted.clone()));
+            tasks.spawn(accept_tls(socket, acceptor, Places::new(), accepted.clone()));
         }
         let files = self.files;
         tokio::spawn(async move {
@@ -165,17 +225,13 @@ impl Connection {
 
     fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
         let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self { io, identity: Arc::new(identity), silence, _held: held }
+        Self { io, identity: Arc::new(identity), silence, preface: 0, _held: held }
     }
 }
 
-async fn accept_unix(
-    socket: UnixListener,
-    places: Arc<Semaphore>,
-    accepted: mpsc::Sender<io::Result<Connection>>,
-) {
+async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sender<io::Result<Connection>>) {
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
         let stream = match socket.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -183,12 +239,14 @@ async fn accept_unix(
                 continue;
             }
         };
-        let accepted = accepted.clone();
+        let (accepted, taken) = (accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
             // The user database may be a slow directory server: not on the event loop, not for ever.
             let identified =
                 tokio::task::spawn_blocking(move || peer(&stream).map(|identity| (stream, identity)));
-            if let Ok(Ok(Ok((stream, identity)))) = timeout(HANDSHAKE, identified).await {
+            if let Ok(Ok(Ok((stream, identity)))) = timeout(HANDSHAKE, identified).await
+                && let Some(place) = Place::of(&identity, place, &taken)
+            {
                 let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                 let _ = accepted.send(Ok(connection)).await;
             }
@@ -199,11 +257,11 @@ async fn accept_unix(
 async fn accept_tls(
     socket: TcpListener,
     acceptor: TlsAcceptor,
-    places: Arc<Semaphore>,
+    places: Places,
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
         let (stream, address) = match socket.accept().await {
             Ok(connected) => connected,
             Err(error) => {
@@ -211,10 +269,11 @@ async fn accept_tls(
                 continue;
             }
         };
-        let (acceptor, accepted) = (acceptor.clone(), accepted.clone());
+        let (acceptor, accepted, taken) = (acceptor.clone(), accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
             match timeout(HANDSHAKE, handshake(stream, acceptor)).await {
                 Ok(Ok((io, identity))) => {
+                    let Some(place) = Place::of(&identity, place, &taken) else { return };
                     let connection = Connection::new(io, identity, Held::Place(place));
                     let _ = accepted.send(Ok(connection)).await;
                 }
@@ -342,10 +401,16 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if read.is_ready() {
-            self.silence = None;
-        } else if let Some(silence) = &mut self.silence
+        if self.silence.is_some() {
+            self.preface += buf.filled().len() - before;
+            if self.preface >= PREFACE {
+                self.silence = None;
+            }
+        }
+        if read.is_pending()
+            && let Some(silence) = &mut self.silence
             && silence.as_mut().poll(cx).is_ready()
         {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));

@@ -37,7 +37,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
             log::start();
             secret::harden_process();
-            runtime()?.block_on(serve::serve(config, &file.config))?;
+            may_open_many_files();
+            let runtime = runtime()?;
+            let served = runtime.block_on(serve::serve(config, &file.config));
+            // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
+            runtime.shutdown_background();
+            served?;
         }
         Command::OneShot { uri } => {
             log::start();
@@ -97,6 +102,18 @@ fn load(file: &ConfigFile) -> Option<Config> {
             mistakes.iter().for_each(|mistake| eprintln!("error: {mistake}"));
             None
         }
+    }
+}
+
+/// Connections of callers must not take the descriptors that a token's new process needs.
+fn may_open_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const ENOUGH: u64 = 8192;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < ENOUGH) {
+        let current = Some(maximum.unwrap_or(ENOUGH).min(ENOUGH));
+        // With fewer it works, for fewer callers.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
     }
 }
 

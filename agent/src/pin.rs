@@ -2,7 +2,7 @@
 
 use std::fs::Metadata;
 use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use crate::config::PinSource;
@@ -45,9 +45,6 @@ pub(crate) fn check(source: &PinSource) -> Result<(), String> {
 fn only_owner_reads(path: &Path, metadata: &Metadata) -> Result<(), String> {
     let shown = path.display();
     let own = rustix::process::geteuid().as_raw();
-    if !metadata.is_file() {
-        return Err(format!("the PIN file {shown} is not a regular file"));
-    }
     if metadata.mode() & 0o077 != 0 {
         return Err(format!("the PIN file {shown} can be read by others; run: chmod 600 {shown}"));
     }
@@ -65,8 +62,15 @@ fn pin_file(path: &Path, check: fn(&Path, &Metadata) -> Result<(), String>) -> R
         _ => format!("the PIN file {shown}: {error}"),
     };
     // What is checked is what is read, whoever renames files meanwhile.
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    check(path, &file.metadata().map_err(fail)?)?;
+    let mut options = std::fs::OpenOptions::new();
+    // A pipe would keep us waiting for somebody to write to it.
+    let not_waiting = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let mut file = options.read(true).custom_flags(not_waiting).open(path).map_err(fail)?;
+    let metadata = file.metadata().map_err(fail)?;
+    if !metadata.is_file() {
+        return Err(format!("the PIN file {shown} is not a regular file"));
+    }
+    check(path, &metadata)?;
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(fail)?;
     if text.ends_with('\n') {
@@ -96,6 +100,16 @@ mod tests {
         assert_eq!(read_pin(&PinSource::File(path.clone())).expect("read").expose(), " 12\n34 \n");
         std::fs::write(&path, "\n").expect("written");
         assert!(read_pin(&PinSource::File(path)).expect_err("empty").contains("is empty"));
+    }
+
+    #[test]
+    fn a_pin_file_is_a_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pipe");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).expect("a pipe");
+        let error = read_pin(&PinSource::File(path)).expect_err("refused, at once");
+        assert!(error.contains("is not a regular file"), "{error}");
     }
 
     #[test]

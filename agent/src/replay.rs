@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use tonic::Status;
 
-use crate::identity::Identity;
+use crate::identity::{Caller, Identity};
 use crate::token::Signed;
 
 /// How many answers are remembered.
@@ -49,12 +49,6 @@ struct Id {
     request: [u8; 16],
 }
 
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Caller {
-    Uid(u32),
-    Certificate([u8; 32]),
-}
-
 struct Seen {
     key: Arc<str>,
     digest: String,
@@ -75,11 +69,7 @@ impl Replay {
         key: &Arc<str>,
         digest: &str,
     ) -> Begin {
-        let caller = match identity {
-            Identity::Unix { uid, .. } => Caller::Uid(*uid),
-            Identity::Certificate { fingerprint, .. } => Caller::Certificate(*fingerprint),
-        };
-        let id = Id { caller, request };
+        let id = Id { caller: identity.caller(), request };
         let mut seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (seen, order) = &mut *seen;
         if let Some(known) = seen.get(&id) {

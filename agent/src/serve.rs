@@ -21,7 +21,7 @@ use crate::agent::Agent;
 use crate::algorithm::Padding;
 use crate::audit::{self, Audit};
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
-use crate::listen::{Connection, ListenError, Listeners};
+use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
 use crate::operator::{self, Reloaded};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
@@ -71,9 +71,9 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let audit = Audit::open(&config.audit, audit::FILE).map_err(ServeError::Audit)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let hangup = signal(SignalKind::hangup())?;
-    let operators = match &config.listen.operator {
-        Some(path) => Some(operator::bind(path, &config.operators)?),
-        None => None,
+    let (operators, _operators_file) = match &config.listen.operator {
+        Some(path) => (Some(operator::bind(path, &config.operators)?), SocketFiles(vec![path.clone()])),
+        None => (None, SocketFiles::default()),
     };
     let shutdown_timeout = config.listen.shutdown_timeout;
     let required: Vec<_> =
@@ -124,9 +124,9 @@ async fn ready(token: &Token) -> Result<(), ServeError> {
         match token.state() {
             State::Ready => return Ok(()),
             State::Starting => drop(change.await),
-            // Somebody at the terminal is being asked.
-            State::Locked(_) if token.wants_prompt() && std::io::stdin().is_terminal() => drop(change.await),
-            State::Locked(reason) | State::Down(reason) => {
+            // Only an operator helps, and can with an agent that runs. Ending would offer the PIN again at each restart.
+            State::Locked(_) => return Ok(()),
+            State::Down(reason) => {
                 return Err(ServeError::Required { token: token.name.clone(), reason });
             }
         }
@@ -281,7 +281,11 @@ impl Reload {
 
     /// A configuration with mistakes changes nothing.
     async fn once(&self, agent: &Agent, reporter: &HealthReporter) -> Result<(), String> {
-        let config = Config::load(&self.path)
+        let path = self.path.clone();
+        // The user database may be a slow directory server.
+        let loaded = tokio::task::spawn_blocking(move || Config::load(&path)).await;
+        let config = loaded
+            .map_err(|error| error.to_string())?
             .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
         let before = agent.setup();
         if config.listen != before.config.listen || config.audit != before.config.audit {

@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
 use crate::algorithm::Content;
-use crate::audit::Entry;
+use crate::audit::{self, Entry};
 use crate::identity::Identity;
 use crate::key::token_to_proto;
 use crate::policy::allowed;
@@ -30,6 +30,9 @@ use crate::secret::Pin;
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Longest key's name that is recorded, in bytes.
+const NAME_BYTES: usize = 256;
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
@@ -70,9 +73,18 @@ impl AgentService for Service {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
         let setup = self.0.setup();
-        let key = setup.key(&request.get_ref().name)?;
+        let name = &request.get_ref().name;
+        let key = match setup.key(name) {
+            Ok(key) => key,
+            Err(unknown) => {
+                self.turned_away("look", &caller, name, "no such key", deadline).await?;
+                return Err(unknown);
+            }
+        };
         if allowed(&key.allow, &caller).is_none() {
-            return Err(denied(&caller, "look at", &key.name, &format!("key.{}.allow", key.name)));
+            let missing = format!("key.{}.allow", key.name);
+            self.turned_away("look", &caller, name, &missing, deadline).await?;
+            return Err(denied(&caller, "look at", &key.name, &missing));
         }
         key.settled(deadline).await;
         Ok(Response::new(GetKeyResponse { key: Some(key.to_proto()) }))
@@ -83,7 +95,13 @@ impl AgentService for Service {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         let setup = self.0.setup();
-        let key = setup.key(&request.key)?;
+        let key = match setup.key(&request.key) {
+            Ok(key) => key,
+            Err(unknown) => {
+                self.turned_away("sign", &caller, &request.key, "no such key", deadline).await?;
+                return Err(unknown);
+            }
+        };
         let id: [u8; 16] = request.request_id.as_slice().try_into().map_err(|_| {
             Status::invalid_argument("request_id must be 16 bytes, chosen at random for each request")
         })?;
@@ -205,6 +223,36 @@ impl AgentService for Service {
         let unlocking = tokio::spawn(async move { agent.unlock(&token, pin, entry, deadline).await });
         unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
         Ok(Response::new(UnlockTokenResponse {}))
+    }
+}
+
+impl Service {
+    /// Records somebody who asked for a key and got no further.
+    async fn turned_away(
+        &self,
+        action: &'static str,
+        caller: &Arc<Identity>,
+        key: &str,
+        reason: &str,
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        // What they call it may be of any length.
+        let key = key.get(..key.floor_char_boundary(NAME_BYTES)).unwrap_or_default();
+        let entry = Entry {
+            time: audit::now(),
+            action,
+            request_id: "",
+            identity: caller,
+            rule: None,
+            key,
+            token: "",
+            algorithm: None,
+            digest: "",
+            claimed_context: "",
+            outcome: "denied",
+            reason,
+        };
+        self.0.record(&entry, deadline).await
     }
 }
 

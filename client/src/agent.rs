@@ -23,6 +23,9 @@ use zeroize::Zeroizing;
 /// How long a question about keys may take.
 const ASK: Duration = Duration::from_secs(30);
 
+/// How long connecting may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
 /// How long a signature may take: somebody may have to touch a key.
 const SIGN: Duration = Duration::from_secs(120);
 
@@ -179,7 +182,7 @@ impl Agent {
                     return Err(AgentError::NoPermission(path.clone()));
                 }
                 // The URI is not used, but has to be one.
-                let endpoint = Endpoint::from_static("http://agent.localhost").connect_timeout(ASK);
+                let endpoint = Endpoint::from_static("http://agent.localhost").connect_timeout(CONNECT);
                 let path = path.clone();
                 let connector = service_fn(move |_: Uri| {
                     let path = path.clone();
@@ -195,7 +198,15 @@ impl Agent {
                     path: credentials.certificate.clone(),
                     reason: deepest(&error),
                 })?;
-                runtime.block_on(endpoint.connect_timeout(ASK).tcp_nodelay(true).connect())
+                let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
+                // tonic's own limit ends with TCP's handshake; TLS's may never come.
+                match runtime.block_on(async { timeout(CONNECT, endpoint.connect()).await }) {
+                    Ok(channel) => channel,
+                    Err(_) => {
+                        let seconds = CONNECT.as_secs();
+                        return Err(not_running(format!("it does not answer within {seconds} s")));
+                    }
+                }
             }
         };
         Ok(Self { channel: channel.map_err(|error| not_running(deepest(&error)))?, runtime })

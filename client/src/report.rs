@@ -1,6 +1,7 @@
 //! What people and programs see: results on standard output, everything else on standard error.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use omsign::Error;
@@ -15,6 +16,28 @@ const SHOWN: usize = 50;
 /// Prints a result.
 pub(crate) fn result(text: impl std::fmt::Display) -> Result<(), Failure> {
     raw(format!("{}\n", printable(&text.to_string())).as_bytes())
+}
+
+/// Prints a result for programs: one JSON object in a line.
+pub(crate) fn json(object: &serde_json::Value) -> Result<(), Failure> {
+    raw(format!("{}\n", ascii_controls(&object.to_string())).as_bytes())
+}
+
+/// JSON whose control characters are all escaped as JSON does it: serde_json leaves DEL and those from U+0080 on.
+fn ascii_controls(json: &str) -> Cow<'_, str> {
+    if !json.contains(char::is_control) {
+        return json.into();
+    }
+    let mut escaped = String::with_capacity(json.len() + 16);
+    for character in json.chars() {
+        // A line end is none of a string's: those are escaped already.
+        if character.is_control() && character != '\n' {
+            let _ = write!(escaped, "\\u{:04x}", u32::from(character));
+        } else {
+            escaped.push(character);
+        }
+    }
+    escaped.into()
 }
 
 /// Prints a result in one line, whatever names in it hold.
@@ -104,6 +127,14 @@ pub(crate) fn count(count: usize, what: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn control_characters_in_json() {
+        let object = serde_json::json!({ "name": "a\u{7f}b\u{9b}c\nd" });
+        let text = ascii_controls(&object.to_string()).into_owned();
+        assert_eq!(text, r#"{"name":"a\u007fb\u009bc\nd"}"#);
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).expect("JSON"), object);
+    }
 
     #[test]
     fn sizes() {

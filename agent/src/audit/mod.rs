@@ -26,7 +26,7 @@ pub const FILE: &str = "audit.jsonl";
 pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
-    /// What it is about: `sign`, `unlock`, `generate`, `csr`, or the log itself: `audit`.
+    /// What it is about: `sign`, `look` (at a key, when denied), `unlock`, `generate`, `csr`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use super::keys::group_id;
@@ -24,6 +25,13 @@ pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> L
     let tls = section.only_table(reader, "tls").and_then(|table| tls(reader, table));
     let operator = section.only_table(reader, "operator").and_then(|mut table| {
         let path = table.path(reader, "path");
+        if let Some(path) = &path {
+            socket_path(reader, &table, path);
+            if unix.as_ref().is_some_and(|unix| unix.path == *path) {
+                let message = format!("{} is [listen] unix already; choose another path", path.display());
+                reader.mistake(table.position("path"), &table.path_of("path"), message);
+            }
+        }
         table.finish(reader);
         path
     });
@@ -52,6 +60,12 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
         let (at, key) = (section.position("group"), section.path_of("group"));
         group_id(reader, at, &key, &name)
     });
+    socket_path(reader, &section, &path);
+    section.finish(reader);
+    Some(UnixListen { path, mode: mode?, group })
+}
+
+fn socket_path(reader: &mut Reader<'_>, section: &Section<'_>, path: &Path) {
     // What is bound beside it has a longer name.
     if path.as_os_str().len() > 85 {
         let message =
@@ -63,8 +77,6 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
             format!("{} exists and is not a socket; remove it or choose another path", path.display());
         reader.mistake(section.position("path"), &section.path_of("path"), message);
     }
-    section.finish(reader);
-    Some(UnixListen { path, mode: mode?, group })
 }
 
 fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {

@@ -30,7 +30,7 @@ const TOGETHER: usize = 8;
 const SOON: Duration = Duration::from_micros(150);
 
 /// Runs the host on the socketpair that is its standard input, until the agent closes it.
-pub fn run() -> anyhow::Result<()> {
+pub fn run() -> io::Result<()> {
     // A vendor library that hangs must not outlive the agent.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     harden_process();
@@ -60,7 +60,7 @@ pub fn run() -> anyhow::Result<()> {
     let Some(device) = device else { return Ok(()) };
     socket.set_read_timeout(Some(device.rests()))?;
     {
-        let signers = device.signers()?;
+        let signers = device.signers().map_err(io::Error::other)?;
         let shared = Shared {
             device: device.as_ref(),
             inbox: Mutex::new(Inbox { reader, soon: false }),

@@ -25,6 +25,9 @@ use crate::secret::Pin;
 /// How long requests that have begun keep a token open that a new configuration does not have.
 const LAST_REQUESTS: Duration = Duration::from_secs(20);
 
+/// How long a request waits before it asks a device again that is busy: at first, and at most.
+const BUSY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
 /// Why a token did not sign, by what the caller can do.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TokenError {
@@ -153,7 +156,7 @@ impl Token {
         tell: &Tell,
         deadline: Instant,
     ) -> Result<Signed, TokenError> {
-        let mut retried = false;
+        let (mut retried, mut pause) = (false, BUSY.0);
         loop {
             let place = self.queue()?;
             let host = self.ready(deadline).await?;
@@ -172,6 +175,12 @@ impl Token {
                 Ok(Err(failure)) => failure,
                 Err(killed) => return Err(TokenError::Unavailable(killed)),
             };
+            if failure.class == Class::Busy && Instant::now() + pause < deadline {
+                // Out of sessions or memory, and nothing was signed: others may be done in a moment.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(BUSY.1);
+                continue;
+            }
             if failure.class != Class::Gone || retried {
                 return Err(failure.into());
             }

@@ -35,7 +35,7 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
     let keys = Agent::connect(&address(&arguments.connection)?)?.list_keys()?;
     if arguments.json {
         let keys: Vec<_> = keys.iter().map(key_json).collect();
-        report::result(json!({ "keys": keys }))?;
+        report::json(&json!({ "keys": keys }))?;
         return Ok(());
     }
     if keys.is_empty() {
@@ -125,8 +125,8 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
             json!({ "name": token.name, "device": token.device, "state": state, "state_detail": detail })
         };
         let tokens: Vec<_> = tokens.iter().map(token_json).collect();
-        return report::result(
-            json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys }),
+        return report::json(
+            &json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys }),
         );
     }
     report::result(format_args!("agent at {address}: {}", if serving { "serving" } else { "not serving" }))?;

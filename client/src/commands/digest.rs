@@ -21,7 +21,7 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let (manifest, bytes) = plan.hash(&hashing.hasher)?;
     hashing.end();
     if arguments.json {
-        report::result(manifest_file::to_json(&manifest, bytes, part))
+        report::json(&manifest_file::to_json(&manifest, bytes, part))
     } else {
         report::result(format_args!("sha256:{}", manifest.root_digest()))
     }

@@ -14,6 +14,7 @@ use crate::report;
 pub(crate) struct Hashing {
     pub(crate) hasher: Hasher,
     shown: Shown,
+    quiet: bool,
 }
 
 impl Hashing {
@@ -24,7 +25,7 @@ impl Hashing {
             hasher = hasher.with_cache(Cache::open(&directory()?, model)?);
         }
         let shown = Shown::start(hasher.progress(), work.progress, work.quiet);
-        Ok(Self { hasher, shown })
+        Ok(Self { hasher, shown, quiet: work.quiet })
     }
 
     /// Ends it. Says what was not read because a cache knew it; returns how many digests that were.
@@ -34,7 +35,7 @@ impl Hashing {
         if let Some(problem) = used.problem {
             report::warning(&format!("digests are not remembered: {}", omsign::with_causes(&problem)));
         }
-        if used.digests > 0 {
+        if used.digests > 0 && !self.quiet {
             let (digests, size) = (report::count(used.digests, "digest"), report::size(used.bytes));
             eprintln!("note: {digests} ({size}) came from the digest cache; these files were not read");
         }

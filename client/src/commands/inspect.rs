@@ -35,7 +35,7 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         {
             json.extend(more);
         }
-        report::result(json)?;
+        report::json(&json)?;
     } else {
         claims.print(&bundle)?;
         if legacy {

@@ -38,8 +38,8 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     let signed = signed(arguments, &request)?;
     hashing.end();
     if arguments.json {
-        report::result(json!({
-            "signature": arguments.files.signature,
+        report::json(&json!({
+            "signature": arguments.files.signature.display().to_string(),
             "method": signed.method,
             "algorithm": signed.public_key.algorithm.name(),
             "key_hint": signed.public_key.hint(),

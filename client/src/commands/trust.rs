@@ -78,9 +78,9 @@ fn policy(file: &TrustFile) -> Result<Policy, PolicyError> {
 fn list(file: &TrustFile, as_json: bool) -> Done {
     let policy = policy(file)?;
     if as_json {
-        let entry = |entry: &Entry| json!({ "name": entry.name, "file": entry.file, "terms": entry.terms });
+        let entry = |entry: &Entry| json!({ "name": entry.name, "file": entry.file.display().to_string(), "terms": entry.terms });
         let signers: Vec<_> = policy.entries.iter().map(entry).collect();
-        return report::result(json!({ "signers": signers }));
+        return report::json(&json!({ "signers": signers }));
     }
     if policy.entries.is_empty() {
         report::warning("nobody is trusted; `omsign trust add` changes that");
@@ -109,7 +109,7 @@ fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
         let why = verdict.err().map(|error| omsign::with_causes(&error));
         if as_json {
             lines.push(
-                json!({ "name": entry.name, "file": entry.file, "accepts": why.is_none(), "why_not": why }),
+                json!({ "name": entry.name, "file": entry.file.display().to_string(), "accepts": why.is_none(), "why_not": why }),
             );
         } else {
             let verdict = why.map_or_else(|| "accepts it".to_owned(), |why| format!("does not: {why}"));
@@ -117,7 +117,7 @@ fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
         }
     }
     if as_json {
-        report::result(json!({ "accepted": accepted, "signers": lines }))?;
+        report::json(&json!({ "accepted": accepted, "signers": lines }))?;
     }
     if accepted {
         return Ok(());

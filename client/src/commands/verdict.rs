@@ -51,7 +51,7 @@ pub(crate) fn print(verified: &Verified, from_cache: usize) -> Done {
     if let Some(entry) = &proof.accepted_by {
         line("accepted by", entry)?;
     }
-    let (checked, not_checked) = checks(verified);
+    let (checked, not_checked) = checks(verified, from_cache);
     line("checked", &checked.join(", "))?;
     if !not_checked.is_empty() {
         line("not checked", &not_checked.join(", "))?;
@@ -71,7 +71,7 @@ pub(crate) fn print(verified: &Verified, from_cache: usize) -> Done {
 }
 
 /// What was checked, and what was not.
-fn checks(verified: &Verified) -> (Vec<&'static str>, Vec<&'static str>) {
+fn checks(verified: &Verified, from_cache: usize) -> (Vec<&'static str>, Vec<&'static str>) {
     let proof = &verified.proof;
     let (certified, keyless) = match proof.signer {
         Signer::Key => (false, false),
@@ -79,12 +79,14 @@ fn checks(verified: &Verified) -> (Vec<&'static str>, Vec<&'static str>) {
         Signer::Keyless { .. } => (false, true),
     };
     let timed = proof.signed_at.is_some();
-    let partial = verified.partial;
+    let (partial, cached) = (verified.partial, from_cache > 0);
     let all_looked_at = verified.ignored.is_empty() && verified.left_out.is_empty() && !partial;
     let facts = [
         (true, true, "signature"),
-        (true, !partial, "content of every signed file"),
-        (partial, partial, "content of the files asked for"),
+        (!cached || partial, !partial, "content of every signed file"),
+        (cached && !partial, true, "content of every signed file, or what the digest cache says of it"),
+        (partial && !cached, true, "content of the files asked for"),
+        (partial && cached, true, "content of the files asked for, or what the digest cache says of it"),
         (true, all_looked_at, "no unsigned files"),
         (certified, true, "path to a trusted certificate"),
         (certified, timed, "validity when it was signed"),
@@ -111,7 +113,7 @@ fn checks(verified: &Verified) -> (Vec<&'static str>, Vec<&'static str>) {
 
 pub(crate) fn verified_json(verified: &Verified, from_cache: usize) -> Value {
     let proof = &verified.proof;
-    let (checked, not_checked) = checks(verified);
+    let (checked, not_checked) = checks(verified, from_cache);
     let mut json = json!({
         "version": VERSION,
         "outcome": "verified",
@@ -155,12 +157,13 @@ pub(crate) fn verified_json(verified: &Verified, from_cache: usize) -> Value {
     json
 }
 
-pub(crate) fn failed_json(failure: &Failure) -> Value {
+pub(crate) fn failed_json(failure: &Failure, from_cache: usize) -> Value {
     let mut json = json!({
         "version": VERSION,
         "outcome": if matches!(failure, Failure::Wrong(_)) { "wrong" } else { "undone" },
         "verified": false,
         "error": failure.text(),
+        "digests_from_cache": from_cache,
     });
     if let (Some(json), Failure::Wrong(Error::Differs(found))) = (json.as_object_mut(), failure) {
         json.extend(differences(found));

@@ -23,26 +23,27 @@ pub(crate) fn verify(arguments: cli::Verify) -> Done {
     if what.allow_symlinks {
         report::warning("--allow-symlinks has no effect: what the signer chose counts (OMS 8.4)");
     }
-    let verified = verified(&what, terms, policy, fingerprints);
+    let mut from_cache = 0;
+    let verified = verified(&what, terms, policy, fingerprints, &mut from_cache);
     if what.json {
-        let printed = report::result(match &verified {
-            Ok((verified, from_cache)) => verdict::verified_json(verified, *from_cache),
-            Err(failure) => verdict::failed_json(failure),
+        let printed = report::json(&match &verified {
+            Ok(verified) => verdict::verified_json(verified, from_cache),
+            Err(failure) => verdict::failed_json(failure, from_cache),
         });
         // That it is wrong matters more than that nobody could be told in JSON.
         return verified.and(printed);
     }
-    let (verified, from_cache) = verified?;
-    verdict::print(&verified, from_cache)
+    verdict::print(&verified?, from_cache)
 }
 
-/// Also how many digests were believed from the cache.
+/// Counts the digests that were believed from the cache, whatever comes of it.
 fn verified(
     what: &cli::What,
     terms: Option<Terms>,
     policy: Option<PathBuf>,
     fingerprints: bool,
-) -> Result<(Verified, usize), Failure> {
+    from_cache: &mut usize,
+) -> Result<Verified, Failure> {
     let signature = signature(what)?;
     let judge = judge(terms, policy)?;
     let request = Request {
@@ -61,8 +62,8 @@ fn verified(
     }
     let hashing = Hashing::start(&what.work, what.model())?;
     let verified = omsign::verify::verify(&request, &judge, &hashing.hasher);
-    let from_cache = hashing.end();
-    Ok((verified.map_err(checked)?, from_cache))
+    *from_cache = hashing.end();
+    verified.map_err(checked)
 }
 
 fn judge(terms: Option<Terms>, policy: Option<PathBuf>) -> Result<Judge, Error> {

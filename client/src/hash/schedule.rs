@@ -53,6 +53,7 @@ impl Unit {
 /// The most that all buffers together may hold; each core's share should fit into its own cache.
 const BUFFERS_BYTES: usize = 32 << 20;
 const CORE_BYTES: usize = 512 << 10;
+/// A power of two: BLAKE3 fills its vectors with subtrees of so many chunks.
 const LARGEST_BUFFER: usize = 128 << 10;
 /// Waking another core costs as much as hashing 100 KiB.
 const LARGEST_AHEAD: usize = 1 << 20;
@@ -84,8 +85,7 @@ pub(super) fn run<'a, S: Streams>(
     } else {
         ((BUFFERS_BYTES / jobs).min(CORE_BYTES) / lanes).min(LARGEST_BUFFER)
     };
-    let buffer =
-        buffer.saturating_sub(source::PAGE_BYTES).max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
+    let buffer = buffer.max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
     let work = Work {
         streams,
         input,

@@ -10,11 +10,13 @@ use super::schedule::{Streams, Unit};
 const START: State =
     [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
 
-/// Bytes of each stream, and rounds, in the measurement that chooses a kernel: half a millisecond in all.
-const PROBE_BYTES: usize = 2048;
-const PROBES: usize = 9;
+/// Bytes of each stream, and rounds, in the measurement that chooses a kernel: half a millisecond in all. As in what
+/// is hashed, no stream shares its bytes with another, and they do not fit into the nearest cache.
+const PROBE_BYTES: usize = 4096;
+const PROBES: usize = 5;
 
-/// What a kernel with more lanes has to bring.
+/// What more lanes have to bring for a core to take as many streams: with fewer it leaves more to the other cores, and is
+/// less often short of streams.
 const FASTER: f64 = 1.1;
 
 /// SHA-256 on this CPU.
@@ -36,21 +38,22 @@ impl Sha256 {
         let mut names: Vec<_> = kernels.iter().map(|kernel| kernel.name).collect();
         kernels.retain(|kernel| forced.is_none_or(|name| name == kernel.name));
         let measured = measure(kernels);
-        // A kernel takes as long for few streams as for all that it has lanes for. Of two that are about as fast, the
-        // narrower one: it leaves more to the other cores, and is less often short of streams.
-        let best = |streams: usize| {
+        // A kernel takes as long for few streams as for all that it has lanes for.
+        let best = |streams: usize, wider_brings: f64| {
             let rate = |&(seconds, kernel): &(f64, Kernel)| {
                 kernel.lanes.min(streams) as f64 / seconds.max(f64::MIN_POSITIVE)
             };
-            let faster = |best: &(f64, Kernel), next: &(f64, Kernel)| rate(next) > FASTER * rate(best);
+            let faster = |best: &(f64, Kernel), next: &(f64, Kernel)| {
+                rate(next) > if next.1.lanes > best.1.lanes { wider_brings } else { 1.0 } * rate(best)
+            };
             let best = measured.iter().reduce(|best, next| if faster(best, next) { next } else { best });
             best.map(|&(_, kernel)| kernel)
         };
-        let Some(fastest) = best(MOST_LANES) else {
+        let Some(fastest) = best(MOST_LANES, FASTER) else {
             names.dedup();
             return Err(names);
         };
-        let choose = |streams| if streams == 0 { Some(fastest) } else { best(streams) };
+        let choose = |streams| if streams == 0 { Some(fastest) } else { best(streams, 1.0) };
         Ok(Self { best: std::array::from_fn(|streams| choose(streams).unwrap_or(fastest)) })
     }
 }
@@ -58,7 +61,8 @@ impl Sha256 {
 /// With each kernel the shortest time that it took, in all its lanes together. They are measured in turns: a core that
 /// just woke up gets faster.
 fn measure(kernels: Vec<Kernel>) -> Vec<(f64, Kernel)> {
-    let data = [[0; PROBE_BYTES].as_slice(); MOST_LANES];
+    let data = vec![0; MOST_LANES * PROBE_BYTES];
+    let data: Vec<&[u8]> = data.chunks(PROBE_BYTES).collect();
     let mut measured: Vec<_> = kernels.into_iter().map(|kernel| (f64::MAX, kernel)).collect();
     for _ in 0..PROBES {
         for (shortest, kernel) in &mut measured {

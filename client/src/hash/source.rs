@@ -136,7 +136,7 @@ pub(super) struct Buffer {
 }
 
 /// A buffer takes as much more, to begin where a page does.
-pub(super) const PAGE_BYTES: usize = 4096;
+const PAGE_BYTES: usize = 4096;
 
 impl Buffer {
     /// Of so many bytes.

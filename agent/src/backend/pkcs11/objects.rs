@@ -219,8 +219,8 @@ impl Details {
     }
 }
 
-/// Public halves among the token's public keys and certificates: those with the private key's CKA_ID, or, if
-/// it has none, those that match the selector.
+/// Public halves among the token's public keys and certificates: those with the private key's CKA_ID, or, where
+/// there are none, those that match the selector.
 fn public_halves(
     session: &Session,
     wanted: &ObjectSelector,
@@ -228,7 +228,23 @@ fn public_halves(
     private: &Details,
 ) -> Result<Vec<Result<SpkiDer, String>>, Failure> {
     let by_id = private.id.clone().map(|id| ObjectSelector { label: None, id: Some(id) });
-    let wanted = by_id.as_ref().unwrap_or(wanted);
+    let mut found = match by_id {
+        Some(by_id) => halves_with(session, &by_id, kind)?,
+        None => Vec::new(),
+    };
+    // Tools forget CKA_ID. Whether it belongs to the key, a challenge tells.
+    if found.is_empty() && wanted.label.is_some() {
+        let by_label = ObjectSelector { label: wanted.label.clone(), id: None };
+        found = halves_with(session, &by_label, kind)?;
+    }
+    Ok(found)
+}
+
+fn halves_with(
+    session: &Session,
+    wanted: &ObjectSelector,
+    kind: Kind,
+) -> Result<Vec<Result<SpkiDer, String>>, Failure> {
     let mut found = Vec::new();
     for public in find(session, ObjectClass::PUBLIC_KEY, wanted)? {
         let mut details = Details::default();

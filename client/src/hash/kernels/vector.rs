@@ -7,6 +7,12 @@ use std::array::from_fn;
 
 use super::{BLOCK, K, State};
 
+/// The constants, for as many rounds as there are words in a block.
+const K_OF_SIXTEEN: [&[u32; 16]; 4] = {
+    let (sixteens, _) = K.as_chunks();
+    [&sixteens[0], &sixteens[1], &sixteens[2], &sixteens[3]]
+};
+
 /// Repeats a block with a constant from 0 to 15: what is indexed with it stays in registers.
 macro_rules! sixteen_times {
     ($j:ident $block:block) => { sixteen_times!($j $block 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
@@ -23,10 +29,15 @@ macro_rules! kernel {
             #[inline]
             #[target_feature(enable = $features)]
             fn round([a, b, c, d, e, f, g, h]: [$vector; 8], w: $vector, k: u32) -> [$vector; 8] {
+                // Each round waits for the e and a of the one before. What does not is added first, so that from e to e
+                // it takes a rotation, sum1 and one addition, and from a to a no more: lanes are short of nothing else.
+                let ready = add(h, add(splat(k), w));
+                let (chosen, most) = (choose(e, f, g), majority(a, b, c));
                 let sum1 = xor3(rotr::<6>(e), rotr::<11>(e), rotr::<25>(e));
-                let t1 = add(add(h, add(splat(k), w)), add(sum1, choose(e, f, g)));
                 let sum0 = xor3(rotr::<2>(a), rotr::<13>(a), rotr::<22>(a));
-                [add(t1, add(sum0, majority(a, b, c))), a, b, c, add(d, t1), e, f, g]
+                let next_e = add(add(add(d, ready), chosen), sum1);
+                let next_a = add(add(add(add(ready, chosen), sum1), most), sum0);
+                [next_a, a, b, c, next_e, e, f, g]
             }
 
             let mut state: [$vector; 8] = from_fn(|word| load(&from_fn(|lane| states[lane][word])));
@@ -36,16 +47,19 @@ macro_rules! kernel {
             for block in 0..blocks {
                 let mut w: [$vector; 16] = words(from_fn(|lane| &data[lane][block]));
                 let mut v = state;
-                sixteen_times!(J { v = round(v, w[J], K[J]); });
-                for t in [16, 32, 48] {
+                // The word of sixteen rounds later takes the place of each word as soon as its round is begun: what does
+                // not wait for anything fills the time of what does.
+                let [first, second, third, last] = K_OF_SIXTEEN;
+                for k in [first, second, third] {
                     sixteen_times!(J {
+                        v = round(v, w[J], k[J]);
                         let (x, y) = (w[(J + 1) % 16], w[(J + 14) % 16]);
                         let sigma0 = xor3(rotr::<7>(x), rotr::<18>(x), shr::<3>(x));
                         let sigma1 = xor3(rotr::<17>(y), rotr::<19>(y), shr::<10>(y));
                         w[J] = add(add(w[J], sigma0), add(w[(J + 9) % 16], sigma1));
                     });
-                    sixteen_times!(J { v = round(v, w[J], K[t + J]); });
                 }
+                sixteen_times!(J { v = round(v, w[J], last[J]); });
                 state = from_fn(|word| add(state[word], v[word]));
             }
             for (word, vector) in state.into_iter().enumerate() {
