@@ -43,7 +43,14 @@ impl Rotation<'_> {
             Ok(public) => public,
             Err(error) => {
                 // It may be there all the same; else the file is as it was, also for an agent that runs.
-                let changed = self.reloaded()?;
+                let changed = match self.reloaded() {
+                    Ok(changed) => changed,
+                    Err(mistakes) => {
+                        // No agent has read it yet.
+                        self.write(&before)?;
+                        return Err(mistakes);
+                    }
+                };
                 let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;

@@ -146,6 +146,10 @@ impl<'a> Plan<'a> {
         match plan.serialization.method {
             Method::Files => plan.pieces = sizes.map(whole).collect(),
             Method::Shards(bytes) => {
+                let count = plan.files.sizes().map(|size| size.div_ceil(bytes.get()));
+                if count.fold(0, u64::saturating_add) > model::MOST_SHARDS {
+                    return Err(ModelError::Shards(model.name.clone().into()).into());
+                }
                 let sharded = |(file, size)| shards(size, bytes).map(move |range| Piece { file, range });
                 let mut pieces: Vec<_> = sizes.flat_map(sharded).collect();
                 pieces.sort_by_cached_key(|piece| plan.name(piece));

@@ -2,6 +2,8 @@
 //! `omsign sign --manifest` reads, where the model need not be at hand. Lists of `sha256sum` are read, too.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::io::Read as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +17,9 @@ use crate::sha256sum::{self, SumsError};
 /// The version of the format.
 const VERSION: u32 = 1;
 
+/// The largest file that is read: of five million resources.
+const LARGEST_BYTES: u64 = 1 << 30;
+
 /// Files that make no manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestFileError {
@@ -26,6 +31,9 @@ pub enum ManifestFileError {
         /// Why.
         source: std::io::Error,
     },
+    /// One has no end, or none that a manifest would have.
+    #[error("{0} is larger than {LARGEST_BYTES} bytes, which no manifest is")]
+    TooLarge(PathBuf),
     /// One is neither JSON of `omsign digest` nor a list of `sha256sum`.
     #[error("{path} is no manifest: {reason}")]
     Malformed {
@@ -131,7 +139,13 @@ pub struct Unsaid {
 /// where the files say it.
 pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>), ManifestFileError> {
     let read = |path: &PathBuf| {
-        std::fs::read(path).map_err(|source| ManifestFileError::Read { path: path.clone(), source })
+        let mut bytes = Vec::new();
+        let read = fs::File::open(path).and_then(|file| file.take(LARGEST_BYTES + 1).read_to_end(&mut bytes));
+        match read {
+            Ok(read) if read as u64 > LARGEST_BYTES => Err(ManifestFileError::TooLarge(path.clone())),
+            Ok(_) => Ok(bytes),
+            Err(source) => Err(ManifestFileError::Read { path: path.clone(), source }),
+        }
     };
     let contents = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let (mut files, mut lists) = (Vec::new(), Vec::new());

@@ -59,6 +59,9 @@ pub(crate) fn at_or_below(path: &str, other: &str) -> bool {
     path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
+/// The most shards that a model may have: what is known of them is held in memory.
+pub const MOST_SHARDS: u64 = 1 << 24;
+
 /// Why a model cannot be read as one.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -73,6 +76,9 @@ pub enum ModelError {
     /// Nothing to sign.
     #[error("{0} has no files to sign")]
     Empty(PathBuf),
+    /// Shards so small that there would be too many of them.
+    #[error("{0} would have more than {MOST_SHARDS} shards; make them larger: --shard-size")]
+    Shards(PathBuf),
     /// A symbolic link where they are not allowed.
     #[error("{0} is a symbolic link, and symbolic links are not allowed here (OMS 6.1.1)")]
     Symlink(PathBuf),
@@ -107,7 +113,7 @@ pub enum ModelError {
 impl ModelError {
     /// Whether the model itself is wrong.
     pub fn found_wrong(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Ignore { .. })
+        !matches!(self, Self::Read { .. } | Self::Ignore { .. } | Self::Shards(_))
     }
 }
 

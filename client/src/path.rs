@@ -114,20 +114,27 @@ impl Question<'_> {
             Purpose::TimeStamping => X509ExtendedKeyUsage::TIMESTAMP,
         };
         let [_, between @ .., _anchor] = path.as_slice() else { return Ok(path) };
-        let limited = |issuer: &&X509| {
-            issuer
-                .extended_key_usage()
-                .is_some_and(|own| !own.intersects(usage | X509ExtendedKeyUsage::ANYEKU))
-        };
-        match between.iter().find(limited) {
+        match between.iter().find(|issuer| is_for_something_else(issuer, usage)) {
             Some(issuer) => Err(PathError::Purpose(certificate::subject(issuer))),
             None => Ok(path),
         }
     }
 }
 
-/// Whether no certificate on a way is revoked by now, whenever it was used. Of the anchor nobody has to say so.
+fn is_for_something_else(issuer: &X509, usage: X509ExtendedKeyUsage) -> bool {
+    issuer.extended_key_usage().is_some_and(|own| !own.intersects(usage | X509ExtendedKeyUsage::ANYEKU))
+}
+
+/// Whether no certificate on a way is revoked by now, whenever it was used. Of the anchor nobody has to say so; but a
+/// leaf that is the anchor, and that a CRL is about, is no leaf that was checked.
 pub(crate) fn check_revocation(path: &[X509], crls: &Crls, now: Timestamp) -> Result<(), PathError> {
+    if let [leaf] = path
+        && !is_self_issued(leaf)?
+        && crls.about(leaf)?.is_some()
+    {
+        let why = "it is trusted itself, and its issuer, who has to sign the CRL, is not";
+        return Err(PathError::NoCrl(certificate::subject(leaf), why));
+    }
     for pair in path.windows(2) {
         let [certificate, issuer] = pair else { continue };
         let Some(file) = crls.about(certificate)? else {
@@ -240,5 +247,18 @@ pub(crate) fn check_order(chain: &[X509], now: Timestamp) -> Result<(), PathErro
     let [leaf, intermediates @ ..] = chain else { return Ok(()) };
     let anchor = intermediates.last().unwrap_or(leaf);
     let anchors = std::slice::from_ref(anchor);
-    Question { anchors, leaf, intermediates, purpose: Purpose::CodeSigning }.ask(now).map(drop)
+    Question { anchors, leaf, intermediates, purpose: Purpose::CodeSigning }.ask(now)?;
+    // Whoever trusts its issuer asks more of the last one than whoever trusts that one itself.
+    match intermediates.last() {
+        Some(last)
+            if !is_self_issued(last)? && is_for_something_else(last, X509ExtendedKeyUsage::CODE_SIGN) =>
+        {
+            Err(PathError::Purpose(certificate::subject(last)))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_self_issued(certificate: &X509) -> Result<bool, ErrorStack> {
+    Ok(certificate.issuer_name().try_cmp(certificate.subject_name())?.is_eq())
 }

@@ -72,6 +72,9 @@ pub enum PolicyError {
         /// What is wrong there.
         message: String,
     },
+    /// A path that a text file cannot hold.
+    #[error("signer {0} names a file whose path is not UTF-8; move it to a path that is")]
+    NotUtf8(String),
     /// Terms that cannot be.
     #[error("{path}: signer.{name}")]
     Terms {
@@ -306,7 +309,7 @@ impl Edit {
         if signers.contains_key(name) {
             return Err(self.taken(name));
         }
-        let table = toml::to_string_pretty(terms).expect("strings and lists always serialize");
+        let table = toml::to_string_pretty(terms).map_err(|_| PolicyError::NotUtf8(name.to_owned()))?;
         let table: DocumentMut = table.parse().expect("TOML, as it was just written");
         signers.insert(name, toml_edit::Item::Table(table.as_table().clone()));
         Ok(())

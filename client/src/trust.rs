@@ -204,9 +204,9 @@ impl Trust {
                 // First what is quick, and what nobody else can make.
                 let form = self.signed(bundle, &key)?;
                 let stamps = self.stamps(bundle, now)?;
-                anchors.check(leaf, intermediates, &stamps, now)?;
+                let revocation_checked = anchors.check(leaf, intermediates, &stamps, now)?;
                 let mut proof = proof(certified(leaf)?, &key, bundle, &stamps, form);
-                proof.revocation_checked = !anchors.crls.is_empty();
+                proof.revocation_checked = revocation_checked;
                 proof.authority_revocation_checked = anchors.check_authorities(&stamps, now)?;
                 read(bundle, form, proof)
             }
@@ -300,7 +300,7 @@ impl Anchors {
         intermediates: &[X509],
         stamps: &[Seen],
         now: Timestamp,
-    ) -> Result<(), TrustError> {
+    ) -> Result<bool, TrustError> {
         let question = Question { anchors: &self.roots, leaf, intermediates, purpose: Purpose::CodeSigning };
         let mut times: Vec<Timestamp> = stamps.iter().flat_map(|seen| [seen.earliest, seen.latest]).collect();
         if times.is_empty() {
@@ -322,7 +322,8 @@ impl Anchors {
                     found: format!("{subject} ({fingerprint})"),
                 })
             }
-            _ => Ok(()),
+            // Nobody was asked about a leaf that is the anchor.
+            _ => Ok(!self.crls.is_empty() && path.len() > 1),
         }
     }
 

@@ -63,6 +63,9 @@ pub(super) fn generate(
         }
         Made::Rsa(bits) => {
             public.extend([Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
+            // Modules let RSA keys decrypt unless they are told not to.
+            public.extend([Attribute::Encrypt(false), Attribute::Wrap(false)]);
+            private.extend([Attribute::Decrypt(false), Attribute::Unwrap(false)]);
             Mechanism::RsaPkcsKeyPairGen
         }
         Made::MlDsa(set) => {

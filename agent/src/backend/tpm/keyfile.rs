@@ -89,7 +89,8 @@ fn is_true(boolean: &Any) -> bool {
 pub(super) fn encode(public: &Public, private: &Private, has_auth: bool) -> Result<String, Failure> {
     let failed = |what: String| refused(format!("the key file cannot be encoded: {what}"));
     let public = public.marshall().map_err(|error| failed(error.to_string()))?;
-    let boolean = |set: bool| set.then(|| Any::new(Tag::Boolean, [0xff])).transpose();
+    // FALSE is written, too: tpm2-openssl takes a file that does not say for one without a value.
+    let boolean = |set: bool| Any::new(Tag::Boolean, [if set { 0xff } else { 0 }]);
     let buffer = |bytes: &[u8]| {
         let size = u16::try_from(bytes.len()).map_err(|error| failed(error.to_string()))?;
         let sized = [&size.to_be_bytes()[..], bytes].concat();
@@ -97,7 +98,7 @@ pub(super) fn encode(public: &Public, private: &Private, has_auth: bool) -> Resu
     };
     let key = TpmKey {
         kind: LOADABLE,
-        empty_auth: boolean(!has_auth).map_err(|error| failed(error.to_string()))?,
+        empty_auth: Some(boolean(!has_auth).map_err(|error| failed(error.to_string()))?),
         policy: None,
         secret: None,
         auth_policy: None,
