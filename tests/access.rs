@@ -1,5 +1,8 @@
 //! Who is let in: Unix users, client certificates, and what is recorded of it.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::time::Duration;
@@ -36,6 +39,14 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
     // Its token is: this user may unlock it.
     let status = world.omsign_ok(&["agent", "status"])?;
     ensure!(status.contains("token t: ready") && !status.contains("key k"), "{status}");
+    let audit = world.audit()?;
+    let looked = audit.last().context("an entry")?;
+    ensure!(looked["action"] == "look" && looked["outcome"] == "denied" && looked["key"] == "k", "{looked}");
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "nowhere"])?;
+    ensure!(errors.contains("no key \"nowhere\" is configured"), "{errors}");
+    let audit = world.audit()?;
+    let looked = audit.last().context("an entry")?;
+    ensure!(looked["key"] == "nowhere" && looked["reason"] == "no such key", "{looked}");
     // Somebody who does not ask first gets no further, and is recorded.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let denied = runtime.block_on(async {
@@ -51,6 +62,27 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
 }
 
 /// Needs root: it gives the socket to a group and becomes a member of it.
+/// Connections that never get as far as their preface are ended, and one caller does not take all places.
+#[test]
+fn silent_callers_keep_nobody_out() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    let connect = || UnixStream::connect(world.path("agent.sock"));
+    let mut one_byte = connect()?;
+    one_byte.write_all(b"P")?;
+    // More than one caller may have.
+    let mut silent = (0..300).map(|_| connect()).collect::<Result<Vec<_>, _>>()?;
+    let closed = |stream: &mut UnixStream, within: Duration| -> anyhow::Result<bool> {
+        stream.set_read_timeout(Some(within))?;
+        // The server's own preface comes first.
+        Ok(stream.read_to_end(&mut Vec::new()).is_ok())
+    };
+    let last = silent.last_mut().context("one")?;
+    ensure!(closed(last, SOON)?, "one connection more than a caller may have");
+    ensure!(closed(&mut one_byte, Duration::from_secs(20))?, "a caller who said one byte");
+    eventually("places for others", || Ok(world.omsign(&["keys"])?.status.success()))
+}
+
 #[test]
 fn a_socket_for_a_group() -> anyhow::Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this test becomes another user; run it as root");
@@ -232,6 +264,19 @@ fn client_certificates() -> anyhow::Result<()> {
         ensure!(signs(&url, "ours", "other")?.status.code() == Some(2));
     }
     Ok(())
+}
+
+/// Somebody who takes connections and says nothing.
+#[test]
+fn an_agent_that_does_not_answer() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.tls("a")?;
+    world.model()?;
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let address = format!("https://localhost:{}", silent.local_addr()?.port());
+    let credentials = ["--agent-ca", "a-ca.pem", "--agent-certificate", "a-client.pem", "--agent-key"];
+    let sign = [&["sign", "model", "--key", "k", "--agent", &address], &credentials[..], &["a-client.key"]];
+    world.omsign_refuses(2, &sign.concat(), &["no agent answers at", "does not answer within 10 s"])
 }
 
 fn fingerprint(world: &World, name: &str) -> anyhow::Result<String> {

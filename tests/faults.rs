@@ -25,7 +25,7 @@ fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
-    let section = proxy.token_section("t", &token, "queue = 4\ntimeout = \"1s\"");
+    let section = proxy.token_section("t", &token, "queue = 2\ntimeout = \"1s\"");
     let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -39,9 +39,14 @@ fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
         }
         ensure!(full > 15, "{full} were told that the queue is full");
         proxy.set("")?;
-        eventually_async("the end of the queue", || proxy.calls("C_Sign") >= 5).await?;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        sign(&mut client, request("k", 100, &DIGEST), SECOND * 10).await?;
+        eventually_async("the end of the queue", || proxy.calls("C_Sign") >= 3).await?;
+        // The last of them leave the queue now.
+        let started = Instant::now();
+        let mut id = 100;
+        while let Err(full) = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await {
+            ensure!(full.code() == Code::ResourceExhausted && started.elapsed() < SECOND * 10, "{full}");
+            id += 1;
+        }
         ensure!(agent.hosts()? == before, "a healthy process was killed: {}", agent.log()?);
         Ok(())
     })
@@ -68,6 +73,35 @@ fn a_removed_token_directory_comes_back_under_a_running_agent() -> anyhow::Resul
             tokio::time::sleep(Duration::from_millis(50)).await;
             id += 1;
         }
+        Ok(())
+    })
+}
+
+/// Out of memory for a moment: nobody is told who has the time to wait.
+#[test]
+fn a_busy_token_is_asked_again() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = Proxy::new(&world)?;
+    let section = proxy.token_section("t", &token, "");
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
+        let (hosts, before) = (agent.hosts()?, proxy.calls("C_SignInit"));
+        // CKR_DEVICE_MEMORY
+        proxy.set("C_SignInit 31 0\n")?;
+        let late = sign(&mut client, request("k", 2, &DIGEST), SECOND).await;
+        ensure!(late.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{late:?}");
+        ensure!(proxy.calls("C_SignInit") > before + 2, "it was not asked again");
+        let freed = async {
+            eventually_async("three tries", || proxy.calls("C_SignInit") >= before + 6).await?;
+            proxy.set("")
+        };
+        let (signed, freed) = tokio::join!(sign(&mut client, request("k", 3, &DIGEST), SECOND * 10), freed);
+        freed?;
+        signed?;
+        ensure!(agent.hosts()? == hosts, "busy is no reason for a new process");
         Ok(())
     })
 }

@@ -162,6 +162,19 @@ fn memory_stays_small_whatever_the_model() -> anyhow::Result<()> {
 }
 
 #[test]
+fn what_would_not_fit_into_memory_is_refused() -> anyhow::Result<()> {
+    let world = World::new()?;
+    fs::create_dir(world.path("model"))?;
+    fs::File::create(world.path("model/sparse"))?.set_len(1 << 40)?;
+    let shards = ["digest", "model", "--shard-size", "1000"];
+    world.omsign_refuses(2, &shards, &["would have more than 16777216 shards; make them larger"])?;
+    let sparse = fs::File::create(world.path("manifest.json"))?;
+    sparse.set_len(1 << 40)?;
+    let sign = ["sign", "--manifest", "manifest.json", "--key", "k"];
+    world.omsign_refuses(2, &sign, &["manifest.json is larger than 1073741824 bytes, which no manifest is"])
+}
+
+#[test]
 fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::Result<()> {
     let world = world()?;
     let caches = || fs::read_dir(world.path(".cache/omsign/digests"));
@@ -185,9 +198,13 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     ensure!(from_cache("")? == 0 && from_cache("--digest-cache")? == files);
     let said = verify(&world, &["--digest-cache"])?;
     ensure!(said.contains(&format!(", {files} digests believed from the cache")), "{said}");
+    ensure!(said.contains("content of every signed file, or what the digest cache says of it"), "{said}");
+    ensure!(!verify(&world, &[])?.contains("cache"), "nobody asked for it");
     let output = world.omsign(&["digest", "model", "--digest-cache"])?;
     let note = String::from_utf8(output.stderr)?;
     ensure!(note.contains(&format!("{files} digests (")) && output.stdout == digest.as_bytes(), "{note}");
+    let quiet = world.omsign(&["digest", "model", "--digest-cache", "-q"])?;
+    ensure!(quiet.stderr.is_empty(), "{quiet:?}");
     // Another algorithm, and shards, are other digests.
     let blake3 = world.omsign_ok(&["digest", "model", "--hash-type", "blake3"])?;
     let cached = ["digest", "model", "--hash-type", "blake3", "--digest-cache"];
@@ -205,6 +222,9 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
         errors.contains(&format!("{} digests", files - 1)) && errors.contains("changed: config.json"),
         "{errors}"
     );
+    let failed = world.omsign(&[&arguments[..], &["--json"]].concat())?;
+    let failed: serde_json::Value = serde_json::from_slice(&failed.stdout)?;
+    ensure!(failed["digests_from_cache"] == files - 1, "{failed}");
     content[0] ^= 1;
     fs::write(&config, &content)?;
     // Half a cache is none.
@@ -241,6 +261,23 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
     let refuse = |manifests: &[&str], expected: &str| {
         world.omsign_refuses(2, &[&["sign", "--manifest"], manifests, &KEY[..]].concat(), &[expected])
     };
+    // The same names and sizes, and another content.
+    shell(
+        &world,
+        "cp -r model retrained && head -c 5242880 /dev/urandom > retrained/big.bin && mv model first && mv retrained model",
+    )?;
+    let more = "--shard-size 100000 --hash-type blake3 --ignore-paths sub/one";
+    shell(
+        &world,
+        &format!(
+            "truncate -s $(stat -c %s first/big.bin) model/big.bin; omsign digest model --part 2/3 --json {more} > retrained-2.json"
+        ),
+    )?;
+    shell(&world, "rm -r model && mv first model")?;
+    refuse(
+        &["part-1.json", "retrained-2.json", "part-3.json"],
+        "different models, or were made with different options",
+    )?;
     refuse(&["part-1.json", "part-3.json"], "part 2 of 3 is in none of the files")?;
     refuse(&["part-1.json", "part-2.json", "part-2.json", "part-3.json"], "are the same part of the model")?;
     shell(&world, "omsign digest model --part 3/3 --json > other.json")?;

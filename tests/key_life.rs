@@ -145,6 +145,22 @@ fn of_tpm_keys() -> anyhow::Result<()> {
     chip.tool("openssl", |tool| {
         tool.args(["pkey", "-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2"]);
         tool.args(["-in", &made, "-pubout", "-passin"]).arg(format!("file:{}", chip.pin_file().display()));
+    })?;
+    // And signs with: it believes the file about the authorization value.
+    let message = text(&world.write("message", "text")?);
+    chip.tool("openssl", |tool| {
+        tool.args([
+            "dgst",
+            "-sha256",
+            "-provider",
+            "tpm2",
+            "-provider",
+            "default",
+            "-propquery",
+            "?provider=tpm2",
+        ]);
+        tool.args(["-sign", &made, "-passin"]).arg(format!("file:{}", chip.pin_file().display()));
+        tool.args(["-out", &text(&world.path("message.sig")), &message]);
     })
 }
 

@@ -141,6 +141,27 @@ fn a_certificate_names_the_key() -> anyhow::Result<()> {
     })
 }
 
+/// An agent that ended would offer the PIN again each time that something restarts it.
+#[test]
+fn a_required_token_whose_pin_is_refused_waits_for_an_operator() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let right = std::fs::read(token.pin_file())?;
+    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
+    let proxy = Proxy::new(&world)?;
+    let section = proxy.token_section("t", &token, "required = true");
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    world.model()?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+    ensure!(errors.contains("it refused the PIN"), "{errors}");
+    ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
+    omsign_fixtures::write_private(&token.pin_file(), &right)?;
+    world.omsign_ok(&["agent", "unlock", "t"])?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
 #[test]
 fn a_required_token_has_to_be_there() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -2,6 +2,7 @@
 //! left behind.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -173,6 +174,46 @@ fn pem_keys_and_their_passwords() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Paths may be any bytes; JSON may not.
+#[test]
+fn paths_that_are_not_utf8() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let openssl = Command::new("openssl")
+        .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
+        .arg(world.path("k.pem"))
+        .status()?;
+    ensure!(openssl.success());
+    fs::write(world.path("model").join("a\u{7f}b"), "x")?;
+    let omsign = |arguments: &[&[u8]]| {
+        let mut command = Command::new(built("omsign")?);
+        command.args(arguments.iter().map(|bytes| std::ffi::OsStr::from_bytes(bytes)));
+        command.current_dir(world.path(""));
+        world.without_surprises(&mut command);
+        anyhow::Ok(command.output()?)
+    };
+    let signed =
+        omsign(&[b"sign", b"model", b"--private-key", b"k.pem", b"--signature", b"\xff.sig", b"--json"])?;
+    ensure!(signed.status.success(), "{signed:?}");
+    let signed: serde_json::Value = serde_json::from_slice(&signed.stdout)?;
+    ensure!(signed["signature"] == "\u{fffd}.sig", "{signed}");
+    let listed = omsign(&[b"trust", b"list", b"--policy", b"\xff.toml", b"--json"])?;
+    ensure!(listed.status.code().is_some_and(|code| code < 3), "{listed:?}");
+    fs::write(world.path("k.pub"), "")?;
+    let added = [&b"trust"[..], b"add", b"x", b"--certificate-chain", b"\xff.pem", b"--policy", b"p.toml"];
+    ensure!(omsign(&added)?.status.code() == Some(2));
+    // Names with control characters go through JSON and back.
+    let manifest = world.omsign_ok(&["digest", "model", "--json"])?;
+    let parsed: serde_json::Value = serde_json::from_str(&manifest)?;
+    ensure!(parsed.to_string().contains('\u{7f}') && !manifest.contains('\u{7f}'), "{manifest}");
+    world.write("manifest.json", manifest)?;
+    world.omsign_ok(&["sign", "--manifest", "manifest.json", "--private-key", "k.pem"])?;
+    let shown: serde_json::Value =
+        serde_json::from_str(&world.omsign_ok(&["inspect", "model.sig", "--json"])?)?;
+    ensure!(shown.to_string().contains('\u{7f}'), "{shown}");
+    Ok(())
+}
+
 #[test]
 fn without_an_agent() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -241,6 +282,7 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
     // A socket whose agent was killed is taken over; a file is not.
     Agent::start(&world, &config)?.stop()?;
     ensure!(!world.path("agent.sock").exists(), "a clean stop removes the socket");
+    ensure!(!world.path("agent.operator.sock").exists(), "and that of operators");
     world.write("agent.sock", "precious")?;
     starts(&config, 2, "agent.sock exists and is not a socket; remove it or choose another path")?;
     ensure!(fs::read_to_string(world.path("agent.sock"))? == "precious");
@@ -252,6 +294,10 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
         2,
         "nothing is signed without an audit log",
     )?;
+    let operator =
+        |path: &str| config.replacen("[audit]", &format!("operator = {{ path = \"{path}\" }}\n[audit]"), 1);
+    starts(&operator("agent.sock"), 2, "listen.operator.path: ")?;
+    starts(&operator("file"), 2, "file exists and is not a socket")?;
     starts(&config.replace("module", "modul"), 2, "token.t.modul: unknown key; did you mean \"module\"?")?;
     Ok(())
 }

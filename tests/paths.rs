@@ -256,7 +256,12 @@ fn chains_are_checked_before_they_are_signed_with() -> anyhow::Result<()> {
     pki.issue("below-old", "old-ca", Certificate::default())?;
     pki.issue("no-ca", "issuing", Certificate::default())?;
     pki.issue("below-no-ca", "no-ca", Certificate::default())?;
+    let for_servers =
+        "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nextendedKeyUsage=serverAuth\n";
+    pki.issue("servers", "root", Certificate { extensions: for_servers, ..Certificate::default() })?;
+    pki.issue("below-servers", "servers", Certificate::default())?;
     for (key, chain, expected) in [
+        ("below-servers", &["below-servers", "servers"][..], "the extended key usage of CN=servers is for"),
         (
             "other",
             &["k", "issuing"][..],

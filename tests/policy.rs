@@ -1,6 +1,7 @@
 //! The trust policy: who may sign which models, once for all.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, ensure};
@@ -217,6 +218,26 @@ fn mistakes_in_a_policy() -> anyhow::Result<()> {
     add(&["a", "--public-key", "other.pub"], "p.toml has a signer \"a\" already")?;
     add(&["b/c", "--public-key", "other.pub"], "\"b/c\" is no name for a signer")?;
     add(&["b", "--public-key", "other.pub", "--models", "["], "\"[\" is not a pattern")?;
+    // A policy holds absolute paths: below such a directory there is no path that TOML can hold.
+    let odd = world.path("").join(std::ffi::OsStr::from_bytes(b"\xff"));
+    fs::create_dir(&odd)?;
+    fs::copy(world.path("root.pem"), odd.join("root.pem"))?;
+    fs::write(odd.join("x.crl"), "")?;
+    let mut below = std::process::Command::new(omsign_fixtures::built("omsign")?);
+    below.args([
+        "trust",
+        "add",
+        "b",
+        "--identity",
+        "x",
+        "--identity-provider",
+        "y",
+        "--trusted-root",
+        "root.pem",
+    ]);
+    world.without_surprises(below.arg("--policy").arg(world.path("p.toml")).current_dir(&odd));
+    let refused = below.output()?;
+    ensure!(refused.status.code() == Some(2), "{refused:?}");
     ensure!(fs::read_to_string(world.path("p.toml"))? == before);
     world.omsign_ok(&["trust", "add", "b", "--public-key", "other.pub", "--policy", "p.toml"])?;
     let after = fs::read_to_string(world.path("p.toml"))?;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
-use crate::hash::{Algorithm, Digest, Hasher, Looked, Piece};
+use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
 use crate::model::{self, GIT_PATHS, Model, ModelError, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
@@ -172,13 +172,14 @@ impl<'a> Plan<'a> {
         self.pieces.len()
     }
 
-    /// SHA-256 over the names and sizes of all resources: whoever plans the same model and options has the same.
-    pub fn listing(&self) -> Digest {
-        let mut text = String::new();
+    /// SHA-256 over the names and sizes of all resources, and a sample of their content: whoever plans the same model and
+    /// options has the same.
+    pub fn listing(&self, hasher: &Hasher) -> Result<Digest, HashError> {
+        let mut text = format!("{}\n", hasher.sample(&self.files)?);
         for piece in &self.pieces {
             let _ = writeln!(text, "{} {}", piece.bytes(), self.name(piece));
         }
-        Digest::sha256(text.as_bytes())
+        Ok(Digest::sha256(text.as_bytes()))
     }
 
     /// Keeps one part. Parts have about as many bytes each: the largest resource left always goes to the part that has
@@ -303,7 +304,7 @@ mod tests {
                 let (mut found, mut listings, mut most) = (Vec::new(), BTreeSet::new(), 0);
                 for index in 1..=of.get() {
                     let plan = Plan::new(&model, serialization.clone(), &hasher).expect("planned");
-                    listings.insert(plan.listing().to_string());
+                    listings.insert(plan.listing(&hasher).expect("sampled").to_string());
                     let part = Part { index: NonZeroUsize::new(index).expect("not zero"), of };
                     let (manifest, bytes) = plan.part(part).hash(&hasher).expect("hashed");
                     most = most.max(bytes);

@@ -15,8 +15,13 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let serialization = selection.serialization()?;
     let model = serialization.walk(model)?;
     let plan = Plan::new(&model, serialization, &hashing.hasher)?;
-    let part =
-        arguments.part.map(|part| PartOf { part, resources: plan.resources(), listing: plan.listing() });
+    let part = match arguments.part {
+        Some(part) => {
+            let (resources, listing) = (plan.resources(), plan.listing(&hashing.hasher)?);
+            Some(PartOf { part, resources, listing })
+        }
+        None => None,
+    };
     let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };
     let (manifest, bytes) = plan.hash(&hashing.hasher)?;
     hashing.end();

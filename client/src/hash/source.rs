@@ -128,6 +128,26 @@ impl Source {
     }
 }
 
+/// Where a file is sampled, at most, and how many bytes there.
+const SAMPLES: u64 = 16;
+const SAMPLE_BYTES: u64 = 64;
+
+/// A few bytes of a file, evenly spread, the last ones among them.
+pub(super) fn sample(path: &Path, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
+    // One for each page: more would cost no less than reading it.
+    let count = (stamp.size / PAGE_BYTES as u64 + 1).min(SAMPLES);
+    let mut bytes = Vec::new();
+    for index in 1..=count {
+        // Of so many equal parts the end of each.
+        let end = stamp.size / count * index + if index == count { stamp.size % count } else { 0 };
+        let mut source = Source::open(path, stamp, &(end.saturating_sub(SAMPLE_BYTES)..end))?;
+        let mut buffer = Buffer::new(PAGE_BYTES);
+        let filled = source.fill(&mut buffer)?;
+        bytes.extend_from_slice(buffer.get(0..filled));
+    }
+    Ok(bytes)
+}
+
 /// Memory that starts at a page's border: CPUs copy several times faster from the page cache to there (measured on
 /// Zen 3, whose `rep movsb` is slow where the destination is not aligned).
 pub(super) struct Buffer {
