@@ -119,3 +119,16 @@ fn more_of_anything_than_a_signer_would_put_in() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_would_not_fit_into_memory_is_refused() -> anyhow::Result<()> {
+    let world = World::new()?;
+    std::fs::create_dir(world.path("model"))?;
+    std::fs::File::create(world.path("model/sparse"))?.set_len(1 << 40)?;
+    let shards = ["digest", "model", "--shard-size", "1000"];
+    world.omsign_refuses(2, &shards, &["would have more than 16777216 shards; make them larger"])?;
+    let sparse = std::fs::File::create(world.path("manifest.json"))?;
+    sparse.set_len(1 << 40)?;
+    let sign = ["sign", "--manifest", "manifest.json", "--key", "k"];
+    world.omsign_refuses(2, &sign, &["manifest.json is larger than 1073741824 bytes, which no manifest is"])
+}

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
+use crate::audit::Audit;
 use crate::config::{self, Config, Key, PinSource, UnixListen};
 use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
@@ -64,7 +65,8 @@ impl Report {
 /// Looks at everything. Each token is opened once, as the agent would, unless an agent already runs.
 pub async fn examine(config: &Config) -> Vec<Finding> {
     let mut report = Report::default();
-    let running = listeners(config, &mut report);
+    // An agent may listen elsewhere, or on TCP only.
+    let running = listeners(config, &mut report) || Audit::is_held(&config.audit);
     audit(config, &mut report);
     for (name, token) in &config.tokens {
         let subject = format!("token.{name}");
@@ -157,7 +159,17 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
     }
     if let Some(tls) = &config.listen.tls {
         let message = format!("{} with certificate {}", tls.address, tls.certificate.display());
-        report.add(Level::Ok, "listen.tls", message);
+        let taken = std::net::TcpListener::bind(tls.address).err();
+        match taken.filter(|_| !running && !Audit::is_held(&config.audit)) {
+            Some(error) => report.add(Level::Error, "listen.tls", format!("{message}: {error}")),
+            None => report.add(Level::Ok, "listen.tls", message),
+        }
+        let by_certificate = |rule: &Rule| !matches!(rule.matches, Match::Uid(_) | Match::Gid(_));
+        if config.listen.unix.is_none() && !config.operators.iter().any(by_certificate) {
+            let message = "operators are told by their Unix ids, and there is no Unix socket: nobody could unlock a \
+                           token; write [listen] unix, or an [[operator]] rule for a certificate";
+            report.add(Level::Warning, "operator", message);
+        }
     }
     running
 }

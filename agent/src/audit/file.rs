@@ -47,6 +47,12 @@ impl AuditFile {
         Ok(file)
     }
 
+    /// Whether a process has `directory/name` open.
+    pub(super) fn is_held(directory: &Path, name: &str) -> bool {
+        let found = File::open(directory.join(name));
+        found.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// A crash can leave half a line. Its signature was never released; the line is kept, ended.
     fn finish_torn_line(&mut self) -> io::Result<()> {
         if self.file.metadata()?.len() == 0 {

@@ -106,6 +106,11 @@ impl Audit {
         Ok(Self { writer: Writer::Thread(lines, thread), failing })
     }
 
+    /// Whether somebody holds the log, and so owns the devices.
+    pub fn is_held(config: &config::Audit) -> bool {
+        AuditFile::is_held(&config.directory, FILE)
+    }
+
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
     pub fn close(self) {
         if let Writer::Thread(lines, thread) = self.writer {
