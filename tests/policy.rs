@@ -221,22 +221,16 @@ fn mistakes_in_a_policy() -> anyhow::Result<()> {
     // A policy holds absolute paths: below such a directory there is no path that TOML can hold.
     let odd = world.path("").join(std::ffi::OsStr::from_bytes(b"\xff"));
     fs::create_dir(&odd)?;
-    fs::copy(world.path("root.pem"), odd.join("root.pem"))?;
-    fs::write(odd.join("x.crl"), "")?;
+    let pki = Pki::new(&world);
+    pki.root("listed")?;
+    pki.crl("listed", "")?;
+    fs::copy(world.path("listed.crl"), odd.join("x.crl"))?;
     let mut below = std::process::Command::new(omsign_fixtures::built("omsign")?);
-    below.args([
-        "trust",
-        "add",
-        "b",
-        "--identity",
-        "x",
-        "--identity-provider",
-        "y",
-        "--trusted-root",
-        "root.pem",
-    ]);
+    below.args(["trust", "add", "b", "--crl", "x.crl", "--certificate-chain"]).arg(world.path("listed.pem"));
     world.without_surprises(below.arg("--policy").arg(world.path("p.toml")).current_dir(&odd));
     let refused = below.output()?;
+    let errors = String::from_utf8_lossy(&refused.stderr);
+    ensure!(errors.contains("signer b names a file whose path is not UTF-8"), "{errors}");
     ensure!(refused.status.code() == Some(2), "{refused:?}");
     ensure!(fs::read_to_string(world.path("p.toml"))? == before);
     world.omsign_ok(&["trust", "add", "b", "--public-key", "other.pub", "--policy", "p.toml"])?;

@@ -92,8 +92,8 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             Err(reason) => report.add(Level::Error, &subject, reason),
         }
         if running {
-            let message =
-                "an agent is running and owns it, so it is not opened here; see `omsign agent status`";
+            let message = "an agent is running and owns it, or this user cannot tell, so it is not opened here; see `omsign agent \
+                 status`";
             report.add(Level::Warning, &subject, message);
         } else if token.pin != PinSource::Prompt && surveyed.is_ok() && source.is_ok() {
             open(config, name, &subject, &mut report).await;
@@ -161,7 +161,8 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
         let message = format!("{} with certificate {}", tls.address, tls.certificate.display());
         let taken = std::net::TcpListener::bind(tls.address).err();
         match taken.filter(|_| !running && !Audit::is_held(&config.audit)) {
-            Some(error) => report.add(Level::Error, "listen.tls", format!("{message}: {error}")),
+            // systemd may hold it for an agent that it starts at the first connection.
+            Some(error) => report.add(Level::Warning, "listen.tls", format!("{message}: {error}")),
             None => report.add(Level::Ok, "listen.tls", message),
         }
         let by_certificate = |rule: &Rule| !matches!(rule.matches, Match::Uid(_) | Match::Gid(_));

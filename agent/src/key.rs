@@ -81,7 +81,7 @@ impl KeyEntry {
             let left = u32::try_from(up + 1).unwrap_or(u32::MAX);
             let now = Instant::now();
             let share = now + deadline.saturating_duration_since(now) / left;
-            let signed = place.token.sign(place.index, content, tell, share).await;
+            let signed = place.token.sign(place.index, content, tell, share, up == 0).await;
             let error = match signed {
                 Ok(signed) if self.is_ours(&signed.public_key) => return Ok((signed, place)),
                 Ok(_) => TokenError::Refused(OTHER_KEY.to_owned()),

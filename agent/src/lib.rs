@@ -18,6 +18,7 @@ pub mod listen;
 pub mod log;
 pub mod operator;
 mod pin;
+mod places;
 pub mod policy;
 mod replay;
 pub mod secret;

@@ -1,12 +1,11 @@
 //! Where callers come in: a Unix socket, TCP with mutual TLS, or sockets that systemd hands over. Every
 //! connection carries the [`Identity`] of its caller before the first request is read from it.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,19 +15,14 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
 use crate::config::{Listen, TlsListen, UnixListen};
-use crate::identity::{Caller, Identity};
-
-/// How many connections each socket may have open at once.
-const CONNECTIONS: usize = 1024;
-
-/// How many of these one caller may have: nobody keeps the others out.
-const CONNECTIONS_OF_ONE: usize = 256;
+use crate::identity::Identity;
+use crate::places::{Place, Places};
 
 /// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
 /// whether somebody is there.
@@ -55,57 +49,6 @@ pub struct Connection {
 enum Held {
     Place(#[expect(dead_code, reason = "held, not read")] Place),
     Closed(#[expect(dead_code, reason = "held, not read")] oneshot::Sender<()>),
-}
-
-/// The places of one socket.
-struct Places {
-    all: Arc<Semaphore>,
-    taken: Arc<Mutex<HashMap<Caller, usize>>>,
-}
-
-/// A place, given back when dropped.
-struct Place {
-    _one: OwnedSemaphorePermit,
-    caller: Caller,
-    taken: Arc<Mutex<HashMap<Caller, usize>>>,
-}
-
-impl Places {
-    fn new() -> Self {
-        Self { all: Arc::new(Semaphore::new(CONNECTIONS)), taken: Arc::default() }
-    }
-}
-
-impl Place {
-    /// The place of a caller who is known now. None: this caller has enough.
-    fn of(
-        identity: &Identity,
-        one: OwnedSemaphorePermit,
-        taken: &Arc<Mutex<HashMap<Caller, usize>>>,
-    ) -> Option<Self> {
-        let caller = identity.caller();
-        let mut of_each = taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = of_each.entry(caller.clone()).or_default();
-        if *count >= CONNECTIONS_OF_ONE {
-            tracing::warn!(caller = %identity, "has {CONNECTIONS_OF_ONE} connections already; this one is closed");
-            return None;
-        }
-        *count += 1;
-        drop(of_each);
-        Some(Self { _one: one, caller, taken: Arc::clone(taken) })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut of_each = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = of_each.get_mut(&self.caller) {
-            *count -= 1;
-            if *count == 0 {
-                of_each.remove(&self.caller);
-            }
-        }
-    }
 }
 
 /// The sockets, bound and listening.

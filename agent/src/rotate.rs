@@ -45,10 +45,10 @@ impl Rotation<'_> {
                 // It may be there all the same; else the file is as it was, also for an agent that runs.
                 let changed = match self.reloaded() {
                     Ok(changed) => changed,
-                    Err(mistakes) => {
-                        // No agent has read it yet.
+                    Err(_) => {
+                        // A configuration with mistakes changes nothing in an agent that runs.
                         self.write(&before)?;
-                        return Err(mistakes);
+                        return Err(error);
                     }
                 };
                 let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });

@@ -47,10 +47,12 @@ impl AuditFile {
         Ok(file)
     }
 
-    /// Whether a process has `directory/name` open.
+    /// Whether a process holds `directory/name`, or whether that cannot be told.
     pub(super) fn is_held(directory: &Path, name: &str) -> bool {
-        let found = File::open(directory.join(name));
-        found.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+        match File::open(directory.join(name)) {
+            Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
     }
 
     /// A crash can leave half a line. Its signature was never released; the line is kept, ended.

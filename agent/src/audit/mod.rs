@@ -106,7 +106,7 @@ impl Audit {
         Ok(Self { writer: Writer::Thread(lines, thread), failing })
     }
 
-    /// Whether somebody holds the log, and so owns the devices.
+    /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
     pub fn is_held(config: &config::Audit) -> bool {
         AuditFile::is_held(&config.directory, FILE)
     }

@@ -67,13 +67,14 @@ struct Waiting {
     busy_until: Option<Instant>,
     /// Its place in the window and in the queue, held until it is answered: otherwise callers in a hurry could
     /// pile up work without bound.
-    _held: Held,
+    held: Held,
 }
 
 /// What a request holds while it is with the process.
 pub(super) struct Held {
-    pub(super) _turn: OwnedSemaphorePermit,
-    pub(super) _place: Place,
+    pub(super) turn: OwnedSemaphorePermit,
+    /// Held, not read.
+    pub(super) _place: Arc<Place>,
 }
 
 impl Pending {
@@ -119,7 +120,7 @@ impl Host {
             let id = pending.next_id;
             pending.next_id += 1;
             let (tell, sent) = (tell.clone(), Instant::now());
-            let waiting = Waiting { done, tell, sent, begun: None, busy_until: None, _held: held };
+            let waiting = Waiting { done, tell, sent, begun: None, busy_until: None, held };
             pending.waiting.insert(id, waiting);
             let alone = pending.waiting.len() == 1;
             // In the order of their ids; the window bounds how many there can be.
@@ -195,16 +196,16 @@ impl Host {
         if pending.window < target {
             self.window.add_permits(target - pending.window);
             pending.window = target;
-        } else {
-            // Those in use come back, and go at a later answer.
-            pending.window -= self.window.forget_permits(pending.window - target);
         }
-        let waiting = pending.take(answer.id);
+        let Some(Waiting { done, held: Held { turn, .. }, .. }) = pending.take(answer.id) else { return };
+        if pending.window > target {
+            // Nobody gets this turn: under load there is always somebody who waits for one.
+            turn.forget();
+            pending.window -= 1;
+        }
         drop(pending);
-        if let Some(waiting) = waiting {
-            // The caller may have given up at its deadline.
-            let _ = waiting.done.send(Ok(answer.outcome()));
-        }
+        // The caller may have given up at its deadline.
+        let _ = done.send(Ok(answer.outcome()));
     }
 
     /// Whether an operation takes longer than `limit`: one that is known to have begun so long ago, or, as one is
@@ -231,7 +232,7 @@ impl Host {
     }
 }
 
-/// How many requests a session has before it whose device took so long for the last one.
+/// How many requests a session has before it whose device takes so long for one.
 fn ahead(took: Duration) -> usize {
     let fits = AHEAD.as_micros() / took.as_micros().max(1);
     usize::try_from(fits.clamp(*AHEAD_REQUESTS.start(), *AHEAD_REQUESTS.end())).unwrap_or(usize::MAX)

@@ -147,18 +147,19 @@ impl Token {
         token
     }
 
-    /// Signs with the key of this index. Waits while the token starts or is busy, until the deadline.
-    /// `tell` learns when the device waits for a touch.
+    /// Signs with the key of this index. Waits while the token starts or has others before it, until the deadline, and,
+    /// when it is `the_last` that could, while it says that it is busy. `tell` learns when the device waits for a touch.
     pub(crate) async fn sign(
         &self,
         key: usize,
         content: &Content,
         tell: &Tell,
         deadline: Instant,
+        the_last: bool,
     ) -> Result<Signed, TokenError> {
+        let place = Arc::new(self.queue()?);
         let (mut retried, mut pause) = (false, BUSY.0);
         loop {
-            let place = self.queue()?;
             let host = self.ready(deadline).await?;
             let public_key = match host.opened.keys.get(key) {
                 Some(Ok(PublicKey { algorithm, spki })) => {
@@ -169,13 +170,13 @@ impl Token {
                 None => return Err(TokenError::Refused("no such key".into())),
             };
             let asked = Asked::Sign(key, content.clone());
-            let Some(answer) = self.ask(&host, asked, tell, place, deadline).await? else { continue };
+            let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),
                 Ok(Err(failure)) => failure,
                 Err(killed) => return Err(TokenError::Unavailable(killed)),
             };
-            if failure.class == Class::Busy && Instant::now() + pause < deadline {
+            if failure.class == Class::Busy && the_last && Instant::now() + pause < deadline {
                 // Out of sessions or memory, and nothing was signed: others may be done in a moment.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(BUSY.1);
@@ -197,9 +198,9 @@ impl Token {
         tell: &Tell,
         deadline: Instant,
     ) -> Result<Done, TokenError> {
-        let place = self.queue()?;
+        let place = Arc::new(self.queue()?);
         let host = self.ready(deadline).await?;
-        let answer = self.ask(&host, Asked::Do(task), tell, place, deadline).await?;
+        let answer = self.ask(&host, Asked::Do(task), tell, &place, deadline).await?;
         match answer {
             Some(Ok(Ok(done))) => {
                 serde_json::from_slice(&done).map_err(|error| TokenError::Unavailable(error.to_string()))
@@ -216,7 +217,7 @@ impl Token {
         host: &Arc<Host>,
         asked: Asked,
         tell: &Tell,
-        place: Place,
+        place: &Arc<Place>,
         deadline: Instant,
     ) -> Result<Option<Result<Result<Vec<u8>, Failure>, String>>, TokenError> {
         // A closed window means that it is being replaced.
@@ -225,7 +226,7 @@ impl Token {
             self.replaced(host, deadline).await?;
             return Ok(None);
         };
-        let held = Held { _turn: turn, _place: place };
+        let held = Held { turn, _place: Arc::clone(place) };
         let answer = timeout_at(deadline, host.ask(asked, tell, held)).await;
         answer.map(Some).map_err(|_| TokenError::Deadline)
     }

@@ -162,8 +162,8 @@ impl Hasher {
         Ok(Looked { paths, stamps })
     }
 
-    /// A digest of some bytes of every file: two models of the same names and sizes have different ones, unless they
-    /// differ in few places only.
+    /// A digest of some bytes of every file, at sixteen places at most: two models of the same names and sizes mostly have
+    /// different ones, but not where they differ only between these places.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
         let sample = |(path, stamp): (&&Path, &Stamp)| {
             source::sample(path, *stamp).map(|bytes| Digest::sha256(&bytes)).map_err(|error| error.of(path))

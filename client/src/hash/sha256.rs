@@ -10,8 +10,7 @@ use super::schedule::{Streams, Unit};
 const START: State =
     [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
 
-/// Bytes of each stream, and rounds, in the measurement that chooses a kernel: half a millisecond in all. As in what
-/// is hashed, no stream shares its bytes with another, and they do not fit into the nearest cache.
+/// Bytes of each stream, and rounds, in the measurement that chooses a kernel: half a millisecond in all.
 const PROBE_BYTES: usize = 4096;
 const PROBES: usize = 5;
 
