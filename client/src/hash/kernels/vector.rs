@@ -29,8 +29,8 @@ macro_rules! kernel {
             #[inline]
             #[target_feature(enable = $features)]
             fn round([a, b, c, d, e, f, g, h]: [$vector; 8], w: $vector, k: u32) -> [$vector; 8] {
-                // Each round waits for the e and a of the one before. What does not is added first, so that from e to e
-                // it takes a rotation, sum1 and one addition, and from a to a no more: lanes are short of nothing else.
+                // Each round waits for the e and a of the one before: what does not is added first. (The compiler may
+                // still add in another order; measured as it is compiled.)
                 let ready = add(h, add(splat(k), w));
                 let (chosen, most) = (choose(e, f, g), majority(a, b, c));
                 let sum1 = xor3(rotr::<6>(e), rotr::<11>(e), rotr::<25>(e));
