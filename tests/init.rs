@@ -1,14 +1,14 @@
 //! `omsign-agent init`, as somebody new would use it: from a device to a signature that verifies.
 
-use std::io::Write as _;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use omsign_fixtures::built;
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{MODULE, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::agent::Agent;
+use omsign_tests::operator::typing;
 use omsign_tests::world::{World, text};
 
 /// Runs it in the world's directory, with these lines to answer with.
@@ -22,9 +22,7 @@ fn init(
     command.arg("init").args(arguments).arg("--directory").arg(world.path(""));
     world.without_surprises(command.current_dir("/"));
     command.envs(environment.iter().map(|(name, value)| (name, value)));
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
-    Ok(child.wait_with_output()?)
+    typing(&mut command, answers)
 }
 
 /// It fails with these words, and leaves nothing.

@@ -1,6 +1,6 @@
-//! What operators type: `omsign-agent key …`.
+//! What operators type: `omsign-agent key …`, and answers to what they are asked.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, ensure};
@@ -13,9 +13,18 @@ pub fn answering(world: &World, arguments: &[&str], answers: &str) -> anyhow::Re
     let mut command = Command::new(built("omsign-agent")?);
     command.arg("key").args(arguments).arg("--config").arg(world.path("agent.toml"));
     world.without_surprises(command.current_dir(world.path("")));
+    typing(&mut command, answers)
+}
+
+/// Runs a command with these lines to read. It may end without reading them.
+pub fn typing(command: &mut Command, answers: &str) -> anyhow::Result<Output> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    child.stdin.take().context("stdin")?.write_all(answers.as_bytes())?;
-    Ok(child.wait_with_output()?)
+    // Its end of file comes before we wait.
+    let typed = child.stdin.take().context("stdin")?.write_all(answers.as_bytes());
+    match typed {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(child.wait_with_output()?),
+    }
 }
 
 /// The same without answers.
