@@ -2,7 +2,7 @@
 //! `omsign/v1/agent.proto`. The meaning and the unit of every field are documented there.
 
 /// Version 1 of the contract.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, unreachable_pub)]
+#[allow(clippy::all, clippy::unwrap_used, unreachable_pub)] // not missing_docs: every message and field has a comment
 pub mod v1 {
     tonic::include_proto!("omsign.v1");
 
