@@ -6,6 +6,7 @@ use std::path::Path;
 use nix::unistd::{Group, User};
 use x509_cert::der::{Encode as _, pem};
 
+use super::listen::Callers;
 use super::read::{Reader, Section};
 use super::{Key, Pcrs, Previous, objects};
 use crate::algorithm::Padding;
@@ -20,6 +21,7 @@ pub(super) fn key(
     reader: &mut Reader<'_>,
     mut section: Section<'_>,
     tokens: &BTreeMap<String, &'static str>,
+    callers: Callers,
 ) -> Option<Key> {
     let names = on_tokens(reader, &mut section, tokens);
     let backend = names.iter().find_map(|name| tokens.get(name)).copied().unwrap_or_default();
@@ -58,7 +60,7 @@ pub(super) fn key(
             })
             .ok()
     });
-    let allow = rules(reader, &mut section, "allow");
+    let allow = rules(reader, &mut section, "allow", callers);
     if allow.is_empty() && !reader.mistakes.iter().any(|m| m.key.starts_with(&section.path_of("allow"))) {
         let path = section.path_of("allow");
         let message = format!("nobody may use this key; add [[{path}]] with unix = {{ user = \"…\" }}");
@@ -159,8 +161,8 @@ fn chain(path: &Path) -> Result<Vec<Vec<u8>>, String> {
     encoded.map_err(|error| format!("{shown}: {error}"))
 }
 
-pub(super) fn operators(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Vec<Rule> {
-    let rules = rules(reader, section, "operator");
+pub(super) fn operators(reader: &mut Reader<'_>, section: &mut Section<'_>, callers: Callers) -> Vec<Rule> {
+    let rules = rules(reader, section, "operator", callers);
     if !rules.is_empty() {
         return rules;
     }
@@ -169,13 +171,31 @@ pub(super) fn operators(reader: &mut Reader<'_>, section: &mut Section<'_>) -> V
     vec![rule(0), rule(own)]
 }
 
-fn rules(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Vec<Rule> {
+fn rules(
+    reader: &mut Reader<'_>,
+    section: &mut Section<'_>,
+    key: &'static str,
+    callers: Callers,
+) -> Vec<Rule> {
+    const NO_UNIX: &str = "nobody can come in by this rule: [listen] has tls only; add unix = {} to it";
+    const NO_TLS: &str = "nobody can come in by this rule: [listen] has no tls; add tls = { address, certificate, \
+                          private_key, client_ca } to it";
     let mut rules = Vec::new();
     for mut table in section.tables(reader, key) {
         let name = table.string(reader, "name").unwrap_or_else(|| table.path.clone());
         let found = match (table.only_table(reader, "unix"), table.only_table(reader, "certificate")) {
-            (Some(unix_table), None) => unix(reader, unix_table),
-            (None, Some(certificate_table)) => certificate(reader, certificate_table),
+            (Some(unix_table), None) => {
+                if !callers.unix {
+                    reader.mistake(unix_table.at, &unix_table.path, NO_UNIX.into());
+                }
+                unix(reader, unix_table)
+            }
+            (None, Some(certificate_table)) => {
+                if !callers.certificates {
+                    reader.mistake(certificate_table.at, &certificate_table.path, NO_TLS.into());
+                }
+                certificate(reader, certificate_table)
+            }
             _ => {
                 let message = "give exactly one of unix = { user | uid | group } and certificate = { subject | dns | \
                                uri | fingerprint }";

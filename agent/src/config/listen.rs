@@ -13,6 +13,29 @@ use crate::listen::check_tls;
 /// How the operators' socket ends, beside that of callers: `agent.operator.sock`.
 const OPERATOR: &str = "operator.sock";
 
+/// Which callers can come in at all.
+#[derive(Clone, Copy)]
+pub(super) struct Callers {
+    /// With the kernel's word for who they are.
+    pub(super) unix: bool,
+    /// With a certificate.
+    pub(super) certificates: bool,
+}
+
+impl Callers {
+    /// By what is there: a listener with a mistake in it is still one.
+    pub(super) fn of(listen: Option<&Section<'_>>) -> Self {
+        let has = |key| listen.is_some_and(|listen| listen.has(key));
+        Self { unix: has("unix") || !has("tls"), certificates: has("tls") }
+    }
+
+    /// Operators have a socket of their own.
+    pub(super) fn or_operators(self, listen: Option<&Section<'_>>) -> Self {
+        let own = listen.is_some_and(|listen| listen.has("operator"));
+        Self { unix: self.unix || own, ..self }
+    }
+}
+
 pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Listen {
     let default = || UnixListen { path: default_socket(), mode: 0o660, group: None };
     let shutdown_timeout = Duration::from_secs(10);

@@ -185,6 +185,16 @@ pub struct TokenSelector {
     pub manufacturer: Option<String>,
     /// CK_SLOT_ID. Some modules renumber their slots; a label or serial is safer.
     pub slot: Option<u64>,
+    /// CK_SLOT_INFO.slotDescription, without its padding. This and what follows only URIs name.
+    pub slot_description: Option<String>,
+    /// CK_SLOT_INFO.manufacturerID.
+    pub slot_manufacturer: Option<String>,
+    /// CK_INFO.libraryDescription.
+    pub library_description: Option<String>,
+    /// CK_INFO.manufacturerID.
+    pub library_manufacturer: Option<String>,
+    /// CK_INFO.libraryVersion: major and minor.
+    pub library_version: Option<(u8, u8)>,
 }
 
 /// Which object of a token. Everything that is set must match.
@@ -321,6 +331,7 @@ impl Key {
 impl fmt::Display for TokenSelector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let slot = self.slot.map(|slot| slot.to_string());
+        let version = self.library_version.map(|(major, minor)| format!("{major}.{minor}"));
         list(
             f,
             &[
@@ -329,6 +340,11 @@ impl fmt::Display for TokenSelector {
                 ("model", &self.model),
                 ("manufacturer", &self.manufacturer),
                 ("slot", &slot),
+                ("slot description", &self.slot_description),
+                ("slot manufacturer", &self.slot_manufacturer),
+                ("library", &self.library_description),
+                ("library manufacturer", &self.library_manufacturer),
+                ("library version", &version),
             ],
         )
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::listen::Callers;
 use super::{Config, Mistake, keys, listen, tokens};
 
 /// Reads the whole file.
@@ -26,6 +27,8 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     }
     let mut section = Section::new("", 0, root.get_ref());
     let listen = section.only_table(&mut reader, "listen");
+    let callers = Callers::of(listen.as_ref());
+    let operators = callers.or_operators(listen.as_ref());
     let listen = listen::listen(&mut reader, listen);
     let audit = section.only_table(&mut reader, "audit");
     let audit = listen::audit(&mut reader, audit);
@@ -35,8 +38,8 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let mut tokens = named(&mut reader, tokens, tokens::token);
     tokens::hide_pins(&mut tokens);
     let keys = section.only_table(&mut reader, "key");
-    let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names));
-    let operators = keys::operators(&mut reader, &mut section);
+    let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names, callers));
+    let operators = keys::operators(&mut reader, &mut section, operators);
     if keys.is_empty() && reader.mistakes.is_empty() {
         reader.mistake(0, "key", "no key is configured; add a section [key.NAME]".into());
     }

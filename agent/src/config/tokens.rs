@@ -166,6 +166,7 @@ fn selector(
             model: table.string(reader, "model"),
             manufacturer: table.string(reader, "manufacturer"),
             slot: table.integer(reader, "slot", 0..=u64::from(u32::MAX)),
+            ..TokenSelector::default()
         };
         let (at, path) = (table.at, table.path.clone());
         table.finish(reader);

@@ -21,7 +21,7 @@ const MODULE_DIRECTORIES: &[&str] = &[
 /// A parsed URI.
 #[derive(Debug, Default)]
 pub struct Pkcs11Uri {
-    /// `token`, `serial`, `model`, `manufacturer`, `slot-id`.
+    /// `token`, `serial`, `model`, `manufacturer`, `slot-…` and `library-…`.
     pub token: TokenSelector,
     /// `object`, `id`.
     pub object: ObjectSelector,
@@ -98,6 +98,18 @@ impl Pkcs11Uri {
             "slot-id" => {
                 let slot = value.parse().map_err(|_| UriError::Value(name.into(), "is not a number"))?;
                 self.token.slot = Some(slot);
+            }
+            "slot-description" => self.token.slot_description = Some(value),
+            "slot-manufacturer" => self.token.slot_manufacturer = Some(value),
+            "library-description" => self.token.library_description = Some(value),
+            "library-manufacturer" => self.token.library_manufacturer = Some(value),
+            "library-version" => {
+                // RFC 7512, 2.3: without a minor version, it is 0.
+                let (major, minor) = value.split_once('.').unwrap_or((&value, "0"));
+                let version = major.parse().and_then(|major| Ok((major, minor.parse()?)));
+                let version =
+                    version.map_err(|_| UriError::Value(name.into(), "is not a version such as 2.6"))?;
+                self.token.library_version = Some(version);
             }
             "object" => self.object.label = Some(value),
             "type" if value == "private" => {}
@@ -183,10 +195,19 @@ mod tests {
         );
         assert_eq!(uri.pin_source, Some(PinSource::File("/x y".into())));
         assert_eq!(uri.module(), Some("/m.so".into()));
+        let uri = Pkcs11Uri::parse(
+            "pkcs11:slot-description=Slot%201;slot-manufacturer=A;library-description=L;library-manufacturer=M;library-version=3",
+        );
+        let token = uri.expect("valid").token;
+        assert_eq!(
+            token.to_string(),
+            r#"slot description "Slot 1" and slot manufacturer "A" and library "L" and library manufacturer "M" and library version "3.0""#
+        );
     }
 
     #[test]
     fn refusals_never_repeat_a_pin() {
+        let version = || UriError::Value("library-version".into(), "is not a version such as 2.6");
         for (text, error) in [
             ("token=x", UriError::Scheme),
             ("pkcs11:token", UriError::Component),
@@ -194,6 +215,8 @@ mod tests {
             ("pkcs11:color=red", UriError::Attribute("color".into())),
             ("pkcs11:type=cert", UriError::Value("type".into(), "must be \"private\" for a signing key")),
             ("pkcs11:slot-id=x", UriError::Value("slot-id".into(), "is not a number")),
+            ("pkcs11:library-version=2.x", version()),
+            ("pkcs11:library-version=256", version()),
             ("pkcs11:token=%ff", UriError::Value("token".into(), "is not UTF-8")),
         ] {
             assert_eq!(Pkcs11Uri::parse(text).expect_err(text), error);

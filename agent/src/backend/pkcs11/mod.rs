@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Info as LibraryInfo, Pkcs11};
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Limit, Slot, TokenInfo};
@@ -126,7 +126,8 @@ pub(super) fn prepare(module: &Path, fresh: &Fresh) -> Result<(), Failure> {
 /// Looks at a module without logging in.
 pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Failure> {
     let pkcs11 = load(module)?;
-    let library = pkcs11.get_library_info().map_err(|error| classify("ask the module", &error))?;
+    let library = library(&pkcs11)?;
+    let selected = is_library(select, &library);
     let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
     let mut tokens = Vec::new();
     for slot in slots {
@@ -138,20 +139,13 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             slot: slot.id(),
             label: info.label().to_owned(),
             device: device(&info),
-            selected: selects(select, slot, &info),
+            selected: selected && selects(&pkcs11, select, slot, &info),
             factory: Vec::new(),
             objects: Vec::new(),
             notes: login::notes(&info),
         });
     }
-    let library = format!(
-        "module {}: {} by {}, version {}",
-        module.display(),
-        library.library_description().trim(),
-        library.manufacturer_id().trim(),
-        library.library_version()
-    );
-    Ok(Survey { library, tokens })
+    Ok(Survey { library: format!("module {}: {}", module.display(), shown(&library)), tokens })
 }
 
 impl Device for OpenToken {
@@ -288,6 +282,10 @@ fn load(module: &Path) -> Result<Pkcs11, Failure> {
 }
 
 fn find_token(pkcs11: &Pkcs11, wanted: &TokenSelector) -> Result<(Slot, TokenInfo), Failure> {
+    let library = library(pkcs11)?;
+    if !is_library(wanted, &library) {
+        return Err(refused(format!("the module is {}, not one with {wanted}", shown(&library))));
+    }
     let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
     let mut found = None;
     let mut others = Vec::new();
@@ -296,7 +294,7 @@ fn find_token(pkcs11: &Pkcs11, wanted: &TokenSelector) -> Result<(Slot, TokenInf
         if !info.token_initialized() {
             continue;
         }
-        if !selects(wanted, slot, &info) {
+        if !selects(pkcs11, wanted, slot, &info) {
             others.push(format!("{:?}", info.label()));
         } else if found.replace((slot, info)).is_some() {
             let message =
@@ -311,13 +309,44 @@ fn find_token(pkcs11: &Pkcs11, wanted: &TokenSelector) -> Result<(Slot, TokenInf
     })
 }
 
-fn selects(wanted: &TokenSelector, slot: Slot, info: &TokenInfo) -> bool {
-    let same = |wanted: &Option<String>, actual: &str| wanted.as_ref().is_none_or(|w| w == actual.trim_end());
+fn library(pkcs11: &Pkcs11) -> Result<LibraryInfo, Failure> {
+    pkcs11.get_library_info().map_err(|error| classify("ask the module", &error))
+}
+
+fn shown(library: &LibraryInfo) -> String {
+    format!(
+        "{} by {}, version {}",
+        library.library_description().trim(),
+        library.manufacturer_id().trim(),
+        library.library_version()
+    )
+}
+
+/// Whether what is asked for fits the text of a field padded with blanks (PKCS#11, 3.1).
+fn same(wanted: &Option<String>, actual: &str) -> bool {
+    wanted.as_ref().is_none_or(|wanted| wanted == actual.trim_end())
+}
+
+fn is_library(wanted: &TokenSelector, library: &LibraryInfo) -> bool {
+    let version = library.library_version();
+    same(&wanted.library_description, library.library_description())
+        && same(&wanted.library_manufacturer, library.manufacturer_id())
+        && wanted.library_version.is_none_or(|wanted| wanted == (version.major(), version.minor()))
+}
+
+fn selects(pkcs11: &Pkcs11, wanted: &TokenSelector, slot: Slot, info: &TokenInfo) -> bool {
+    let in_slot = || {
+        pkcs11.get_slot_info(slot).is_ok_and(|found| {
+            same(&wanted.slot_description, found.slot_description())
+                && same(&wanted.slot_manufacturer, found.manufacturer_id())
+        })
+    };
     same(&wanted.label, info.label())
         && same(&wanted.serial, info.serial_number())
         && same(&wanted.model, info.model())
         && same(&wanted.manufacturer, info.manufacturer_id())
         && wanted.slot.is_none_or(|id| id == slot.id())
+        && (wanted.slot_description.is_none() && wanted.slot_manufacturer.is_none() || in_slot())
 }
 
 fn device(info: &TokenInfo) -> String {
