@@ -13,6 +13,7 @@ use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
 use omsign_agent::init::Init;
 use omsign_agent::{host, log, secret, serve};
+use rustix::termios::{OptionalActions, tcsetattr};
 
 use self::cli::{Cli, Command, ConfigFile};
 
@@ -39,9 +40,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             secret::harden_process();
             may_open_many_files();
             let runtime = runtime()?;
-            let served = runtime.block_on(serve::serve(config, &file.config));
             // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
+            let terminal = rustix::termios::tcgetattr(rustix::stdio::stdin());
+            let served = runtime.block_on(serve::serve(config, &file.config));
             runtime.shutdown_background();
+            if let Ok(before) = terminal {
+                // What is typed next is seen again.
+                let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
+            }
             served?;
         }
         Command::OneShot { uri } => {

@@ -46,8 +46,9 @@ impl Agent {
         let mut command = Command::new(built("omsign-agent")?);
         command.arg("serve").arg("--config").arg(config);
         world.without_surprises(&mut command);
-        command.env("NOTIFY_SOCKET", &notify).stderr(File::create(&log)?);
+        command.env("NOTIFY_SOCKET", &notify);
         change(&mut command);
+        command.stderr(File::create(&log)?);
         let started = Instant::now();
         let child = command.spawn().context("omsign-agent")?;
         let mut agent = Self { child, log, started_in: Duration::ZERO };
@@ -88,8 +89,13 @@ impl Agent {
     }
 
     /// Stops it and waits for its end.
-    pub fn stop(mut self) -> anyhow::Result<ExitStatus> {
+    pub fn stop(self) -> anyhow::Result<ExitStatus> {
         signal(self.pid(), Signal::TERM)?;
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> anyhow::Result<ExitStatus> {
         Ok(self.child.wait()?)
     }
 

@@ -12,4 +12,5 @@ pub mod pki;
 pub mod proxy;
 pub mod random;
 pub mod sigstore;
+pub mod terminal;
 pub mod world;

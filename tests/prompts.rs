@@ -1,0 +1,130 @@
+//! PINs and passwords that somebody types at a terminal: asked for by name, never shown, offered once.
+
+use std::process::Command;
+
+use anyhow::ensure;
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
+use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::terminal::Terminal;
+use omsign_tests::world::{World, key_section, token_section};
+use rustix::process::Signal;
+
+const WRONG: &str = "wrong-pin-8142";
+const CONTROL_C: &str = "\x03";
+
+fn omsign(world: &World, arguments: &[&str]) -> anyhow::Result<Command> {
+    let mut command = Command::new(built("omsign")?);
+    command.args(arguments).current_dir(world.path(""));
+    world.without_surprises(&mut command);
+    Ok(command)
+}
+
+/// A token that nobody wrote a PIN down for, and a model.
+fn asked_for(world: &World) -> anyhow::Result<(SoftHsm, String)> {
+    let token = world.token("t", "k", KeyType::P256)?;
+    let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
+    let section = token_section("t", &token, "");
+    ensure!(section.contains(&file), "{section}");
+    let config = world.listen() + &section.replace(&file, "pin = \"prompt\"") + &key_section("k", "t", "k");
+    world.model()?;
+    Ok((token, config))
+}
+
+/// An agent whose operator sits at this terminal.
+fn agent_at(terminal: &Terminal, world: &World, config: &str) -> anyhow::Result<Agent> {
+    let mut seated = Ok(());
+    let agent = Agent::start_with(world, config, |command| match terminal.seat(command) {
+        Ok(command_there) => *command = command_there,
+        Err(error) => seated = Err(error),
+    });
+    seated?;
+    agent
+}
+
+#[test]
+fn the_agent_asks_at_its_terminal() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
+    let agent = agent_at(&terminal, &world, &config)?;
+    terminal.shows("PIN for token t: ")?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    ensure!(terminal.echoes()? && agent.stop()?.success());
+    let said = terminal.said();
+    ensure!(!said.contains(PIN), "{said}");
+    Ok(())
+}
+
+/// What was typed wrong at the start is put right by an operator, each time with one try.
+#[test]
+fn a_pin_typed_wrong() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let terminal = Terminal::new(&[("PIN for token t: ", WRONG)])?;
+    let agent = agent_at(&terminal, &world, &config)?;
+    eventually("the refusal", || Ok(agent.log()?.contains("it refused the PIN")))?;
+    let unlock = omsign(&world, &["agent", "unlock", "t", "--ask-pin"])?;
+    let said = Terminal::new(&[("PIN for token t: ", WRONG)])?.runs(&unlock, 2)?;
+    ensure!(said.contains("error: ") && said.contains("it refused the PIN"), "{said}");
+    let said = Terminal::new(&[("PIN for token t: ", PIN)])?.runs(&unlock, 0)?;
+    ensure!(said.contains("token t is unlocked") && !said.contains(PIN), "{said}");
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    ensure!(agent.stop()?.success());
+    ensure!(!terminal.said().contains(WRONG));
+    Ok(())
+}
+
+/// It ends at once, and leaves the terminal as it was.
+#[test]
+fn an_agent_that_is_stopped_while_it_asks() -> anyhow::Result<()> {
+    for stop in [Some(Signal::TERM), Some(Signal::INT), None] {
+        let world = World::new()?;
+        let (_token, config) = asked_for(&world)?;
+        let typed: &[_] = if stop.is_some() { &[] } else { &[("PIN for token t: ", CONTROL_C)] };
+        let terminal = Terminal::new(typed)?;
+        let agent = agent_at(&terminal, &world, &config)?;
+        terminal.shows("PIN for token t: ")?;
+        if let Some(stop) = stop {
+            eventually("a terminal without echo", || Ok(!terminal.echoes()?))?;
+            signal(agent.pid(), stop)?;
+        }
+        ensure!(agent.wait()?.success(), "{stop:?}");
+        ensure!(terminal.echoes()?, "{stop:?}: the terminal is left without echo");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_an_agent_the_client_asks() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, _) = asked_for(&world)?;
+    let uri = format!("pkcs11:token=t;object=k?module-path={MODULE}");
+    let mut sign = omsign(&world, &["sign", "model", "--key-uri", &uri])?;
+    sign.env("SOFTHSM2_CONF", token.config());
+    let said = Terminal::new(&[("PIN: ", WRONG)])?.runs(&sign, 2)?;
+    ensure!(said.contains("it refused the PIN") && !said.contains(WRONG), "{said}");
+    ensure!(!world.path("model.sig").exists());
+    let said = Terminal::new(&[("PIN: ", PIN)])?.runs(&sign, 0)?;
+    ensure!(said.contains("signed ") && !said.contains(PIN), "{said}");
+    ensure!(world.path("model.sig").exists());
+    Ok(())
+}
+
+#[test]
+fn the_password_of_a_key_file() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let made = Command::new("openssl")
+        .args(["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-aes256"])
+        .args(["-pass", "pass:a password", "-out", "k.pem"])
+        .current_dir(world.path(""))
+        .status()?;
+    ensure!(made.success());
+    let sign = omsign(&world, &["sign", "model", "--private-key", "k.pem"])?;
+    let said = Terminal::new(&[("Password of the private key: ", "another")])?.runs(&sign, 2)?;
+    ensure!(said.contains("error: ") && !world.path("model.sig").exists(), "{said}");
+    let said = Terminal::new(&[("Password of the private key: ", "a password")])?.runs(&sign, 0)?;
+    ensure!(said.contains("signed ") && !said.contains("a password"), "{said}");
+    Ok(())
+}
