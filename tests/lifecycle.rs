@@ -1,16 +1,20 @@
 //! The agent as a service: sockets handed over by systemd, health, a stop that loses nothing.
 
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
-use omsign_tests::agent::{Agent, SOON, eventually, signal};
+use omsign_tests::agent::{Agent, SOON, eventually, signal, under};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::peer::cache;
 use omsign_tests::proxy::Proxy;
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -20,31 +24,98 @@ fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
 }
 
-/// systemd passes sockets as descriptors from 3 on; here a shell does, and has the agent become itself.
+/// systemd passes sockets as descriptors from 3 on; here a shell does, and has the agent become itself. Callers come
+/// in by both at once: with the kernel's word for who they are, and with a certificate.
 #[test]
-fn a_socket_handed_over_by_systemd() -> anyhow::Result<()> {
+fn sockets_handed_over_by_systemd() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.write(
-        "agent.toml",
-        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
-    )?;
-    let socket = UnixListener::bind(world.path("activated.sock"))?;
-    let mut shell = Command::new("sh");
-    shell.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve --config \"$1\" 3<&0 0</dev/null"]);
-    shell.arg(built("omsign-agent")?).arg(config);
-    world.without_surprises(&mut shell);
-    let mut agent = shell.stdin(std::os::fd::OwnedFd::from(socket)).spawn()?;
-    let tested = run(async {
-        let mut client = connect(world.path("activated.sock")).await?;
-        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
-        Ok(())
-    });
-    signal(agent.id(), Signal::TERM)?;
-    ensure!(agent.wait()?.success());
-    tested?;
+    world.tls("a")?;
+    let tls = "tls = { address = \"127.0.0.1:1\", certificate = \"a-server.pem\", private_key = \"a-server.key\", \
+               client_ca = \"a-ca.pem\" }\n";
+    let rules = "[[key.k.allow]]\ncertificate = { subject = \"CN=ci\" }\n";
+    let listen = world.listen().replace("[audit]", &format!("{tls}[audit]"));
+    let config = listen + &token_section("t", &token, "") + &key_section("k", "t", "k") + rules;
+    world.model()?;
+    let unix = UnixListener::bind(world.path("activated.sock"))?;
+    let tcp = TcpListener::bind("127.0.0.1:0")?;
+    let address = format!("https://localhost:{}", tcp.local_addr()?.port());
+    let script = "LISTEN_PID=$$ LISTEN_FDS=2 exec \"$0\" \"$@\" 3<&0 4<&1 0</dev/null 1>&2";
+    let agent = Agent::start_with(&world, &config, |command| {
+        *command = under("sh", ["-c", script], command);
+        command.stdin(OwnedFd::from(unix)).stdout(OwnedFd::from(tcp));
+    })?;
+    let over_tls =
+        ["--agent-ca", "a-ca.pem", "--agent-certificate", "a-client.pem", "--agent-key", "a-client.key"];
+    for agent in [vec!["--agent", "activated.sock"], [&["--agent", &address], &over_tls[..]].concat()] {
+        world.omsign_ok(&[&["sign", "model", "--key", "k"], &agent[..]].concat())?;
+    }
+    let audit = world.audit()?;
+    let [by_unix, by_tls] = audit.as_slice() else { anyhow::bail!("{audit:?}") };
+    ensure!(by_unix["rule"] == "key.k.allow[0]" && by_tls["rule"] == "key.k.allow[1]", "{audit:?}");
+    ensure!(agent.stop()?.success());
     // What systemd made, systemd removes; and the configured path was left alone.
     ensure!(world.path("activated.sock").exists() && !world.path("agent.sock").exists());
+    Ok(())
+}
+
+/// gRPC's own Python client, which learns the contract from the agent.
+#[test]
+fn another_implementation_finds_its_way_by_reflection() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/grpc_client.py");
+    let mut client = Command::new(cache("reference/bin/python")?);
+    let output = client.arg(script).arg(world.path("agent.sock")).arg("k").output()?;
+    let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+    ensure!(output.status.success(), "{said}");
+    for line in ["grpc.health.v1.Health", "omsign.v1.AgentService", "keys: k", "signed", "INVALID_ARGUMENT"] {
+        ensure!(said.lines().any(|said| said == line), "{line}: {said}");
+    }
+    Ok(())
+}
+
+/// Without `[listen]`, an agent and its clients agree where: in root's case below a /run of its own, for the test's time.
+#[test]
+fn the_default_socket() -> anyhow::Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "this test mounts and becomes another user; run it as root"
+    );
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    world.model()?;
+    let config = |uid| {
+        let key = key_section("k", "t", "k").replace("uid = 0", &format!("uid = {uid}"));
+        "[audit]\ndirectory = \"audit\"\n".to_owned() + &token_section("t", &token, "") + &key
+    };
+    for (uid, socket) in [(65534, "run/omsign/agent.sock"), (0, "/run/omsign/agent.sock")] {
+        world.write("agent.toml", config(uid))?;
+        std::fs::create_dir_all(world.path("run"))?;
+        ensure!(Command::new("chown").args(["-R", &uid.to_string()]).arg(world.path("")).status()?.success());
+        // The binaries may lie where nobody else can go.
+        let script = "mount -t tmpfs none /run && mount --bind \"$1\" /mnt && PATH=/mnt:$PATH && cd \"$2\" && \
+                      exec setpriv --reuid \"$3\" --clear-groups sh -c \"$4\"";
+        // The agent says when its socket is there; the client is told nothing.
+        let inner = "omsign-agent serve --config agent.toml 2>log & trap 'kill $!' EXIT; \
+                     while ! [ -S \"$socket\" ]; do kill -0 $! || { cat log; exit 3; }; sleep 0.01; done; \
+                     omsign sign model --key k --signature \"$signature\" && omsign agent status";
+        let binaries = built("omsign")?.parent().context("a directory")?.to_owned();
+        let mut there = Command::new("unshare");
+        there
+            .args(["--mount", "sh", "-c", script, "sh"])
+            .arg(binaries)
+            .arg(world.path(""))
+            .arg(uid.to_string());
+        world.without_surprises(there.arg(inner));
+        let socket = if uid == 0 { socket.into() } else { world.path(socket) };
+        there.env("socket", &socket).env("signature", format!("{uid}.sig"));
+        there.env_remove("OMSIGN_AGENT").env("XDG_RUNTIME_DIR", world.path("run"));
+        let output = there.output()?;
+        let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+        ensure!(output.status.success() && world.path(&format!("{uid}.sig")).exists(), "{said}");
+        ensure!(said.contains(&format!("agent at {}: serving", text(&socket))), "{said}");
+    }
     Ok(())
 }
 

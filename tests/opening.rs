@@ -4,8 +4,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::device::{card_through, debian_module};
 use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key_section, text, token_section};
 
@@ -49,6 +51,100 @@ fn a_public_half_with_the_label_only() -> anyhow::Result<()> {
     let _agent = Agent::start(&world, &config)?;
     world.model()?;
     world.omsign_ok(&["sign", "model", "--key", "k"]).map(drop)
+}
+
+/// Yubico's module shows the point on the private object, too; here it is all that the token shows.
+#[test]
+fn a_public_half_on_the_private_object() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 7_000_008)?;
+    let device = card_through(&card, "libykcs11.so", &["9c"])?;
+    let module = debian_module("libykcs11.so");
+    let section =
+        Proxy::new(&world)?.before(&module, &device.token) + "env.OMSIGN_PROXY_PRIVATE_ONLY = \"1\"\n";
+    let _agent = Agent::start(&world, &(world.listen() + &section + &device.keys))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "9c"])?;
+    let public = text(&device.expected.first().context("a key")?.public);
+    world.omsign_ok(&["verify", "model", "--public-key", &public]).map(drop)
+}
+
+/// Two tokens of one label in one module: whatever else tells them apart, in TOML and in URIs (RFC 7512).
+#[test]
+fn tokens_of_the_same_name() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let util = |arguments: &[&str]| -> anyhow::Result<String> {
+        let mut util = Command::new("softhsm2-util");
+        let output = util.args(arguments).env("SOFTHSM2_CONF", token.config()).output()?;
+        ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let slots = util(&["--show-slots"])?;
+    let first = |name: &str| {
+        let value = slots.lines().find_map(|line| line.trim().strip_prefix(name)).context(name.to_owned());
+        value.map(|value| value.trim().to_owned())
+    };
+    let (slot, serial, description) = (first("Slot ")?, first("Serial number:")?, first("Description:")?);
+    util(&["--init-token", "--free", "--label", "t", "--so-pin", "87654321", "--pin", PIN])?;
+    world.model()?;
+    let named = |name: &str| {
+        let section = token_section("t", &token, "").replace("{ label = \"t\" }", name);
+        world.listen() + &section + &key_section("k", "t", "k")
+    };
+    let description = description.replace(' ', "%20");
+    for name in [
+        format!("{{ serial = \"{serial}\" }}"),
+        format!("{{ slot = {slot} }}"),
+        format!("\"pkcs11:token=t;serial={serial}\""),
+        format!("\"pkcs11:slot-id={slot};model=SoftHSM%20v2;manufacturer=SoftHSM%20project\""),
+        format!("\"pkcs11:slot-description={description};slot-manufacturer=SoftHSM%20project\""),
+        format!("\"pkcs11:serial={serial};library-manufacturer=SoftHSM;library-version=2.6\""),
+        format!("\"pkcs11:serial={serial};library-description=Implementation%20of%20PKCS11\""),
+    ] {
+        let _agent = Agent::start(&world, &named(&name))?;
+        world.omsign_ok(&["sign", "model", "--key", "k"]).with_context(|| name)?;
+    }
+    for (name, expected) in [
+        ("{ label = \"t\" }".to_owned(), "two tokens match label \"t\"; tell them apart"),
+        (
+            format!("\"pkcs11:serial={serial};slot-description=other\""),
+            "slot description \"other\" is present",
+        ),
+        (
+            format!("\"pkcs11:serial={serial};library-version=2.7\""),
+            "the module is Implementation of PKCS11 by",
+        ),
+    ] {
+        let _agent = Agent::start(&world, &named(&name))?;
+        let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+        ensure!(errors.contains(expected), "{name}: {errors}");
+    }
+    Ok(())
+}
+
+/// As many sessions as the token allows, whatever is asked for: one stays open, one is kept for operators' tasks.
+#[test]
+fn sessions_as_many_as_the_token_allows() -> anyhow::Result<()> {
+    for (most, opened) in [("4", 3), ("2", 2)] {
+        let world = World::new()?;
+        let token = world.token("t", "k", KeyType::P256)?;
+        let proxy = Proxy::new(&world)?;
+        let more = format!("sessions = 16\nenv.OMSIGN_PROXY_SESSIONS = \"{most}\"\n");
+        let config = world.listen() + &proxy.token_section("t", &token, &more) + &key_section("k", "t", "k");
+        let _agent = Agent::start(&world, &config)?;
+        world.model()?;
+        world.omsign_ok(&["sign", "model", "--key", "k"])?;
+        ensure!(proxy.calls("C_OpenSession") == opened, "{most}: {}", proxy.calls("C_OpenSession"));
+    }
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let section = Proxy::new(&world)?.token_section("t", &token, "env.OMSIGN_PROXY_SESSIONS = \"1\"\n");
+    let _agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    world.model()?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+    ensure!(errors.contains("the token allows one session at a time; two are needed"), "{errors}");
+    Ok(())
 }
 
 /// A process that ends whenever it opens its device is started again with growing pauses, and costs the others nothing.
@@ -98,7 +194,9 @@ fn doctor_leaves_the_tokens_of_a_running_agent_alone() -> anyhow::Result<()> {
         "[listen]\ntls = {{ address = \"{}\", certificate = \"a-server.pem\", private_key = \"a-server.key\", client_ca = \"a-ca.pem\" }}\n[audit]\ndirectory = \"audit\"\n",
         taken.local_addr()?
     );
-    world.write("agent.toml", tls + &sections)?;
+    let by_certificate = proxy.token_section("t", &token, "")
+        + "[key.k]\ntoken = \"t\"\nobject = { label = \"k\" }\n[[key.k.allow]]\ncertificate = { subject = \"CN=ci\" }\n";
+    world.write("agent.toml", tls + &by_certificate)?;
     let (status, said) = world.doctor()?;
     ensure!(status.success() && said.contains("warning listen.tls") && said.contains("in use"), "{said}");
     ensure!(said.contains("nobody could unlock a token"), "{said}");

@@ -205,11 +205,15 @@ async fn run(
     if let Some(reload) = reload {
         tokio::spawn(reload.run(Arc::clone(&agent), reporter.clone()));
     }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .expect("the descriptors were compiled with this binary");
+    let described = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    const COMPILED: &str = "the descriptors were compiled with this binary";
+    let reflection = described().build_v1().expect(COMPILED);
+    // The older version is all that gRPC's own Python client knows.
+    let older_reflection = described().build_v1alpha().expect(COMPILED);
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
     let stop = async move {
         stop.await;
@@ -221,6 +225,7 @@ async fn run(
         .max_concurrent_streams(256)
         .add_service(health)
         .add_service(reflection)
+        .add_service(older_reflection)
         .add_service(AgentServiceServer::new(Service(agent)).max_decoding_message_size(LARGEST_REQUEST))
         .serve_with_incoming_shutdown(incoming, stop);
     let overdue = async {

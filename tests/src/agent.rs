@@ -1,5 +1,6 @@
 //! A running `omsign-agent`.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::net::UnixDatagram;
@@ -135,6 +136,26 @@ pub fn refused(world: &World, config: &str) -> anyhow::Result<(Option<i32>, Stri
     let mut errors = String::new();
     child.stderr.take().context("stderr")?.read_to_string(&mut errors)?;
     Ok((child.wait()?.code(), errors))
+}
+
+/// The same command, started by another that then becomes it, such as `setsid`.
+pub fn under(
+    program: &str,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    command: &Command,
+) -> Command {
+    let mut whole = Command::new(program);
+    whole.args(arguments).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => whole.env(name, value),
+            None => whole.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        whole.current_dir(directory);
+    }
+    whole
 }
 
 /// Sends a signal.

@@ -233,6 +233,6 @@ pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> 
 }
 
 /// Where Debian keeps a PKCS#11 module.
-fn debian_module(name: &str) -> String {
+pub fn debian_module(name: &str) -> String {
     format!("/usr/lib/{}-linux-gnu/{name}", std::env::consts::ARCH)
 }

@@ -23,10 +23,14 @@ impl Proxy {
 
     /// `[token.NAME]` for a SoftHSM token behind the proxy.
     pub fn token_section(&self, name: &str, token: &SoftHsm, more: &str) -> String {
-        let section = crate::world::token_section(name, token, more);
-        let section = section.replace(MODULE, &self.module.display().to_string());
+        self.before(MODULE, &crate::world::token_section(name, token, more))
+    }
+
+    /// A token's section, with the proxy before its module.
+    pub fn before(&self, module: &str, section: &str) -> String {
+        let section = section.replace(module, &self.module.display().to_string());
         format!(
-            "{section}env.OMSIGN_PROXY_MODULE = \"{MODULE}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
+            "{section}env.OMSIGN_PROXY_MODULE = \"{module}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
             self.log.display(),
             self.faults.display()
         )

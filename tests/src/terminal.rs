@@ -1,6 +1,5 @@
 //! Somebody at a terminal: a pseudo-terminal, and a thread that reads the questions and types the answers.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -12,7 +11,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
-use crate::agent::eventually;
+use crate::agent::{eventually, under};
 
 /// A terminal for one command.
 pub struct Terminal {
@@ -62,17 +61,7 @@ impl Terminal {
 
     /// The same command, with this as its controlling terminal and its three standard streams.
     pub fn seat(&self, command: &Command) -> anyhow::Result<Command> {
-        let mut seated = Command::new("setsid");
-        seated.args([OsString::from("--ctty"), command.get_program().to_owned()]).args(command.get_args());
-        for (name, value) in command.get_envs() {
-            match value {
-                Some(value) => seated.env(name, value),
-                None => seated.env_remove(name),
-            };
-        }
-        if let Some(directory) = command.get_current_dir() {
-            seated.current_dir(directory);
-        }
+        let mut seated = under("setsid", ["--ctty"], command);
         let side = || -> anyhow::Result<Stdio> {
             Ok(open(&self.name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?.into())
         };

@@ -5,6 +5,8 @@
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process). Read at every call, so faults come and go while the application runs.
+//! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
+//! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
 //! It offers only `C_GetFunctionList`, so applications use PKCS#11 2.40 through it.
 #![allow(unsafe_code, non_snake_case)] // the PKCS#11 C ABI is what this crate is for
@@ -96,6 +98,8 @@ macro_rules! wrap {
 
         fn wrapped(mut list: CK_FUNCTION_LIST) -> CK_FUNCTION_LIST {
             $(list.$name = Some($name);)*
+            list.C_GetTokenInfo = Some(with_fewer_sessions);
+            list.C_FindObjectsInit = Some(private_only);
             list
         }
     };
@@ -111,6 +115,47 @@ wrap! {
     C_SignInit(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, key: CK_OBJECT_HANDLE);
     C_Sign(session: CK_SESSION_HANDLE, data: CK_BYTE_PTR, length: CK_ULONG, signature: CK_BYTE_PTR,
         signature_length: CK_ULONG_PTR);
+}
+
+/// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind.
+unsafe extern "C" fn with_fewer_sessions(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV {
+    // SAFETY: the arguments are the caller's, for the same function.
+    let rv = unsafe { C_GetTokenInfo(slot, info) };
+    let most = std::env::var("OMSIGN_PROXY_SESSIONS").ok().and_then(|most| most.parse().ok());
+    if let (CKR_OK, Some(most)) = (rv, most) {
+        // SAFETY: the module filled it in, so it points to one.
+        unsafe { (*info).ulMaxSessionCount = most };
+    }
+    rv
+}
+
+/// `C_FindObjectsInit` of a token without public objects: what is looked for by such a class is not found.
+unsafe extern "C" fn private_only(
+    session: CK_SESSION_HANDLE,
+    template: CK_ATTRIBUTE_PTR,
+    count: CK_ULONG,
+) -> CK_RV {
+    // A class that no token here has objects of.
+    let mut nothing = CKO_DOMAIN_PARAMETERS;
+    let mut class = CK_ATTRIBUTE {
+        type_: CKA_CLASS,
+        pValue: (&raw mut nothing).cast(),
+        ulValueLen: size_of::<CK_OBJECT_CLASS>() as CK_ULONG,
+    };
+    let hides = std::env::var_os("OMSIGN_PROXY_PRIVATE_ONLY").is_some() && !template.is_null();
+    let attributes: &[CK_ATTRIBUTE] = match hides {
+        // SAFETY: the caller's template has that many attributes (PKCS#11 2.40, 5.7).
+        true => unsafe { std::slice::from_raw_parts(template, usize::try_from(count).unwrap_or(0)) },
+        false => &[],
+    };
+    let is_public = attributes.iter().filter(|attribute| attribute.type_ == CKA_CLASS).any(|attribute| {
+        // SAFETY: the value of CKA_CLASS is a CK_OBJECT_CLASS, which may stand anywhere.
+        let class = unsafe { attribute.pValue.cast::<CK_OBJECT_CLASS>().read_unaligned() };
+        matches!(class, CKO_PUBLIC_KEY | CKO_CERTIFICATE)
+    });
+    let (template, count) = if is_public { (&raw mut class, 1) } else { (template, count) };
+    // SAFETY: the arguments are the caller's, or one attribute that outlives the call.
+    unsafe { C_FindObjectsInit(session, template, count) }
 }
 
 /// The entry point of every PKCS#11 module (PKCS#11 2.40, 5.4).

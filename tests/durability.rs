@@ -1,0 +1,85 @@
+//! Entries of the audit log are on disk before their signatures leave, and one fsync serves all that wait. strace
+//! watches the agent's system calls, and makes them fail or take their time.
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::softhsm::KeyType;
+use omsign_tests::agent::{Agent, SOON, under};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::world::{World, key_section, text, token_section};
+use tonic::Code;
+
+const REQUESTS: u8 = 64;
+
+/// An agent whose calls of `fdatasync` are written to a file, and meet with this.
+fn watched(world: &World, durability: &str, inject: &str) -> anyhow::Result<Agent> {
+    let token = world.token("t", "k", KeyType::P256)?;
+    let listen = format!("{}durability = \"{durability}\"\n", world.listen());
+    let config = listen + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    Agent::start_with(world, &config, |command| {
+        let inject = format!("--inject=fdatasync:{inject}");
+        let output = format!("--output={}", text(&world.path("trace")));
+        // With the first, the agent stays our child and strace is its grandchild.
+        let watch = ["--daemonize", "--follow-forks", "--quiet=all", "--trace=fdatasync", &inject, &output];
+        *command = under("strace", watch, command);
+    })
+}
+
+fn syncs(world: &World) -> anyhow::Result<usize> {
+    let trace = std::fs::read_to_string(world.path("trace")).context("strace's output")?;
+    Ok(trace.lines().filter(|line| line.contains("fdatasync(")).count())
+}
+
+/// Has that many digests signed at once; returns how each ended.
+fn signed_at_once(world: &World) -> anyhow::Result<Vec<Result<(), Code>>> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let client = connect(world.path("agent.sock")).await?;
+        let mut asked = tokio::task::JoinSet::new();
+        for number in 0..REQUESTS {
+            let mut client = client.clone();
+            asked.spawn(async move {
+                let answer = sign(&mut client, request("k", number.into(), &[number; 32]), SOON).await;
+                answer.map(drop).map_err(|status| status.code())
+            });
+        }
+        Ok(asked.join_all().await)
+    })
+}
+
+/// The token has signed, and nobody gets it.
+#[test]
+fn no_signature_without_an_entry_on_disk() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let agent = watched(&world, "fsync", "error=EIO")?;
+    let answers = signed_at_once(&world)?;
+    ensure!(answers.iter().all(|answer| *answer == Err(Code::Unavailable)), "{answers:?}");
+    ensure!(syncs(&world)? == 1, "after one failure nothing the file holds is known");
+    // The disk may be well again; what it holds is not known before a restart.
+    world.model()?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+    ensure!(errors.contains("the audit log cannot be written"), "{errors}");
+    ensure!(agent.log()?.contains("fsync failed before"), "{}", agent.log()?);
+    Ok(())
+}
+
+#[test]
+fn one_sync_for_all_that_wait() -> anyhow::Result<()> {
+    let world = World::new()?;
+    // Long enough for all others to be signed meanwhile.
+    let _agent = watched(&world, "fsync", "delay_enter=500000")?;
+    let answers = signed_at_once(&world)?;
+    ensure!(answers.iter().all(Result::is_ok), "{answers:?}");
+    ensure!(world.audit()?.len() == usize::from(REQUESTS));
+    let syncs = syncs(&world)?;
+    ensure!((1..=8).contains(&syncs), "{syncs} for {REQUESTS} signatures");
+    Ok(())
+}
+
+#[test]
+fn none_where_the_system_writes_when_it_likes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = watched(&world, "os", "error=EIO")?;
+    let answers = signed_at_once(&world)?;
+    ensure!(answers.iter().all(Result::is_ok), "{answers:?}");
+    ensure!(world.audit()?.len() == usize::from(REQUESTS) && syncs(&world)? == 0);
+    Ok(())
+}
