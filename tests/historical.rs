@@ -65,6 +65,28 @@ fn every_release_and_method() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The Go tool, before and after June 2026, with its bundle beside the model, elsewhere and inside.
+#[test]
+fn bundles_of_the_go_tool() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let data = |name: &str| text(&Path::new(env!("CARGO_MANIFEST_DIR")).join("data/go").join(name));
+    world.write("m/config.json", "{}")?;
+    world.write("m/sub/w.bin", "weights")?;
+    let key = data("key.pub.pem");
+    for bundle in ["beside.sig", "up.sig", "absolute.sig", "inside.sig", "newer.sig"] {
+        let bundle = data(bundle);
+        world.omsign_ok(&["verify", "m", "--signature", &bundle, "--public-key", &key])?;
+        fs::copy(&bundle, world.path("m/model.sig"))?;
+        let inside = ["verify", "m", "--signature", "m/model.sig", "--public-key", &key];
+        world.omsign_ok(&inside)?;
+        world.write("m/sub/more", "")?;
+        world.omsign_refuses(1, &inside, &["1 not signed\n", "  not signed: sub/more\n"])?;
+        fs::remove_file(world.path("m/sub/more"))?;
+        fs::remove_file(world.path("m/model.sig"))?;
+    }
+    Ok(())
+}
+
 /// What release 0.2.0 signed is ambiguous, so only those who ask for it get it, and it is said.
 #[test]
 fn release_0_2_0_only_on_demand() -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! Models, bundles and disks as they should not be: a clear error, the right exit status, nothing left behind.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -35,7 +36,7 @@ fn models_that_cannot_be_signed() -> anyhow::Result<()> {
     symlink(world.path("agent.toml"), world.path("model/out"))?;
     sign("model", &["--allow-symlinks"], &["model/out is a symbolic link that leads out of the model"])?;
     fs::remove_file(world.path("model/out"))?;
-    let name = world.path("model").join(std::ffi::OsStr::from_bytes(b"\xff"));
+    let name = world.path("model").join(OsStr::from_bytes(b"\xff"));
     fs::write(&name, "x")?;
     sign("model", &[], &["is not valid UTF-8 (OMS 6.1.2)", "hint: rename it"])?;
     fs::remove_file(&name)?;
@@ -194,9 +195,28 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
         &[&verify[..], &["--ignore-unsigned-files"]].concat(),
         &["1 changed, 1 missing\n"],
     )?;
-    // A link where the signature allows none.
+    // What no model can have hides nothing else: a link where the signature allows none, a pipe, a name.
     symlink("config.json", world.path("model/link"))?;
-    world.omsign_refuses(1, &verify, &["model/link is a symbolic link"])?;
+    ensure!(Command::new("mkfifo").arg(world.path("model/pipe")).status()?.success());
+    fs::write(world.path("model").join(OsStr::from_bytes(b"\xff")), "x")?;
+    let expected = [
+        "1 changed, 1 missing, 3 not possible in a model, 1 not signed\n",
+        "  not possible in a model: link (is a symbolic link, and symbolic links are not allowed here",
+        "  not possible in a model: pipe (is neither a file nor a directory)\n",
+        "  not possible in a model: \u{fffd} (has a name that is not valid UTF-8",
+    ];
+    world.omsign_refuses(1, &verify, &expected)?;
+    let all_the_same = [&verify[..], &["--ignore-unsigned-files"]].concat();
+    world.omsign_refuses(1, &all_the_same, &["1 changed, 1 missing\n"])?;
+    let output = world.omsign(&[&verify[..], &["--json"]].concat())?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(json["not_possible_count"] == 3 && json["not_possible"][0]["name"] == "link", "{json}");
+    // Not even a link to the same content is the file that was signed.
+    fs::rename(world.path("model/tokenizer.json"), world.path("elsewhere"))?;
+    symlink("../elsewhere", world.path("model/tokenizer.json"))?;
+    world.omsign_refuses(1, &all_the_same, &["1 changed, 1 missing, 1 not possible in a model\n"])?;
+    fs::remove_file(world.path("model/tokenizer.json"))?;
+    fs::rename(world.path("elsewhere"), world.path("model/tokenizer.json"))?;
     // Not a bundle, not there, another key.
     let with = |signature: &str, key: &str| {
         ["verify", "model", "--signature", signature, "--public-key", key].map(str::to_owned)

@@ -117,7 +117,7 @@ const WRONG: &[(Change, &str)] = &[
         "a shard_size but is not sharded (OMS 5.2.2)",
     ),
     (
-        |s| s["predicate"]["serialization"]["ignore_paths"] = json!(["../x"]),
+        |s| s["predicate"]["serialization"]["ignore_paths"] = json!(["a/../x"]),
         "which is not a canonical path (OMS 6.2.1)",
     ),
     (|s| s["predicate"]["serialization"]["allow_symlinks"] = "no".into(), "malformed (OMS 5)"),

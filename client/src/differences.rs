@@ -6,7 +6,7 @@ use std::fmt;
 use crate::Error;
 use crate::hash::{Digest, Hasher, Piece};
 use crate::manifest::{Manifest, Method, Resource};
-use crate::model::Model;
+use crate::model::{Model, Odd};
 
 /// How a model differs from its signature. All of it, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct Differences {
     pub extra: Vec<String>,
     /// There, with other content than was signed.
     pub changed: Vec<Changed>,
+    /// There, and not what a model can have.
+    pub odd: Vec<Odd>,
 }
 
 /// A file with other content than was signed.
@@ -109,26 +111,30 @@ pub(crate) fn compare<'a>(
         }
         for (_, resource) in shards {
             pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..size) });
-            expected.push((file, resource.digest));
+            expected.push((file, &resource.digest));
         }
     }
     let rest = signed_files.filter_map(|shards| shards.first());
     differences.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
     let digests = hasher.digests(signed.serialization.algorithm, &files, &pieces)?;
     for ((name, signed), found) in
-        expected.into_iter().zip(digests).filter(|((_, signed), found)| signed != found)
+        expected.into_iter().zip(digests).filter(|((_, signed), found)| *signed != found)
     {
-        changed.entry(name).or_insert(How::Digest { signed, found });
+        changed.entry(name).or_insert(How::Digest { signed: *signed, found });
     }
     let describe = |(name, how): (&str, How)| Changed { file: name.to_owned(), how };
     differences.changed = changed.into_iter().map(describe).collect();
+    differences.odd.clone_from(&found.odd);
+    // It is there, in another form.
+    differences.missing.retain(|file| !found.odd.iter().any(|odd| odd.name == *file));
     Ok(Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) })
 }
 
 impl Differences {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.missing.is_empty() && self.extra.is_empty() && self.changed.is_empty()
+        let Self { missing, extra, changed, odd } = self;
+        missing.is_empty() && extra.is_empty() && changed.is_empty() && odd.is_empty()
     }
 
     /// One of them, with what is known about it.
@@ -137,7 +143,9 @@ impl Differences {
             return Some(format!("{file:?} is not what was signed: {how}"));
         }
         let missing = self.missing.first().map(|file| format!("{file:?} was signed and is not there"));
-        missing.or_else(|| self.extra.first().map(|file| format!("{file:?} is there and was not signed")))
+        let odd = || self.odd.first().map(|Odd { name, what }| format!("{name:?} {what}"));
+        let extra = || self.extra.first().map(|file| format!("{file:?} is there and was not signed"));
+        missing.or_else(odd).or_else(extra)
     }
 }
 
@@ -146,6 +154,7 @@ impl fmt::Display for Differences {
         let counts = [
             (self.changed.len(), "changed"),
             (self.missing.len(), "missing"),
+            (self.odd.len(), "not possible in a model"),
             (self.extra.len(), "not signed"),
         ];
         let counts = counts.iter().filter(|(count, _)| *count > 0);

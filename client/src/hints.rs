@@ -7,7 +7,7 @@ use omsign::hash::HashError;
 use omsign::hash::cache::CacheError;
 use omsign::key::KeyError;
 use omsign::manifest_file::ManifestFileError;
-use omsign::model::ModelError;
+use omsign::model::{ModelError, Oddity};
 use omsign::path::PathError;
 use omsign::policy::PolicyError;
 use omsign::trust::TrustError;
@@ -38,15 +38,15 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Agent(AgentError::Status(status)) => return status_hint(status.code()),
         Error::Agent(AgentError::NoPin) => "add pin-source=/path/to/file to the URI's query".into(),
         Error::Agent(AgentError::Start(_)) => "omsign-agent has to be beside omsign or on the PATH".into(),
-        Error::Model(ModelError::Symlink(_)) => {
+        Error::Model(ModelError::Odd(_, Oddity::Symlink)) => {
             "`sign --allow-symlinks` signs what links inside the model point to; `cp -rL` makes a copy without links".into()
         }
-        Error::Model(ModelError::Outside(_)) => "make a copy with `cp -rL` and sign that".into(),
-        Error::Model(ModelError::NotUtf8(_) | ModelError::Backslash(_)) => {
+        Error::Model(ModelError::Odd(_, Oddity::Outside)) => "make a copy with `cp -rL` and sign that".into(),
+        Error::Model(ModelError::Odd(_, Oddity::NotUtf8 | Oddity::Backslash)) => {
             "rename it, or leave the directory that it is in out with --ignore-paths".into()
         }
         Error::Bundle(BundleError::Occupied(_)) => "choose another --signature, or remove it first".into(),
-        Error::Model(ModelError::Special(_)) => "leave it out with --ignore-paths".into(),
+        Error::Model(ModelError::Odd(_, Oddity::Special | Oddity::Cycle)) => "leave it out with --ignore-paths".into(),
         Error::Hash(HashError::Changed(_)) => "try again when nothing writes to the model".into(),
         Error::Hash(HashError::Threads(..)) => "ask for fewer with --jobs; one for each core is enough".into(),
         Error::Hash(HashError::Kernel(..)) => "leave OMSIGN_HASH_KERNEL out: the fastest is found by itself".into(),

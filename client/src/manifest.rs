@@ -6,9 +6,11 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
+
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
-use crate::model::{self, GIT_PATHS, Model, ModelError, Scope};
+use crate::model::{self, GIT_PATHS, Model, ModelError, Odd, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
@@ -69,7 +71,11 @@ impl Serialization {
         let Self { allow_symlinks, ignore_paths, .. } = self;
         let scope =
             Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks, only: Vec::new() };
-        Model::walk(model, &scope)
+        let found = Model::walk(model, &scope)?;
+        match found.odd.first() {
+            Some(Odd { name, what }) => Err(ModelError::Odd(model.join(name), *what)),
+            None => Ok(found),
+        }
     }
 }
 
@@ -232,12 +238,9 @@ fn shards(size: u64, bytes: NonZeroU64) -> impl Iterator<Item = Range<u64>> {
 impl Manifest {
     /// SHA-256 over the raw digests in listed order (OMS v1.0, 6.5.1).
     pub fn root_digest(&self) -> Digest {
-        let length = self.serialization.algorithm.digest_bytes();
-        let mut digests = Vec::with_capacity(self.resources.len() * length);
-        for resource in &self.resources {
-            digests.extend_from_slice(resource.digest.as_bytes());
-        }
-        Digest::sha256(&digests)
+        let mut hasher = Sha256::new();
+        self.resources.iter().for_each(|resource| hasher.update(resource.digest.as_bytes()));
+        Digest::from_sha256(hasher)
     }
 
     /// How many files its resources are of.

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use crate::listing::{Found, Kind, list};
+
 /// What is left out at the model's root by default (OMS v1.0, 6.2).
 pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitignore"];
 
@@ -19,6 +21,40 @@ pub struct Model {
     pub files: Vec<File>,
     /// What is there and was left out, sorted: files, and directories with all that is below them.
     pub left_out: Vec<String>,
+    /// What is there and cannot be part of a model, sorted.
+    pub odd: Vec<Odd>,
+}
+
+/// Something that cannot be part of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Odd {
+    /// Path below the model's root, as far as it is UTF-8.
+    pub name: String,
+    /// Why not.
+    pub what: Oddity,
+}
+
+/// Why something cannot be part of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Oddity {
+    /// A symbolic link where they are not allowed.
+    #[error("is a symbolic link, and symbolic links are not allowed here (OMS 6.1.1)")]
+    Symlink,
+    /// A symbolic link that leads out of the model.
+    #[error("is a symbolic link that leads out of the model (OMS 6.1.1)")]
+    Outside,
+    /// A symbolic link to a directory that contains it.
+    #[error("is a symbolic link to a directory that contains it (OMS 6.1.1)")]
+    Cycle,
+    /// A name that JSON cannot carry.
+    #[error("has a name that is not valid UTF-8 (OMS 6.1.2)")]
+    NotUtf8,
+    /// A name with a backslash.
+    #[error("has a name with a backslash, which verifiers on other systems take for a separator")]
+    Backslash,
+    /// A socket, pipe or device.
+    #[error("is neither a file nor a directory")]
+    Special,
 }
 
 /// One regular file of a model.
@@ -79,27 +115,12 @@ pub enum ModelError {
     /// Shards so small that there would be too many of them.
     #[error("{0} would have more than {MOST_SHARDS} shards; make them larger: --shard-size")]
     Shards(PathBuf),
-    /// A symbolic link where they are not allowed.
-    #[error("{0} is a symbolic link, and symbolic links are not allowed here (OMS 6.1.1)")]
-    Symlink(PathBuf),
-    /// A symbolic link that leads out of the model.
-    #[error("{0} is a symbolic link that leads out of the model (OMS 6.1.1)")]
-    Outside(PathBuf),
-    /// A symbolic link to a directory that contains it.
-    #[error("{0} is a symbolic link to a directory that contains it (OMS 6.1.1)")]
-    Cycle(PathBuf),
+    /// Something that cannot be part of a model.
+    #[error("{0} {1}")]
+    Odd(PathBuf, Oddity),
     /// Links to directories with links to directories: of few of them, any number of files can be made.
     #[error("more than {MOST_LINKED} directories are reached through symbolic links, the last one at {0}")]
     Linked(PathBuf),
-    /// A name that JSON cannot carry (OMS v1.0, 6.1.2).
-    #[error("the name of {0} is not valid UTF-8 (OMS 6.1.2)")]
-    NotUtf8(PathBuf),
-    /// A name with a backslash, which other systems take for a separator.
-    #[error("the name of {0} contains a backslash, which verifiers on other systems take for a separator")]
-    Backslash(PathBuf),
-    /// A socket, pipe or device.
-    #[error("{0} is neither a file nor a directory")]
-    Special(PathBuf),
     /// A path to ignore that is not there, or not in the model.
     #[error("--ignore-paths {path}: {reason}")]
     Ignore {
@@ -120,26 +141,44 @@ impl ModelError {
 impl Model {
     /// Finds the files of a model, which is a directory or a single file. There may be none.
     pub fn walk(root: &Path, scope: &Scope) -> Result<Self, ModelError> {
+        Self::listed(root, scope, None)
+    }
+
+    /// The same, with what was listed before.
+    pub(crate) fn listed(
+        root: &Path,
+        scope: &Scope,
+        listing: Option<Vec<Found>>,
+    ) -> Result<Self, ModelError> {
         let real = root.canonicalize().map_err(|source| read_error(root, source))?;
         let name = match real.file_name() {
-            Some(name) => name.to_str().ok_or_else(|| ModelError::NotUtf8(root.to_owned()))?.to_owned(),
+            Some(name) => {
+                let odd = || ModelError::Odd(root.to_owned(), Oddity::NotUtf8);
+                name.to_str().ok_or_else(odd)?.to_owned()
+            }
             None => "/".to_owned(),
         };
-        let mut walk =
-            Walk { real_root: &real, scope, files: Vec::new(), left_out: Vec::new(), links: 0, linked: 0 };
+        let (mut files, left_out, odd) = (Vec::new(), Vec::new(), Vec::new());
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
-            walk.files.push(File { name: name.clone(), path: real.clone() });
-        } else if kind.is_dir() {
-            walk.directory(root, "", &mut vec![real.clone()])?;
-        } else {
-            return Err(ModelError::Special(root.to_owned()));
+            files.push(File { name: name.clone(), path: real });
+            return Ok(Self { name, files, left_out, odd });
         }
-        let Walk { mut files, mut left_out, .. } = walk;
+        if !kind.is_dir() {
+            return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
+        }
+        let mut walk = Walk { real_root: &real, scope, files, left_out, odd, links: Vec::new(), linked: 0 };
+        let listing = match listing {
+            Some(listing) => listing,
+            None => walk.list(root, "")?,
+        };
+        walk.take(listing, "", &real)?;
+        let Walk { mut files, mut left_out, mut odd, .. } = walk;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         left_out.sort();
-        Ok(Self { name, files, left_out })
+        odd.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { name, files, left_out, odd })
     }
 
     /// The name of one of its files.
@@ -158,84 +197,94 @@ struct Walk<'a> {
     scope: &'a Scope,
     files: Vec<File>,
     left_out: Vec<String>,
-    /// How many links the walk is behind, and how many directories it saw there.
-    links: usize,
+    odd: Vec<Odd>,
+    /// The real directories of the links that the walk is behind, and how many directories it saw there.
+    links: Vec<PathBuf>,
     linked: usize,
 }
 
 impl Walk<'_> {
-    /// Collects what is below a directory. `above` holds the real paths of it and the directories above it.
-    fn directory(&mut self, path: &Path, prefix: &str, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
-        self.linked += usize::from(self.links > 0);
-        if self.linked > MOST_LINKED {
-            return Err(ModelError::Linked(path.to_owned()));
-        }
-        let entries = std::fs::read_dir(path).map_err(|source| read_error(path, source))?;
-        for entry in entries {
-            let entry = entry.map_err(|source| read_error(path, source))?;
-            let path = entry.path();
-            let Some(own_name) = entry.file_name().to_str().map(str::to_owned) else {
-                return Err(ModelError::NotUtf8(path));
-            };
-            let name = format!("{prefix}{own_name}");
-            if self.scope.ignore_paths.contains(&name) || !self.scope.concerns(&name) {
-                self.left_out.push(name);
+    fn leaves_out(&self, name: &str) -> bool {
+        self.scope.ignore_paths.contains(name) || !self.scope.concerns(name)
+    }
+
+    fn list(&self, path: &Path, prefix: &str) -> Result<Vec<Found>, ModelError> {
+        list(path, prefix, &|name| self.leaves_out(name)).map_err(|source| read_error(path, source))
+    }
+
+    /// Takes what counts of a listing. Its names begin with `prefix`, and it is really of the directory `real`.
+    fn take(&mut self, listing: Vec<Found>, prefix: &str, real: &Path) -> Result<(), ModelError> {
+        let mut skipped: Option<String> = None;
+        for Found { name, path, kind } in listing {
+            if skipped.as_ref().is_some_and(|skipped| at_or_below(&name, skipped)) {
                 continue;
             }
-            if own_name.contains('\\') {
-                return Err(ModelError::Backslash(path));
+            skipped = None;
+            let (parent, own_name) = name.rsplit_once('/').unwrap_or(("", &name));
+            let odd = match kind {
+                Kind::NotUtf8 => Some(Oddity::NotUtf8),
+                _ if self.leaves_out(&name) => None,
+                _ if own_name.contains('\\') => Some(Oddity::Backslash),
+                Kind::Special => Some(Oddity::Special),
+                Kind::Symlink if !self.scope.allow_symlinks => Some(Oddity::Symlink),
+                Kind::File => {
+                    self.files.push(File { name, path });
+                    continue;
+                }
+                Kind::Directory => continue,
+                Kind::Unlisted => {
+                    let real = real.join(name.get(prefix.len()..).unwrap_or_default());
+                    let prefix = format!("{name}/");
+                    let below = self.list(&path, &prefix)?;
+                    self.take(below, &prefix, &real)?;
+                    continue;
+                }
+                Kind::Unreadable(source) => return Err(ModelError::Read { path, source }),
+                Kind::Symlink => {
+                    let parent = real.join(parent.get(prefix.len()..).unwrap_or_default());
+                    self.symlink(path, name, parent)?;
+                    continue;
+                }
+            };
+            if matches!(kind, Kind::Directory) {
+                skipped = Some(name.clone());
             }
-            let kind = entry.file_type().map_err(|source| read_error(&path, source))?;
-            if kind.is_file() {
-                self.files.push(File { name, path });
-            } else if kind.is_dir() {
-                let real = above.last().map_or_else(|| path.clone(), |last| last.join(&own_name));
-                self.below(&path, &name, real, above)?;
-            } else if kind.is_symlink() {
-                self.symlink(path, name, above)?;
-            } else {
-                return Err(ModelError::Special(path));
+            match odd {
+                Some(what) => self.odd.push(Odd { name, what }),
+                None => self.left_out.push(name),
             }
         }
         Ok(())
     }
 
-    fn symlink(&mut self, path: PathBuf, name: String, above: &mut Vec<PathBuf>) -> Result<(), ModelError> {
-        if !self.scope.allow_symlinks {
-            return Err(ModelError::Symlink(path));
-        }
+    /// Follows a link in a directory, which is really `parent`.
+    fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
         let target = path.canonicalize().map_err(|source| read_error(&path, source))?;
-        if !target.starts_with(self.real_root) {
-            return Err(ModelError::Outside(path));
-        }
         let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
-        if kind.is_file() {
+        let odd = if !target.starts_with(self.real_root) {
+            Oddity::Outside
+        } else if kind.is_file() {
             // The link's own name, the target's content (OMS v1.0, 6.1.1).
             self.files.push(File { name, path: target });
             return Ok(());
-        }
-        if !kind.is_dir() {
-            return Err(ModelError::Special(path));
-        }
-        if above.contains(&target) {
-            return Err(ModelError::Cycle(path));
-        }
-        self.links += 1;
-        self.below(&path, &name, target, above)?;
-        self.links -= 1;
-        Ok(())
-    }
-
-    fn below(
-        &mut self,
-        path: &Path,
-        name: &str,
-        real: PathBuf,
-        above: &mut Vec<PathBuf>,
-    ) -> Result<(), ModelError> {
-        above.push(real);
-        self.directory(path, &format!("{name}/"), above)?;
-        above.pop();
+        } else if !kind.is_dir() {
+            Oddity::Special
+        } else if parent.starts_with(&target) || self.links.iter().any(|link| link.starts_with(&target)) {
+            Oddity::Cycle
+        } else {
+            let prefix = format!("{name}/");
+            let below = self.list(&path, &prefix)?;
+            let directories = below.iter().filter(|found| matches!(found.kind, Kind::Directory)).count();
+            self.linked += 1 + directories;
+            if self.linked > MOST_LINKED {
+                return Err(ModelError::Linked(path));
+            }
+            self.links.push(parent);
+            self.take(below, &prefix, &target)?;
+            self.links.pop();
+            return Ok(());
+        };
+        self.odd.push(Odd { name, what: odd });
         Ok(())
     }
 }
@@ -292,6 +341,7 @@ fn read_error(path: &Path, source: io::Error) -> ModelError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listing::beside;
     use std::fs;
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
@@ -308,6 +358,11 @@ mod tests {
 
     fn names(root: &Path, scope: &Scope) -> Result<Vec<String>, ModelError> {
         Ok(Model::walk(root, scope)?.files.into_iter().map(|file| file.name).collect())
+    }
+
+    fn odd(root: &Path, scope: &Scope) -> Vec<(String, Oddity)> {
+        let model = Model::walk(root, scope).expect("a model");
+        model.odd.into_iter().map(|odd| (odd.name, odd.what)).collect()
     }
 
     #[test]
@@ -330,6 +385,24 @@ mod tests {
         assert_eq!(only(&["sub"]), ["sub/.git/HEAD", "sub/x"]);
     }
 
+    /// What is listed before is what is found, the directories that were left for later too.
+    #[test]
+    fn listed_before_and_then() {
+        let root = model();
+        let listed = |scope: &Scope| {
+            let ((), listing) = beside(root.path(), || Ok::<_, ()>(())).expect("nothing fails");
+            assert!(listing.is_some());
+            let model = Model::listed(root.path(), scope, listing).expect("a model");
+            let found = model.files.into_iter().map(|file| file.name).collect::<Vec<_>>();
+            assert_eq!(found, names(root.path(), scope).expect("a model"));
+            found.len()
+        };
+        assert_eq!(listed(&Scope::default()), 6);
+        assert_eq!(listed(&Scope { ignore_paths: ["sub".to_owned()].into(), ..Scope::default() }), 4);
+        let failed = beside(root.path(), || Err::<(), _>("refused"));
+        assert!(failed.is_err_and(|error| error == "refused"));
+    }
+
     #[test]
     fn links_are_refused_or_followed_inside_the_model() {
         let root = model();
@@ -337,24 +410,23 @@ mod tests {
         let link = root.path().join("link");
         let follow = Scope { allow_symlinks: true, ..Scope::default() };
         symlink("sub", &link).expect("linked");
-        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::Symlink(_))));
+        assert_eq!(odd(root.path(), &Scope::default()), [("link".into(), Oddity::Symlink)]);
         assert!(names(root.path(), &follow).expect("followed").contains(&"link/x".to_owned()));
         fs::remove_file(&link).expect("removed");
         symlink(outside.path(), &link).expect("linked");
-        assert!(matches!(names(root.path(), &follow), Err(ModelError::Outside(_))));
+        assert_eq!(odd(root.path(), &follow), [("link".into(), Oddity::Outside)]);
         fs::remove_file(&link).expect("removed");
         symlink(".", &link).expect("linked");
-        assert!(matches!(names(root.path(), &follow), Err(ModelError::Cycle(_))));
+        assert_eq!(odd(root.path(), &follow), [("link".into(), Oddity::Cycle)]);
     }
 
     #[test]
-    fn names_that_json_cannot_carry_are_refused() {
+    fn names_that_json_cannot_carry_are_odd() {
         let root = model();
         fs::write(root.path().join(std::ffi::OsStr::from_bytes(b"\xff")), "x").expect("written");
-        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::NotUtf8(_))));
-        let root = model();
         fs::write(root.path().join("a\\b"), "x").expect("written");
-        assert!(matches!(names(root.path(), &Scope::default()), Err(ModelError::Backslash(_))));
+        let both = [("a\\b".into(), Oddity::Backslash), ("\u{fffd}".into(), Oddity::NotUtf8)];
+        assert_eq!(odd(root.path(), &Scope::default()), both);
     }
 
     #[test]

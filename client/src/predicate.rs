@@ -133,6 +133,19 @@ impl<'a> Predicate<'a> {
         predicate
     }
 
+    /// The same without what hides nothing. The Go tool recorded the bundle's path as it was typed until June 2026: from the
+    /// signer's working directory, or absolute, wherever the model was.
+    pub(crate) fn without_outside_paths(mut self) -> Self {
+        let Object(Parameters { ignore_paths, .. }) = &mut self.serialization;
+        let below = |path: String| {
+            let plain = path.strip_prefix("./").unwrap_or(&path);
+            let outside = plain.starts_with('/') || plain.starts_with("../");
+            (!outside).then(|| plain.to_owned())
+        };
+        *ignore_paths = std::mem::take(ignore_paths).into_iter().filter_map(below).collect();
+        self
+    }
+
     /// Checks all but that a model is complete: [`complete`]. `"."` as the name of an only file stays as it is.
     pub(crate) fn check(self) -> Result<(Vec<Resource>, Serialization), PredicateError> {
         let Self {

@@ -90,15 +90,19 @@ pub(crate) fn warning(text: &str) {
 
 fn show(differences: &Differences) {
     let changed = differences.changed.iter().map(|changed| (&changed.file, changed.how.to_string()));
+    // Of digests that differ, one is enough to start with.
+    let changed = changed.enumerate().map(|(index, (name, how))| (name, Some(how).filter(|_| index == 0)));
     list("changed", differences.changed.len(), changed);
-    list("missing", differences.missing.len(), differences.missing.iter().map(|name| (name, String::new())));
-    list("not signed", differences.extra.len(), differences.extra.iter().map(|name| (name, String::new())));
+    list("missing", differences.missing.len(), differences.missing.iter().map(|name| (name, None)));
+    let odd = differences.odd.iter().map(|odd| (&odd.name, Some(odd.what.to_string())));
+    list("not possible in a model", differences.odd.len(), odd);
+    list("not signed", differences.extra.len(), differences.extra.iter().map(|name| (name, None)));
 }
 
-fn list<'a>(kind: &str, count: usize, files: impl Iterator<Item = (&'a String, String)>) {
-    for (index, (name, how)) in files.take(SHOWN).enumerate() {
-        // A name may hold escape sequences for the terminal. One reason is enough to start with.
-        let how = if index == 0 && !how.is_empty() { format!(" ({how})") } else { String::new() };
+fn list<'a>(kind: &str, count: usize, files: impl Iterator<Item = (&'a String, Option<String>)>) {
+    for (name, how) in files.take(SHOWN) {
+        let how = how.map(|how| format!(" ({how})")).unwrap_or_default();
+        // A name may hold escape sequences for the terminal.
         eprintln!("  {kind}: {}{how}", name.escape_debug());
     }
     if count > SHOWN {

@@ -23,8 +23,9 @@ use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
 use crate::differences::{Compared, compare};
 use crate::hash::Hasher;
+use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Scope, above, at_or_below, bundle_inside};
+use crate::model::{self, GIT_PATHS, Model, Odd, Scope, above, at_or_below, bundle_inside};
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};
@@ -127,9 +128,15 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     if let Judge::Policy(policy) = judge {
         policy.check_outside(request.model)?;
     }
-    let bundle = Bundle::read(request.signature, request.largest_bundle)?;
-    let (mut signed, proof) = judge.verify(&bundle)?.into_parts();
-    drop(bundle);
+    let judged = || -> Result<_, Error> {
+        let bundle = Bundle::read(request.signature, request.largest_bundle)?;
+        Ok(judge.verify(&bundle)?.into_parts())
+    };
+    // Neither needs the other: a long bundle takes as long as a model of many files. A part is listed by itself.
+    let ((mut signed, proof), listing) = match request.partial {
+        [] => beside(request.model, judged)?,
+        _ => (judged()?, None),
+    };
     if let Some(wanted) = request.model_name.filter(|wanted| *wanted != signed.model_name) {
         return Err(SubjectError::ModelName { wanted: wanted.to_owned(), found: signed.model_name }.into());
     }
@@ -140,11 +147,15 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     if partial {
         signed.resources.retain(|resource| scope.only.iter().any(|only| at_or_below(&resource.file, only)));
     }
-    let found = Model::walk(request.model, &scope)?;
+    let found = Model::listed(request.model, &scope, listing)?;
     let compared = compare(&signed, &found, !request.model.is_dir(), hasher)?;
     let Compared { mut differences, unlistable: mut ignored, files, bytes } = compared;
     if request.ignore_unsigned_files {
         ignored.append(&mut differences.extra);
+        // Where a signed file should be, it is no unsigned one.
+        let is_signed = |odd: &mut Odd| signed.resources.iter().any(|resource| resource.file == odd.name);
+        let unsigned = differences.odd.extract_if(.., |odd| !is_signed(odd));
+        ignored.extend(unsigned.map(|odd| odd.name));
         ignored.sort();
     }
     if !differences.is_empty() {

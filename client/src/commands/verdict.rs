@@ -173,12 +173,18 @@ pub(crate) fn failed_json(failure: &Failure, from_cache: usize) -> Value {
 
 fn differences(found: &Differences) -> serde_json::Map<String, Value> {
     let changed: Vec<&str> = found.changed.iter().map(|changed| changed.file.as_str()).collect();
+    let odd: Vec<_> = bounded(&found.odd)
+        .iter()
+        .map(|odd| json!({ "name": odd.name, "reason": odd.what.to_string() }))
+        .collect();
     let fields = [
         ("first_difference", json!(found.first())),
         ("changed", json!(bounded(&changed))),
         ("changed_count", json!(changed.len())),
         ("missing", json!(bounded(&found.missing))),
         ("missing_count", json!(found.missing.len())),
+        ("not_possible", json!(odd)),
+        ("not_possible_count", json!(found.odd.len())),
         ("not_signed", json!(bounded(&found.extra))),
         ("not_signed_count", json!(found.extra.len())),
     ];

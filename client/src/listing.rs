@@ -1,0 +1,86 @@
+//! What is in a directory and below it, before anybody says what of it is a model's. Links are not followed.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use crate::model::GIT_PATHS;
+
+/// Something in it.
+pub(crate) struct Found {
+    /// Its path below the root, as far as it is UTF-8.
+    pub(crate) name: String,
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    pub(crate) kind: Kind,
+}
+
+/// What it is.
+pub(crate) enum Kind {
+    File,
+    /// What is below it comes right after it.
+    Directory,
+    /// What is below it was not asked for.
+    Unlisted,
+    /// A directory that cannot be read.
+    Unreadable(io::Error),
+    Symlink,
+    /// A socket, pipe or device.
+    Special,
+    /// Anything whose name is not UTF-8.
+    NotUtf8,
+}
+
+/// Lists a directory, whose contents' names begin with a prefix, without what is below directories to be skipped.
+pub(crate) fn list(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    add(path, prefix, skip, &mut found)?;
+    Ok(found)
+}
+
+fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<Found>) -> io::Result<()> {
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        let (path, own_name, kind) = (entry.path(), entry.file_name(), entry.file_type()?);
+        let Some(own_name) = own_name.to_str() else {
+            found.push(Found { name: format!("{prefix}{}", own_name.display()), path, kind: Kind::NotUtf8 });
+            continue;
+        };
+        let name = format!("{prefix}{own_name}");
+        let kind = match kind {
+            kind if kind.is_file() => Kind::File,
+            kind if kind.is_symlink() => Kind::Symlink,
+            kind if !kind.is_dir() => Kind::Special,
+            _ if skip(&name) => Kind::Unlisted,
+            _ => Kind::Directory,
+        };
+        let below = matches!(kind, Kind::Directory).then(|| (path.clone(), format!("{name}/")));
+        found.push(Found { name, path, kind });
+        let count = found.len();
+        if let Some((path, prefix)) = below
+            && let Err(error) = add(&path, &prefix, skip, found)
+        {
+            found.truncate(count);
+            found.last_mut().expect("pushed above").kind = Kind::Unreadable(error);
+        }
+    }
+    Ok(())
+}
+
+/// Lists a directory while something else is done that does not need it. None where there is no directory, or no
+/// thread. If the other thing fails, nobody waits for all of the listing.
+pub(crate) fn beside<T, E>(
+    directory: &Path,
+    other: impl FnOnce() -> Result<T, E>,
+) -> Result<(T, Option<Vec<Found>>), E> {
+    let unwanted = AtomicBool::new(false);
+    // Git's own are mostly many, and left out.
+    let skip = |name: &str| unwanted.load(Ordering::Relaxed) || GIT_PATHS.contains(&name);
+    thread::scope(|scope| {
+        let list = || list(directory, "", &skip).ok();
+        let listing = thread::Builder::new().name("listing".into()).spawn_scoped(scope, list);
+        let done = other().inspect_err(|_| unwanted.store(true, Ordering::Relaxed))?;
+        Ok((done, listing.ok().and_then(|listing| listing.join().ok().flatten())))
+    })
+}
