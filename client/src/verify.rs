@@ -25,7 +25,7 @@ use crate::differences::{Compared, compare};
 use crate::hash::Hasher;
 use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Odd, Scope, above, at_or_below, bundle_inside};
+use crate::model::{self, GIT_PATHS, Model, Odd, Scope, at_or_below, bundle_inside};
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};
@@ -198,12 +198,15 @@ fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) 
     // One that is not there hides nothing.
     ignore_paths
         .extend(request.ignore_paths.iter().filter_map(|path| model::ignored(request.model, path).ok()));
-    for resource in &signed.resources {
-        let file = resource.file.as_str();
-        for path in above(file).chain([file]) {
-            ignore_paths.remove(path);
-        }
-    }
+    let mut files: Vec<&str> = signed.resources.iter().map(|resource| resource.file.as_str()).collect();
+    // Quick where they are sorted, as most signers do.
+    files.sort();
+    let is_signed = |path: &String| {
+        let from = |start: &str| files.get(files.partition_point(|file| *file < start)..)?.first();
+        from(path).is_some_and(|file| file == path)
+            || from(&format!("{path}/")).is_some_and(|file| at_or_below(file, path))
+    };
+    ignore_paths.retain(|path| !is_signed(path));
     ignore_paths.extend(bundle_inside(request.model, request.signature));
     Scope { ignore_paths, allow_symlinks: *allow_symlinks, only }
 }

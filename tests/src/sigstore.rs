@@ -1,5 +1,5 @@
-//! A private Sigstore instance in miniature: a Fulcio CA, a certificate transparency log, a Rekor log of one entry,
-//! and a time-stamp authority. Its bundles are judged by sigstore-python, too, so that it is not our own idea of one.
+//! A private Sigstore instance in miniature: a Fulcio CA, a certificate transparency log, a Rekor log of a few
+//! entries, and a time-stamp authority. Its bundles are judged by sigstore-python, too, so that it is not our own idea of one.
 
 use anyhow::Context as _;
 use openssl::asn1::{Asn1Object, Asn1OctetString, Asn1Time};
@@ -25,6 +25,10 @@ const SCT_LIST: &str = "1.3.6.1.4.1.11129.2.4.2";
 const ISSUER: &str = "1.3.6.1.4.1.57264.1.8";
 const OLD_ISSUER: &str = "1.3.6.1.4.1.57264.1.1";
 const ORIGIN: &str = "rekor.example";
+
+/// Entries of the log, and which of them is ours: the last of an odd number would have a shorter proof.
+const ENTRIES: u8 = 5;
+const OURS: usize = 2;
 
 /// The instance. Its CA is `fulcio` and its time-stamp authority `tsa` of the world's PKI.
 pub struct Sigstore<'a> {
@@ -195,7 +199,7 @@ impl<'a> Sigstore<'a> {
         let mut entry = self.entry(log, &body, "dsse", "0.0.1")?;
         let log_id = sha256(&self.rekor.public_key_to_der()?);
         let promise = json!({
-            "body": encode_block(&body), "integratedTime": integrated, "logID": hex::encode(log_id), "logIndex": 0,
+            "body": encode_block(&body), "integratedTime": integrated, "logID": hex::encode(log_id), "logIndex": OURS,
         });
         let promise = ecdsa(log, &serde_json::to_vec(&promise)?)?;
         entry["integratedTime"] = integrated.to_string().into();
@@ -227,30 +231,44 @@ impl<'a> Sigstore<'a> {
         Ok(forge::bundle(&material(&certificate, &entry, Some(&stamp))?, payload, &signature))
     }
 
-    /// An entry of a log that has no other.
+    /// An entry of a log that has some others.
     fn entry(&self, log: &PKey<Private>, body: &[u8], kind: &str, version: &str) -> anyhow::Result<Value> {
-        let mut leaf = vec![0];
-        leaf.extend(body);
-        let root = sha256(&leaf);
-        let note = format!("{ORIGIN}\n1\n{}\n", encode_block(&root));
+        let leaf = |body: &[u8]| sha256(&[&[0], body].concat());
+        let mut leaves: Vec<_> = (0..ENTRIES).map(|other| leaf(&[other])).collect();
+        leaves[OURS] = leaf(body);
+        let (root, path) = root_and_path(&leaves, OURS);
+        let note = format!("{ORIGIN}\n{ENTRIES}\n{}\n", encode_block(&root));
         let log_id = sha256(&self.rekor.public_key_to_der()?);
         let mut signature = log_id[..4].to_vec();
         signature.extend(ecdsa(log, note.as_bytes())?);
         let checkpoint = format!("{note}\n\u{2014} {ORIGIN} {}\n", encode_block(&signature));
         Ok(json!({
-            "logIndex": "0",
+            "logIndex": OURS.to_string(),
             "logId": { "keyId": encode_block(&log_id) },
             "kindVersion": { "kind": kind, "version": version },
             "inclusionProof": {
-                "logIndex": "0",
+                "logIndex": OURS.to_string(),
                 "rootHash": encode_block(&root),
-                "treeSize": "1",
-                "hashes": [],
+                "treeSize": ENTRIES.to_string(),
+                "hashes": path.iter().map(|hash| encode_block(hash)).collect::<Vec<_>>(),
                 "checkpoint": { "envelope": checkpoint },
             },
             "canonicalizedBody": encode_block(body),
         }))
     }
+}
+
+/// The Merkle tree head of leaves, and one's audit path (RFC 6962, 2.1).
+fn root_and_path(leaves: &[[u8; 32]], index: usize) -> ([u8; 32], Vec<[u8; 32]>) {
+    let [_, _, ..] = leaves else { return (leaves.first().copied().unwrap_or_default(), Vec::new()) };
+    let (left, right) = leaves.split_at(leaves.len().next_power_of_two() / 2);
+    let inside = |side: usize| if side == 0 { index } else { index.saturating_sub(left.len()) };
+    let ((left_root, left_path), (right_root, right_path)) =
+        (root_and_path(left, inside(0)), root_and_path(right, inside(1)));
+    let (mut path, sibling) =
+        if index < left.len() { (left_path, right_root) } else { (right_path, left_root) };
+    path.push(sibling);
+    (sha256(&[&[1], &left_root[..], &right_root[..]].concat()), path)
 }
 
 fn material(certificate: &X509, entry: &Value, stamp: Option<&[u8]>) -> anyhow::Result<Value> {
