@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use sigstore_verify::trust_root::{
     SIGSTORE_PRODUCTION_TRUSTED_ROOT, SIGSTORE_STAGING_TRUSTED_ROOT, TrustedRoot,
 };
+use sigstore_verify::types::bundle::{KindVersion, TransparencyLogEntry};
 use sigstore_verify::types::{DerCertificate, Sha256Hash};
 use sigstore_verify::{
     CertificateError, Error, TimestampError, TransparencyLogError, VerificationPolicy, Verifier,
@@ -60,6 +61,16 @@ pub enum KeylessError {
     /// The signature is not proven to be in the log.
     #[error("the transparency log does not prove the signature (OMS 8.2: Rekor)")]
     Log(#[source] TransparencyLogError),
+    /// The proof is of another tree than the log signed.
+    #[error(
+        "the inclusion proof is of a log of {claimed} entries, and the log signed one of {signed} (RFC 6962, 2.1.1)"
+    )]
+    Tree {
+        /// Entries, by the checkpoint.
+        signed: u64,
+        /// Entries, by the proof.
+        claimed: u64,
+    },
     /// No proof of when it was made.
     #[error("no trusted time stamp proves when the signature was made (OMS 8.2)")]
     Time(#[source] TimestampError),
@@ -151,7 +162,10 @@ impl Keyless {
             .verifier
             .verify(root_digest, &theirs, &VerificationPolicy::any_identity())
             .map_err(explain)?;
-        // Beyond what they check: that a token's own certificate is the one that its authority signed with.
+        // Beyond what they check: that a proof is about the tree whose head the log signed, and that a token's own certificate is the one that its authority signed with.
+        for entry in &theirs.verification_material.tlog_entries {
+            same_tree(entry)?;
+        }
         for stamp in &bundle.timestamps {
             timestamp::verify(stamp, &bundle.signature, &self.timestamp_roots, Timestamp::now())?;
         }
@@ -168,6 +182,22 @@ impl Keyless {
         let no_time = || KeylessError::Time(TimestampError::NoVerifiedTimestamp("none".into()));
         let at = *result.verified_timestamps().iter().min().ok_or_else(no_time)?;
         Ok(Proven { identity, identity_provider, at, logged: result.integrated_time() == Some(at) })
+    }
+}
+
+/// Rekor v1 says twice how many entries its log has. (What v2 says beside the checkpoint is no part of the proof.)
+fn same_tree(entry: &TransparencyLogEntry) -> Result<(), KeylessError> {
+    let v1 = entry.kind_version != KindVersion::HashedRekordV002;
+    let Some(proof) = entry.inclusion_proof.as_ref().filter(|_| v1) else {
+        return Ok(());
+    };
+    let signed = proof.checkpoint.checkpoint().map(|checkpoint| checkpoint.tree_size());
+    match signed {
+        Some(signed) if signed != proof.tree_size => {
+            Err(KeylessError::Tree { signed, claimed: proof.tree_size })
+        }
+        // They ask for a checkpoint themselves.
+        _ => Ok(()),
     }
 }
 
