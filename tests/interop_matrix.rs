@@ -1,5 +1,5 @@
 //! Curve × method × hash × serialization × odd names × ignored paths × links, in both directions with the reference
-//! where it can follow: its command line knows files and SHA-256 only. And with the Go tool where
+//! where it can follow: its command line knows files and SHA-256 only, its Python interface more. And with the Go tool where
 //! OMSIGN_TEST_GO_TOOL names it.
 
 use std::io::Write as _;
@@ -144,6 +144,56 @@ fn both_directions_with_the_reference() -> anyhow::Result<()> {
         std::fs::write(model.join(file), [&content[..], b" "].concat())?;
         world.omsign_refuses(1, &arguments, &["changed"])?;
         std::fs::write(model.join(file), content)?;
+    }
+    Ok(())
+}
+
+/// Hash by serialization, through the reference's Python interface: its command line has no flags for them. Its shards are
+/// not OMS's, which it does not verify; we verify both.
+#[test]
+fn hashes_and_serializations_of_the_reference() -> anyhow::Result<()> {
+    let world = World::new()?;
+    keys(&world)?;
+    let models = models(&world)?;
+    let (key, public) = (format!("{}.key", CURVES[0]), format!("{}.pub", CURVES[0]));
+    let (mut jobs, mut theirs) = (Vec::new(), Vec::new());
+    for (model, flags) in &models {
+        if !flags.is_empty() {
+            continue;
+        }
+        for (hash, their_name) in [("sha256", "sha256"), ("blake2b", "blake2"), ("blake3", "blake3")] {
+            let ours = format!("{model}-{hash}.ours");
+            world.omsign_ok(&[
+                "sign",
+                model,
+                "--private-key",
+                &key,
+                "--hash-type",
+                hash,
+                "--signature",
+                &ours,
+            ])?;
+            jobs.push(words(&["api", "verify", model, &ours, &public, their_name, "0"]));
+            for shard_size in ["0", "3"] {
+                let bundle = format!("{model}-{hash}-{shard_size}.sig");
+                jobs.push(words(&["api", "sign", model, &bundle, &key, their_name, shard_size]));
+                theirs.push((*model, bundle));
+            }
+        }
+    }
+    ensure!(theirs.len() >= 12, "{theirs:?}");
+    for (job, said) in jobs.iter().zip(reference(&world, &jobs)?) {
+        ensure!(said == "done", "{job:?}: {said}");
+    }
+    for (model, bundle) in theirs {
+        let verify = ["verify", model, "--signature", &bundle, "--public-key", &public];
+        world.omsign_ok(&verify)?;
+        let file = if world.path(model).join("config.json").exists() { "config.json" } else { ODD[0] };
+        let file = world.path(model).join(file);
+        let content = std::fs::read(&file)?;
+        std::fs::write(&file, [&content[..], b" "].concat())?;
+        world.omsign_refuses(1, &verify, &["1 changed"])?;
+        std::fs::write(&file, content)?;
     }
     Ok(())
 }

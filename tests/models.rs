@@ -217,6 +217,21 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     world.omsign_refuses(1, &all_the_same, &["1 changed, 1 missing, 1 not possible in a model\n"])?;
     fs::remove_file(world.path("model/tokenizer.json"))?;
     fs::rename(world.path("elsewhere"), world.path("model/tokenizer.json"))?;
+    // What is no bundle is outlined all the same.
+    let bundle = fs::read_to_string(world.path("model.sig"))?;
+    world.write("odd.sig", bundle.replacen("{", "{\"more\":1,", 1))?;
+    let output = world.omsign(&["inspect", "odd.sig"])?;
+    let shown = String::from_utf8([output.stdout, output.stderr].concat())?;
+    for line in [
+        "fields          [\"dsseEnvelope\",\"mediaType\",\"more\",",
+        "resources       9\n",
+        "unknown field `more`",
+    ] {
+        ensure!(output.status.code() == Some(1) && shown.contains(line), "{line}: {shown}");
+    }
+    let output = world.omsign(&["inspect", "--json", "odd.sig"])?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(json["outline"]["signatures"] == 1 && json["verified"] == false, "{json}");
     // Not a bundle, not there, another key.
     let with = |signature: &str, key: &str| {
         ["verify", "model", "--signature", signature, "--public-key", key].map(str::to_owned)

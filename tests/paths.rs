@@ -260,8 +260,15 @@ fn chains_are_checked_before_they_are_signed_with() -> anyhow::Result<()> {
         "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nextendedKeyUsage=serverAuth\n";
     pki.issue("servers", "root", Certificate { extensions: for_servers, ..Certificate::default() })?;
     pki.issue("below-servers", "servers", Certificate::default())?;
+    pki.issue("sha1-ca", "root", Certificate { issuer_options: "-md sha1", ..ca })?;
+    pki.issue("below-sha1", "sha1-ca", Certificate::default())?;
     for (key, chain, expected) in [
         ("below-servers", &["below-servers", "servers"][..], "the extended key usage of CN=servers is for"),
+        (
+            "below-sha1",
+            &["below-sha1", "sha1-ca"],
+            "CN=sha1-ca has a key or a signature of less than 112 bits",
+        ),
         (
             "other",
             &["k", "issuing"][..],

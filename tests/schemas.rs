@@ -7,7 +7,7 @@ use jsonschema::{Registry, Validator};
 use omsign_tests::certified::world_with_signer;
 use omsign_tests::forge;
 use omsign_tests::sigstore::{Flaw, Sigstore};
-use openssl::base64::decode_block;
+use openssl::base64::{decode_block, encode_block};
 use serde_json::{Value, json};
 
 fn read(path: &str) -> anyhow::Result<Value> {
@@ -205,13 +205,39 @@ fn results_of_verify_are_what_our_schema_says() -> anyhow::Result<()> {
     world.omsign_ok(&["trust", "add", "k", "--public-key", "k.pub"])?;
     check(0, "verified", &["--signature", "k.sig"])?;
     check(0, "verified", &[&key[..], &["--partial", "config.json"]].concat())?;
-    check(1, "wrong", &["--signature", "k.sig", "--public-key", "k.pub", "--model-name", "x"])?;
-    check(2, "undone", &["--signature", "k.sig", "--public-key", "nowhere"])?;
+    let json = check(1, "wrong", &[&key[..], &["--model-name", "x"]].concat())?;
+    ensure!(json["reason"] == "subject", "{json}");
+    let json = check(2, "undone", &["--signature", "k.sig", "--public-key", "nowhere"])?;
+    ensure!(json["reason"] == "undone", "{json}");
+    let signed: Value = serde_json::from_str(&std::fs::read_to_string(world.path("k.sig"))?)?;
+    let no_oms = serde_json::to_vec(&json!({ "_type": "https://in-toto.io/Statement/v1" }))?;
+    let (private, sig) = (forge::private_key(&world.path("k.key"))?, "/dsseEnvelope/signatures/0/sig");
+    for (pointer, value, reason) in [
+        ("/mediaType", "x".to_owned(), "bundle"),
+        ("/verificationMaterial/publicKey/hint", "0".repeat(64), "signer"),
+        (sig, "MAA=".to_owned(), "signature"),
+        ("/dsseEnvelope/payload", encode_block(&no_oms), "statement"),
+    ] {
+        let mut bundle = signed.clone();
+        *bundle.pointer_mut(pointer).context("there")? = value.into();
+        if reason == "statement" {
+            let resigned = encode_block(&forge::sign(&private, &no_oms)?);
+            *bundle.pointer_mut(sig).context("there")? = resigned.into();
+        }
+        world.write("wrong.sig", bundle.to_string())?;
+        let json = check(1, "wrong", &["--signature", "wrong.sig", "--public-key", "k.pub"])?;
+        ensure!(json["reason"] == reason, "{pointer}: {json}");
+    }
     check(2, "undone", &["--signature", "nowhere.sig", "--public-key", "k.pub"])?;
     world.write("model/config.json", "{ }")?;
     world.write("model/more", "")?;
     let json = check(1, "wrong", &key)?;
-    ensure!(json["changed_count"] == 1 && json["not_signed"] == json!(["more"]), "{json}");
+    ensure!(
+        json["reason"] == "differences"
+            && json["changed_count"] == 1
+            && json["not_signed"] == json!(["more"]),
+        "{json}"
+    );
     world.write("model/config.json", "{}")?;
     let json = check(0, "verified", &[&key[..], &["--ignore-unsigned-files"]].concat())?;
     ensure!(json["ignored"] == json!(["more"]), "{json}");

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 use openssl::error::ErrorStack;
+use openssl::nid::Nid;
 use openssl::ssl::SslFiletype;
 use openssl::stack::Stack;
 use openssl::x509::store::{X509Lookup, X509StoreBuilder};
@@ -250,13 +251,23 @@ pub(crate) fn check_order(chain: &[X509], now: Timestamp) -> Result<(), PathErro
     Question { anchors, leaf, intermediates, purpose: Purpose::CodeSigning }.ask(now)?;
     // Whoever trusts its issuer asks more of the last one than whoever trusts that one itself.
     match intermediates.last() {
-        Some(last)
-            if !is_self_issued(last)? && is_for_something_else(last, X509ExtendedKeyUsage::CODE_SIGN) =>
-        {
-            Err(PathError::Purpose(certificate::subject(last)))
+        Some(last) if !is_self_issued(last)? => {
+            if is_for_something_else(last, X509ExtendedKeyUsage::CODE_SIGN) {
+                return Err(PathError::Purpose(certificate::subject(last)));
+            }
+            if is_signed_with_a_broken_hash(last) {
+                return Err(PathError::Weak(certificate::subject(last)));
+            }
+            Ok(())
         }
         _ => Ok(()),
     }
+}
+
+/// OpenSSL asks how a certificate was signed only where it checks that signature.
+fn is_signed_with_a_broken_hash(certificate: &X509) -> bool {
+    let algorithms = certificate.signature_algorithm().object().nid().signature_algorithms();
+    algorithms.is_some_and(|algorithms| matches!(algorithms.digest, Nid::SHA1 | Nid::MD5 | Nid::MD4))
 }
 
 fn is_self_issued(certificate: &X509) -> Result<bool, ErrorStack> {

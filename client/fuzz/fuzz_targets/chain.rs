@@ -7,13 +7,18 @@ use omsign::bundle::{Bundle, Material};
 use omsign::trust::{Anchors, Signers, Trust};
 use omsign_fuzz::{certificate, signature};
 
-fuzz_target!(|input: (bool, Vec<Vec<u8>>)| {
-    let (signed, rest) = input;
+// A byte: whether the certificate whose key signed comes first. Then certificates, each after its length in two bytes.
+fuzz_target!(|input: &[u8]| {
+    let Some((signed, mut rest)) = input.split_first() else { return };
     let mut chain = Vec::new();
-    if signed {
+    if signed % 2 == 1 {
         chain.push(certificate().to_der().expect("a certificate"));
     }
-    chain.extend(rest);
+    while let Some((length, more)) = rest.split_first_chunk() {
+        let (certificate, later) = more.split_at(usize::from(u16::from_be_bytes(*length)).min(more.len()));
+        chain.push(certificate.to_vec());
+        rest = later;
+    }
     let material = Material::CertificateChain(chain);
     let bundle =
         Bundle { material, timestamps: Vec::new(), payload: b"{}".to_vec(), signature: signature(b"{}") };

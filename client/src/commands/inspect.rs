@@ -10,15 +10,23 @@ use omsign::manifest::{Manifest, Method};
 use omsign::statement::{self, StatementError};
 use omsign::timestamp;
 use openssl::x509::X509;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{Done, checked};
+use super::{Done, checked, outline};
 use crate::cli;
 use crate::report;
 
 pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
-    let bundle = Bundle::read(&arguments.bundle, arguments.max_bundle_size);
-    let bundle = bundle.map_err(|error| checked(error.into()))?;
+    let bundle = match Bundle::read(&arguments.bundle, arguments.max_bundle_size) {
+        Ok(bundle) => bundle,
+        Err(error) => {
+            // Whoever looks into it wants to know what it is all the more.
+            if let Some(outline) = outline::of_bundle(&arguments.bundle).filter(|_| error.found_wrong()) {
+                print_outline(outline, arguments.json)?;
+            }
+            return Err(checked(error.into()));
+        }
+    };
     let claims = Claims::of(&bundle);
     let (statement, legacy) = match statement::decode(&bundle.payload) {
         Err(StatementError::PredicateType(other)) => match statement::decode_release_0_2_0(&bundle.payload) {
@@ -35,14 +43,18 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         {
             json.extend(more);
         }
+        if statement.is_err() {
+            json["outline"] = outline::of_statement(&bundle.payload).into();
+        }
         report::json(&json)?;
     } else {
         claims.print(&bundle)?;
         if legacy {
             line("form", "of release 0.2.0 of model-signing, whose signatures promise less")?;
         }
-        if let Ok(manifest) = &statement {
-            print_manifest(manifest)?;
+        match &statement {
+            Ok(manifest) => print_manifest(manifest)?,
+            Err(_) => print_lines(&outline::of_statement(&bundle.payload))?,
         }
     }
     // What is above it was shown all the same.
@@ -134,6 +146,19 @@ impl Claims {
         }
         Ok(())
     }
+}
+
+/// Of a bundle that omsign would not take.
+fn print_outline(outline: Map<String, Value>, as_json: bool) -> Done {
+    if as_json {
+        return report::json(&json!({ "verified": false, "outline": outline }));
+    }
+    report::result("NOT VERIFIED, and no verifier should: this is what can be told of the file")?;
+    print_lines(&outline)
+}
+
+fn print_lines(outline: &Map<String, Value>) -> Done {
+    outline.iter().try_for_each(|(name, value)| line(&name.replace('_', " "), &value.to_string()))
 }
 
 fn line(name: &str, value: &str) -> Done {

@@ -5,6 +5,7 @@ mod cache;
 mod digest;
 mod hasher;
 mod inspect;
+mod outline;
 mod sign;
 mod trust;
 mod verdict;

@@ -2,7 +2,9 @@
 
 use omsign::Error;
 use omsign::differences::Differences;
+use omsign::keyless::KeylessError;
 use omsign::proof::Signer;
+use omsign::trust::TrustError;
 use omsign::verify::Verified;
 use serde_json::{Value, json};
 
@@ -162,6 +164,7 @@ pub(crate) fn failed_json(failure: &Failure, from_cache: usize) -> Value {
         "version": VERSION,
         "outcome": if matches!(failure, Failure::Wrong(_)) { "wrong" } else { "undone" },
         "verified": false,
+        "reason": reason(failure),
         "error": failure.text(),
         "digests_from_cache": from_cache,
     });
@@ -169,6 +172,20 @@ pub(crate) fn failed_json(failure: &Failure, from_cache: usize) -> Value {
         json.extend(differences(found));
     }
     json
+}
+
+/// What kind of thing was wrong, for programs.
+fn reason(failure: &Failure) -> &'static str {
+    let Failure::Wrong(error) = failure else { return "undone" };
+    match error {
+        Error::Bundle(_) => "bundle",
+        Error::Trust(TrustError::Signature | TrustError::Keyless(KeylessError::Signature)) => "signature",
+        Error::Trust(TrustError::Statement(_)) | Error::Statement(_) => "statement",
+        Error::Trust(_) => "signer",
+        Error::Subject(_) => "subject",
+        Error::Differs(_) => "differences",
+        _ => "model",
+    }
 }
 
 fn differences(found: &Differences) -> serde_json::Map<String, Value> {
