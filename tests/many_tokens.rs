@@ -162,6 +162,21 @@ fn a_required_token_whose_pin_is_refused_waits_for_an_operator() -> anyhow::Resu
     Ok(())
 }
 
+/// A TPM that is switched off, or whose driver comes late, is a token that is down, and no mistake of the configuration.
+#[test]
+fn a_tpm_that_is_not_there_yet() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let chip = "\n[token.chip]\nbackend = \"tpm\"\ntcti = \"device:/dev/tpmrm-of-nobody\"\n";
+    let keys = key_section("k", "t", "k") + &key("c", "chip", "handle = \"0x81000010\"");
+    let _agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + chip + &keys))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "c"])?;
+    ensure!(errors.contains("/dev/tpmrm-of-nobody does not exist; is the TPM switched on"), "{errors}");
+    Ok(())
+}
+
 #[test]
 fn a_required_token_has_to_be_there() -> anyhow::Result<()> {
     let world = World::new()?;

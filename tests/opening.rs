@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
-use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::device::{card_through, debian_module};
 use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key_section, text, token_section};
+use rustix::process::Signal;
 
 fn pkcs11_tool(token: &SoftHsm, arguments: &[&str]) -> anyhow::Result<()> {
     let mut tool = Command::new("pkcs11-tool");
@@ -67,6 +68,77 @@ fn a_public_half_on_the_private_object() -> anyhow::Result<()> {
     world.omsign_ok(&["sign", "model", "--key", "9c"])?;
     let public = text(&device.expected.first().context("a key")?.public);
     world.omsign_ok(&["verify", "model", "--public-key", &public]).map(drop)
+}
+
+/// A module without slots, as when a reader is unplugged or a network HSM's client starts before the network.
+#[test]
+fn a_module_without_slots() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, calm) = (world.token("t", "k", KeyType::P256)?, world.token("u", "calm", KeyType::P256)?);
+    let proxy = Proxy::new(&world)?;
+    proxy.set("C_GetSlotList none 0\n")?;
+    let tokens = proxy.token_section("t", &token, "") + &token_section("u", &calm, "");
+    let keys = key_section("k", "t", "k") + &key_section("calm", "u", "calm");
+    let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    world.model()?;
+    let sign = ["sign", "model", "--key", "k"];
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("no token with label \"t\" is present; tokens present: none"), "{errors}");
+    world.omsign_ok(&["sign", "model", "--key", "calm"])?;
+    ensure!(proxy.calls("C_Login") == 0);
+    proxy.set("")?;
+    eventually("the token", || Ok(world.omsign(&sign)?.status.success()))?;
+    // And while it runs: what is open stays open, what has to be opened waits.
+    proxy.set("C_GetSlotList none 0\n")?;
+    world.omsign_ok(&sign)?;
+    for host in agent.hosts()? {
+        signal(host, Signal::KILL)?;
+    }
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("tokens present: none"), "{errors}");
+    eventually("the other", || Ok(world.omsign(&["sign", "model", "--key", "calm"])?.status.success()))?;
+    proxy.set("")?;
+    eventually("the token again", || Ok(world.omsign(&sign)?.status.success()))?;
+    ensure!(proxy.calls("C_Login") == 2, "{}", proxy.calls("C_Login"));
+    Ok(())
+}
+
+/// Where a certificate is all that tells of the public half, another one in its place makes the key unusable, not wrong.
+#[test]
+fn a_certificate_that_is_swapped_on_the_token() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    token.generate("k", KeyType::P256, Objects::Certified)?;
+    token.generate("other", KeyType::P256, Objects::Certified)?;
+    let keys = key_section("k", "t", "k") + &key_section("other", "t", "other");
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &keys))?;
+    world.model()?;
+    let sign = ["sign", "model", "--key", "k"];
+    world.omsign_ok(&sign)?;
+    let file = |name: &str| text(&world.path(&format!("{name}.der")));
+    let read = |name: &str| {
+        pkcs11_tool(
+            &token,
+            &["--read-object", "--type", "cert", "--label", name, "--output-file", &file(name)],
+        )
+    };
+    read("k")?;
+    read("other")?;
+    let becomes = |name: &str| {
+        pkcs11_tool(&token, &["--delete-object", "--type", "cert", "--label", "k"])?;
+        let id = hex::encode("k");
+        pkcs11_tool(&token, &["--write-object", &file(name), "--type", "cert", "--label", "k", "--id", &id])
+    };
+    becomes("other")?;
+    for host in agent.hosts()? {
+        signal(host, Signal::KILL)?;
+    }
+    eventually("a refusal", || Ok(!world.omsign(&sign)?.status.success()))?;
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("a public half on the token does not belong to it"), "{errors}");
+    world.omsign_ok(&["sign", "model", "--key", "other"])?;
+    becomes("k")?;
+    eventually("the key again", || Ok(world.omsign(&sign)?.status.success()))
 }
 
 /// Two tokens of one label in one module: whatever else tells them apart, in TOML and in URIs (RFC 7512).

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -86,6 +87,35 @@ fn a_wrong_pin_is_offered_once() -> anyhow::Result<()> {
     ensure!(!log.contains(PIN) && !log.contains("wrong-pin-8142"), "a PIN in the log: {log}");
     let audit = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
     ensure!(audit.contains(r#""action":"unlock""#) && !audit.contains(PIN), "{audit}");
+    Ok(())
+}
+
+/// Everybody knows it: nothing is signed with it, by an agent or without one, and no try is spent.
+#[test]
+fn a_factory_pin_signs_nothing() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 7_000_021)?;
+    card.generate("9c", "ECCP256", &[])?;
+    omsign_fixtures::write_private(&card.pin_file(), b"123456\n")?;
+    let config = world.listen() + &card.section("card") + &key("k", "card", "slot = \"9c\"");
+    let agent = Agent::start(&world, &config)?;
+    world.model()?;
+    let expected = "its PIN is the one from the factory, which everybody knows; change it with";
+    let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+    ensure!(errors.contains(expected) && errors.contains("omsign agent unlock card"), "{errors}");
+    ensure!(agent.stop()?.success());
+    let uri = format!("piv:serial=7000021;slot=9c?pin-source={}", text(&card.pin_file()));
+    let mut without = std::process::Command::new(omsign_fixtures::built("omsign")?);
+    without.args(["sign", "model", "--key-uri", &uri]).current_dir(world.path(""));
+    world.without_surprises(&mut without);
+    let output = without.env("PCSCLITE_CSOCK_NAME", card.socket()).output()?;
+    let errors = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{errors}");
+    let (_, report) = world.doctor()?;
+    ensure!(
+        report.contains("3 PIN tries left") && report.contains("PIN is the one from the factory"),
+        "{report}"
+    );
     Ok(())
 }
 

@@ -30,7 +30,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
         }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
-            format!("an operator can run `omsign agent unlock {token}`")
+            format!("an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN is asked for")
         }
         Error::Agent(AgentError::KeyNotReady { .. }) => {
             "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()

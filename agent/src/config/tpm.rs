@@ -28,9 +28,9 @@ pub enum TctiError {
         "/dev/tpm{0} has no resource manager: whoever opens it locks all others out; write \"device:/dev/tpmrm{0}\""
     )]
     Raw(u8),
-    /// No such device.
-    #[error("{0} does not exist; is the TPM switched on in the firmware?")]
-    Absent(String),
+    /// No path of a device.
+    #[error("{0:?} is no device; write \"device:/dev/tpmrm0\"")]
+    NoDevice(String),
     /// A parameter that is not known there.
     #[error("{0:?} is not a parameter of this kind; {1}")]
     Parameter(String, &'static str),
@@ -64,6 +64,11 @@ impl FromStr for Tcti {
 }
 
 impl Tcti {
+    /// The device file, where it is one.
+    pub fn device(&self) -> Option<&Path> {
+        self.0.strip_prefix("device:").map(Path::new)
+    }
+
     /// Whether this is a simulator, which only trials and tests have, reached without a resource manager.
     pub fn is_simulator(&self) -> bool {
         self.0.starts_with("swtpm:")
@@ -81,10 +86,8 @@ fn device(path: &str) -> Result<(), TctiError> {
     if let Some(Ok(number)) = name.strip_prefix("tpm").map(str::parse) {
         return Err(TctiError::Raw(number));
     }
-    if path.is_empty() || !Path::new(path).exists() {
-        return Err(TctiError::Absent(path.to_owned()));
-    }
-    Ok(())
+    // Whether it is there now is the token's affair: a device may come later.
+    if Path::new(path).is_absolute() { Ok(()) } else { Err(TctiError::NoDevice(path.to_owned())) }
 }
 
 fn parameters(text: &str, hint: &'static str, known: impl Fn(&str, &str) -> bool) -> Result<bool, TctiError> {
@@ -109,7 +112,15 @@ mod tests {
             assert!(right.parse::<Tcti>().is_ok(), "{right}");
         }
         // The last of these is what tss-esapi takes for localhost:2321.
-        for wrong in ["", "device:", "device:/dev/tpm0", "mssim:", "swtpm:port=0", "swtpm:path=/x.sock"] {
+        for wrong in [
+            "",
+            "device:",
+            "device:tpmrm0",
+            "device:/dev/tpm0",
+            "mssim:",
+            "swtpm:port=0",
+            "swtpm:path=/x.sock",
+        ] {
             assert!(wrong.parse::<Tcti>().is_err(), "{wrong}");
         }
     }

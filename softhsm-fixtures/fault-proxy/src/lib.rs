@@ -4,7 +4,8 @@
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
-//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process). Read at every call, so faults come and go while the application runs.
+//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
+//!   a module without slots). Read at every call, so faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
@@ -100,6 +101,7 @@ macro_rules! wrap {
             $(list.$name = Some($name);)*
             list.C_GetTokenInfo = Some(with_fewer_sessions);
             list.C_FindObjectsInit = Some(private_only);
+            list.C_GetSlotList = Some(perhaps_no_slots);
             list
         }
     };
@@ -107,6 +109,7 @@ macro_rules! wrap {
 
 wrap! {
     C_Initialize(args: CK_VOID_PTR);
+    C_GetSlotList(with_token: CK_BBOOL, slots: CK_SLOT_ID_PTR, count: CK_ULONG_PTR);
     C_GetTokenInfo(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR);
     C_OpenSession(slot: CK_SLOT_ID, flags: CK_FLAGS, application: CK_VOID_PTR, notify: CK_NOTIFY,
         session: CK_SESSION_HANDLE_PTR);
@@ -127,6 +130,22 @@ unsafe extern "C" fn with_fewer_sessions(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_P
         unsafe { (*info).ulMaxSessionCount = most };
     }
     rv
+}
+
+/// `C_GetSlotList` of a module whose reader was unplugged.
+unsafe extern "C" fn perhaps_no_slots(
+    with_token: CK_BBOOL,
+    slots: CK_SLOT_ID_PTR,
+    count: CK_ULONG_PTR,
+) -> CK_RV {
+    let faults = std::env::var_os("OMSIGN_PROXY_FAULTS").and_then(|path| std::fs::read_to_string(path).ok());
+    if !count.is_null() && faults.is_some_and(|faults| faults.contains("C_GetSlotList none")) {
+        // SAFETY: checked for null above; it points to the caller's number (PKCS#11 2.40, 5.5).
+        unsafe { *count = 0 };
+        return CKR_OK;
+    }
+    // SAFETY: the arguments are the caller's, for the same function.
+    unsafe { C_GetSlotList(with_token, slots, count) }
 }
 
 /// `C_FindObjectsInit` of a token without public objects: what is looked for by such a class is not found.

@@ -175,6 +175,13 @@ fn verified(
         let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
         return Err(locked(message.into()));
     }
+    if pin.expose().as_bytes() == FACTORY_PIN {
+        return Err(locked(
+            "its PIN is the one from the factory, which everybody knows; change it with `omsign-agent init yubikey` or \
+             `ykman piv access change-pin`"
+                .into(),
+        ));
+    }
     if pin.expose().len() > LONGEST_PIN {
         return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
     }

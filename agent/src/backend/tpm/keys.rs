@@ -28,36 +28,71 @@ pub(super) const OWNER: u32 = 0x4000_0001;
 
 /// A key that passed its check.
 pub(super) struct Key {
-    pub(super) handle: KeyHandle,
+    source: Source,
     pub(super) public: PublicKey,
     guard: Guard,
 }
 
-/// Finds or loads a key and has it sign a random challenge.
+/// Where a key is when it is to sign.
+enum Source {
+    /// In the TPM.
+    Kept(KeyHandle),
+    /// In a file, which is loaded for the purpose.
+    File(KeyFile, Option<Auth>),
+}
+
+/// Finds or loads a key and has it sign a random challenge. Its handle is the caller's to [`Key::release`].
 pub(super) fn open(
     context: &mut Context,
     key: &KeySpec,
     auth: Option<Auth>,
     by_operator: bool,
-) -> Result<(Key, PublicKey), Failure> {
-    let (handle, auth) = match &key.object {
-        Object::TpmHandle(handle) => (persistent(context, *handle)?, auth),
+) -> Result<(Key, KeyHandle), Failure> {
+    let (source, auth) = match &key.object {
+        Object::TpmHandle(handle) => (Source::Kept(persistent(context, *handle)?), auth),
         Object::TpmFile(path) => {
             let file = KeyFile::read(path)?;
             let auth = auth.filter(|_| file.has_auth);
             if file.has_auth && auth.is_none() {
                 return Err(waits(&key.object));
             }
-            (load(context, file)?, auth)
+            (Source::File(file, auth.clone()), auth)
         }
         object => return Err(refused(format!("{object} is not a key of a TPM"))),
     };
-    let opened = check(context, handle, key, auth, by_operator);
-    if opened.is_err() {
-        // If this fails, too, the next use of the TPM says so.
-        let _ = release(context, &key.object, handle);
+    let handle = source.handle(context)?;
+    match check(context, handle, key, auth, by_operator) {
+        Ok((public, guard)) => Ok((Key { source, public, guard }, handle)),
+        Err(failure) => {
+            // If this fails, too, the next use of the TPM says so.
+            let _ = source.release(context, handle);
+            Err(failure)
+        }
     }
-    opened
+}
+
+impl Source {
+    fn handle(&self, context: &mut Context) -> Result<KeyHandle, Failure> {
+        match self {
+            Self::Kept(handle) => Ok(*handle),
+            Self::File(file, auth) => {
+                let handle = load(context, file)?;
+                if let Some(auth) = auth {
+                    let set = context.tr_set_auth(handle.into(), auth.clone());
+                    set.map_err(|error| classify("set the authorization value", &error))?;
+                }
+                Ok(handle)
+            }
+        }
+    }
+
+    fn release(&self, context: &mut Context, handle: KeyHandle) -> Result<(), Failure> {
+        let released = match self {
+            Self::Kept(_) => context.tr_close(&mut handle.into()),
+            Self::File(..) => context.flush_context(handle.into()),
+        };
+        released.map_err(|error| classify("let go of the key", &error))
+    }
 }
 
 /// No value is configured, so none was offered.
@@ -67,15 +102,6 @@ fn waits(object: &Object) -> Failure {
     ))
 }
 
-/// Lets go of a key: a TPM has room for three that are loaded, or so.
-pub(super) fn release(context: &mut Context, object: &Object, handle: KeyHandle) -> Result<(), Failure> {
-    let released = match object {
-        Object::TpmFile(_) => context.flush_context(handle.into()),
-        _ => context.tr_close(&mut handle.into()),
-    };
-    released.map_err(|error| classify("let go of the key", &error))
-}
-
 /// Whether a key that was found or loaded can be used.
 fn check(
     context: &mut Context,
@@ -83,7 +109,7 @@ fn check(
     key: &KeySpec,
     auth: Option<Auth>,
     by_operator: bool,
-) -> Result<(Key, PublicKey), Failure> {
+) -> Result<(PublicKey, Guard), Failure> {
     let object = &key.object;
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
@@ -107,61 +133,84 @@ fn check(
     let algorithm = spki.algorithm(key.padding).map_err(|error| wrong(format!("cannot be used: {error}")))?;
     let challenge = challenge()?;
     let content = algorithm.content(&challenge);
-    let public = PublicKey { algorithm, spki };
-    let key = Key { handle, guard, public: public.clone() };
-    let signature = key.sign(context, algorithm.bytes(&content).map_err(refused)?)?;
-    if !public.spki.verifies(algorithm, &challenge, &signature) {
+    let signature = sign(context, handle, algorithm, &guard, algorithm.bytes(&content).map_err(refused)?)?;
+    if !spki.verifies(algorithm, &challenge, &signature) {
         return Err(refused(format!("the key with {object} makes signatures that do not verify")));
     }
-    Ok((key, public))
+    Ok((PublicKey { algorithm, spki }, guard))
 }
 
 impl Key {
+    /// Whether it is loaded for the purpose.
+    pub(super) fn is_file(&self) -> bool {
+        matches!(self.source, Source::File(..))
+    }
+
+    /// Where it is now: loaded, if it is in a file.
+    pub(super) fn handle(&self, context: &mut Context) -> Result<KeyHandle, Failure> {
+        self.source.handle(context)
+    }
+
+    /// Lets go of its handle: a TPM has room for three that are loaded, or so.
+    pub(super) fn release(&self, context: &mut Context, handle: KeyHandle) -> Result<(), Failure> {
+        self.source.release(context, handle)
+    }
+
     /// Signs a digest.
-    pub(super) fn sign(&self, context: &mut Context, digest: &[u8]) -> Result<Vec<u8>, Failure> {
-        let algorithm = self.public.algorithm;
-        let (hash, rsa) = match algorithm {
-            Algorithm::Ecdsa(Curve::P256) => (HashingAlgorithm::Sha256, false),
-            Algorithm::Ecdsa(Curve::P384) => (HashingAlgorithm::Sha384, false),
-            Algorithm::Ecdsa(Curve::P521) => (HashingAlgorithm::Sha512, false),
-            Algorithm::RsaPkcs1 => (HashingAlgorithm::Sha256, true),
-            // TPMs choose the salt's length themselves, and not all choose the hash's.
-            Algorithm::RsaPss => {
-                return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
-            }
-            Algorithm::Ed25519 | Algorithm::MlDsa(_) => {
-                return Err(refused("TPMs have neither Ed25519 nor ML-DSA".into()));
-            }
-        };
-        let hash_scheme = HashScheme::new(hash);
-        let scheme = if rsa {
-            SignatureScheme::RsaSsa { hash_scheme }
-        } else {
-            SignatureScheme::EcDsa { hash_scheme }
-        };
-        let wrong = |error: tss_esapi::Error| classify("sign", &error);
-        let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
-        // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
-        let ticket = HashcheckTicket::try_from(TPMT_TK_HASHCHECK {
-            tag: TPM2_ST_HASHCHECK,
-            hierarchy: TPM2_RH_NULL,
-            digest: Default::default(),
-        });
-        let ticket = ticket.map_err(wrong)?;
-        let signed =
-            self.guard.with(context, "sign", |context| context.sign(self.handle, digest, scheme, ticket))?;
-        let malformed = || gone("the TPM's signature is malformed".into());
-        match (signed, algorithm) {
-            (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
-            (Signature::EcDsa(signature), Algorithm::Ecdsa(curve)) => {
-                // The TPM leaves leading zeros out.
-                let r = padded(signature.signature_r().value(), curve.field_len());
-                let s = padded(signature.signature_s().value(), curve.field_len());
-                let raw = r.zip(s).map(|(r, s)| [r, s].concat()).ok_or_else(malformed)?;
-                curve.der_from_raw(&raw).map_err(|_| malformed())
-            }
-            _ => Err(gone("the TPM answered with a signature of another kind".into())),
+    pub(super) fn sign(
+        &self,
+        context: &mut Context,
+        handle: KeyHandle,
+        digest: &[u8],
+    ) -> Result<Vec<u8>, Failure> {
+        sign(context, handle, self.public.algorithm, &self.guard, digest)
+    }
+}
+
+fn sign(
+    context: &mut Context,
+    handle: KeyHandle,
+    algorithm: Algorithm,
+    guard: &Guard,
+    digest: &[u8],
+) -> Result<Vec<u8>, Failure> {
+    let (hash, rsa) = match algorithm {
+        Algorithm::Ecdsa(Curve::P256) => (HashingAlgorithm::Sha256, false),
+        Algorithm::Ecdsa(Curve::P384) => (HashingAlgorithm::Sha384, false),
+        Algorithm::Ecdsa(Curve::P521) => (HashingAlgorithm::Sha512, false),
+        Algorithm::RsaPkcs1 => (HashingAlgorithm::Sha256, true),
+        // TPMs choose the salt's length themselves, and not all choose the hash's.
+        Algorithm::RsaPss => {
+            return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
         }
+        Algorithm::Ed25519 | Algorithm::MlDsa(_) => {
+            return Err(refused("TPMs have neither Ed25519 nor ML-DSA".into()));
+        }
+    };
+    let hash_scheme = HashScheme::new(hash);
+    let scheme =
+        if rsa { SignatureScheme::RsaSsa { hash_scheme } } else { SignatureScheme::EcDsa { hash_scheme } };
+    let wrong = |error: tss_esapi::Error| classify("sign", &error);
+    let digest = Digest::try_from(digest.to_vec()).map_err(wrong)?;
+    // The digest was not made by the TPM, which a null ticket says (TPM 2.0 Part 2, 10.7.4).
+    let ticket = HashcheckTicket::try_from(TPMT_TK_HASHCHECK {
+        tag: TPM2_ST_HASHCHECK,
+        hierarchy: TPM2_RH_NULL,
+        digest: Default::default(),
+    });
+    let ticket = ticket.map_err(wrong)?;
+    let signed = guard.with(context, "sign", |context| context.sign(handle, digest, scheme, ticket))?;
+    let malformed = || gone("the TPM's signature is malformed".into());
+    match (signed, algorithm) {
+        (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
+        (Signature::EcDsa(signature), Algorithm::Ecdsa(curve)) => {
+            // The TPM leaves leading zeros out.
+            let r = padded(signature.signature_r().value(), curve.field_len());
+            let s = padded(signature.signature_s().value(), curve.field_len());
+            let raw = r.zip(s).map(|(r, s)| [r, s].concat()).ok_or_else(malformed)?;
+            curve.der_from_raw(&raw).map_err(|_| malformed())
+        }
+        _ => Err(gone("the TPM answered with a signature of another kind".into())),
     }
 }
 
@@ -180,13 +229,13 @@ pub(super) fn persistent(context: &mut Context, handle: u32) -> Result<KeyHandle
 }
 
 /// Loads a key below its parent.
-fn load(context: &mut Context, file: KeyFile) -> Result<KeyHandle, Failure> {
+fn load(context: &mut Context, file: &KeyFile) -> Result<KeyHandle, Failure> {
     let parent = match file.parent {
         OWNER => storage_primary(context)?,
         handle => persistent(context, handle)?,
     };
     let loaded = context.execute_with_session(Some(AuthSession::Password), |context| {
-        context.load(parent, file.private, file.public)
+        context.load(parent, file.private.clone(), file.public.clone())
     });
     // A TPM has room for three keys or so.
     if file.parent == OWNER {

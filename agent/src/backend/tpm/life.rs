@@ -29,7 +29,7 @@ use super::{attest, keys};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::Object;
 use crate::host::task::{Done, Listed, Task, Template};
-use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
+use crate::host::wire::{Class, Failure, KeySpec};
 
 /// The first persistent handle, and the most that are asked for (TPM 2.0 Part 2, 7.5).
 const PERSISTENT: (u32, u32) = (0x8100_0000, 64);
@@ -39,19 +39,20 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
         Task::List(objects) => list(context, objects).map(Done::Listed),
         Task::Generate(key, template) => {
             generate(context, key, template, auth)?;
-            open(context, auth, key, |_, _, public| Ok(Done::Key(public)))
+            open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())))
         }
-        Task::Find(key) => open(context, auth, key, |_, _, public| Ok(Done::Key(public))),
-        Task::Sign(key, message) => open(context, auth, key, |context, key, public| {
-            let content = public.algorithm.content(message);
-            let digest = public.algorithm.bytes(&content).map_err(refused)?;
-            key.sign(context, digest).map(Done::Signature)
+        Task::Find(key) => open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone()))),
+        Task::Sign(key, message) => open(context, auth, key, |context, key, handle| {
+            let algorithm = key.public.algorithm;
+            let content = algorithm.content(message);
+            let digest = algorithm.bytes(&content).map_err(refused)?;
+            key.sign(context, handle, digest).map(Done::Signature)
         }),
         Task::Store(..) => Err(refused(
             "a TPM has no place for a key's certificate; name its file in the configuration: certificate_chain".into(),
         )),
-        Task::Attest(key, nonce) => open(context, auth, key, |context, key, _| {
-            attest::attest(context, key.handle, nonce).map(Done::Attested)
+        Task::Attest(key, nonce) => open(context, auth, key, |context, _, handle| {
+            attest::attest(context, handle, nonce).map(Done::Attested)
         }),
         Task::Delete(key) => delete(context, &key.object),
     }
@@ -62,12 +63,12 @@ fn open(
     context: &mut Context,
     auth: Option<&Auth>,
     key: &KeySpec,
-    then: impl FnOnce(&mut Context, &Key, PublicKey) -> Result<Done, Failure>,
+    then: impl FnOnce(&mut Context, &Key, KeyHandle) -> Result<Done, Failure>,
 ) -> Result<Done, Failure> {
     let opened = keys::open(context, key, auth.cloned(), false).map_err(|failure| keys_own(auth, failure));
-    let (opened, public) = opened?;
-    let done = then(context, &opened, public);
-    keys::release(context, &key.object, opened.handle)?;
+    let (key, handle) = opened?;
+    let done = then(context, &key, handle);
+    key.release(context, handle)?;
     done
 }
 

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tss_esapi::Context;
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
+use tss_esapi::handles::KeyHandle;
 use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
 
@@ -29,11 +30,42 @@ const TRANSIENT_FIRST: u32 = 0x8000_0000;
 
 /// An open TPM.
 struct OpenTpm {
-    context: Mutex<Context>,
+    chip: Mutex<Chip>,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
     /// The authorization value of new keys, and of those that an operator looks at.
     auth: Option<Auth>,
+}
+
+/// The TPM as it is now.
+struct Chip {
+    context: Context,
+    /// The one key file that is loaded, by its key's place: there is room for three, and loading takes two.
+    loaded: Option<(usize, KeyHandle)>,
+}
+
+impl Chip {
+    /// The handle of a key, which is loaded unless it is the one that signed last.
+    fn handle(&mut self, index: usize, key: &Key, keys: &[Option<Key>]) -> Result<KeyHandle, Failure> {
+        match self.loaded {
+            Some((loaded, handle)) if loaded == index => Ok(handle),
+            _ if !key.is_file() => key.handle(&mut self.context),
+            _ => {
+                self.unload(keys)?;
+                let handle = key.handle(&mut self.context)?;
+                self.loaded = Some((index, handle));
+                Ok(handle)
+            }
+        }
+    }
+
+    fn unload(&mut self, keys: &[Option<Key>]) -> Result<(), Failure> {
+        let Some((index, handle)) = self.loaded.take() else { return Ok(()) };
+        match keys.get(index) {
+            Some(Some(key)) => key.release(&mut self.context, handle),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Connects, finds or loads every key, and has each sign a random challenge.
@@ -56,13 +88,19 @@ pub(super) fn open(
     }
     let mut waits = None;
     let (keys, public) = open_keys(&spec.keys, |key| {
-        keys::open(&mut context, key, auth.clone(), spec.by_operator).map_err(|failure| {
+        let opened = keys::open(&mut context, key, auth.clone(), spec.by_operator).map_err(|failure| {
             let own = life::keys_own(auth.as_ref(), failure.clone());
             if own.class != failure.class {
                 waits = Some(failure);
             }
             own
-        })
+        });
+        let (key, handle) = opened?;
+        if key.is_file() {
+            key.release(&mut context, handle)?;
+        }
+        let public = key.public.clone();
+        Ok((key, public))
     })?;
     // With nothing to sign with, it is the TPM that waits.
     if let Some(failure) = waits.filter(|_| public.iter().all(Result::is_err)) {
@@ -72,7 +110,7 @@ pub(super) fn open(
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
     let opened = Opened { device, sessions: 1, keys: public };
-    Ok((Box::new(OpenTpm { context: Mutex::new(context), keys, auth }), opened))
+    Ok((Box::new(OpenTpm { chip: Mutex::new(Chip { context, loaded: None }), keys, auth }), opened))
 }
 
 /// Looks at a TPM without using any key.
@@ -98,6 +136,10 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
 fn connect(tcti: &Tcti) -> Result<Context, Failure> {
     let cannot =
         |error: tss_esapi::Error| gone(format!("cannot reach the TPM at {tcti}: {}", describe(&error)));
+    if let Some(absent) = tcti.device().filter(|device| !device.exists()) {
+        let absent = absent.display();
+        return Err(gone(format!("{absent} does not exist; is the TPM switched on in the firmware?")));
+    }
     let name: TctiNameConf = tcti.to_string().parse().map_err(cannot)?;
     let mut context = Context::new(name).map_err(cannot)?;
     // A TPM is started by the firmware, but a simulator after a reset by nobody. Started twice is no harm: it says so.
@@ -170,13 +212,15 @@ impl Device for OpenTpm {
     }
 
     fn probe(&self) -> Result<(), Failure> {
-        let mut context = self.context.lock().unwrap_or_else(PoisonError::into_inner);
-        property(&mut context, PropertyTag::Permanent).map(drop).map_err(|failure| gone(failure.message))
+        let mut chip = self.chip.lock().unwrap_or_else(PoisonError::into_inner);
+        property(&mut chip.context, PropertyTag::Permanent).map(drop).map_err(|failure| gone(failure.message))
     }
 
     fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
-        let mut context = self.context.lock().unwrap_or_else(PoisonError::into_inner);
-        life::operate(&mut context, self.auth.as_ref(), task)
+        let mut chip = self.chip.lock().unwrap_or_else(PoisonError::into_inner);
+        // What operators do takes all the room that there is.
+        chip.unload(&self.keys)?;
+        life::operate(&mut chip.context, self.auth.as_ref(), task)
     }
 
     /// Dropping the context flushes the keys that were loaded from files.
@@ -187,12 +231,13 @@ impl Device for OpenTpm {
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, key: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
-        let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
+    fn sign(&mut self, index: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+        let Some(Some(key)) = self.0.keys.get(index) else { return Err(refused("no such key".into())) };
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
         let signature = {
-            let mut context = self.0.context.lock().unwrap_or_else(PoisonError::into_inner);
-            key.sign(&mut context, digest)?
+            let mut chip = self.0.chip.lock().unwrap_or_else(PoisonError::into_inner);
+            let handle = chip.handle(index, key, &self.0.keys)?;
+            key.sign(&mut chip.context, handle, digest)?
         };
         // Another key may have been put under the handle meanwhile.
         match key.public.spki.verifies_content(key.public.algorithm, content, &signature) {
