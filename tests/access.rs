@@ -54,6 +54,24 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
         anyhow::Ok(sign(&mut client, request("k", 1, &[7; 32]), SOON).await)
     })?;
     ensure!(denied.is_err_and(|status| status.code() == Code::PermissionDenied));
+    // Whatever else is wrong with what strangers send, they are denied, and recorded.
+    let recorded = world.audit()?.len();
+    let malformed = runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let mut short_id = request("k", 2, &[7; 32]);
+        short_id.request_id.pop();
+        let mut long_context = request("k", 3, &[7; 32]);
+        long_context.context = "x".repeat(5000);
+        let mut all = Vec::new();
+        for message in [short_id, long_context] {
+            all.push(sign(&mut client, message, SOON).await);
+        }
+        anyhow::Ok(all)
+    })?;
+    for refused in malformed {
+        ensure!(refused.as_ref().is_err_and(|status| status.code() == Code::PermissionDenied), "{refused:?}");
+    }
+    ensure!(world.audit()?.len() == recorded + 2);
     let audit = world.audit()?;
     let entry = audit.last().context("an entry")?;
     ensure!(entry["outcome"] == "denied" && entry["rule"].is_null() && entry["key"] == "k", "{entry}");

@@ -95,8 +95,12 @@ fn more_of_anything_than_a_signer_would_put_in() -> anyhow::Result<()> {
     let signature = forge::sign(&key, &payload)?;
     let whole = forge::bundle(&forge::key_material(&key)?, &payload, &signature);
     let certificate = json!({ "rawBytes": "AA==" });
+    let entry = json!({
+        "logIndex": "1", "logId": { "keyId": "AA==" }, "kindVersion": { "kind": "dsse", "version": "0.0.1" },
+        "canonicalizedBody": "AA==",
+    });
     let cases = [
-        ("tlogEntries", json!(vec![json!({}); 17]), "17 transparency log entries, more than 16"),
+        ("tlogEntries", json!(vec![entry; 17]), "17 transparency log entries, more than 16"),
         (
             "timestampVerificationData",
             json!({ "rfc3161Timestamps": vec![json!({ "signedTimestamp": "AA==" }); 1000] }),

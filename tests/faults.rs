@@ -165,6 +165,30 @@ fn a_key_deleted_and_made_again_signs_again() -> anyhow::Result<()> {
     })
 }
 
+/// Nobody asks in between: the first to notice is a request. No signature of the new key is ever called one of the old.
+#[test]
+fn a_key_that_is_replaced_by_another_of_its_name() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    token.delete("k")?;
+    token.generate("k", KeyType::P256, Objects::Pair)?;
+    let sign = ["sign", "model", "--key", "k", "--signature", "new.sig"];
+    eventually("a signature of the new key", || {
+        let output = world.omsign(&sign)?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(!errors.contains("is not valid for this payload"), "{errors}");
+        Ok(output.status.success())
+    })?;
+    let public = text(&token.public_key("k"));
+    world.omsign_ok(&["verify", "model", "--signature", "new.sig", "--public-key", &public])?;
+    ensure!(agent.log()?.contains("was replaced by another"), "{}", agent.log()?);
+    Ok(())
+}
+
 #[test]
 fn a_killed_process_costs_its_requests_and_nothing_else() -> anyhow::Result<()> {
     let world = World::new()?;

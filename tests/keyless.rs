@@ -254,6 +254,61 @@ fn mutated_bundles_are_refused_by_both() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// One form only, and each proof once: what sigstore-python does not take we do not take, whatever it would prove.
+#[test]
+fn the_form_of_what_a_log_proves() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (sigstore, payload) = instance(&world)?;
+    let v1 = sigstore.sign(&payload, IDENTITY, PROVIDER, Flaw::None)?;
+    let v2 = sigstore.sign_v2(&payload, IDENTITY, PROVIDER)?;
+    let twice = |value: &mut Value| {
+        let list = value.as_array_mut().expect("a list");
+        list.extend(list.clone());
+    };
+    let unpadded = |value: &mut Value| {
+        // A length that needs padding.
+        *value = openssl::base64::encode_block(b"1234").trim_end_matches('=').into();
+    };
+    let number = |value: &mut Value| *value = value.as_str().and_then(|text| text.parse::<u64>().ok()).into();
+    let more = |value: &mut Value| value["more"] = 1.into();
+    let space = |value: &mut Value| *value = format!("{} ", value.as_str().unwrap_or_default()).into();
+    type Change<'a> = &'a dyn Fn(&mut Value);
+    let entry = "/verificationMaterial/tlogEntries/0";
+    let mut names = Vec::new();
+    for (bundle, pointer, change, expected) in [
+        (
+            &v1,
+            "/verificationMaterial/tlogEntries",
+            &twice as Change<'_>,
+            "2 transparency log entries instead of one",
+        ),
+        (
+            &v2,
+            "/verificationMaterial/timestampVerificationData/rfc3161Timestamps",
+            &twice,
+            "2 copies of a time stamp instead of one",
+        ),
+        (&v1, &format!("{entry}/logIndex"), &number, "expected a whole number in quotes"),
+        (&v1, &format!("{entry}/integratedTime"), &number, "expected a whole number in quotes"),
+        (&v1, &format!("{entry}/inclusionProof/treeSize"), &number, "expected a whole number in quotes"),
+        (&v1, &format!("{entry}/inclusionProof/hashes/0"), &unpadded, "expected base64"),
+        (&v1, &format!("{entry}/logId/keyId"), &unpadded, "expected base64"),
+        (&v1, entry, &more, "unknown field `more`"),
+        (&v1, &format!("{entry}/inclusionProof"), &more, "unknown field `more`"),
+        (&v1, &format!("{entry}/inclusionProof/checkpoint"), &more, "unknown field `more`"),
+        (&v1, &format!("{entry}/inclusionProof/checkpoint/envelope"), &space, "expected a signed note"),
+    ] {
+        let mut bundle = bundle.clone();
+        change(bundle.pointer_mut(pointer).with_context(|| pointer.to_owned())?);
+        let name = format!("form-{}.sig", names.len());
+        world.write(&name, bundle.to_string())?;
+        let arguments = VERIFY.map(|argument| if argument == "k.sig" { name.as_str() } else { argument });
+        world.omsign_refuses(1, &arguments, &[expected]).with_context(|| pointer.to_owned())?;
+        names.push(name);
+    }
+    Ok(())
+}
+
 /// One bit of what base64 stands for, or one character where it is not base64.
 fn flipped(text: &str, random: &mut Random) -> String {
     match openssl::base64::decode_block(text) {

@@ -8,7 +8,7 @@ use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, refused, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::world::{World, key, key_section, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
 use rustix::process::Signal;

@@ -289,7 +289,7 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
     starts(
         &config.replace("directory = \"audit\"", "directory = \"file\""),
         2,
-        "nothing is signed without an audit log",
+        "file is not a directory; choose another place",
     )?;
     let operator =
         |path: &str| config.replacen("[audit]", &format!("operator = {{ path = \"{path}\" }}\n[audit]"), 1);

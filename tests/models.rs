@@ -100,6 +100,32 @@ fn a_model_that_changes_while_it_is_hashed() -> anyhow::Result<()> {
     })
 }
 
+/// A file that was hashed already, while another one still is: what would be signed was there at no time.
+#[test]
+fn a_file_that_changes_after_it_was_hashed() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    fs::File::create(world.path("model/big.bin"))?.set_len(256 << 20)?;
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (new, small) = (world.path("new"), world.path("model/config.json"));
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                // Whoever reads it has one content or the other.
+                fs::write(&new, "{}").expect("written");
+                fs::rename(&new, &small).expect("renamed");
+            }
+        });
+        let output = world.omsign(&["sign", "model", "--key", "k"]);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let output = output?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(2) && errors.contains("config.json changed while"), "{errors}");
+        ensure!(!world.path("model.sig").exists());
+        Ok(())
+    })
+}
+
 /// A file system of 64 KiB, for this process and its children only.
 fn on_a_small_disk(world: &World, script: &str) -> anyhow::Result<std::process::Output> {
     fs::create_dir_all(world.path("disk"))?;

@@ -102,34 +102,40 @@ impl AgentService for Service {
                 return Err(unknown);
             }
         };
+        let Some(rule) = allowed(&key.allow, &caller) else {
+            // Nothing is computed for a stranger, and nothing they send is wrong: they are denied first.
+            let missing = format!("key.{}.allow", key.name);
+            let content = digest_only(request.content);
+            let authorised = Authorised {
+                identity: Arc::clone(&caller),
+                rule: String::new(),
+                key: Arc::clone(&key.name),
+                request_id: hex::encode(request.request_id.get(..16).unwrap_or(&request.request_id)),
+                digest_hex: content.hex(),
+                content,
+                context: shortened(request.context),
+            };
+            let algorithm = key.public().map(|public| public.algorithm.name());
+            let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
+            self.0.record(&entry, deadline).await?;
+            return Err(denied(&caller, "sign with", &key.name, &missing));
+        };
         let id: [u8; 16] = request.request_id.as_slice().try_into().map_err(|_| {
             Status::invalid_argument("request_id must be 16 bytes, chosen at random for each request")
         })?;
         if request.context.len() > CONTEXT_BYTES {
             return Err(Status::invalid_argument(format!("context is longer than {CONTEXT_BYTES} bytes")));
         }
-        let rule = allowed(&key.allow, &caller).map(|rule| rule.name.clone());
-        let content = match &rule {
-            Some(_) => content(request.content)?,
-            // Nothing is computed for a stranger, whatever they send.
-            None => digest_only(request.content),
-        };
+        let content = content(request.content)?;
         let authorised = Authorised {
             identity: Arc::clone(&caller),
-            rule: rule.clone().unwrap_or_default(),
+            rule: rule.name.clone(),
             key: Arc::clone(&key.name),
             request_id: hex::encode(id),
             digest_hex: content.hex(),
             content,
             context: request.context,
         };
-        if rule.is_none() {
-            let missing = format!("key.{}.allow", key.name);
-            let algorithm = key.public().map(|public| public.algorithm.name());
-            let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
-            self.0.record(&entry, deadline).await?;
-            return Err(denied(&caller, "sign with", &key.name, &missing));
-        }
         if let Some(public) = key.public() {
             public.algorithm.bytes(&authorised.content).map_err(Status::invalid_argument)?;
         }
@@ -210,8 +216,10 @@ impl AgentService for Service {
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let pin = pin.and_then(Pin::new);
         let setup = self.0.setup();
-        let token = setup.tokens.get(&name);
-        let token = token.ok_or_else(|| Status::not_found(format!("no token {name:?} is configured")))?;
+        let Some(token) = setup.tokens.get(&name) else {
+            self.turned_away("unlock", &caller, &name, "no such token", deadline).await?;
+            return Err(Status::not_found(format!("no token {name:?} is configured")));
+        };
         let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
         let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: name.clone() };
         if entry.rule.is_none() {
@@ -274,6 +282,12 @@ fn content(sent: Option<sign_request::Content>) -> Result<Content, Status> {
         }
         None => Err(Status::invalid_argument("content is missing: set digest or statement")),
     }
+}
+
+/// As much of a stranger's context as anybody may give.
+fn shortened(mut context: String) -> String {
+    context.truncate(context.floor_char_boundary(CONTEXT_BYTES));
+    context
 }
 
 /// What is recorded of a request that is denied.

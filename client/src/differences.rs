@@ -1,6 +1,6 @@
 //! How a model differs from what was signed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::Error;
@@ -126,7 +126,8 @@ pub(crate) fn compare<'a>(
     differences.changed = changed.into_iter().map(describe).collect();
     differences.odd.clone_from(&found.odd);
     // It is there, in another form.
-    differences.missing.retain(|file| !found.odd.iter().any(|odd| odd.name == *file));
+    let odd: BTreeSet<&str> = found.odd.iter().map(|odd| odd.name.as_str()).collect();
+    differences.missing.retain(|file| !odd.contains(file.as_str()));
     Ok(Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) })
 }
 

@@ -40,9 +40,11 @@ pub(crate) fn list(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool) -> io
 }
 
 fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<Found>) -> io::Result<()> {
-    for entry in std::fs::read_dir(path)? {
-        let entry = entry?;
-        let (path, own_name, kind) = (entry.path(), entry.file_name(), entry.file_type()?);
+    // Closed before what is below it is opened: a tree may be deeper than there are descriptors.
+    let entries =
+        std::fs::read_dir(path)?.map(|entry| entry.and_then(|e| Ok((e.file_name(), e.file_type()?))));
+    for (own_name, kind) in entries.collect::<io::Result<Vec<_>>>()? {
+        let path = path.join(&own_name);
         let Some(own_name) = own_name.to_str() else {
             found.push(Found { name: format!("{prefix}{}", own_name.display()), path, kind: Kind::NotUtf8 });
             continue;

@@ -214,18 +214,33 @@ impl<'a> Plan<'a> {
     }
 
     /// Hashes what is left of it. Also returns its size in bytes.
-    pub fn hash(self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
+    pub fn hash(&self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
         let Self { model, files, serialization, pieces } = self;
-        let digests = hasher.digests(serialization.algorithm, &files, &pieces)?;
-        let bytes = Piece::total(&pieces);
+        let digests = hasher.digests(serialization.algorithm, files, pieces)?;
+        let bytes = Piece::total(pieces);
         let sharded = serialization.method != Method::Files;
-        let resource = |(piece, digest): (Piece, Digest)| Resource {
+        let resource = |(piece, digest): (&Piece, Digest)| Resource {
             file: model.file_name(piece.file).to_owned(),
-            shard: sharded.then_some(piece.range),
+            shard: sharded.then(|| piece.range.clone()),
             digest,
         };
-        let resources = pieces.into_iter().zip(digests).map(resource).collect();
+        let resources = pieces.iter().zip(digests).map(resource).collect();
+        let serialization = serialization.clone();
         Ok((Manifest { model_name: model.name.clone(), resources, serialization }, bytes))
+    }
+
+    /// Whether the model, found once more, has the same files in the same states: hashing may have taken hours.
+    pub fn check_unchanged(&self, again: &Model, hasher: &Hasher) -> Result<(), HashError> {
+        let (before, after) = (&self.model.files, &again.files);
+        let differs = before.iter().zip(after).find(|(one, other)| one.name != other.name);
+        // Of a file that came, or went, one of the two lists has one more.
+        let first = differs.map(|(one, other)| one.path.clone().min(other.path.clone()));
+        let longer = if before.len() > after.len() { before } else { after };
+        let rest = longer.get(before.len().min(after.len())).map(|file| file.path.clone());
+        if let Some(changed) = first.or(rest) {
+            return Err(HashError::Changed(changed));
+        }
+        self.files.check_same(&hasher.look(again.paths())?)
     }
 }
 
@@ -284,6 +299,27 @@ mod tests {
         let root = manifest.root_digest();
         manifest.resources.reverse();
         assert_ne!(manifest.root_digest(), root);
+    }
+
+    #[test]
+    fn what_changes_after_it_was_hashed() {
+        type Change = fn(&Path) -> std::io::Result<()>;
+        let changes: [(&str, Change); 4] = [
+            ("a", |root| std::fs::write(root.join("a"), "another")),
+            ("ab", |root| std::fs::write(root.join("ab"), "")),
+            ("z", |root| std::fs::write(root.join("z"), "")),
+            ("w:1", |root| std::fs::remove_file(root.join("w:1"))),
+        ];
+        for (name, change) in changes {
+            let (root, model, hasher) = model();
+            let plan = Plan::new(&model, Serialization::default(), &hasher).expect("planned");
+            let again = || Serialization::default().walk(root.path()).expect("a model");
+            plan.check_unchanged(&again(), &hasher).expect("nothing changed");
+            change(root.path()).expect("changed");
+            let changed = plan.check_unchanged(&again(), &hasher);
+            let changed = matches!(&changed, Err(HashError::Changed(path)) if path.ends_with(name));
+            assert!(changed, "{name}");
+        }
     }
 
     #[test]

@@ -12,6 +12,9 @@ pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitigno
 /// Directories that a model may have behind symbolic links.
 const MOST_LINKED: usize = 10_000;
 
+/// And files.
+const MOST_LINKED_FILES: usize = 1_000_000;
+
 /// A model: its name and its files.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -43,6 +46,9 @@ pub enum Oddity {
     /// A symbolic link that leads out of the model.
     #[error("is a symbolic link that leads out of the model (OMS 6.1.1)")]
     Outside,
+    /// A symbolic link to nothing, or to itself.
+    #[error("is a symbolic link that leads nowhere (OMS 6.1.1)")]
+    Nowhere,
     /// A symbolic link to a directory that contains it.
     #[error("is a symbolic link to a directory that contains it (OMS 6.1.1)")]
     Cycle,
@@ -119,7 +125,9 @@ pub enum ModelError {
     #[error("{0} {1}")]
     Odd(PathBuf, Oddity),
     /// Links to directories with links to directories: of few of them, any number of files can be made.
-    #[error("more than {MOST_LINKED} directories are reached through symbolic links, the last one at {0}")]
+    #[error(
+        "more than {MOST_LINKED} directories or {MOST_LINKED_FILES} files are reached through symbolic links, the last one at {0}"
+    )]
     Linked(PathBuf),
     /// A path to ignore that is not there, or not in the model.
     #[error("--ignore-paths {path}: {reason}")]
@@ -167,7 +175,16 @@ impl Model {
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
-        let mut walk = Walk { real_root: &real, scope, files, left_out, odd, links: Vec::new(), linked: 0 };
+        let mut walk = Walk {
+            real_root: &real,
+            scope,
+            files,
+            left_out,
+            odd,
+            links: Vec::new(),
+            linked: 0,
+            linked_files: 0,
+        };
         let listing = match listing {
             Some(listing) => listing,
             None => walk.list(root, "")?,
@@ -201,6 +218,7 @@ struct Walk<'a> {
     /// The real directories of the links that the walk is behind, and how many directories it saw there.
     links: Vec<PathBuf>,
     linked: usize,
+    linked_files: usize,
 }
 
 impl Walk<'_> {
@@ -222,7 +240,8 @@ impl Walk<'_> {
             skipped = None;
             let (parent, own_name) = name.rsplit_once('/').unwrap_or(("", &name));
             let odd = match kind {
-                Kind::NotUtf8 => Some(Oddity::NotUtf8),
+                Kind::NotUtf8 if self.scope.concerns(&name) => Some(Oddity::NotUtf8),
+                Kind::NotUtf8 => None,
                 _ if self.leaves_out(&name) => None,
                 _ if own_name.contains('\\') => Some(Oddity::Backslash),
                 Kind::Special => Some(Oddity::Special),
@@ -259,7 +278,10 @@ impl Walk<'_> {
 
     /// Follows a link in a directory, which is really `parent`.
     fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
-        let target = path.canonicalize().map_err(|source| read_error(&path, source))?;
+        let Ok(target) = path.canonicalize() else {
+            self.odd.push(Odd { name, what: Oddity::Nowhere });
+            return Ok(());
+        };
         let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
         let odd = if !target.starts_with(self.real_root) {
             Oddity::Outside
@@ -276,7 +298,8 @@ impl Walk<'_> {
             let below = self.list(&path, &prefix)?;
             let directories = below.iter().filter(|found| matches!(found.kind, Kind::Directory)).count();
             self.linked += 1 + directories;
-            if self.linked > MOST_LINKED {
+            self.linked_files += below.len() - directories;
+            if self.linked > MOST_LINKED || self.linked_files > MOST_LINKED_FILES {
                 return Err(ModelError::Linked(path));
             }
             self.links.push(parent);

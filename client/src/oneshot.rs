@@ -96,20 +96,22 @@ fn program() -> PathBuf {
 }
 
 /// Takes `pin-value` out of a PKCS#11 URI (RFC 7512, 2.4): what is left may be seen by others.
-pub fn split_pin(uri: &str) -> (String, Option<Zeroizing<String>>) {
-    let Some((path, query)) = uri.split_once('?') else { return (uri.to_owned(), None) };
+pub fn split_pin(uri: &str) -> Result<(String, Option<Zeroizing<String>>), AgentError> {
+    let Some((path, query)) = uri.split_once('?') else { return Ok((uri.to_owned(), None)) };
     let (mut kept, mut pin) = (Vec::new(), None);
     for attribute in query.split('&') {
         match attribute.strip_prefix("pin-value=") {
             Some(value) => {
-                pin =
-                    percent_decode_str(value).decode_utf8().ok().map(|text| Zeroizing::new(text.into_owned()))
+                let text = percent_decode_str(value).decode_utf8();
+                let text =
+                    text.map_err(|_| AgentError::Private("PKCS#11 URI: pin-value is not UTF-8".into()))?;
+                pin = Some(Zeroizing::new(text.into_owned()));
             }
             None => kept.push(attribute),
         }
     }
     let uri = if kept.is_empty() { path.to_owned() } else { format!("{path}?{}", kept.join("&")) };
-    (uri, pin)
+    Ok((uri, pin))
 }
 
 #[cfg(test)]
@@ -118,13 +120,14 @@ mod tests {
 
     #[test]
     fn the_pin_leaves_the_uri() {
-        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=12%2034&module-path=/m.so");
+        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=12%2034&module-path=/m.so").expect("text");
         assert_eq!(
             (uri.as_str(), pin.as_deref().map(String::as_str)),
             ("pkcs11:token=t?module-path=/m.so", Some("12 34"))
         );
-        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=1");
+        let (uri, pin) = split_pin("pkcs11:token=t?pin-value=1").expect("text");
         assert_eq!((uri.as_str(), pin.is_some()), ("pkcs11:token=t", true));
-        assert_eq!(split_pin("pkcs11:token=t").0, "pkcs11:token=t");
+        assert_eq!(split_pin("pkcs11:token=t").expect("no PIN").0, "pkcs11:token=t");
+        assert!(split_pin("pkcs11:token=t?pin-value=%ff").is_err(), "never another PIN than was given");
     }
 }

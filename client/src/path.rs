@@ -114,8 +114,7 @@ impl Question<'_> {
             Purpose::CodeSigning => X509ExtendedKeyUsage::CODE_SIGN,
             Purpose::TimeStamping => X509ExtendedKeyUsage::TIMESTAMP,
         };
-        let [_, between @ .., _anchor] = path.as_slice() else { return Ok(path) };
-        match between.iter().find(|issuer| is_for_something_else(issuer, usage)) {
+        match path.iter().skip(1).find(|issuer| is_for_something_else(issuer, usage)) {
             Some(issuer) => Err(PathError::Purpose(certificate::subject(issuer))),
             None => Ok(path),
         }

@@ -91,7 +91,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         Subject::Model(selection, hasher) => {
             let serialization = selection.serialization()?;
             let model = serialization.walk(selection.model)?;
-            let (manifest, bytes) = Plan::new(&model, serialization, hasher)?.hash(hasher)?;
+            let plan = Plan::new(&model, serialization.clone(), hasher)?;
+            let (manifest, bytes) = plan.hash(hasher)?;
+            plan.check_unchanged(&serialization.walk(selection.model)?, hasher)?;
             (manifest, Some(bytes))
         }
         Subject::Manifest(manifest, bytes) => (manifest.clone(), *bytes),

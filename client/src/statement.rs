@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
-use crate::object::{Anything, Object};
+use crate::object::{Anything, Object, once};
 use crate::predicate::{Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
@@ -68,7 +68,7 @@ struct Subject<'a> {
     /// Releases before 1.1 left it out where the model was `.`.
     #[serde(default, borrow)]
     name: Cow<'a, str>,
-    #[serde(borrow)]
+    #[serde(borrow, deserialize_with = "once")]
     digest: BTreeMap<Cow<'a, str>, Cow<'a, str>>,
 }
 
@@ -251,6 +251,9 @@ mod tests {
         }
         let doubled =
             String::from_utf8(encode(&manifest())).expect("text").replacen('{', r#"{"subject":[],"#, 1);
+        assert!(decode(doubled.as_bytes()).expect_err("doubled").to_string().contains("duplicate field"));
+        let text = String::from_utf8(encode(&manifest())).expect("text");
+        let doubled = text.replacen(r#""digest":{"#, r#""digest":{"sha256":"00","#, 1);
         assert!(decode(doubled.as_bytes()).expect_err("doubled").to_string().contains("duplicate field"));
     }
 }

@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
@@ -153,7 +154,8 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     if request.ignore_unsigned_files {
         ignored.append(&mut differences.extra);
         // Where a signed file should be, it is no unsigned one.
-        let is_signed = |odd: &mut Odd| signed.resources.iter().any(|resource| resource.file == odd.name);
+        let signed: BTreeSet<&str> = signed.resources.iter().map(|resource| resource.file.as_str()).collect();
+        let is_signed = |odd: &mut Odd| signed.contains(odd.name.as_str());
         let unsigned = differences.odd.extract_if(.., |odd| !is_signed(odd));
         ignored.extend(unsigned.map(|odd| odd.name));
         ignored.sort();

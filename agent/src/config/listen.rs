@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::keys::group_id;
@@ -50,7 +50,7 @@ pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> L
         let path = table.path(reader, "path");
         if let Some(path) = &path {
             socket_path(reader, &table, path);
-            if unix.as_ref().is_some_and(|unix| unix.path == *path) {
+            if unix.as_ref().is_some_and(|unix| really(&unix.path) == really(path)) {
                 let message = format!("{} is [listen] unix already; choose another path", path.display());
                 reader.mistake(table.position("path"), &table.path_of("path"), message);
             }
@@ -86,6 +86,12 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
     socket_path(reader, &section, &path);
     section.finish(reader);
     Some(UnixListen { path, mode: mode?, group })
+}
+
+/// Whatever links and dots lead to it: the socket itself need not be there yet.
+fn really(path: &Path) -> PathBuf {
+    let (parent, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or_default());
+    parent.canonicalize().unwrap_or_else(|_| parent.to_owned()).join(name)
 }
 
 fn socket_path(reader: &mut Reader<'_>, section: &Section<'_>, path: &Path) {
@@ -143,6 +149,10 @@ pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Au
     let mut audit = Audit { directory: default_audit_directory(), durability: Durability::Fsync };
     let Some(mut section) = section else { return audit };
     if let Some(directory) = section.path(reader, "directory") {
+        if let Some(file) = directory.ancestors().find(|path| path.exists()).filter(|path| !path.is_dir()) {
+            let message = format!("{} is not a directory; choose another place", file.display());
+            reader.mistake(section.position("directory"), &section.path_of("directory"), message);
+        }
         audit.directory = directory;
     }
     match section.string(reader, "durability").as_deref() {

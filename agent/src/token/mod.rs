@@ -159,11 +159,17 @@ impl Token {
     ) -> Result<Signed, TokenError> {
         let place = Arc::new(self.queue()?);
         let (mut retried, mut pause) = (false, BUSY.0);
+        let mut before: Option<Vec<u8>> = None;
         loop {
             let host = self.ready(deadline).await?;
             let public_key = match host.opened.keys.get(key) {
                 Some(Ok(PublicKey { algorithm, spki })) => {
                     algorithm.bytes(content).map_err(TokenError::Refused)?;
+                    if before.is_some_and(|before| before != spki.0) {
+                        let message = "the key was replaced by another meanwhile; look at it again";
+                        return Err(TokenError::Unavailable(message.into()));
+                    }
+                    before = Some(spki.0.clone());
                     spki.0.clone()
                 }
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),

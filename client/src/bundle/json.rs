@@ -8,9 +8,10 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::log::EntryJson;
 use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
 use crate::dsse::PAYLOAD_TYPE;
-use crate::object::{Anything, Bounded, Object, present};
+use crate::object::{Bounded, Object, present};
 
 /// No other fields anywhere: the schemas of OMS allow them in the verification material, but no parser of Sigstore
 /// bundles does.
@@ -200,21 +201,27 @@ fn certificates(chain: &ChainJson) -> Result<Vec<Vec<u8>>, BundleError> {
     certificates.iter().map(|Object(certificate)| decode("certificate", &certificate.raw_bytes)).collect()
 }
 
-/// A list of objects, which nobody looks into where there is no Fulcio certificate.
 fn log_entries(json: &str) -> Result<LogEntries, BundleError> {
     let malformed = |error: serde_json::Error| BundleError::Malformed(format!("tlogEntries: {error}"));
-    let list: Bounded<Object<Anything>, MOST> = serde_json::from_str(json).map_err(malformed)?;
+    let list: Bounded<Object<EntryJson>, MOST> = serde_json::from_str(json).map_err(malformed)?;
     let list = few("transparency log entries", &list)?;
+    if list.len() > 1 {
+        return Err(BundleError::NotOne { count: list.len(), what: "transparency log entries" });
+    }
     Ok(LogEntries(if list.is_empty() { "[]" } else { json }.to_owned()))
 }
 
 fn timestamps(data: Option<Object<TimestampsJson>>) -> Result<Vec<Vec<u8>>, BundleError> {
     let Some(Object(data)) = data else { return Ok(Vec::new()) };
     let timestamps = few("time stamps", &data.rfc3161)?;
-    timestamps
-        .iter()
-        .map(|Object(timestamp)| decode("signedTimestamp", &timestamp.signed_timestamp))
-        .collect()
+    let decoded =
+        timestamps.iter().map(|Object(timestamp)| decode("signedTimestamp", &timestamp.signed_timestamp));
+    let decoded: Vec<_> = decoded.collect::<Result<_, _>>()?;
+    let same = |stamp: &&Vec<u8>| decoded.iter().filter(|other| other == stamp).count();
+    match decoded.iter().map(|stamp| same(&stamp)).find(|count| *count > 1) {
+        Some(count) => Err(BundleError::NotOne { count, what: "copies of a time stamp" }),
+        None => Ok(decoded),
+    }
 }
 
 fn few<'a, T>(what: &'static str, list: &'a Bounded<T, MOST>) -> Result<&'a [T], BundleError> {
@@ -242,7 +249,8 @@ mod tests {
         assert_eq!(Bundle::parse(&bundle().to_json()).expect("valid"), bundle());
         let chain = Bundle { material: Material::CertificateChain(vec![vec![1], vec![2]]), ..bundle() };
         assert_eq!(Bundle::parse(&chain.to_json()).expect("valid"), chain);
-        let log = LogEntries("[{\"logIndex\":\"1\"}]".into());
+        let log = r#"[{"logIndex":"1","logId":{"keyId":"AA=="},"kindVersion":{"kind":"dsse","version":"1"},"canonicalizedBody":"AA=="}]"#;
+        let log = LogEntries(log.into());
         let material = Material::Keyless { certificate: vec![1], log };
         let keyless = Bundle { material, timestamps: vec![vec![3], vec![4]], ..bundle() };
         assert_eq!(Bundle::parse(&keyless.to_json()).expect("valid"), keyless);

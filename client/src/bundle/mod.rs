@@ -2,6 +2,7 @@
 
 mod file;
 mod json;
+mod log;
 
 use std::io;
 use std::path::PathBuf;
@@ -135,6 +136,14 @@ pub enum BundleError {
     /// A chain without certificates.
     #[error("the bundle's certificate chain is empty (OMS 4.1)")]
     EmptyChain,
+    /// More than one log entry, or the same time stamp twice: each proves one thing.
+    #[error("the bundle has {count} {what} instead of one (OMS 4.1)")]
+    NotOne {
+        /// How many.
+        count: usize,
+        /// Of what.
+        what: &'static str,
+    },
     /// A keyless bundle that is in no log.
     #[error("the bundle has a Fulcio certificate, but no transparency log entries (OMS 4.1)")]
     NoLogEntries,

@@ -130,7 +130,7 @@ fn given_password(arguments: &cli::Sign) -> Result<Option<Zeroizing<String>>, Ke
 
 /// Starts a private agent and sees to its PIN: from the URI, or from the person at the terminal.
 fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
-    let (uri, pin) = split_pin(uri);
+    let (uri, pin) = split_pin(uri)?;
     if pin.is_some() && uri.contains("pin-source=") {
         // RFC 7512, 2.4; and one call must not offer two PINs.
         return Err(AgentError::Private("PKCS#11 URI: give pin-source or pin-value, not both".into()));

@@ -78,6 +78,15 @@ impl<'a> Looked<'a> {
         self.stamps.iter().map(|stamp| stamp.size)
     }
 
+    /// Whether the same number of files are in the same states.
+    pub(crate) fn check_same(&self, later: &Self) -> Result<(), HashError> {
+        let pairs = self.stamps.iter().zip(&later.stamps).zip(&later.paths);
+        match pairs.into_iter().find(|((before, after), _)| before != after) {
+            Some((_, path)) => Err(HashError::Changed(path.to_path_buf())),
+            None => Ok(()),
+        }
+    }
+
     fn get(&self, file: usize) -> (&'a Path, Stamp) {
         let found = self.paths.get(file).copied().zip(self.stamps.get(file).copied());
         found.expect("a piece is of one of the files")

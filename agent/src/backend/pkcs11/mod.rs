@@ -20,10 +20,10 @@ use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
 use super::{Device, PROBE_EVERY, Say, gone, refused};
-use crate::algorithm::{Algorithm, Content};
+use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -43,7 +43,7 @@ struct Key {
     name: String,
     object: ObjectSelector,
     handle: ObjectHandle,
-    algorithm: Algorithm,
+    public: PublicKey,
     /// It asks for the PIN before every signature.
     always: bool,
 }
@@ -83,8 +83,8 @@ pub(super) fn open(
         };
         match objects::find_key(&anchor, object, *padding, &again) {
             Ok(Found { handle, public: found, always }) => {
-                let (name, object, algorithm) = (name.clone(), object.clone(), found.algorithm);
-                keys.push(Some(Key { name, object, handle, algorithm, always }));
+                let (name, object) = (name.clone(), object.clone());
+                keys.push(Some(Key { name, object, handle, public: found.clone(), always }));
                 public.push(Ok(found));
             }
             Err(failure) => {
@@ -200,10 +200,18 @@ impl<'a> Signer<'a> {
     }
 
     fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
+        let again = &self.token.again;
         let session = self.renew_session()?;
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
         let found = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
+        // A new key may have the name, and another public half than callers were told.
+        let again = key.always.then_some(again);
+        match objects::signs_for(session, found, &key.public, again) {
+            Ok(true) => {}
+            Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
+            Err(failure) => return Err(gone(failure.message)),
+        }
         if let Some(handle) = self.handles.get_mut(index) {
             *handle = Some(found);
         }
@@ -225,7 +233,8 @@ impl super::Signer for Signer<'_> {
         let Some(Some(key)) = self.token.keys.get(index) else {
             return Err(refused("no such key".to_owned()));
         };
-        let bytes = key.algorithm.bytes(content).map_err(refused)?;
+        let algorithm = key.public.algorithm;
+        let bytes = algorithm.bytes(content).map_err(refused)?;
         let again = key.always.then_some(&self.token.again);
         let mut reopened = false;
         loop {
@@ -233,7 +242,7 @@ impl super::Signer for Signer<'_> {
                 return Err(refused("no such key".to_owned()));
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match objects::sign(session, handle, key.algorithm, bytes, again) {
+            let error = match objects::sign(session, handle, algorithm, bytes, again) {
                 Ok(Ok(signature)) => return Ok(signature),
                 Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,

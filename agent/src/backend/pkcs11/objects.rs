@@ -270,7 +270,7 @@ fn from_certificate(der: &[u8]) -> Result<SpkiDer, String> {
 }
 
 /// Whether this private object makes signatures that this public key verifies.
-fn signs_for(
+pub(super) fn signs_for(
     session: &Session,
     private: ObjectHandle,
     public: &PublicKey,
