@@ -149,6 +149,15 @@ fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         signal(agent.pid(), Signal::TERM)?;
+        // Nobody new is let in, while the one that is in waits for the token.
+        let mut refused = false;
+        while !refused && !waiting.is_finished() {
+            refused = match connect(world.path("agent.sock")).await {
+                Ok(mut late) => sign(&mut late, request("k", 3, &[7; 32]), SOON).await.is_err(),
+                Err(_) => true,
+            };
+        }
+        ensure!(refused && !waiting.is_finished(), "somebody was let in after the stop");
         ensure!(waiting.await?.is_ok(), "the request in flight was answered");
         Ok(())
     })?;
@@ -237,7 +246,25 @@ fn health_says_which_token_is_down() -> anyhow::Result<()> {
         }
         let unknown = health.check(HealthCheckRequest { service: "token.nobody".into() }).await;
         ensure!(unknown.is_err_and(|status| status.code() == tonic::Code::NotFound));
-        Ok(())
+        // And while it goes and comes back: whoever watches is told.
+        let watched = HealthCheckRequest { service: "token.t".into() };
+        let mut changes = health.watch(watched).await?.into_inner();
+        ensure!(changes.message().await?.is_some_and(|now| now.status() == ServingStatus::Serving));
+        let away = world.path("away");
+        std::fs::rename(token.tokens(), &away)?;
+        let gone = sign(&mut client, request("k", 2, &[7; 32]), SOON).await;
+        ensure!(gone.is_err(), "{gone:?}");
+        ensure!(changes.message().await?.is_some_and(|now| now.status() == ServingStatus::NotServing));
+        std::fs::rename(&away, token.tokens())?;
+        let back = async {
+            while let Some(now) = changes.message().await? {
+                if now.status() == ServingStatus::Serving {
+                    return Ok(());
+                }
+            }
+            anyhow::bail!("the watch ended")
+        };
+        tokio::time::timeout(SOON, back).await?
     })
 }
 

@@ -248,7 +248,7 @@ fn without_an_agent() -> anyhow::Result<()> {
     for (query, expected) in [
         ("&pin-value=wrong-pin-8142".to_owned(), "it refused the PIN"),
         (String::new(), "the token needs a PIN, and there is no terminal to ask at"),
-        ("&pin-source=/nowhere".to_owned(), "the PIN file /nowhere: No such file"),
+        ("&pin-source=/nowhere".to_owned(), "the PIN file /nowhere does not exist; write the PIN into it"),
     ] {
         let output = sign(&query, "--key-uri")?;
         let errors = String::from_utf8_lossy(&output.stderr);

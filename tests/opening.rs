@@ -70,6 +70,32 @@ fn a_public_half_on_the_private_object() -> anyhow::Result<()> {
     world.omsign_ok(&["verify", "model", "--public-key", &public]).map(drop)
 }
 
+/// What is found once is kept: signing looks for nothing and logs in no more. A session or a handle that went stale is
+/// replaced within the request, in the same process; the login is the anchor session's and lasts.
+#[test]
+fn stale_sessions_and_handles_cost_a_request_nothing() -> anyhow::Result<()> {
+    for stale in ["b3", "82"] {
+        let world = World::new()?;
+        let token = world.token("t", "k", KeyType::P256)?;
+        let proxy = Proxy::new(&world)?;
+        let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+        let agent = Agent::start(&world, &config)?;
+        world.model()?;
+        let sign = ["sign", "model", "--key", "k"];
+        world.omsign_ok(&sign)?;
+        let (hosts, looked) = (agent.hosts()?, proxy.calls("C_FindObjectsInit"));
+        for _ in 0..5 {
+            world.omsign_ok(&sign)?;
+        }
+        ensure!(proxy.calls("C_FindObjectsInit") == looked, "a key is looked for once");
+        proxy.set(&format!("C_SignInit {stale} 0 once\n"))?;
+        world.omsign_ok(&sign).with_context(|| stale)?;
+        ensure!(proxy.calls("C_FindObjectsInit") > looked, "{stale} was not met");
+        ensure!(agent.hosts()? == hosts && proxy.calls("C_Login") == 1, "{stale}: {}", agent.log()?);
+    }
+    Ok(())
+}
+
 /// A module without slots, as when a reader is unplugged or a network HSM's client starts before the network.
 #[test]
 fn a_module_without_slots() -> anyhow::Result<()> {

@@ -90,6 +90,36 @@ fn a_wrong_pin_is_offered_once() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whatever is asked for in the log: what goes to the device is not there.
+#[test]
+fn no_pin_in_the_finest_log() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let card = VirtualPiv::create(&world.path("card"), 7_000_022)?;
+    card.change_pin()?;
+    card.generate("9c", "ECCP256", &[])?;
+    let keys = key_section("k", "t", "k") + &key("c", "card", "slot = \"9c\"");
+    let config = world.listen() + &token_section("t", &token, "") + &card.section("card") + &keys;
+    let agent = Agent::start_with(&world, &config, |command| {
+        command.env("OMSIGN_LOG", "trace");
+    })?;
+    world.model()?;
+    for name in ["k", "c"] {
+        world.omsign_ok(&["sign", "model", "--key", name])?;
+    }
+    let log = agent.log()?;
+    ensure!(log.contains("\"TRACE\"") || log.contains("\"DEBUG\""), "{log}");
+    for pin in [PIN, omsign_fixtures::piv::PIN] {
+        // As text, and as the bytes of a command to a card.
+        let bytes = format!("{:?}", pin.as_bytes());
+        let bytes = bytes.trim_matches(['[', ']']);
+        for form in [pin, &hex::encode(pin), &hex::encode_upper(pin), bytes] {
+            ensure!(!log.contains(form), "a PIN in the log, as {form}");
+        }
+    }
+    Ok(())
+}
+
 /// Everybody knows it: nothing is signed with it, by an agent or without one, and no try is spent.
 #[test]
 fn a_factory_pin_signs_nothing() -> anyhow::Result<()> {

@@ -56,6 +56,31 @@ fn the_agent_asks_at_its_terminal() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Lines for people where somebody looks, JSON where nobody does.
+#[test]
+fn logs_are_for_whoever_reads_them() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let config = world.write("agent.toml", config)?;
+    let mut serve = Command::new(built("omsign-agent")?);
+    world.without_surprises(serve.args(["serve", "--config"]).arg(config));
+    let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
+    let mut agent = terminal.seat(&serve)?.spawn()?;
+    let shown = terminal.shows("token is ready");
+    signal(agent.id(), Signal::TERM)?;
+    ensure!(agent.wait()?.success());
+    shown?;
+    let said = terminal.said();
+    ensure!(said.contains("INFO") && !said.contains("{\"timestamp\"") && !said.contains(PIN), "{said}");
+    let (_token, config) = (_token, std::fs::read_to_string(world.path("agent.toml"))?);
+    let agent = Agent::start(&world, &config)?;
+    for line in agent.log()?.lines() {
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        ensure!(line["level"].is_string() && line["message"].is_string(), "{line}");
+    }
+    Ok(())
+}
+
 /// What was typed wrong at the start is put right by an operator, each time with one try.
 #[test]
 fn a_pin_typed_wrong() -> anyhow::Result<()> {

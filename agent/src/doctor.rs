@@ -213,7 +213,8 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
             let labels: Vec<_> = found.tokens.iter().map(|token| format!("{:?}", token.label)).collect();
             let present = if labels.is_empty() { "none".into() } else { labels.join(", ") };
             let message = format!(
-                "the token is not present; tokens present: {present}; plug it in, or correct `token`"
+                "the token is not present; tokens present: {present}; plug it in, initialize it (`omsign-agent init`, \
+                 or the vendor's tool), see that this user may open it, or correct `token`"
             );
             report.add(Level::Error, subject, message);
         }

@@ -59,6 +59,9 @@ fn pin_file(path: &Path, check: fn(&Path, &Metadata) -> Result<(), String>) -> R
     let shown = path.display();
     let fail = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::InvalidData => format!("the PIN in {shown} is not UTF-8"),
+        std::io::ErrorKind::NotFound => {
+            format!("the PIN file {shown} does not exist; write the PIN into it and run: chmod 600 {shown}")
+        }
         _ => format!("the PIN file {shown}: {error}"),
     };
     // What is checked is what is read, whoever renames files meanwhile.

@@ -14,7 +14,8 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     };
     let mut builder = tempfile::Builder::new();
     builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
-    let mut file = builder.tempfile_in(directory)?;
+    // Its message would name a file that nobody asked for.
+    let mut file = builder.tempfile_in(directory).map_err(|error| io::Error::from(error.kind()))?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;

@@ -5,7 +5,8 @@
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
-//!   a module without slots). Read at every call, so faults come and go while the application runs.
+//!   a module without slots; a line that ends in `once` counts for the first call of each process). Read at every call, so
+//!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
@@ -15,6 +16,7 @@
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cryptoki_sys::*;
@@ -39,6 +41,8 @@ unsafe impl Send for Table {}
 unsafe impl Sync for Table {}
 
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
+/// Whether no fault was injected once so far.
+static FIRST: AtomicBool = AtomicBool::new(true);
 static TABLE: OnceLock<Option<Table>> = OnceLock::new();
 
 fn module() -> Option<&'static Module> {
@@ -70,6 +74,9 @@ fn intercept(function: &str) -> Option<CK_RV> {
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
     let (answer, delay) = (fault.next()?, fault.next()?.parse().ok()?);
+    if fault.next() == Some("once") && !FIRST.swap(false, Ordering::Relaxed) {
+        return None;
+    }
     std::thread::sleep(Duration::from_millis(delay));
     match answer {
         "abort" => std::process::abort(),

@@ -129,10 +129,11 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
     let library = library(&pkcs11)?;
     let selected = is_library(select, &library);
     let slots = pkcs11.get_slots_with_token().map_err(|error| classify("list slots", &error))?;
-    let mut tokens = Vec::new();
+    let (mut tokens, mut empty) = (Vec::new(), Vec::new());
     for slot in slots {
         let Ok(info) = pkcs11.get_token_info(slot) else { continue };
         if !info.token_initialized() {
+            empty.push(slot.id().to_string());
             continue;
         }
         tokens.push(SurveyedToken {
@@ -145,7 +146,11 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             notes: login::notes(&info),
         });
     }
-    Ok(Survey { library: format!("module {}: {}", module.display(), shown(&library)), tokens })
+    let empty = match empty.as_slice() {
+        [] => String::new(),
+        slots => format!("; not initialized: slot {}", slots.join(", ")),
+    };
+    Ok(Survey { library: format!("module {}: {}{empty}", module.display(), shown(&library)), tokens })
 }
 
 impl Device for OpenToken {
