@@ -65,7 +65,11 @@ fn pkcs11(text: &str) -> Result<KeyUri, KeyUriError> {
         return Err(missing("names no key; add object=… or id=%01…"));
     }
     Ok(KeyUri {
-        device: Device::Pkcs11 { profile: Box::new(Profile::of_module(&module)), module, select: uri.token },
+        device: Device::Pkcs11 {
+            profile: Box::new(Profile::of_module(&module)),
+            module,
+            select: Box::new(uri.token),
+        },
         object: Object::Pkcs11(uri.object),
         pcrs: None,
         pin: uri.pin_source.unwrap_or(PinSource::Prompt),

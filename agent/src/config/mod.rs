@@ -135,7 +135,7 @@ pub enum Device {
         /// The module, a shared library.
         module: PathBuf,
         /// Which of the module's tokens.
-        select: TokenSelector,
+        select: Box<TokenSelector>,
         /// What is known of the module.
         profile: Box<Profile>,
     },

@@ -113,7 +113,7 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
     }
     let device = module.zip(select).map(|(module, select)| {
         let profile = Box::new(named.unwrap_or_else(|| Profile::of_module(&module)));
-        Device::Pkcs11 { module, select, profile }
+        Device::Pkcs11 { module, select: Box::new(select), profile }
     });
     (device, uri.and_then(|uri| uri.pin_source))
 }

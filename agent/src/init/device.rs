@@ -95,8 +95,7 @@ impl Init {
         let config = directory.join("softhsm2.conf");
         left.write(&config, &format!("directories.tokendir = {}\nlog.level = ERROR\n", directory.display()))?;
         let (pin, puk) = (random()?, random()?);
-        let mut token =
-            bare(Device::Pkcs11 { module, select: TokenSelector::default(), profile: Box::new(profile) });
+        let mut token = bare(Device::Pkcs11 { module, select: Box::default(), profile: Box::new(profile) });
         token.env.insert("SOFTHSM2_CONF".into(), config.display().to_string());
         let fresh = Fresh {
             label: self.name.clone(),
@@ -226,6 +225,7 @@ impl Init {
             .map_err(|source| InitError::System { what: "cannot find the module".into(), source })?;
         let known = named.unwrap_or_else(|| Profile::of_module(&module));
         let select = TokenSelector { label: label.map(str::to_owned), ..TokenSelector::default() };
+        let select = Box::new(select);
         let token = bare(Device::Pkcs11 { module: module.clone(), select, profile: Box::new(known.clone()) });
         let Survey { tokens, .. } = survey(&self.name, &token).await.map_err(InitError::Device)?;
         let labels: Vec<_> = tokens.iter().map(|token| format!("{:?}", token.label)).collect();
