@@ -295,6 +295,14 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
         |path: &str| config.replacen("[audit]", &format!("operator = {{ path = \"{path}\" }}\n[audit]"), 1);
     starts(&operator("agent.sock"), 2, "listen.operator.path: ")?;
     starts(&operator("file"), 2, "file exists and is not a socket")?;
+    let long = format!("l/{}.sock", "x".repeat(90));
+    starts(&config.replace("agent.sock", &long), 2, "is too long for a Unix socket (107 bytes)")?;
+    starts(&operator("./audit/../agent.sock"), 2, "is [listen] unix already; choose another path")?;
+    let (_, errors) = refused(&world, &config.replace("[audit]", "[audit]\npin = 314159 26\n"))?;
+    ensure!(
+        errors.contains(": pin: ") && errors.contains("text in quotes") && !errors.contains("314159"),
+        "{errors}"
+    );
     starts(&config.replace("module", "modul"), 2, "token.t.modul: unknown key; did you mean \"module\"?")?;
     Ok(())
 }

@@ -69,13 +69,27 @@ fn an_unreadable_file_is_named() -> anyhow::Result<()> {
     fs::set_permissions(world.path(""), PermissionsExt::from_mode(0o755))?;
     fs::set_permissions(world.path("model/config.json"), PermissionsExt::from_mode(0o000))?;
     fs::copy(built("omsign")?, world.path("omsign"))?;
-    let mut command = Command::new(world.path("omsign"));
-    let output =
-        command.args(["digest", "model"]).current_dir(world.path("")).uid(65534).gid(65534).output()?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2), "{output:?}");
-    ensure!(errors.contains("cannot read model/config.json: Permission denied"), "{errors}");
-    Ok(())
+    let mut openssl = Command::new("openssl");
+    openssl.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"]).arg(world.path("k.pem"));
+    ensure!(openssl.status()?.success());
+    fs::set_permissions(world.path("k.pem"), PermissionsExt::from_mode(0o644))?;
+    fs::create_dir(world.path("writable"))?;
+    fs::set_permissions(world.path("writable"), PermissionsExt::from_mode(0o777))?;
+    let sign = ["sign", "model", "--private-key", "k.pem", "--signature", "writable/model.sig"];
+    let fails = |arguments: &[&str], expected: &str| -> anyhow::Result<()> {
+        let mut command = Command::new(world.path("omsign"));
+        let output = command.args(arguments).current_dir(world.path("")).uid(65534).gid(65534).output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2) && errors.contains(expected), "{arguments:?}: {errors}");
+        ensure!(fs::read_dir(world.path("writable"))?.next().is_none(), "something was left");
+        Ok(())
+    };
+    let file = "cannot read model/config.json: Permission denied";
+    fails(&["digest", "model"], file)?;
+    fails(&sign, file)?;
+    fs::create_dir(world.path("model/secret"))?;
+    fs::set_permissions(world.path("model/secret"), PermissionsExt::from_mode(0o000))?;
+    fails(&sign, "cannot read model/secret: Permission denied")
 }
 
 #[test]

@@ -152,8 +152,9 @@ fn public_key(path: &Path) -> Result<Previous, String> {
 fn chain(path: &Path) -> Result<Vec<Vec<u8>>, String> {
     let shown = path.display();
     let pem = std::fs::read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
-    let chain = x509_cert::Certificate::load_pem_chain(&pem)
-        .map_err(|error| format!("{shown} does not hold PEM certificates: {error}"))?;
+    let chain = x509_cert::Certificate::load_pem_chain(&pem).map_err(|error| {
+        format!("{shown} does not hold PEM certificates ({error}); write the leaf first, then its issuers")
+    })?;
     if chain.is_empty() {
         return Err(format!("{shown} holds no certificate; write the leaf first, then its issuers"));
     }

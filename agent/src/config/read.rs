@@ -19,7 +19,13 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let mut reader = Reader { file: path, base, text, mistakes: Vec::new() };
     for error in syntax {
         let at = error.span().map_or(0, |span| span.start);
-        reader.mistake(at, "", error.message().to_owned());
+        // The value may be a PIN: the line's key alone is repeated.
+        let line = text.get(..at).and_then(|before| before.rsplit('\n').next()).unwrap_or_default();
+        let rest = text.get(at..).and_then(|rest| rest.split(['=', '\n']).next()).unwrap_or_default();
+        let key = line.split('=').next().filter(|_| line.contains('=')).unwrap_or(rest).trim();
+        let plain = key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        const REMEDY: &str = "each key once, text in quotes, lists in [ ], tables in { } (toml.io)";
+        reader.mistake(at, if plain { key } else { "" }, format!("{}; write {REMEDY}", error.message()));
     }
     if !reader.mistakes.is_empty() {
         // What follows a syntax error is guesswork: complaints about it would mislead.
