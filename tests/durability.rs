@@ -1,8 +1,9 @@
-//! Entries of the audit log are on disk before their signatures leave, and one fsync serves all that wait. strace
-//! watches the agent's system calls, and makes them fail or take their time.
+//! Entries of the audit log say everything, are on disk before their signatures leave, and one fsync serves all that
+//! wait. strace watches the agent's system calls, and makes them fail or take their time.
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
+use omsign_proto::v1::SignRequest;
 use omsign_tests::agent::{Agent, SOON, under};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
@@ -81,5 +82,39 @@ fn none_where_the_system_writes_when_it_likes() -> anyhow::Result<()> {
     let answers = signed_at_once(&world)?;
     ensure!(answers.iter().all(Result::is_ok), "{answers:?}");
     ensure!(world.audit()?.len() == usize::from(REQUESTS) && syncs(&world)? == 0);
+    Ok(())
+}
+
+/// Every field of an entry, of a signature that was made.
+#[test]
+fn what_an_entry_says() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let _agent = world.agent_and_model()?;
+    let before = std::time::SystemTime::now();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let message = SignRequest { context: "a model, it says".into(), ..request("k", 0xab, &[7; 32]) };
+        anyhow::Ok(sign(&mut client, message, SOON).await?)
+    })?;
+    let audit = world.audit()?;
+    let entry = audit.last().context("an entry")?;
+    let expected = [
+        ("action", "sign".to_owned()),
+        ("request_id", format!("{:032x}", 0xab)),
+        ("rule", "key.k.allow[0]".to_owned()),
+        ("key", "k".to_owned()),
+        ("token", "t".to_owned()),
+        ("algorithm", "ecdsa-p256-sha256".to_owned()),
+        ("digest", "07".repeat(32)),
+        ("claimed_context", "a model, it says".to_owned()),
+        ("outcome", "signed".to_owned()),
+    ];
+    for (field, value) in expected {
+        ensure!(entry[field] == value, "{field}: {entry}");
+    }
+    ensure!(entry["identity"].to_string().contains("uid"), "{entry}");
+    let time = humantime::parse_rfc3339(entry["time"].as_str().context("a time")?)?;
+    ensure!(time >= before - SOON && time <= std::time::SystemTime::now(), "{entry}");
     Ok(())
 }

@@ -32,6 +32,7 @@ pub mod terms;
 pub mod timestamp;
 pub mod trust;
 pub mod verify;
+mod walk;
 pub mod wanted;
 
 /// Why something was not done, or was found wrong.

@@ -4,16 +4,11 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use crate::listing::{Found, Kind, list};
+use crate::listing::Found;
+use crate::walk::{MOST_LINKED, MOST_LINKED_FILES, Walked, walk};
 
 /// What is left out at the model's root by default (OMS v1.0, 6.2).
 pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitignore"];
-
-/// Directories that a model may have behind symbolic links.
-const MOST_LINKED: usize = 10_000;
-
-/// And files.
-const MOST_LINKED_FILES: usize = 1_000_000;
 
 /// A model: its name and its files.
 #[derive(Clone, Debug)]
@@ -85,7 +80,7 @@ pub struct Scope {
 
 impl Scope {
     /// Whether a path is looked at, or leads to one that is.
-    fn concerns(&self, name: &str) -> bool {
+    pub(crate) fn concerns(&self, name: &str) -> bool {
         self.only.is_empty()
             || self.only.iter().any(|only| at_or_below(name, only) || at_or_below(only, name))
     }
@@ -166,31 +161,15 @@ impl Model {
             }
             None => "/".to_owned(),
         };
-        let (mut files, left_out, odd) = (Vec::new(), Vec::new(), Vec::new());
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
-            files.push(File { name: name.clone(), path: real });
-            return Ok(Self { name, files, left_out, odd });
+            let only = File { name: name.clone(), path: real };
+            return Ok(Self { name, files: vec![only], left_out: Vec::new(), odd: Vec::new() });
         }
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
-        let mut walk = Walk {
-            real_root: &real,
-            scope,
-            files,
-            left_out,
-            odd,
-            links: Vec::new(),
-            linked: 0,
-            linked_files: 0,
-        };
-        let listing = match listing {
-            Some(listing) => listing,
-            None => walk.list(root, "")?,
-        };
-        walk.take(listing, "", &real)?;
-        let Walk { mut files, mut left_out, mut odd, .. } = walk;
+        let Walked { mut files, mut left_out, mut odd } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         left_out.sort();
@@ -206,109 +185,6 @@ impl Model {
     /// Where its files are, in their order.
     pub fn paths(&self) -> Vec<&Path> {
         self.files.iter().map(|file| file.path.as_path()).collect()
-    }
-}
-
-struct Walk<'a> {
-    real_root: &'a Path,
-    scope: &'a Scope,
-    files: Vec<File>,
-    left_out: Vec<String>,
-    odd: Vec<Odd>,
-    /// The real directories of the links that the walk is behind, and how many directories it saw there.
-    links: Vec<PathBuf>,
-    linked: usize,
-    linked_files: usize,
-}
-
-impl Walk<'_> {
-    fn leaves_out(&self, name: &str) -> bool {
-        self.scope.ignore_paths.contains(name) || !self.scope.concerns(name)
-    }
-
-    fn list(&self, path: &Path, prefix: &str) -> Result<Vec<Found>, ModelError> {
-        list(path, prefix, &|name| self.leaves_out(name)).map_err(|source| read_error(path, source))
-    }
-
-    /// Takes what counts of a listing. Its names begin with `prefix`, and it is really of the directory `real`.
-    fn take(&mut self, listing: Vec<Found>, prefix: &str, real: &Path) -> Result<(), ModelError> {
-        let mut skipped: Option<String> = None;
-        for Found { name, path, kind } in listing {
-            if skipped.as_ref().is_some_and(|skipped| at_or_below(&name, skipped)) {
-                continue;
-            }
-            skipped = None;
-            let (parent, own_name) = name.rsplit_once('/').unwrap_or(("", &name));
-            let odd = match kind {
-                Kind::NotUtf8 if self.scope.concerns(&name) => Some(Oddity::NotUtf8),
-                Kind::NotUtf8 => None,
-                _ if self.leaves_out(&name) => None,
-                _ if own_name.contains('\\') => Some(Oddity::Backslash),
-                Kind::Special => Some(Oddity::Special),
-                Kind::Symlink if !self.scope.allow_symlinks => Some(Oddity::Symlink),
-                Kind::File => {
-                    self.files.push(File { name, path });
-                    continue;
-                }
-                Kind::Directory => continue,
-                Kind::Unlisted => {
-                    let real = real.join(name.get(prefix.len()..).unwrap_or_default());
-                    let prefix = format!("{name}/");
-                    let below = self.list(&path, &prefix)?;
-                    self.take(below, &prefix, &real)?;
-                    continue;
-                }
-                Kind::Unreadable(source) => return Err(ModelError::Read { path, source }),
-                Kind::Symlink => {
-                    let parent = real.join(parent.get(prefix.len()..).unwrap_or_default());
-                    self.symlink(path, name, parent)?;
-                    continue;
-                }
-            };
-            if matches!(kind, Kind::Directory) {
-                skipped = Some(name.clone());
-            }
-            match odd {
-                Some(what) => self.odd.push(Odd { name, what }),
-                None => self.left_out.push(name),
-            }
-        }
-        Ok(())
-    }
-
-    /// Follows a link in a directory, which is really `parent`.
-    fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
-        let Ok(target) = path.canonicalize() else {
-            self.odd.push(Odd { name, what: Oddity::Nowhere });
-            return Ok(());
-        };
-        let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
-        let odd = if !target.starts_with(self.real_root) {
-            Oddity::Outside
-        } else if kind.is_file() {
-            // The link's own name, the target's content (OMS v1.0, 6.1.1).
-            self.files.push(File { name, path: target });
-            return Ok(());
-        } else if !kind.is_dir() {
-            Oddity::Special
-        } else if parent.starts_with(&target) || self.links.iter().any(|link| link.starts_with(&target)) {
-            Oddity::Cycle
-        } else {
-            let prefix = format!("{name}/");
-            let below = self.list(&path, &prefix)?;
-            let directories = below.iter().filter(|found| matches!(found.kind, Kind::Directory)).count();
-            self.linked += 1 + directories;
-            self.linked_files += below.len() - directories;
-            if self.linked > MOST_LINKED || self.linked_files > MOST_LINKED_FILES {
-                return Err(ModelError::Linked(path));
-            }
-            self.links.push(parent);
-            self.take(below, &prefix, &target)?;
-            self.links.pop();
-            return Ok(());
-        };
-        self.odd.push(Odd { name, what: odd });
-        Ok(())
     }
 }
 
@@ -357,7 +233,7 @@ pub fn name_below(real_root: &Path, path: &Path) -> Option<PathBuf> {
     (plain && !below.as_os_str().is_empty()).then(|| below.to_owned())
 }
 
-fn read_error(path: &Path, source: io::Error) -> ModelError {
+pub(crate) fn read_error(path: &Path, source: io::Error) -> ModelError {
     ModelError::Read { path: path.to_owned(), source }
 }
 
