@@ -100,7 +100,7 @@ fn more_of_anything_than_a_signer_would_put_in() -> anyhow::Result<()> {
         "canonicalizedBody": "AA==",
     });
     let cases = [
-        ("tlogEntries", json!(vec![entry; 17]), "17 transparency log entries, more than 16"),
+        ("tlogEntries", json!(vec![entry; 17]), "17 transparency log entries instead of one"),
         (
             "timestampVerificationData",
             json!({ "rfc3161Timestamps": vec![json!({ "signedTimestamp": "AA==" }); 1000] }),

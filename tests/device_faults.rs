@@ -85,7 +85,6 @@ fn a_tpm_that_goes_away_and_comes_back() -> anyhow::Result<()> {
     bench.heals()
 }
 
-/// Wrong values until the TPM takes none at all, and then its patience again.
 /// A TPM has room for three keys that are loaded, and loading takes two places.
 #[test]
 fn more_key_files_than_a_tpm_has_room_for() -> anyhow::Result<()> {
@@ -115,6 +114,7 @@ fn more_key_files_than_a_tpm_has_room_for() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Wrong values until the TPM takes none at all, and then its patience again.
 #[test]
 fn a_lockout_that_ends() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -149,6 +149,7 @@ fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         signal(agent.pid(), Signal::TERM)?;
+        eventually("the stop", || Ok(agent.log()?.contains("stopping: no new requests")))?;
         // Nobody new is let in, while the one that is in waits for the token.
         let mut refused = false;
         while !refused && !waiting.is_finished() {

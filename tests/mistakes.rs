@@ -298,11 +298,16 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
     let long = format!("l/{}.sock", "x".repeat(90));
     starts(&config.replace("agent.sock", &long), 2, "is too long for a Unix socket (107 bytes)")?;
     starts(&operator("./audit/../agent.sock"), 2, "is [listen] unix already; choose another path")?;
-    let (_, errors) = refused(&world, &config.replace("[audit]", "[audit]\npin = 314159 26\n"))?;
-    ensure!(
-        errors.contains(": pin: ") && errors.contains("text in quotes") && !errors.contains("314159"),
-        "{errors}"
-    );
+    for (written, named) in [
+        ("pin = 314159 26", ": pin: "),
+        ("pin 314159", "agent.toml"),
+        ("pin = {\n value 314159\n}", "agent.toml"),
+        ("314159", "agent.toml"),
+    ] {
+        let (_, errors) = refused(&world, &config.replace("[audit]", &format!("[audit]\n{written}\n")))?;
+        ensure!(errors.contains(named) && errors.contains("text in quotes"), "{written}: {errors}");
+        ensure!(!errors.contains("314159"), "{written}: {errors}");
+    }
     starts(&config.replace("module", "modul"), 2, "token.t.modul: unknown key; did you mean \"module\"?")?;
     Ok(())
 }

@@ -4,12 +4,14 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
+use omsign_tests::agent::eventually;
 use omsign_tests::world::{World, key_section, text, token_section};
+use rustix::fs::inotify;
 
 #[test]
 fn models_that_cannot_be_signed() -> anyhow::Result<()> {
@@ -114,30 +116,27 @@ fn a_model_that_changes_while_it_is_hashed() -> anyhow::Result<()> {
     })
 }
 
-/// A file that was hashed already, while another one still is: what would be signed was there at no time.
+/// What comes while others are hashed is in no manifest: what would be signed was there at no time.
 #[test]
-fn a_file_that_changes_after_it_was_hashed() -> anyhow::Result<()> {
+fn a_file_that_comes_while_others_are_hashed() -> anyhow::Result<()> {
     let world = World::new()?;
     let _agent = world.agent_and_model()?;
-    fs::File::create(world.path("model/big.bin"))?.set_len(256 << 20)?;
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let (new, small) = (world.path("new"), world.path("model/config.json"));
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                // Whoever reads it has one content or the other.
-                fs::write(&new, "{}").expect("written");
-                fs::rename(&new, &small).expect("renamed");
-            }
-        });
-        let output = world.omsign(&["sign", "model", "--key", "k"]);
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        let output = output?;
-        let errors = String::from_utf8(output.stderr)?;
-        ensure!(output.status.code() == Some(2) && errors.contains("config.json changed while"), "{errors}");
-        ensure!(!world.path("model.sig").exists());
-        Ok(())
-    })
+    let big = world.path("model/big.bin");
+    // Hashing takes far longer than it takes to see that it has begun.
+    fs::File::create(&big)?.set_len(1 << 30)?;
+    let opened = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&opened, &big, inotify::WatchFlags::OPEN)?;
+    let mut sign = Command::new(built("omsign")?);
+    world.without_surprises(sign.args(["sign", "model", "--key", "k"]).current_dir(world.path("")));
+    let signing = sign.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    eventually("the hashing", || Ok(rustix::io::read(&opened, &mut [0; 256]).is_ok()))?;
+    world.write("model/new", "")?;
+    let output = signing.wait_with_output()?;
+    let errors = String::from_utf8(output.stderr)?;
+    let expected = "model/new changed while it was hashed";
+    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{errors}");
+    ensure!(!world.path("model.sig").exists());
+    Ok(())
 }
 
 /// A file system of 64 KiB, for this process and its children only.

@@ -120,6 +120,22 @@ fn an_agent_that_is_stopped_while_it_asks() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Neither asking at the terminal nor setting it back is for a job in the background: that would stop it for good.
+#[test]
+fn an_agent_in_the_background_ends() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let config = world.write("agent.toml", config)?;
+    let script = "set -m; \"$0\" serve --config \"$1\" 2>log & \
+                  while ! [ -S agent.sock ]; do kill -0 $! || exit 3; sleep 0.05; done; kill $!; wait $!";
+    let mut shell = Command::new("timeout");
+    shell.args(["--foreground", "20", "sh", "-c", script]).arg(built("omsign-agent")?).arg(config);
+    world.without_surprises(shell.current_dir(world.path("")));
+    let said = Terminal::new(&[])?.runs(&shell, 0)?;
+    ensure!(!said.contains("PIN for token"), "{said}");
+    Ok(())
+}
+
 #[test]
 fn without_an_agent_the_client_asks() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -40,11 +40,13 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             secret::harden_process();
             may_open_many_files();
             let runtime = runtime()?;
-            // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
             let terminal = rustix::termios::tcgetattr(rustix::stdio::stdin());
             let served = runtime.block_on(serve::serve(config, &file.config));
+            // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
             runtime.shutdown_background();
-            if let Ok(before) = terminal {
+            if let Ok(before) = terminal
+                && serve::is_in_the_foreground()
+            {
                 // What is typed next is seen again.
                 let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
             }

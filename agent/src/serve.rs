@@ -340,12 +340,14 @@ async fn report(token: Arc<Token>, reporter: HealthReporter) {
     }
 }
 
+/// Whether the terminal is ours: from the background, asking at it or setting it would stop the whole agent.
+pub fn is_in_the_foreground() -> bool {
+    rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
+}
+
 /// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
 async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
-    // In the background, asking would stop the whole agent.
-    let foreground =
-        rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
-    if !std::io::stdin().is_terminal() || !foreground {
+    if !std::io::stdin().is_terminal() || !is_in_the_foreground() {
         return;
     }
     for token in tokens.iter().filter(|token| token.wants_prompt()) {

@@ -216,16 +216,18 @@ impl AgentService for Service {
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let pin = pin.and_then(Pin::new);
         let setup = self.0.setup();
-        let Some(token) = setup.tokens.get(&name) else {
-            self.turned_away("unlock", &caller, &name, "no such token", deadline).await?;
-            return Err(Status::not_found(format!("no token {name:?} is configured")));
-        };
         let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
-        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: name.clone() };
+        // What they call it may be of any length.
+        let recorded = name.get(..name.floor_char_boundary(NAME_BYTES)).unwrap_or_default().to_owned();
+        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: recorded };
         if entry.rule.is_none() {
             self.0.record(&entry.with("denied", "operator"), deadline).await?;
             return Err(denied(&caller, "unlock", &name, "operator"));
         }
+        let Some(token) = setup.tokens.get(&name) else {
+            self.0.record(&entry.with("failed", "no such token"), deadline).await?;
+            return Err(Status::not_found(format!("no token {name:?} is configured")));
+        };
         let (agent, token) = (Arc::clone(&self.0), Arc::clone(token));
         // A task of its own: a PIN that was offered is recorded even when the operator hangs up.
         let unlocking = tokio::spawn(async move { agent.unlock(&token, pin, entry, deadline).await });

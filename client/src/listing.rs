@@ -71,7 +71,7 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
 }
 
 /// Lists a directory while something else is done that does not need it. None where there is no directory, or no
-/// thread. If the other thing fails, nobody waits for all of the listing.
+/// thread. If the other thing fails, nobody waits for more than the directory it is in.
 pub(crate) fn beside<T, E>(
     directory: &Path,
     other: impl FnOnce() -> Result<T, E>,

@@ -234,7 +234,7 @@ impl<'a> Plan<'a> {
         let (before, after) = (&self.model.files, &again.files);
         let differs = before.iter().zip(after).find(|(one, other)| one.name != other.name);
         // Of a file that came, or went, one of the two lists has one more.
-        let first = differs.map(|(one, other)| one.path.clone().min(other.path.clone()));
+        let first = differs.map(|(one, other)| if one.name < other.name { one } else { other }.path.clone());
         let longer = if before.len() > after.len() { before } else { after };
         let rest = longer.get(before.len().min(after.len())).map(|file| file.path.clone());
         if let Some(changed) = first.or(rest) {

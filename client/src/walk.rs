@@ -1,5 +1,6 @@
 //! What of a listing is a model's, by the signer's parameters: names that count, links, what no model can have.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::listing::{Found, Kind, list};
@@ -103,9 +104,13 @@ impl Walk<'_> {
 
     /// Follows a link in a directory, which is really `parent`.
     fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
-        let Ok(target) = path.canonicalize() else {
-            self.walked.odd.push(Odd { name, what: Oddity::Nowhere });
-            return Ok(());
+        let target = match path.canonicalize() {
+            Ok(target) => target,
+            Err(error) if leads_nowhere(&error) => {
+                self.walked.odd.push(Odd { name, what: Oddity::Nowhere });
+                return Ok(());
+            }
+            Err(source) => return Err(read_error(&path, source)),
         };
         let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
         let odd = if !target.starts_with(self.real_root) {
@@ -135,4 +140,11 @@ impl Walk<'_> {
         self.walked.odd.push(Odd { name, what: odd });
         Ok(())
     }
+}
+
+/// Whether it is the link that is wrong, and not who follows it.
+fn leads_nowhere(error: &io::Error) -> bool {
+    // ErrorKind::FilesystemLoop is not stable yet.
+    let loops = error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error());
+    loops || matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }

@@ -24,11 +24,11 @@ pub struct Terminal {
 impl Terminal {
     /// Makes one at which each question is answered when it has appeared, in this order.
     pub fn new(answers: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         grantpt(&person)?;
         unlockpt(&person)?;
         let name = ptsname(&person, Vec::new())?;
-        let side = open(&name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?;
+        let side = open(&name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
         let said = Arc::new(Mutex::new(String::new()));
         let answers: Vec<_> = answers
             .iter()
@@ -63,7 +63,7 @@ impl Terminal {
     pub fn seat(&self, command: &Command) -> anyhow::Result<Command> {
         let mut seated = under("setsid", ["--ctty"], command);
         let side = || -> anyhow::Result<Stdio> {
-            Ok(open(&self.name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?.into())
+            Ok(open(&self.name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?.into())
         };
         seated.stdin(side()?).stdout(side()?).stderr(side()?);
         Ok(seated)

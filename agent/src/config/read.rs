@@ -19,10 +19,9 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let mut reader = Reader { file: path, base, text, mistakes: Vec::new() };
     for error in syntax {
         let at = error.span().map_or(0, |span| span.start);
-        // The value may be a PIN: the line's key alone is repeated.
+        // All else in the line may be a PIN: what is before its `=` alone is repeated.
         let line = text.get(..at).and_then(|before| before.rsplit('\n').next()).unwrap_or_default();
-        let rest = text.get(at..).and_then(|rest| rest.split(['=', '\n']).next()).unwrap_or_default();
-        let key = line.split('=').next().filter(|_| line.contains('=')).unwrap_or(rest).trim();
+        let key = line.split_once('=').map_or("", |(key, _)| key.trim());
         let plain = key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
         const REMEDY: &str = "each key once, text in quotes, lists in [ ], tables in { } (toml.io)";
         reader.mistake(at, if plain { key } else { "" }, format!("{}; write {REMEDY}", error.message()));

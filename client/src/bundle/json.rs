@@ -204,11 +204,10 @@ fn certificates(chain: &ChainJson) -> Result<Vec<Vec<u8>>, BundleError> {
 fn log_entries(json: &str) -> Result<LogEntries, BundleError> {
     let malformed = |error: serde_json::Error| BundleError::Malformed(format!("tlogEntries: {error}"));
     let list: Bounded<Object<EntryJson>, MOST> = serde_json::from_str(json).map_err(malformed)?;
-    let list = few("transparency log entries", &list)?;
-    if list.len() > 1 {
-        return Err(BundleError::NotOne { count: list.len(), what: "transparency log entries" });
+    if list.count > 1 {
+        return Err(BundleError::NotOne { count: list.count, what: "transparency log entries" });
     }
-    Ok(LogEntries(if list.is_empty() { "[]" } else { json }.to_owned()))
+    Ok(LogEntries(if list.count == 0 { "[]" } else { json }.to_owned()))
 }
 
 fn timestamps(data: Option<Object<TimestampsJson>>) -> Result<Vec<Vec<u8>>, BundleError> {

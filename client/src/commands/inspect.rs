@@ -21,7 +21,9 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
         Ok(bundle) => bundle,
         Err(error) => {
             // Whoever looks into it wants to know what it is all the more.
-            if let Some(outline) = outline::of_bundle(&arguments.bundle).filter(|_| error.found_wrong()) {
+            if error.found_wrong()
+                && let Some(outline) = outline::of_bundle(&arguments.bundle)
+            {
                 print_outline(outline, arguments.json)?;
             }
             return Err(checked(error.into()));

@@ -179,12 +179,25 @@ fn reason(failure: &Failure) -> &'static str {
     let Failure::Wrong(error) = failure else { return "undone" };
     match error {
         Error::Bundle(_) => "bundle",
-        Error::Trust(TrustError::Signature | TrustError::Keyless(KeylessError::Signature)) => "signature",
-        Error::Trust(TrustError::Statement(_)) | Error::Statement(_) => "statement",
-        Error::Trust(_) => "signer",
+        Error::Trust(error) => trust_reason(error),
+        Error::Statement(_) => "statement",
         Error::Subject(_) => "subject",
         Error::Differs(_) => "differences",
         _ => "model",
+    }
+}
+
+fn trust_reason(error: &TrustError) -> &'static str {
+    match error {
+        TrustError::Signature | TrustError::Keyless(KeylessError::Signature) => "signature",
+        TrustError::Statement(_) | TrustError::Legacy => "statement",
+        // What all of a policy's signers are refused for.
+        TrustError::Refused { refusals, .. } => {
+            let mut reasons = refusals.iter().map(|refusal| trust_reason(&refusal.why));
+            let first = reasons.next();
+            first.filter(|first| reasons.all(|reason| reason == *first)).unwrap_or("signer")
+        }
+        _ => "signer",
     }
 }
 

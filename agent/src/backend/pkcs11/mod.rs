@@ -215,6 +215,8 @@ impl<'a> Signer<'a> {
         match objects::signs_for(session, found, &key.public, again) {
             Ok(true) => {}
             Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
+            // A PIN that was refused is not for the next process to offer.
+            Err(failure) if failure.class == Class::Locked => return Err(failure),
             Err(failure) => return Err(gone(failure.message)),
         }
         if let Some(handle) = self.handles.get_mut(index) {

@@ -77,10 +77,12 @@ impl Source {
             Self::Kept(handle) => Ok(*handle),
             Self::File(file, auth) => {
                 let handle = load(context, file)?;
-                if let Some(auth) = auth {
-                    let set = context.tr_set_auth(handle.into(), auth.clone());
-                    set.map_err(|error| classify("set the authorization value", &error))?;
-                }
+                let set = auth.iter().try_for_each(|auth| context.tr_set_auth(handle.into(), auth.clone()));
+                set.map_err(|error| {
+                    // If this fails, too, the next use of the TPM says so.
+                    let _ = self.release(context, handle);
+                    classify("set the authorization value", &error)
+                })?;
                 Ok(handle)
             }
         }
@@ -116,7 +118,7 @@ fn check(
         .map_err(|error| classify("read the public key", &error))?;
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     match (auth, object) {
-        (Some(auth), _) => {
+        (Some(auth), Object::TpmHandle(_)) => {
             let set = context.tr_set_auth(handle.into(), auth);
             set.map_err(|error| classify("set the authorization value", &error))?;
         }
@@ -126,7 +128,8 @@ fn check(
         {
             return Err(waits(object));
         }
-        (None, _) => {}
+        // A key file's was set when it was loaded.
+        _ => {}
     }
     let wrong = |what| refused(format!("the key with {object} {what}"));
     let spki = public_half(&public, &guard).map_err(wrong)?;
