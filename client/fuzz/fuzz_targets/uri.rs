@@ -6,7 +6,7 @@ use omsign::oneshot::split_pin;
 use omsign_agent::config::uri::Pkcs11Uri;
 
 fuzz_target!(|text: &str| {
-    let (rest, pin) = split_pin(text);
+    let Ok((rest, pin)) = split_pin(text) else { return };
     if pin.is_some() {
         let query = rest.split_once('?').map_or("", |(_, query)| query);
         assert!(!query.split('&').any(|attribute| attribute.starts_with("pin-value=")));
