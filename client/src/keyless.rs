@@ -162,7 +162,8 @@ impl Keyless {
             .verifier
             .verify(root_digest, &theirs, &VerificationPolicy::any_identity())
             .map_err(explain)?;
-        // Beyond what they check: that a proof is about the tree whose head the log signed, and that a token's own certificate is the one that its authority signed with.
+        // Beyond what they check: that a proof is about the tree whose head the log signed, and that a token's own
+        // certificate is the one that its authority signed with.
         for entry in &theirs.verification_material.tlog_entries {
             same_tree(entry)?;
         }

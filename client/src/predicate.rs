@@ -133,8 +133,9 @@ impl<'a> Predicate<'a> {
         predicate
     }
 
-    /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool recorded the bundle's path as it was typed until June 2026: from the
-    /// signer's working directory, or absolute, wherever the model was.
+    /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool recorded the
+    /// bundle's path as it was typed until June 2026: from the signer's working directory, or absolute, wherever the
+    /// model was.
     pub(crate) fn without_outside_paths(mut self) -> Self {
         let Object(Parameters { ignore_paths, .. }) = &mut self.serialization;
         let below = |path: String| {
