@@ -91,7 +91,33 @@ fn an_unreadable_file_is_named() -> anyhow::Result<()> {
     fails(&sign, file)?;
     fs::create_dir(world.path("model/secret"))?;
     fs::set_permissions(world.path("model/secret"), PermissionsExt::from_mode(0o000))?;
-    fails(&sign, "cannot read model/secret: Permission denied")
+    fails(&sign, "cannot read model/secret: Permission denied")?;
+    // What cannot be read hides nothing else that is wrong, and is not wrong by itself.
+    for path in ["model/config.json", "model/secret"] {
+        fs::set_permissions(world.path(path), PermissionsExt::from_mode(0o755))?;
+    }
+    world.write("model/secret/1", "1")?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.pem"])?;
+    for path in ["model/config.json", "model/secret"] {
+        fs::set_permissions(world.path(path), PermissionsExt::from_mode(0o000))?;
+    }
+    let mut openssl = Command::new("openssl");
+    openssl.args(["ec", "-pubout", "-in"]).arg(world.path("k.pem")).arg("-out").arg(world.path("k.pub"));
+    ensure!(openssl.output()?.status.success());
+    let verify = ["verify", "model", "--public-key", "k.pub"];
+    let listed = "  not readable: config.json (Permission denied (os error 13))\n  not readable: secret (";
+    fails(
+        &verify,
+        &format!("error: the model cannot be compared with what was signed: 2 not readable\n{listed}"),
+    )?;
+    fs::write(world.path("model/README.md"), "changed")?;
+    let mut command = Command::new(world.path("omsign"));
+    command.args(verify).arg("--json").current_dir(world.path("")).uid(65534).gid(65534);
+    let output = command.output()?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(output.status.code() == Some(1) && json["changed"] == serde_json::json!(["README.md"]), "{json}");
+    ensure!(json["missing_count"] == 0 && json["not_readable_count"] == 2, "{json}");
+    Ok(())
 }
 
 #[test]

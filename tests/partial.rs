@@ -87,6 +87,19 @@ fn what_a_verifier_may_leave_out() -> anyhow::Result<()> {
     world.omsign_ok(&[&ignoring("cache")[..], &["--ignore-paths", "not-there"]].concat())?;
     // Git's own files were left out by the signer, who said so.
     world.omsign_ok(&[&ignoring("cache")[..], &["--no-ignore-git-paths"]].concat())?;
+    // Of a signer who left them in, an unsigned one is like any other file.
+    let left_in = ["--no-ignore-git-paths", "--ignore-paths", "model/cache"];
+    fs::remove_file(world.path("model.sig"))?;
+    world.omsign_ok(&[&["sign", "model", "--private-key", "k.key"][..], &left_in].concat())?;
+    world.omsign_ok(&VERIFY)?;
+    world.write("model/.gitattributes", "")?;
+    world.omsign_refuses(
+        1,
+        &VERIFY,
+        &["1 not signed", "not signed: .gitattributes", "hint: --ignore-git-paths"],
+    )?;
+    world.omsign_ok(&[&VERIFY[..], &["--ignore-git-paths"]].concat())?;
+    fs::remove_file(world.path("model/.gitattributes"))?;
     fs::write(world.path("model/weights/1.bin"), "changed")?;
     world.omsign_refuses(
         1,

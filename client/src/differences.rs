@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io::ErrorKind;
 
-use crate::Error;
-use crate::hash::{Digest, Hasher, Piece};
+use crate::hash::{Digest, HashError, Hasher, Looked, Piece};
 use crate::manifest::{Manifest, Method, Resource};
-use crate::model::{Model, Odd};
+use crate::model::{File, Model, Odd, above};
 
 /// How a model differs from its signature. All of it, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +19,17 @@ pub struct Differences {
     pub changed: Vec<Changed>,
     /// There, and not what a model can have.
     pub odd: Vec<Odd>,
+    /// There, and nobody knows with which content.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A file, directory or link that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its name.
+    pub name: String,
+    /// Why not.
+    pub why: String,
 }
 
 /// A file with other content than was signed.
@@ -47,6 +58,8 @@ pub enum How {
         /// As found.
         found: Digest,
     },
+    /// It was written to, truncated or replaced while it was looked at.
+    Meanwhile,
 }
 
 impl fmt::Display for How {
@@ -54,12 +67,13 @@ impl fmt::Display for How {
         match self {
             Self::Size { signed, found } => write!(f, "{signed} bytes were signed, {found} are there"),
             Self::Digest { signed, found } => write!(f, "{signed} was signed, {found} is there"),
+            Self::Meanwhile => f.write_str("it changed while it was hashed"),
         }
     }
 }
 
 /// What was compared.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Compared {
     pub(crate) differences: Differences,
     /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
@@ -76,7 +90,7 @@ pub(crate) fn compare<'a>(
     found: &'a Model,
     single_file: bool,
     hasher: &Hasher,
-) -> Result<Compared, Error> {
+) -> Compared {
     // The reference's name for the only file of a single-file model is ".".
     let name = |resource: &'a Resource| match found.files.as_slice() {
         [only] if single_file && resource.file == "." => only.name.as_str(),
@@ -88,53 +102,107 @@ pub(crate) fn compare<'a>(
     resources.sort_by_key(|(file, _)| *file);
     let mut signed_files = resources.chunk_by(|(one, _), (other, _)| one == other).peekable();
 
-    let files = hasher.look(found.paths())?;
     let (mut differences, mut unlistable, mut count) = (Differences::default(), Vec::new(), 0);
-    let (mut pieces, mut expected, mut changed) = (Vec::new(), Vec::new(), BTreeMap::new());
-    for (index, (file, size)) in found.files.iter().zip(files.sizes()).enumerate() {
-        let file = file.name.as_str();
+    let (mut files, mut pieces, mut expected) = (Looked::default(), Vec::new(), Vec::new());
+    let mut wrong = BTreeMap::new();
+    for (File { name, path }, stamp) in found.files.iter().zip(hasher.look_each(&found.paths())) {
+        let file = name.as_str();
         let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
         while let Some(missing) = signed_files.next_if(before) {
             differences.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
         }
         let same = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own == file);
         let Some(shards) = signed_files.next_if(same) else {
-            let empty = signed.serialization.method != Method::Files && size == 0;
-            if empty { &mut unlistable } else { &mut differences.extra }.push(file.to_owned());
+            let empty = stamp.is_ok_and(|stamp| stamp.size == 0);
+            let listable = signed.serialization.method == Method::Files || !empty;
+            if listable { &mut differences.extra } else { &mut unlistable }.push(file.to_owned());
             continue;
         };
         count += 1;
+        let stamp = match stamp {
+            Ok(stamp) => stamp,
+            Err(error) => {
+                wrong.insert(file, Wrong::from(error));
+                continue;
+            }
+        };
         let signed_size = shards.iter().filter_map(|(_, resource)| Some(resource.shard.as_ref()?.end)).max();
-        if let Some(signed) = signed_size.filter(|signed| *signed != size) {
-            changed.insert(file, How::Size { signed, found: size });
+        if let Some(signed) = signed_size.filter(|signed| *signed != stamp.size) {
+            wrong.insert(file, Wrong::Changed(How::Size { signed, found: stamp.size }));
             continue;
         }
+        let index = files.push(path, stamp);
         for (_, resource) in shards {
-            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..size) });
+            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
             expected.push((file, &resource.digest));
         }
     }
     let rest = signed_files.filter_map(|shards| shards.first());
     differences.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
-    let digests = hasher.digests(signed.serialization.algorithm, &files, &pieces)?;
-    for ((name, signed), found) in
-        expected.into_iter().zip(digests).filter(|((_, signed), found)| *signed != found)
-    {
-        changed.entry(name).or_insert(How::Digest { signed: *signed, found });
+    let digests = hasher.digests_of_each(signed.serialization.algorithm, &files, &pieces);
+    for ((file, signed), found) in expected.into_iter().zip(digests) {
+        let how = match found {
+            Ok(found) if found == *signed => continue,
+            Ok(found) => Wrong::Changed(How::Digest { signed: *signed, found }),
+            Err(error) => Wrong::from(error),
+        };
+        wrong.entry(file).or_insert(how);
     }
-    let describe = |(name, how): (&str, How)| Changed { file: name.to_owned(), how };
-    differences.changed = changed.into_iter().map(describe).collect();
-    differences.odd.clone_from(&found.odd);
-    // It is there, in another form.
-    let odd: BTreeSet<&str> = found.odd.iter().map(|odd| odd.name.as_str()).collect();
-    differences.missing.retain(|file| !odd.contains(file.as_str()));
-    Ok(Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) })
+    for (name, wrong) in wrong {
+        let name = name.to_owned();
+        match wrong {
+            Wrong::Changed(how) => differences.changed.push(Changed { file: name, how }),
+            Wrong::Unreadable(why) => differences.unreadable.push(Unreadable { name, why }),
+        }
+    }
+    differences.add(found);
+    Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) }
+}
+
+/// What is wrong with a file that was signed and is there.
+enum Wrong {
+    Changed(How),
+    Unreadable(String),
+}
+
+impl From<HashError> for Wrong {
+    fn from(error: HashError) -> Self {
+        match error {
+            HashError::Changed(_) => Self::Changed(How::Meanwhile),
+            // It was there a moment ago.
+            HashError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+                Self::Changed(How::Meanwhile)
+            }
+            HashError::Read { source, .. } => Self::Unreadable(source.to_string()),
+            error => Self::Unreadable(error.to_string()),
+        }
+    }
 }
 
 impl Differences {
+    /// Adds what is wrong with a model whatever was signed.
+    fn add(&mut self, found: &Model) {
+        self.odd.clone_from(&found.odd);
+        let unreadable = found.unreadable.iter();
+        let unreadable: Vec<_> =
+            unreadable.map(|at| Unreadable { name: at.name.clone(), why: at.source.to_string() }).collect();
+        // It is there, in another form, or may be there.
+        let odd: BTreeSet<&str> = found.odd.iter().map(|odd| odd.name.as_str()).collect();
+        let closed: BTreeSet<&str> = unreadable.iter().map(|at| at.name.as_str()).collect();
+        let hidden = |file: &str| above(file).chain([file]).any(|path| closed.contains(path));
+        self.missing.retain(|file| !odd.contains(file.as_str()) && !hidden(file));
+        self.unreadable.extend(unreadable);
+        self.unreadable.sort_by(|one, other| one.name.cmp(&other.name));
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        let Self { missing, extra, changed, odd } = self;
+        self.none_known() && self.unreadable.is_empty()
+    }
+
+    /// Whether no more is wrong than that something cannot be read.
+    pub(crate) fn none_known(&self) -> bool {
+        let Self { missing, extra, changed, odd, unreadable: _ } = self;
         missing.is_empty() && extra.is_empty() && changed.is_empty() && odd.is_empty()
     }
 
@@ -146,7 +214,9 @@ impl Differences {
         let missing = self.missing.first().map(|file| format!("{file:?} was signed and is not there"));
         let odd = || self.odd.first().map(|Odd { name, what }| format!("{name:?} {what}"));
         let extra = || self.extra.first().map(|file| format!("{file:?} is there and was not signed"));
-        missing.or_else(odd).or_else(extra)
+        let unreadable =
+            || self.unreadable.first().map(|Unreadable { name, why }| format!("cannot read {name:?}: {why}"));
+        missing.or_else(odd).or_else(extra).or_else(unreadable)
     }
 }
 
@@ -157,10 +227,16 @@ impl fmt::Display for Differences {
             (self.missing.len(), "missing"),
             (self.odd.len(), "not possible in a model"),
             (self.extra.len(), "not signed"),
+            (self.unreadable.len(), "not readable"),
         ];
         let counts = counts.iter().filter(|(count, _)| *count > 0);
         let counts: Vec<_> = counts.map(|(count, what)| format!("{count} {what}")).collect();
-        write!(f, "the model is not what was signed (OMS 8.4): {}", counts.join(", "))
+        let what = if self.none_known() {
+            "the model cannot be compared with what was signed"
+        } else {
+            "the model is not what was signed (OMS 8.4)"
+        };
+        write!(f, "{what}: {}", counts.join(", "))
     }
 }
 
@@ -190,11 +266,10 @@ mod tests {
             signed.resources.reverse();
             let compared = || {
                 let found = Model::walk(root.path(), &Scope::default()).expect("a model");
-                compare(&signed, &found, false, &hasher).expect("compared")
+                compare(&signed, &found, false, &hasher)
             };
-            let same =
-                Compared { differences: Differences::default(), unlistable: Vec::new(), files: 3, bytes: 15 };
-            assert_eq!(compared(), same);
+            let Compared { differences, unlistable, files, bytes } = compared();
+            assert_eq!((differences, unlistable, files, bytes), (Differences::default(), Vec::new(), 3, 15));
             write("b", &b"123x567"[..size]);
             write("d", b"");
             write("e", b"more");

@@ -3,11 +3,12 @@
 use omsign::Error;
 use omsign::agent::AgentError;
 use omsign::bundle::BundleError;
+use omsign::differences::Differences;
 use omsign::hash::HashError;
 use omsign::hash::cache::CacheError;
 use omsign::key::KeyError;
 use omsign::manifest_file::ManifestFileError;
-use omsign::model::{ModelError, Oddity};
+use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
 use omsign::policy::PolicyError;
 use omsign::trust::TrustError;
@@ -60,6 +61,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::ManifestFile(ManifestFileError::Malformed { .. }) => {
             "`omsign digest MODEL --json > FILE` writes one".into()
         }
+        Error::Differs(differences) if only_git_paths(differences) => {
+            "--ignore-git-paths accepts unsigned files of git's; the signer did not leave them out".into()
+        }
         Error::Differs(differences)
             if !differences.extra.is_empty() && differences.missing.is_empty() && differences.changed.is_empty() =>
         {
@@ -100,6 +104,17 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         _ => return None,
     })
+}
+
+/// Whether nothing is wrong but that git's own files are there.
+fn only_git_paths(differences: &Differences) -> bool {
+    let Differences { missing, extra, changed, odd, unreadable } = differences;
+    let is_gits = |file: &String| GIT_PATHS.iter().any(|path| at_or_below(file, path));
+    missing.is_empty()
+        && changed.is_empty()
+        && odd.is_empty()
+        && unreadable.is_empty()
+        && extra.iter().all(is_gits)
 }
 
 fn status_hint(code: Code) -> Option<String> {

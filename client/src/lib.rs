@@ -101,10 +101,8 @@ impl Error {
     pub fn found_wrong(&self) -> bool {
         match self {
             Self::Model(error) => error.found_wrong(),
-            Self::Hash(hash::HashError::Changed(_))
-            | Self::Statement(_)
-            | Self::Differs(_)
-            | Self::Subject(_) => true,
+            Self::Hash(hash::HashError::Changed(_)) | Self::Statement(_) | Self::Subject(_) => true,
+            Self::Differs(differences) => !differences.none_known(),
             Self::Bundle(error) => error.found_wrong(),
             Self::Trust(error) => error.found_wrong(),
             Self::Hash(

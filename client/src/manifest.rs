@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
-use crate::model::{self, GIT_PATHS, Model, ModelError, Odd, Scope};
+use crate::model::{self, GIT_PATHS, Model, ModelError, Odd, Scope, Unreadable};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
@@ -61,17 +61,26 @@ pub struct Serialization {
     pub algorithm: Algorithm,
     /// Whether symbolic links were followed.
     pub allow_symlinks: bool,
-    /// What was left out, below the root, sorted. Absent from bundles before 1.1.
-    pub ignore_paths: BTreeSet<String>,
+    /// What was left out, below the root, sorted. `None` where the signer did not say, as in bundles before 1.1.
+    pub ignore_paths: Option<BTreeSet<String>>,
 }
 
+static NOTHING: BTreeSet<String> = BTreeSet::new();
+
 impl Serialization {
+    /// What was left out, as far as the signer said.
+    pub fn left_out(&self) -> &BTreeSet<String> {
+        self.ignore_paths.as_ref().unwrap_or(&NOTHING)
+    }
+
     /// Finds the files that it is about.
     pub fn walk(&self, model: &Path) -> Result<Model, ModelError> {
-        let Self { allow_symlinks, ignore_paths, .. } = self;
-        let scope =
-            Scope { ignore_paths: ignore_paths.clone(), allow_symlinks: *allow_symlinks, only: Vec::new() };
-        let found = Model::walk(model, &scope)?;
+        let (ignore_paths, allow_symlinks) = (self.left_out().clone(), self.allow_symlinks);
+        let scope = Scope { ignore_paths, allow_symlinks, only: Vec::new() };
+        let mut found = Model::walk(model, &scope)?;
+        if let Some(Unreadable { path, source, .. }) = found.unreadable.pop() {
+            return Err(ModelError::Read { path, source });
+        }
         match found.odd.first() {
             Some(Odd { name, what }) => Err(ModelError::Odd(model.join(name), *what)),
             None => Ok(found),
@@ -120,7 +129,7 @@ impl Selection<'_> {
         }
         ignore_paths.extend(model::bundle_inside(self.model, self.signature));
         let Self { method, algorithm, allow_symlinks, .. } = *self;
-        Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths })
+        Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths: Some(ignore_paths) })
     }
 }
 

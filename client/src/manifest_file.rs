@@ -243,7 +243,7 @@ fn from_parts(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), Mani
         return Err(malformed("its parts do not have as many files as the model"));
     }
     complete(&resources, serialization.method).map_err(predicate_error(first))?;
-    possible(&resources, &serialization.ignore_paths).map_err(predicate_error(first))?;
+    possible(&resources, serialization.left_out()).map_err(predicate_error(first))?;
     let manifest = Manifest { model_name: model, resources, serialization };
     if root_digest.is_some_and(|root| root != format!("sha256:{}", manifest.root_digest())) {
         return Err(malformed("its root digest is not that of its files"));
@@ -359,7 +359,7 @@ mod tests {
         let two = directory.write("2", &format!("SHA256 (b) = {}\n", digest("b")));
         let (manifest, bytes) = read(&[one.clone(), two], &unsaid).expect("read");
         let mut expected = model(&["a", "b", "c d"]);
-        expected.serialization.ignore_paths = unsaid.ignore_paths.clone();
+        expected.serialization.ignore_paths = Some(unsaid.ignore_paths.clone());
         assert_eq!((manifest, bytes), (expected, None));
         assert!(
             said(&read(std::slice::from_ref(&one), &Unsaid::default()).expect_err("no name"))

@@ -11,7 +11,7 @@ use crate::walk::{MOST_LINKED, MOST_LINKED_FILES, Walked, walk};
 pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitignore"];
 
 /// A model: its name and its files.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Model {
     /// Last component of its path.
     pub name: String,
@@ -21,6 +21,19 @@ pub struct Model {
     pub left_out: Vec<String>,
     /// What is there and cannot be part of a model, sorted.
     pub odd: Vec<Odd>,
+    /// Directories and links that are there and cannot be followed, sorted.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// Something of which nobody knows what is below or behind it.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Path below the model's root.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why.
+    pub source: io::Error,
 }
 
 /// Something that cannot be part of a model.
@@ -92,7 +105,7 @@ pub(crate) fn above(path: &str) -> impl Iterator<Item = &str> + Clone {
 }
 
 /// Whether a path is another one, or below it.
-pub(crate) fn at_or_below(path: &str, other: &str) -> bool {
+pub fn at_or_below(path: &str, other: &str) -> bool {
     path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
@@ -164,17 +177,24 @@ impl Model {
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
             let only = File { name: name.clone(), path: real };
-            return Ok(Self { name, files: vec![only], left_out: Vec::new(), odd: Vec::new() });
+            return Ok(Self {
+                name,
+                files: vec![only],
+                left_out: Vec::new(),
+                odd: Vec::new(),
+                unreadable: Vec::new(),
+            });
         }
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
-        let Walked { mut files, mut left_out, mut odd } = walk(root, &real, scope, listing)?;
+        let Walked { mut files, mut left_out, mut odd, mut unreadable } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         left_out.sort();
         odd.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { name, files, left_out, odd })
+        unreadable.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { name, files, left_out, odd, unreadable })
     }
 
     /// The name of one of its files.

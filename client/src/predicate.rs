@@ -95,8 +95,8 @@ struct Parameters {
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     shard_size: Option<serde_json::Number>,
     allow_symlinks: bool,
-    #[serde(default)]
-    ignore_paths: BTreeSet<String>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    ignore_paths: Option<BTreeSet<String>>,
 }
 
 impl<'a> Predicate<'a> {
@@ -143,7 +143,7 @@ impl<'a> Predicate<'a> {
             let outside = plain.starts_with('/') || plain.starts_with("../");
             (!outside).then(|| plain.to_owned())
         };
-        *ignore_paths = std::mem::take(ignore_paths).into_iter().filter_map(below).collect();
+        *ignore_paths = ignore_paths.take().map(|paths| paths.into_iter().filter_map(below).collect());
         self
     }
 
@@ -165,7 +165,7 @@ impl<'a> Predicate<'a> {
         let Some(algorithm) = Algorithm::from_name(&hash_type) else {
             return Err(PredicateError::HashType(hash_type));
         };
-        if let Some(path) = ignore_paths.iter().find(|path| !canonical(path)) {
+        if let Some(path) = ignore_paths.iter().flatten().find(|path| !canonical(path)) {
             return Err(PredicateError::IgnorePath(path.clone()));
         }
         // The reference gives every shard's algorithm a name of its own.

@@ -97,6 +97,8 @@ fn show(differences: &Differences) {
     let odd = differences.odd.iter().map(|odd| (&odd.name, Some(odd.what.to_string())));
     list("not possible in a model", differences.odd.len(), odd);
     list("not signed", differences.extra.len(), differences.extra.iter().map(|name| (name, None)));
+    let unreadable = differences.unreadable.iter().map(|at| (&at.name, Some(at.why.clone())));
+    list("not readable", differences.unreadable.len(), unreadable);
 }
 
 fn list<'a>(kind: &str, count: usize, files: impl Iterator<Item = (&'a String, Option<String>)>) {

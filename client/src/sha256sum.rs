@@ -66,7 +66,7 @@ pub(crate) fn together(
     let path = lists.first().map(|(path, _)| (*path).to_owned()).unwrap_or_default();
     let resources: Vec<_> = resources.into_values().collect();
     let serialization =
-        Serialization { ignore_paths: unsaid.ignore_paths.clone(), ..Serialization::default() };
+        Serialization { ignore_paths: Some(unsaid.ignore_paths.clone()), ..Serialization::default() };
     let wrong = |source| ManifestFileError::Predicate { path: path.clone(), source };
     complete(&resources, Method::Files).map_err(wrong)?;
     possible(&resources, &unsaid.ignore_paths).map_err(wrong)?;

@@ -187,7 +187,7 @@ mod tests {
     fn manifest() -> Manifest {
         let resource =
             |name: &str| Resource { file: name.into(), shard: None, digest: Digest::sha256(name.as_bytes()) };
-        let ignore_paths = [".git".to_owned(), "a b".to_owned()].into();
+        let ignore_paths = Some([".git".to_owned(), "a b".to_owned()].into());
         Manifest {
             model_name: "m".into(),
             resources: vec![resource("a"), resource("b/c"), resource("ü:1:2")],

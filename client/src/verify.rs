@@ -17,7 +17,6 @@
 //! # }
 //! ```
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
@@ -26,7 +25,7 @@ use crate::differences::{Compared, compare};
 use crate::hash::Hasher;
 use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Odd, Scope, at_or_below, bundle_inside};
+use crate::model::{self, GIT_PATHS, Model, Scope, at_or_below, bundle_inside};
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};
@@ -59,8 +58,8 @@ pub struct Request<'a> {
     pub ignore_unsigned_files: bool,
     /// Unsigned files and directories that are no part of the model. What was signed is looked at all the same.
     pub ignore_paths: &'a [PathBuf],
-    /// Whether git's own files are left out, where they were not signed.
-    pub ignore_git_paths: bool,
+    /// Whether git's own files are left out, where they were not signed. `None`: if the signer did not say what is.
+    pub ignore_git_paths: Option<bool>,
     /// Where it is not empty, only these files and directories are looked at.
     pub partial: &'a [PathBuf],
     /// What the signer has to call the model.
@@ -77,7 +76,7 @@ impl<'a> Request<'a> {
             signature,
             ignore_unsigned_files: false,
             ignore_paths: &[],
-            ignore_git_paths: true,
+            ignore_git_paths: None,
             partial: &[],
             model_name: None,
             largest_bundle: LARGEST_BYTES,
@@ -149,15 +148,16 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
         signed.resources.retain(|resource| scope.only.iter().any(|only| at_or_below(&resource.file, only)));
     }
     let found = Model::listed(request.model, &scope, listing)?;
-    let compared = compare(&signed, &found, !request.model.is_dir(), hasher)?;
+    let compared = compare(&signed, &found, !request.model.is_dir(), hasher);
     let Compared { mut differences, unlistable: mut ignored, files, bytes } = compared;
     if request.ignore_unsigned_files {
         ignored.append(&mut differences.extra);
         // Where a signed file should be, it is no unsigned one.
-        let signed: BTreeSet<&str> = signed.resources.iter().map(|resource| resource.file.as_str()).collect();
-        let is_signed = |odd: &mut Odd| signed.contains(odd.name.as_str());
-        let unsigned = differences.odd.extract_if(.., |odd| !is_signed(odd));
-        ignored.extend(unsigned.map(|odd| odd.name));
+        let files = SignedFiles::of(&signed);
+        let odd = differences.odd.extract_if(.., |odd| !files.has_at_or_below(&odd.name));
+        ignored.extend(odd.map(|odd| odd.name));
+        let unreadable = differences.unreadable.extract_if(.., |at| !files.has_at_or_below(&at.name));
+        ignored.extend(unreadable.map(|at| at.name));
         ignored.sort();
     }
     if !differences.is_empty() {
@@ -193,22 +193,35 @@ fn only(request: &Request<'_>, signed: &Manifest) -> Result<Vec<String>, Subject
 /// a path that is ignored by default, or releases before 1.1 could not be verified.
 fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) -> Scope {
     let Serialization { ignore_paths, allow_symlinks, .. } = &signed.serialization;
-    let mut ignore_paths = ignore_paths.clone();
-    if request.ignore_git_paths {
+    let unsaid = ignore_paths.is_none();
+    let mut ignore_paths = ignore_paths.clone().unwrap_or_default();
+    if request.ignore_git_paths.unwrap_or(unsaid) {
         ignore_paths.extend(GIT_PATHS.map(str::to_owned));
     }
     // One that is not there hides nothing.
     ignore_paths
         .extend(request.ignore_paths.iter().filter_map(|path| model::ignored(request.model, path).ok()));
-    let mut files: Vec<&str> = signed.resources.iter().map(|resource| resource.file.as_str()).collect();
-    // Quick where they are sorted, as most signers do.
-    files.sort();
-    let is_signed = |path: &String| {
-        let from = |start: &str| files.get(files.partition_point(|file| *file < start)..)?.first();
-        from(path).is_some_and(|file| file == path)
-            || from(&format!("{path}/")).is_some_and(|file| at_or_below(file, path))
-    };
-    ignore_paths.retain(|path| !is_signed(path));
+    let files = SignedFiles::of(signed);
+    ignore_paths.retain(|path| !files.has_at_or_below(path));
     ignore_paths.extend(bundle_inside(request.model, request.signature));
     Scope { ignore_paths, allow_symlinks: *allow_symlinks, only }
+}
+
+/// Names of all that was signed, sorted.
+struct SignedFiles<'a>(Vec<&'a str>);
+
+impl<'a> SignedFiles<'a> {
+    fn of(signed: &'a Manifest) -> Self {
+        let mut files: Vec<&str> = signed.resources.iter().map(|resource| resource.file.as_str()).collect();
+        // Quick where they are sorted, as most signers do.
+        files.sort();
+        Self(files)
+    }
+
+    fn has_at_or_below(&self, path: &str) -> bool {
+        let Self(files) = self;
+        let from = |start: &str| files.get(files.partition_point(|file| *file < start)..)?.first();
+        from(path).is_some_and(|file| *file == path)
+            || from(&format!("{path}/")).is_some_and(|file| at_or_below(file, path))
+    }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::listing::{Found, Kind, list};
-use crate::model::{File, ModelError, Odd, Oddity, Scope, at_or_below, read_error};
+use crate::model::{File, ModelError, Odd, Oddity, Scope, Unreadable, at_or_below, read_error};
 
 /// Directories that a model may have behind symbolic links.
 pub(crate) const MOST_LINKED: usize = 10_000;
@@ -18,6 +18,7 @@ pub(crate) struct Walked {
     pub(crate) files: Vec<File>,
     pub(crate) left_out: Vec<String>,
     pub(crate) odd: Vec<Odd>,
+    pub(crate) unreadable: Vec<Unreadable>,
 }
 
 /// Walks over a directory, which is really `real`, or over what was listed of it before.
@@ -31,7 +32,7 @@ pub(crate) fn walk(
     let mut walk = Walk { real_root: real, scope, walked, links: Vec::new(), linked: 0, linked_files: 0 };
     let listing = match listing {
         Some(listing) => listing,
-        None => walk.list(root, "")?,
+        None => walk.list(root, "").map_err(|source| read_error(root, source))?,
     };
     walk.take(listing, "", real)?;
     Ok(walk.walked)
@@ -52,8 +53,12 @@ impl Walk<'_> {
         self.scope.ignore_paths.contains(name) || !self.scope.concerns(name)
     }
 
-    fn list(&self, path: &Path, prefix: &str) -> Result<Vec<Found>, ModelError> {
-        list(path, prefix, &|name| self.leaves_out(name)).map_err(|source| read_error(path, source))
+    fn list(&self, path: &Path, prefix: &str) -> io::Result<Vec<Found>> {
+        list(path, prefix, &|name| self.leaves_out(name))
+    }
+
+    fn unreadable(&mut self, name: String, path: PathBuf, source: io::Error) {
+        self.walked.unreadable.push(Unreadable { name, path, source });
     }
 
     /// Takes what counts of a listing. Its names begin with `prefix`, and it is really of the directory `real`.
@@ -80,11 +85,16 @@ impl Walk<'_> {
                 Kind::Unlisted => {
                     let real = real.join(name.get(prefix.len()..).unwrap_or_default());
                     let prefix = format!("{name}/");
-                    let below = self.list(&path, &prefix)?;
-                    self.take(below, &prefix, &real)?;
+                    match self.list(&path, &prefix) {
+                        Ok(below) => self.take(below, &prefix, &real)?,
+                        Err(source) => self.unreadable(name, path, source),
+                    }
                     continue;
                 }
-                Kind::Unreadable(source) => return Err(ModelError::Read { path, source }),
+                Kind::Unreadable(source) => {
+                    self.unreadable(name, path, source);
+                    continue;
+                }
                 Kind::Symlink => {
                     let parent = real.join(parent.get(prefix.len()..).unwrap_or_default());
                     self.symlink(path, name, parent)?;
@@ -104,15 +114,18 @@ impl Walk<'_> {
 
     /// Follows a link in a directory, which is really `parent`.
     fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
-        let target = match path.canonicalize() {
-            Ok(target) => target,
+        let found = path.canonicalize().and_then(|target| Ok((std::fs::metadata(&target)?, target)));
+        let (kind, target) = match found {
+            Ok(found) => found,
             Err(error) if leads_nowhere(&error) => {
                 self.walked.odd.push(Odd { name, what: Oddity::Nowhere });
                 return Ok(());
             }
-            Err(source) => return Err(read_error(&path, source)),
+            Err(source) => {
+                self.unreadable(name, path, source);
+                return Ok(());
+            }
         };
-        let kind = std::fs::metadata(&target).map_err(|source| read_error(&path, source))?;
         let odd = if !target.starts_with(self.real_root) {
             Oddity::Outside
         } else if kind.is_file() {
@@ -125,7 +138,13 @@ impl Walk<'_> {
             Oddity::Cycle
         } else {
             let prefix = format!("{name}/");
-            let below = self.list(&path, &prefix)?;
+            let below = match self.list(&path, &prefix) {
+                Ok(below) => below,
+                Err(source) => {
+                    self.unreadable(name, path, source);
+                    return Ok(());
+                }
+            };
             let directories = below.iter().filter(|found| matches!(found.kind, Kind::Directory)).count();
             self.linked += 1 + directories;
             self.linked_files += below.len() - directories;

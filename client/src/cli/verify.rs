@@ -94,12 +94,13 @@ pub(crate) struct What {
     /// Accepts unsigned files below this path of the model (repeatable); what was signed there is checked
     #[arg(long, value_name = "PATH", visible_alias = "ignore_paths")]
     pub(crate) ignore_paths: Vec<PathBuf>,
-    /// Accepts unsigned .git, .gitattributes, .github and .gitignore (default)
+    /// Accepts unsigned .git, .gitattributes, .github and .gitignore [default: where the signer does not say what was
+    /// left out]
     #[arg(long, overrides_with = "no_ignore_git_paths")]
     ignore_git_paths: bool,
-    /// Does not
-    #[arg(long)]
-    pub(crate) no_ignore_git_paths: bool,
+    /// Does not, unless the signer left them out
+    #[arg(long, overrides_with = "ignore_git_paths")]
+    no_ignore_git_paths: bool,
     /// Has no effect: what the signer chose counts (OMS 8.4)
     #[arg(long, hide = true, visible_alias = "allow_symlinks")]
     pub(crate) allow_symlinks: bool,
@@ -226,6 +227,11 @@ impl What {
     pub(crate) fn model(&self) -> &Path {
         // There always is one, but clap cannot say so where a subcommand takes its place.
         self.model.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// What was typed about git's own files.
+    pub(crate) fn ignore_git_paths(&self) -> Option<bool> {
+        (self.ignore_git_paths || self.no_ignore_git_paths).then_some(self.ignore_git_paths)
     }
 }
 

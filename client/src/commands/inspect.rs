@@ -183,13 +183,13 @@ fn manifest_json(manifest: &Manifest) -> Value {
         "hash_type": manifest.serialization.algorithm.name(),
         "shard_size": shard_size(manifest),
         "allow_symlinks": manifest.serialization.allow_symlinks,
-        "ignore_paths": manifest.serialization.ignore_paths,
+        "ignore_paths": manifest.serialization.left_out(),
         "files": digests,
     })
 }
 
 fn print_manifest(manifest: &Manifest) -> Done {
-    let ignored: Vec<_> = manifest.serialization.ignore_paths.iter().map(String::as_str).collect();
+    let ignored: Vec<_> = manifest.serialization.left_out().iter().map(String::as_str).collect();
     line("model", &manifest.model_name)?;
     line("root digest", &format!("sha256:{}", manifest.root_digest()))?;
     let of = shard_size(manifest).map_or_else(String::new, |bytes| format!(" of every {bytes} bytes"));

@@ -168,7 +168,9 @@ pub(crate) fn failed_json(failure: &Failure, from_cache: usize) -> Value {
         "error": failure.text(),
         "digests_from_cache": from_cache,
     });
-    if let (Some(json), Failure::Wrong(Error::Differs(found))) = (json.as_object_mut(), failure) {
+    if let Failure::Wrong(Error::Differs(found)) | Failure::Undone(Error::Differs(found)) = failure
+        && let Some(json) = json.as_object_mut()
+    {
         json.extend(differences(found));
     }
     json
@@ -207,6 +209,8 @@ fn differences(found: &Differences) -> serde_json::Map<String, Value> {
         .iter()
         .map(|odd| json!({ "name": odd.name, "reason": odd.what.to_string() }))
         .collect();
+    let unreadable: Vec<_> =
+        bounded(&found.unreadable).iter().map(|at| json!({ "name": at.name, "reason": at.why })).collect();
     let fields = [
         ("first_difference", json!(found.first())),
         ("changed", json!(bounded(&changed))),
@@ -217,6 +221,8 @@ fn differences(found: &Differences) -> serde_json::Map<String, Value> {
         ("not_possible_count", json!(found.odd.len())),
         ("not_signed", json!(bounded(&found.extra))),
         ("not_signed_count", json!(found.extra.len())),
+        ("not_readable", json!(unreadable)),
+        ("not_readable_count", json!(found.unreadable.len())),
     ];
     fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }

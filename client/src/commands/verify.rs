@@ -51,7 +51,7 @@ fn verified(
         signature: &signature,
         ignore_unsigned_files: what.ignore_unsigned_files,
         ignore_paths: &what.ignore_paths,
-        ignore_git_paths: !what.no_ignore_git_paths,
+        ignore_git_paths: what.ignore_git_paths(),
         partial: &what.partial,
         model_name: what.model_name.as_deref(),
         largest_bundle: what.max_bundle_size,

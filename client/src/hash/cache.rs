@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::digest::{Algorithm, Digest};
-use super::{Piece, Stamp};
+use super::schedule::Hashed;
+use super::{Looked, Piece, Stamp};
 use crate::user_directory;
 
 const HEADER: &str = "omsign digests 1";
@@ -200,6 +201,67 @@ fn parse_line(line: &str) -> Option<(Entry, Digest)> {
     let digest = Digest::from_hex(algorithm, words.next()?)?;
     let stamp = Stamp { device, inode, size, modified, changed };
     Some((Entry { stamp, start, end, algorithm: algorithm.name() }, digest))
+}
+
+/// A cache and what came of it.
+pub(super) struct Remembered {
+    cache: Cache,
+    used: CacheUse,
+}
+
+/// What a digest cache saved.
+#[derive(Debug, Default)]
+pub struct CacheUse {
+    /// Digests that were taken from it, of whole files or of shards.
+    pub digests: usize,
+    /// Bytes that were not read.
+    pub bytes: u64,
+    /// Why it could not be written: the digests are right all the same.
+    pub problem: Option<CacheError>,
+}
+
+impl Remembered {
+    pub(super) fn new(cache: Cache) -> Self {
+        Self { cache, used: CacheUse::default() }
+    }
+
+    pub(super) fn into_used(self) -> CacheUse {
+        self.used
+    }
+
+    /// Takes what digests of pieces it has, has the others made, and remembers these.
+    pub(super) fn look_up(
+        &mut self,
+        algorithm: Algorithm,
+        files: &Looked<'_>,
+        pieces: &[Piece],
+        hash: impl FnOnce(&[Piece]) -> Hashed,
+    ) -> Hashed {
+        let stamp = |piece: &Piece| files.get(piece.file).1;
+        let get = |piece: &Piece| self.cache.get(algorithm, stamp(piece), piece);
+        let mut digests: Vec<Option<Digest>> = pieces.iter().map(get).collect();
+        let numbered = pieces.iter().enumerate().zip(&digests);
+        let unknown = numbered.filter(|(_, known)| known.is_none()).map(|(numbered, _)| numbered);
+        let (places, unknown): (Vec<usize>, Vec<Piece>) =
+            unknown.map(|(place, piece)| (place, piece.clone())).unzip();
+        self.used.digests += pieces.len() - unknown.len();
+        let saved = Piece::total(pieces).saturating_sub(Piece::total(&unknown));
+        self.used.bytes = self.used.bytes.saturating_add(saved);
+        let mut made = hash(&unknown);
+        made.failures
+            .iter_mut()
+            .for_each(|(index, _)| *index = places.get(*index).copied().unwrap_or(*index));
+        let mut hashed = made.digests.into_iter();
+        digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
+        let digests: Vec<Digest> = digests.into_iter().flatten().collect();
+        // Where one failed, nobody knows which of the others came to their end.
+        if made.failures.is_empty() {
+            let all = pieces.iter().zip(&digests);
+            let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
+            self.used.problem = self.cache.keep(algorithm, all).err();
+        }
+        Hashed { digests, failures: made.failures }
+    }
 }
 
 #[cfg(test)]

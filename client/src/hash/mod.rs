@@ -19,11 +19,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rayon::prelude::*;
 
 use self::blake::{Blake2b, Blake3};
-use self::cache::{Cache, CacheError};
+use self::cache::{Cache, CacheUse, Remembered};
 pub use self::digest::{Algorithm, Digest};
-use self::schedule::Unit;
+use self::schedule::{Hashed, OnFailure, Unit};
 use self::sha256::Sha256;
-use self::source::Stamp;
+pub(crate) use self::source::Stamp;
 
 /// Why a file has no digest.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,7 @@ impl Progress {
 }
 
 /// Files as they were looked at.
+#[derive(Default)]
 pub struct Looked<'a> {
     paths: Vec<&'a Path>,
     stamps: Vec<Stamp>,
@@ -85,6 +86,13 @@ impl<'a> Looked<'a> {
             Some((_, path)) => Err(HashError::Changed(path.to_path_buf())),
             None => Ok(()),
         }
+    }
+
+    /// Adds a file, and returns its number.
+    pub(crate) fn push(&mut self, path: &'a Path, stamp: Stamp) -> usize {
+        self.paths.push(path);
+        self.stamps.push(stamp);
+        self.paths.len() - 1
     }
 
     fn get(&self, file: usize) -> (&'a Path, Stamp) {
@@ -122,23 +130,6 @@ pub struct Hasher {
     cache: Option<Mutex<Remembered>>,
 }
 
-/// A cache and what came of it.
-struct Remembered {
-    cache: Cache,
-    used: CacheUse,
-}
-
-/// What a digest cache saved.
-#[derive(Debug, Default)]
-pub struct CacheUse {
-    /// Digests that were taken from it, of whole files or of shards.
-    pub digests: usize,
-    /// Bytes that were not read.
-    pub bytes: u64,
-    /// Why it could not be written: the digests are right all the same.
-    pub problem: Option<CacheError>,
-}
-
 impl Hasher {
     /// A hasher with as many threads, or one for each core, and the fastest kernel for this CPU, or the one named.
     pub fn new(jobs: Option<NonZeroUsize>, kernel: Option<&str>) -> Result<Self, HashError> {
@@ -150,12 +141,12 @@ impl Hasher {
     /// Has it look digests up in a cache, and remember them there.
     #[must_use]
     pub fn with_cache(self, cache: Cache) -> Self {
-        Self { cache: Some(Mutex::new(Remembered { cache, used: CacheUse::default() })), ..self }
+        Self { cache: Some(Mutex::new(Remembered::new(cache))), ..self }
     }
 
     /// What the cache saved, if there is one.
     pub fn into_cache_use(self) -> Option<CacheUse> {
-        self.cache.map(|cache| cache.into_inner().unwrap_or_else(PoisonError::into_inner).used)
+        self.cache.map(|cache| cache.into_inner().unwrap_or_else(PoisonError::into_inner).into_used())
     }
 
     /// How far it is.
@@ -165,10 +156,13 @@ impl Hasher {
 
     /// Looks at files: their sizes, and what tells whether they change.
     pub fn look<'a>(&self, paths: Vec<&'a Path>) -> Result<Looked<'a>, HashError> {
-        let stamps = self.pool.install(|| {
-            paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect::<Result<_, _>>()
-        })?;
+        let stamps = self.look_each(&paths).into_iter().collect::<Result<_, _>>()?;
         Ok(Looked { paths, stamps })
+    }
+
+    /// Looks at files, whatever comes of each.
+    pub(crate) fn look_each(&self, paths: &[&Path]) -> Vec<Result<Stamp, HashError>> {
+        self.pool.install(|| paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect())
     }
 
     /// A digest of some bytes of every file, at sixteen places at most: two models of the same names and sizes mostly have
@@ -193,21 +187,39 @@ impl Hasher {
         files: &Looked<'_>,
         pieces: &[Piece],
     ) -> Result<Vec<Digest>, HashError> {
-        let Some(remembered) = &self.cache else { return self.hash(algorithm, files, pieces) };
-        let Remembered { cache, used } = &mut *remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        let stamp = |piece: &Piece| files.get(piece.file).1;
-        let mut digests: Vec<_> =
-            pieces.iter().map(|piece| cache.get(algorithm, stamp(piece), piece)).collect();
-        let unknown = pieces.iter().zip(&digests).filter(|(_, digest)| digest.is_none());
-        let unknown: Vec<_> = unknown.map(|(piece, _)| piece.clone()).collect();
-        used.digests += pieces.len() - unknown.len();
-        used.bytes = used.bytes.saturating_add(Piece::total(pieces).saturating_sub(Piece::total(&unknown)));
-        let mut hashed = self.hash(algorithm, files, &unknown)?.into_iter();
-        digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
-        let digests: Vec<_> = digests.into_iter().flatten().collect();
-        let all = pieces.iter().zip(&digests).map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
-        used.problem = cache.keep(algorithm, all).err();
-        Ok(digests)
+        let Hashed { digests, failures } = self.look_up(algorithm, files, pieces, OnFailure::Stop);
+        failures.into_iter().next().map_or(Ok(digests), |(_, error)| Err(error))
+    }
+
+    /// The digest of each piece that has one, and why the others do not.
+    pub(crate) fn digests_of_each(
+        &self,
+        algorithm: Algorithm,
+        files: &Looked<'_>,
+        pieces: &[Piece],
+    ) -> Vec<Result<Digest, HashError>> {
+        let Hashed { digests, failures } = self.look_up(algorithm, files, pieces, OnFailure::GoOn);
+        let mut digests: Vec<_> = digests.into_iter().map(Ok).collect();
+        for (piece, error) in failures {
+            if let Some(digest) = digests.get_mut(piece) {
+                *digest = Err(error);
+            }
+        }
+        digests
+    }
+
+    /// Looks digests up in the cache, if there is one, and hashes what is not there.
+    fn look_up(
+        &self,
+        algorithm: Algorithm,
+        files: &Looked<'_>,
+        pieces: &[Piece],
+        on_failure: OnFailure,
+    ) -> Hashed {
+        let hash = |pieces: &[Piece]| self.hash(algorithm, files, pieces, on_failure);
+        let Some(remembered) = &self.cache else { return hash(pieces) };
+        let mut remembered = remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        remembered.look_up(algorithm, files, pieces, hash)
     }
 
     /// Hashes pieces.
@@ -216,23 +228,25 @@ impl Hasher {
         algorithm: Algorithm,
         files: &Looked<'_>,
         pieces: &[Piece],
-    ) -> Result<Vec<Digest>, HashError> {
+        on_failure: OnFailure,
+    ) -> Hashed {
         self.progress.total.fetch_add(Piece::total(pieces), Ordering::Relaxed);
         let of = |unit: &Unit| files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
         let pieces_of = || pieces.iter().enumerate();
         let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
-        let hashed = &self.progress.hashed;
+        let (pool, hashed) = (&self.pool, &self.progress.hashed);
         match algorithm {
             Algorithm::Sha256 => {
-                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, &self.pool, hashed)
+                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, on_failure, pool, hashed)
             }
             Algorithm::Blake2b => {
-                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, &self.pool, hashed)
+                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, on_failure, pool, hashed)
             }
             Algorithm::Blake3 => {
                 let units = pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range));
                 let units: Vec<Unit> = units.collect();
-                let parts = schedule::run(&Blake3, &units, of, &self.pool, hashed)?;
+                let Hashed { digests: parts, failures } =
+                    schedule::run(&Blake3, &units, of, on_failure, pool, hashed);
                 let mut rest = parts.as_slice();
                 let counts = units.chunk_by(|one, next| one.piece == next.piece).map(<[Unit]>::len);
                 let merged = counts.zip(pieces).map(|(count, piece)| {
@@ -240,7 +254,7 @@ impl Hasher {
                     rest = later;
                     Blake3::merge(now, piece.bytes())
                 });
-                Ok(merged.collect())
+                Hashed { digests: merged.collect(), failures }
             }
         }
     }

@@ -62,14 +62,32 @@ const SMALLEST_BUFFER: usize = 4 << 10;
 /// Descriptors that are left to the rest of the process.
 const SPARE_DESCRIPTORS: usize = 64;
 
-/// Hashes units. `input` says which file a unit is of. The digests are in the units' order.
+/// What to do when a file has no digest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum OnFailure {
+    /// Nothing more: the model cannot be signed.
+    Stop,
+    /// The other files: whoever verifies wants to know all that is wrong.
+    GoOn,
+}
+
+/// What came of hashing.
+pub(super) struct Hashed {
+    /// In the units' order, or the pieces'. Void where there is a failure.
+    pub(super) digests: Vec<Digest>,
+    /// The pieces that have none, and why, in no order.
+    pub(super) failures: Vec<(usize, HashError)>,
+}
+
+/// Hashes units. `input` says which file a unit is of.
 pub(super) fn run<'a, S: Streams>(
     streams: &'a S,
     units: &'a [Unit],
     input: impl Fn(&Unit) -> (&'a Path, Stamp) + Sync,
+    on_failure: OnFailure,
     pool: &rayon::ThreadPool,
     hashed: &'a AtomicU64,
-) -> Result<Vec<Digest>, HashError> {
+) -> Hashed {
     let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
     longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.range.end - unit.range.start));
     let jobs = pool.current_num_threads();
@@ -91,24 +109,19 @@ pub(super) fn run<'a, S: Streams>(
         input,
         longest_first,
         next: AtomicUsize::new(0),
-        failed: AtomicBool::new(false),
+        on_failure,
+        stopped: AtomicBool::new(false),
         lanes,
         buffer,
         ahead,
         digests: Mutex::new(vec![Digest::NONE; units.len()]),
+        failures: Mutex::default(),
         hashed,
     };
-    let failure = Mutex::new(None);
-    pool.broadcast(|_| {
-        if let Err(error) = work.core() {
-            work.failed.store(true, Ordering::Relaxed);
-            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        }
-    });
-    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some(error) => Err(error),
-        None => Ok(work.digests.into_inner().unwrap_or_else(PoisonError::into_inner)),
-    }
+    pool.broadcast(|_| work.core());
+    let digests = work.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let failures = work.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Hashed { digests, failures }
 }
 
 struct Work<'a, S, I> {
@@ -116,12 +129,14 @@ struct Work<'a, S, I> {
     input: I,
     longest_first: Vec<(usize, &'a Unit)>,
     next: AtomicUsize,
-    failed: AtomicBool,
+    on_failure: OnFailure,
+    stopped: AtomicBool,
     lanes: usize,
     buffer: usize,
     ahead: bool,
     /// In the units' order. Nobody holds the lock for longer than it takes to write one.
     digests: Mutex<Vec<Digest>>,
+    failures: Mutex<Vec<(usize, HashError)>>,
     hashed: &'a AtomicU64,
 }
 
@@ -135,15 +150,20 @@ struct Lane<'a, S> {
 }
 
 impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
-    /// One core's work: until nothing is left, or somebody failed.
-    fn core(&self) -> Result<(), HashError> {
+    /// One core's work: until nothing is left.
+    fn core(&self) {
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
         let mut buffers: Vec<Buffer> = Vec::new();
-        while !self.failed.load(Ordering::Relaxed) {
+        while !self.stopped.load(Ordering::Relaxed) {
             let mut next = 0;
             while let Some(lane) = lanes.get_mut(next) {
-                if lane.feed.available().is_empty() && !lane.feed.ended() {
-                    lane.feed.refill().map_err(|error| error.of(lane.path))?;
+                if lane.feed.available().is_empty()
+                    && !lane.feed.ended()
+                    && let Err(error) = lane.feed.refill()
+                {
+                    self.fail(lane.unit, error.of(lane.path));
+                    lanes.swap_remove(next);
+                    continue;
                 }
                 if lane.feed.available().len() >= S::BLOCK {
                     next += 1;
@@ -161,7 +181,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 buffers.push(feed.into_buffer());
             }
             if lanes.len() < self.lanes
-                && let Some(lane) = self.take(&mut buffers)?
+                && let Some(lane) = self.take(&mut buffers)
             {
                 lanes.push(lane);
                 continue;
@@ -180,18 +200,26 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
             lanes.iter_mut().for_each(|lane| lane.feed.take(step));
             self.hashed.fetch_add((step * lanes.len()) as u64, Ordering::Relaxed);
         }
-        Ok(())
     }
 
-    /// The next unit, opened.
-    fn take(&self, buffers: &mut Vec<Buffer>) -> Result<Option<Lane<'a, S::State>>, HashError> {
-        let next = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(&(index, unit)) = self.longest_first.get(next) else { return Ok(None) };
-        let (path, stamp) = (self.input)(unit);
-        let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
-        let feed =
-            Feed::open(path, stamp, &unit.range, buffer, self.ahead).map_err(|error| error.of(path))?;
-        Ok(Some(Lane { index, unit, path, state: self.streams.start(unit), feed }))
+    /// The next unit that can be opened.
+    fn take(&self, buffers: &mut Vec<Buffer>) -> Option<Lane<'a, S::State>> {
+        while !self.stopped.load(Ordering::Relaxed) {
+            let next = self.next.fetch_add(1, Ordering::Relaxed);
+            let &(index, unit) = self.longest_first.get(next)?;
+            let (path, stamp) = (self.input)(unit);
+            let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
+            match Feed::open(path, stamp, &unit.range, buffer, self.ahead) {
+                Ok(feed) => return Some(Lane { index, unit, path, state: self.streams.start(unit), feed }),
+                Err(error) => self.fail(unit, error.of(path)),
+            }
+        }
+        None
+    }
+
+    fn fail(&self, unit: &Unit, error: HashError) {
+        self.stopped.fetch_or(self.on_failure == OnFailure::Stop, Ordering::Relaxed);
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).push((unit.piece, error));
     }
 }
 
