@@ -267,7 +267,7 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     let expected = [
         "1 changed, 1 missing, 3 not possible in a model, 1 not signed\n",
         "  not possible in a model: link (is a symbolic link, and symbolic links are not allowed here",
-        "  not possible in a model: pipe (is neither a file nor a directory)\n",
+        "  not possible in a model: pipe (is neither a file nor a directory (OMS 6.1))\n",
         "  not possible in a model: \u{fffd} (has a name that is not valid UTF-8",
     ];
     world.omsign_refuses(1, &verify, &expected)?;

@@ -54,7 +54,7 @@ fn time_stamps() -> anyhow::Result<()> {
     refuse(
         std::slice::from_ref(&good),
         "tsa-rsa-root.pem",
-        "the time stamp's authority is not trusted: CN=tsa-ec",
+        "the time stamp's authority is not trusted (RFC 3161, 2.3): CN=tsa-ec",
     )?;
     refuse(&[], "tsa-ec-root.pem", "CN=old expired")?;
     // Each stamp has to be right, and the certificate valid at each.

@@ -1,11 +1,15 @@
 //! What an X.509 certificate says: whose it is, and what its key may do (RFC 5280).
 
+use cms::cert::x509::Certificate;
 use cms::cert::x509::der::Decode as _;
+use cms::cert::x509::ext::pkix::BasicConstraints;
 use cms::cert::x509::name::RdnSequence;
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::x509::{X509, X509ExtendedKeyUsage, X509KeyUsage, X509NameEntryRef, X509NameRef, X509Ref};
+
+use crate::strength::is_strong_signature;
 
 /// Its key may not sign models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,6 +42,20 @@ pub fn check_usage(leaf: &X509) -> Result<(), UsageError> {
         return Err(UsageError::ExtendedKeyUsage);
     }
     Ok(())
+}
+
+/// Whether it says that it is a CA (RFC 5280, 4.2.1.9). OpenSSL also takes what stood for that before.
+pub(crate) fn says_ca(certificate: &X509Ref) -> bool {
+    let parsed = certificate.to_der().ok().and_then(|der| Certificate::from_der(&der).ok());
+    let constraints = parsed.and_then(|it| it.tbs_certificate.get::<BasicConstraints>().ok().flatten());
+    constraints.is_some_and(|(_critical, constraints)| constraints.ca)
+}
+
+/// Whether it is signed with RSASSA-PSS over a hash that is broken, or not told.
+pub(crate) fn is_weak_pss(certificate: &X509Ref) -> bool {
+    let parsed = || Certificate::from_der(&certificate.to_der().ok()?).ok();
+    certificate.signature_algorithm().object().nid() == Nid::RSASSAPSS
+        && !parsed().is_some_and(|parsed| is_strong_signature(&parsed.signature_algorithm))
 }
 
 /// The subject, for people and for comparison: `CN=…, O=…`.

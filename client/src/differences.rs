@@ -65,7 +65,9 @@ pub enum How {
 impl fmt::Display for How {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Size { signed, found } => write!(f, "{signed} bytes were signed, {found} are there"),
+            Self::Size { signed, found } => {
+                write!(f, "shards of {signed} bytes were signed, {found} bytes are there (OMS 6.3.2)")
+            }
             Self::Digest { signed, found } => write!(f, "{signed} was signed, {found} is there"),
             Self::Meanwhile => f.write_str("it changed while it was hashed"),
         }
@@ -279,8 +281,11 @@ mod tests {
             let extra: &[&str] = if method == Method::Files { &["d", "e"] } else { &["e"] };
             assert_eq!((found.missing.as_slice(), found.changed.len()), (&["c".to_owned()][..], 1));
             let first = found.first().expect("a difference");
-            let how =
-                if method == two && size == 6 { "5 bytes were signed, 6 are there" } else { " was signed, " };
+            let how = if method == two && size == 6 {
+                "shards of 5 bytes were signed, 6 bytes are there (OMS 6.3.2)"
+            } else {
+                " was signed, "
+            };
             assert!(first.starts_with("\"b\" is not what was signed: ") && first.contains(how), "{first}");
             assert_eq!(found.extra, extra);
             let text = format!(

@@ -69,7 +69,9 @@ pub enum KeyError {
     #[error("the environment variable {0} is not set")]
     Variable(String),
     /// A key that nobody can use here.
-    #[error("{0}: omsign takes ECDSA on P-256, P-384 or P-521, RSA from 2048 bits, Ed25519 and ML-DSA")]
+    #[error(
+        "{0}: omsign takes ECDSA on P-256, P-384 or P-521, RSA from 2048 bits, Ed25519 and ML-DSA (OMS, algorithm registry)"
+    )]
     Unsupported(String),
     /// A key that OMS does not name.
     #[error("{0} is not an algorithm of OMS (algorithm registry): few verifiers take it")]

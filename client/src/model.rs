@@ -64,10 +64,10 @@ pub enum Oddity {
     #[error("has a name that is not valid UTF-8 (OMS 6.1.2)")]
     NotUtf8,
     /// A name with a backslash.
-    #[error("has a name with a backslash, which verifiers on other systems take for a separator")]
+    #[error("has a name with a backslash, which verifiers on other systems take for a separator (OMS 6.1.2)")]
     Backslash,
     /// A socket, pipe or device.
-    #[error("is neither a file nor a directory")]
+    #[error("is neither a file nor a directory (OMS 6.1)")]
     Special,
 }
 
@@ -134,7 +134,7 @@ pub enum ModelError {
     Odd(PathBuf, Oddity),
     /// Links to directories with links to directories: of few of them, any number of files can be made.
     #[error(
-        "more than {MOST_LINKED} directories or {MOST_LINKED_FILES} files are reached through symbolic links, the last one at {0}"
+        "more than {MOST_LINKED} directories or {MOST_LINKED_FILES} files are reached through symbolic links, the last one at {0} (a limit of omsign)"
     )]
     Linked(PathBuf),
     /// A path to ignore that is not there, or not in the model.

@@ -109,6 +109,11 @@ impl Question<'_> {
             parameters.set_purpose(X509PurposeId::TIMESTAMP_SIGN)?;
         }
         let path = verify(self.anchors, self.leaf, self.intermediates, &parameters, None, at)?;
+        // The anchor is one because somebody said so (RFC 5280, 6.1.1 d).
+        let between = path.iter().skip(1).rev().skip(1);
+        if let Some(issuer) = between.into_iter().find(|issuer| !certificate::says_ca(issuer)) {
+            return Err(PathError::NotCa(certificate::subject(issuer)));
+        }
         // RFC 5280 leaves it open, but all other verifiers hold issuers to their own extended key usage.
         let usage = match self.purpose {
             Purpose::CodeSigning => X509ExtendedKeyUsage::CODE_SIGN,
@@ -207,6 +212,8 @@ fn reason(
             PathError::NotYetValid(name, certificate.not_before().to_string(), at)
         }
         ffi::X509_V_ERR_CERT_SIGNATURE_FAILURE => PathError::Signature(name),
+        // Which of the two is missing.
+        ffi::X509_V_ERR_INVALID_CA if certificate::says_ca(certificate) => PathError::KeyCertSign(name),
         ffi::X509_V_ERR_INVALID_CA => PathError::NotCa(name),
         ffi::X509_V_ERR_PATH_LENGTH_EXCEEDED => PathError::PathLength(name),
         ffi::X509_V_ERR_KEYUSAGE_NO_CERTSIGN => PathError::KeyCertSign(name),
@@ -267,6 +274,7 @@ pub(crate) fn check_order(chain: &[X509], now: Timestamp) -> Result<(), PathErro
 fn is_signed_with_a_broken_hash(certificate: &X509) -> bool {
     let algorithms = certificate.signature_algorithm().object().nid().signature_algorithms();
     algorithms.is_some_and(|algorithms| matches!(algorithms.digest, Nid::SHA1 | Nid::MD5 | Nid::MD4))
+        || certificate::is_weak_pss(certificate)
 }
 
 fn is_self_issued(certificate: &X509) -> Result<bool, ErrorStack> {

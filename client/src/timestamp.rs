@@ -59,10 +59,10 @@ pub enum TimestampError {
     #[error("the time stamp does not name the certificate that it is signed with (RFC 5816, 2.2.1)")]
     SigningCertificate,
     /// The authority is not trusted.
-    #[error("the time stamp's authority is not trusted")]
+    #[error("the time stamp's authority is not trusted (RFC 3161, 2.3)")]
     Authority(#[source] PathError),
     /// From the future.
-    #[error("the time stamp is of {0}, which is yet to come")]
+    #[error("the time stamp is of {0}, which is yet to come (RFC 3161, 2.4.2: genTime)")]
     Future(Timestamp),
     /// OpenSSL failed.
     #[error("OpenSSL could not check the time stamp")]

@@ -119,7 +119,7 @@ pub enum SubjectError {
         found: String,
     },
     /// Nothing of this name.
-    #[error("nothing at or below {0} was signed")]
+    #[error("nothing at or below {0} was signed (OMS 5.2.1)")]
     NotSigned(PathBuf),
 }
 

@@ -107,6 +107,9 @@ impl World {
             ensure!(errors.contains(part), "{arguments:?}: {errors:?} does not contain {part:?}");
         }
         ensure!(errors.starts_with("error: "), "{errors}");
+        if status == 1 && arguments.first() == Some(&"verify") {
+            ensure!(cites(&errors), "{arguments:?}: {errors:?} does not say what it goes by");
+        }
         let after = listing(&self.path(""))?;
         // The agent's own audit entries are not what a failing client leaves.
         let left: Vec<_> = after.difference(&before).filter(|path| !path.ends_with("audit.jsonl")).collect();
@@ -191,4 +194,19 @@ pub fn key(name: &str, token: &str, object: &str) -> String {
 /// A file's path as text for a command line.
 pub fn text(path: &Path) -> String {
     path.display().to_string()
+}
+
+/// Whether a refusal says which section of which standard it goes by, or that it is our own limit or the user's policy.
+fn cites(errors: &str) -> bool {
+    let reason = errors.lines().next().unwrap_or_default();
+    let standards = [
+        "(OMS ",
+        "(OMS, ",
+        "(RFC ",
+        "(NIST SP ",
+        "(a limit of omsign)",
+        "the trust policy",
+        "the signer may sign",
+    ];
+    standards.iter().any(|standard| reason.contains(standard))
 }

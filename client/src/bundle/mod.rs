@@ -111,10 +111,10 @@ pub enum BundleError {
     #[error("{0} exists and is not a bundle")]
     Occupied(PathBuf),
     /// Larger than what was expected.
-    #[error("the bundle is larger than {0} bytes")]
+    #[error("the bundle is larger than {0} bytes (a limit of omsign)")]
     TooLarge(u64),
     /// More than any signer would put in.
-    #[error("the bundle has {count} {what}, more than {MOST}")]
+    #[error("the bundle has {count} {what}, more than {MOST} (a limit of omsign)")]
     TooMany {
         /// How many.
         count: usize,
