@@ -61,7 +61,7 @@ pub enum Error {
     Trust(#[from] trust::TrustError),
     /// The signed files are not the files that are there.
     #[error(transparent)]
-    Differs(#[from] differences::Differences),
+    Differs(#[from] Box<differences::Differences>),
     /// The signed statement is about something else.
     #[error(transparent)]
     Subject(#[from] verify::SubjectError),

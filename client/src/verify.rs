@@ -161,7 +161,7 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
         ignored.sort();
     }
     if !differences.is_empty() {
-        return Err(differences.into());
+        return Err(Box::new(differences).into());
     }
     let mut left_out = found.left_out;
     let own = bundle_inside(request.model, request.signature);

@@ -45,12 +45,14 @@ pub enum Flaw {
     None,
     /// No signed certificate timestamp.
     NoSct,
-    /// The entry is of an hour after the certificate expired.
+    /// It was made when the certificate was not valid: after it, by the log; long before it, by the time-stamp authority.
     Late,
     /// The log's signature over the entry is another log's.
     OtherLog,
     /// The entry is about another payload.
     OtherEntry,
+    /// The time stamp is of another signature.
+    OtherStamp,
 }
 
 impl<'a> Sigstore<'a> {
@@ -208,15 +210,22 @@ impl<'a> Sigstore<'a> {
     }
 
     /// Signs a payload with a fresh key, and logs it in Rekor v2 as `hashedrekord`: a time-stamp authority says when.
-    pub fn sign_v2(&self, payload: &[u8], identity: &str, provider: &str) -> anyhow::Result<Value> {
+    pub fn sign_v2(
+        &self,
+        payload: &[u8],
+        identity: &str,
+        provider: &str,
+        flaw: Flaw,
+    ) -> anyhow::Result<Value> {
         let key = new_key()?;
-        let certificate = self.certify(&key, identity, provider, Flaw::None)?;
+        let certificate = self.certify(&key, identity, provider, flaw)?;
         let signature = forge::sign(&key, payload)?;
+        let logged: &[u8] = if flaw == Flaw::OtherEntry { b"{}" } else { payload };
         let body = json!({
             "apiVersion": "0.0.2",
             "kind": "hashedrekord",
             "spec": { "hashedRekordV002": {
-                "data": { "algorithm": "SHA2_256", "digest": encode_block(&sha256(&forge::pae(payload))) },
+                "data": { "algorithm": "SHA2_256", "digest": encode_block(&sha256(&forge::pae(logged))) },
                 "signature": {
                     "content": encode_block(&signature),
                     "verifier": {
@@ -226,8 +235,12 @@ impl<'a> Sigstore<'a> {
                 },
             } },
         });
-        let entry = self.entry(&self.rekor, &serde_json::to_vec(&body)?, "hashedrekord", "0.0.2")?;
-        let stamp = Pki::new(self.world).stamp("tsa", &signature, None, "-sha256 -cert")?;
+        let other = new_key()?;
+        let log = if flaw == Flaw::OtherLog { &other } else { &self.rekor };
+        let entry = self.entry(log, &serde_json::to_vec(&body)?, "hashedrekord", "0.0.2")?;
+        let stamped: &[u8] = if flaw == Flaw::OtherStamp { b"another" } else { &signature };
+        let time = (flaw == Flaw::Late).then_some("2021-06-01 12:00:00");
+        let stamp = Pki::new(self.world).stamp("tsa", stamped, time, "-sha256 -cert")?;
         Ok(forge::bundle(&material(&certificate, &entry, Some(&stamp))?, payload, &signature))
     }
 
