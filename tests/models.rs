@@ -126,6 +126,7 @@ fn a_model_that_changes_while_it_is_hashed() -> anyhow::Result<()> {
     let _agent = world.agent_and_model()?;
     let big = world.path("model/big.bin");
     fs::File::create(&big)?.set_len(256 << 20)?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -136,7 +137,10 @@ fn a_model_that_changes_while_it_is_hashed() -> anyhow::Result<()> {
             }
         });
         let expected = ["big.bin changed while it was hashed", "hint: try again when nothing writes"];
-        let result = world.omsign_refuses(2, &["sign", "model", "--key", "k"], &expected);
+        let sign = world.omsign_refuses(2, &["sign", "model", "--key", "k"], &expected);
+        let verify = ["verify", "model", "--public-key", "t/k.pub.pem"];
+        let expected = ["1 changed\n", "  changed: big.bin (it changed while it was hashed)\n"];
+        let result = sign.and_then(|()| world.omsign_refuses(1, &verify, &expected));
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         result
     })

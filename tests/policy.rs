@@ -91,10 +91,11 @@ fn who_signed_this_and_do_i_trust_them() -> anyhow::Result<()> {
 
     let list = world.omsign_ok(&["trust", "list"])?;
     ensure!(
-        list.contains("release   key          model llama-*")
-            && list.contains("somebody  key          any model"),
+        list.contains("release   key          model llama-*  the key sha256:")
+            && list.contains("somebody  key          any model  the key sha256:"),
         "{list}"
     );
+    world.omsign_refuses(2, &["trust", "test", "llama-7"], &["hint: name the bundle itself"])?;
     let json: Value = serde_json::from_str(&world.omsign_ok(&["trust", "list", "--json"])?)?;
     ensure!(json["signers"][0]["terms"]["models"] == serde_json::json!(["model", "llama-*"]), "{json}");
     let test = world.omsign_ok(&["trust", "test", "llama-7/model.sig"])?;

@@ -1,5 +1,7 @@
 //! What to do about an error, where the tool knows. Only here: the library says what is wrong.
 
+use std::io::ErrorKind;
+
 use omsign::Error;
 use omsign::agent::AgentError;
 use omsign::bundle::BundleError;
@@ -45,6 +47,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Model(ModelError::Odd(_, Oddity::Outside)) => "make a copy with `cp -rL` and sign that".into(),
         Error::Model(ModelError::Odd(_, Oddity::NotUtf8 | Oddity::Backslash)) => {
             "rename it, or leave the directory that it is in out with --ignore-paths".into()
+        }
+        Error::Bundle(BundleError::Read { source, .. }) if source.kind() == ErrorKind::IsADirectory => {
+            "name the bundle itself: `omsign sign` writes model.sig".into()
         }
         Error::Bundle(BundleError::Occupied(_)) => "choose another --signature, or remove it first".into(),
         Error::Model(ModelError::Odd(_, Oddity::Special | Oddity::Cycle)) => "leave it out with --ignore-paths".into(),

@@ -2,6 +2,7 @@
 //! log that it was used while it was valid. The sigstore-verify crate checks certificate, SCT, log and time stamps;
 //! this gives it what it needs and asks who signed.
 
+use std::fmt;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -28,6 +29,12 @@ pub struct Keyless {
     timestamp_roots: Vec<X509>,
     identity: Wanted,
     identity_provider: Wanted,
+}
+
+impl fmt::Display for Keyless {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, vouched for by {}", self.identity, self.identity_provider)
+    }
 }
 
 /// Why a keyless signature is not accepted.

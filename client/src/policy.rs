@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::hash::Digest;
 use crate::replace::replace;
 use crate::terms::{Terms, TermsError};
-use crate::trust::{Trust, TrustError, VerifiedStatement};
+use crate::trust::{Signers, Trust, TrustError, VerifiedStatement};
 use crate::user_directory;
 use crate::wanted::{PatternError, Wanted};
 
@@ -205,6 +205,11 @@ impl Policy {
 }
 
 impl Entry {
+    /// Whose signatures it accepts.
+    pub fn signers(&self) -> &Signers {
+        &self.trust.signers
+    }
+
     /// Verifies a bundle on this entry's terms.
     pub fn verify(&self, bundle: &Bundle) -> Result<VerifiedStatement, TrustError> {
         let statement = self.trust.verify(bundle)?;

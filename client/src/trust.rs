@@ -1,6 +1,6 @@
 //! Who signed, and is that who was expected? The only place that makes a [`VerifiedStatement`].
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use jiff::Timestamp;
 use openssl::error::ErrorStack;
@@ -41,6 +41,24 @@ pub enum Signers {
     Certified(Anchors),
     /// Those of people and workflows that a Sigstore instance certified.
     Keyless(Box<Keyless>),
+}
+
+impl fmt::Display for Signers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PublicKey(key) => write!(f, "the key sha256:{}", key.hint()),
+            Self::Certified(Anchors { roots, identity, .. }) => {
+                let roots: Vec<_> = roots.iter().map(|root| certificate::subject(root)).collect();
+                write!(
+                    f,
+                    "{} below {}",
+                    identity.as_deref().unwrap_or("whoever is certified"),
+                    roots.join(" or ")
+                )
+            }
+            Self::Keyless(keyless) => keyless.fmt(f),
+        }
+    }
 }
 
 /// Which certificates are accepted.

@@ -86,13 +86,11 @@ fn list(file: &TrustFile, as_json: bool) -> Done {
         report::warning("nobody is trusted; `omsign trust add` changes that");
     }
     let width = policy.entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
-    for Entry { name, terms, file, .. } in &policy.entries {
-        let method = terms.method().unwrap_or("");
-        let who = [&terms.identity, &terms.identity_pattern, &terms.certificate_identity];
-        let who = who.into_iter().flatten().next().map_or("", String::as_str);
-        let models = if terms.models.is_empty() { "any model".to_owned() } else { terms.models.join(" ") };
-        let file = file.display();
-        report::line(format_args!("{name:<width$}  {method:<11}  {models}  {file}  {}", who))?;
+    for entry in &policy.entries {
+        let (name, method, file) = (&entry.name, entry.terms.method().unwrap_or(""), entry.file.display());
+        let models = &entry.terms.models;
+        let models = if models.is_empty() { "any model".to_owned() } else { models.join(" ") };
+        report::line(format_args!("{name:<width$}  {method:<11}  {models}  {}  ({file})", entry.signers()))?;
     }
     Ok(())
 }
