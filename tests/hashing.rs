@@ -166,7 +166,8 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     let world = world()?;
     let caches = || fs::read_dir(world.path(".cache/omsign/digests"));
     let remembered = || -> anyhow::Result<usize> {
-        let cache = caches()?.next().context("a cache")??;
+        let Some(cache) = caches()?.next() else { return Ok(0) };
+        let cache = cache?;
         // A line at the start and one at the end are no entries.
         Ok(fs::read_to_string(cache.path())?.lines().count() - 2)
     };
@@ -225,6 +226,71 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     fs::set_permissions(world.path(".cache/omsign/digests"), PermissionsExt::from_mode(0o777))?;
     let arguments = [&["sign", "model", "--digest-cache"], &KEY[..]].concat();
     world.omsign_refuses(2, &arguments, &["can be written by, somebody else", "hint: "])
+}
+
+/// A program that has a file mapped changes its times once, and writes on.
+#[test]
+fn the_cache_and_files_that_are_mapped() -> anyhow::Result<()> {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let world = World::new()?;
+    let writes = "import mmap, sys\nwith open(sys.argv[1], 'r+b') as f:\n  m = mmap.mmap(f.fileno(), 0)\n  \
+                  for line in sys.stdin:\n    m[0] = ord(line[0])\n    print('written', flush=True)\n";
+    // On a disk, and where the times of a mapped file never change.
+    for (model, remembers) in [(world.path("model"), true), (tempfile::tempdir_in("/dev/shm")?.keep(), false)]
+    {
+        fs::create_dir_all(&model)?;
+        fs::write(model.join("weights"), "0123456789")?;
+        let mut writer = Command::new("python3");
+        writer.args(["-c", writes]).arg(model.join("weights"));
+        let mut writer =
+            writer.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn()?;
+        let mut said = BufReader::new(writer.stdout.take().context("its output")?).lines();
+        let mut write = |what: &str| -> anyhow::Result<()> {
+            writeln!(writer.stdin.as_mut().context("its input")?, "{what}")?;
+            ensure!(said.next().context("an answer")?? == "written");
+            Ok(())
+        };
+        let digest =
+            |flag: &str| run(&world, &format!("faketime -f +1h omsign digest '{}' {flag}", text(&model)));
+        write("a")?;
+        let first = digest("--digest-cache")?;
+        ensure!(first.status.success());
+        let warned = String::from_utf8_lossy(&first.stderr)
+            .contains("is on a file system that does not say when a mapped file is written to");
+        ensure!(warned != remembers, "{first:?}");
+        let again = digest("--digest-cache")?;
+        let note = String::from_utf8_lossy(&again.stderr);
+        ensure!(note.contains("1 digest (10 bytes) came from the digest cache") == remembers, "{note}");
+        write("b")?;
+        let second = digest("--digest-cache")?.stdout;
+        ensure!(second == digest("")?.stdout && second != first.stdout, "{model:?}");
+        write("c")?;
+        ensure!(digest("--digest-cache")?.stdout != second, "{model:?}");
+        drop(writer.stdin.take());
+        writer.wait()?;
+        if !remembers {
+            fs::remove_dir_all(&model)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whoever tries again need not hash again what was hashed before it failed.
+#[test]
+fn the_cache_after_a_failure() -> anyhow::Result<()> {
+    let world = world()?;
+    // The longest are hashed first, so that this one fails last.
+    world.write("model/odd", "x")?;
+    let digest = "faketime -f +1h omsign digest model --digest-cache --jobs 1";
+    let script = format!(
+        "(while :; do printf x >> model/odd; done) & trap \"kill $!\" EXIT; ! {digest} 2> errors && grep -q 'odd changed' errors"
+    );
+    shell(&world, &script)?;
+    fs::remove_file(world.path("model/odd"))?;
+    let output = run(&world, digest)?;
+    let note = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && note.contains(" came from the digest cache"), "{note}");
+    Ok(())
 }
 
 #[test]

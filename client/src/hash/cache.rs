@@ -11,6 +11,9 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{fstatfs, syncfs};
+use sha2::{Digest as _, Sha256};
+
 use super::digest::{Algorithm, Digest};
 use super::schedule::Hashed;
 use super::{Looked, Piece, Stamp};
@@ -22,8 +25,11 @@ const HEADER: &str = "omsign digests 1";
 /// systems count in steps of up to two seconds.
 const RACY: Duration = Duration::from_secs(2);
 
-/// Above so many, only those of the last time are kept.
-const MOST_ENTRIES: usize = 1 << 20;
+/// What was not looked at is kept up to so many entries, or as many as were.
+const SPARE_ENTRIES: usize = 4096;
+
+/// What statfs(2) calls tmpfs and ramfs: the times of a mapped file stay as they are, whatever is written to it.
+const UNTIMED: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// A cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +45,9 @@ pub enum CacheError {
         /// Why.
         source: io::Error,
     },
+    /// Files there can be written to without anybody knowing.
+    #[error("{0} is on a file system that does not say when a mapped file is written to")]
+    Untimed(PathBuf),
     /// Whoever writes to it decides what is signed.
     #[error("the digest cache {0} belongs to, or can be written by, somebody else")]
     Others(PathBuf),
@@ -59,6 +68,8 @@ pub struct Cache {
     entries: HashMap<Entry, Digest>,
     /// Before this cache's files were looked at.
     opened: SystemTime,
+    /// The device whose files are remembered.
+    settled: Result<u64, PathBuf>,
 }
 
 /// Where caches are: `$XDG_CACHE_HOME/omsign/digests`.
@@ -84,8 +95,14 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
 }
 
 impl Cache {
-    /// Reads the cache of a model, or starts one.
+    /// Reads the cache of a model, or starts one. Has all that was written to the model's file system brought to the
+    /// disk.
     pub fn open(directory: &Path, model: &Path) -> Result<Self, CacheError> {
+        let cache = Self::read(directory, model)?;
+        Ok(Self { settled: settle(model).ok_or_else(|| model.to_owned()), ..cache })
+    }
+
+    fn read(directory: &Path, model: &Path) -> Result<Self, CacheError> {
         let error = |path: &Path, source| CacheError::Io { path: path.to_owned(), source };
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory).map_err(|source| error(directory, source))?;
@@ -111,7 +128,7 @@ impl Cache {
             Err(bad) if bad.kind() == io::ErrorKind::InvalidData => HashMap::new(),
             Err(source) => return Err(error(&path, source)),
         };
-        Ok(Self { path, entries, opened: SystemTime::now() })
+        Ok(Self { path, entries, opened: SystemTime::now(), settled: Err(real) })
     }
 
     /// The remembered digest of a piece.
@@ -130,39 +147,59 @@ impl Cache {
             hashed.map(|(stamp, piece, digest)| (entry(algorithm, stamp, &piece), digest)).collect();
         let stamps: HashMap<_, _> =
             seen.keys().map(|entry| ((entry.stamp.device, entry.stamp.inode), entry.stamp)).collect();
+        let settled = self.settled.clone().map_err(CacheError::Untimed)?;
+        let before = self.entries.len();
         // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
         // looked at.
         self.entries.retain(|old, _| {
             let now = stamps.get(&(old.stamp.device, old.stamp.inode));
             now.is_none_or(|stamp| *stamp == old.stamp)
         });
-        if self.entries.len() > MOST_ENTRIES {
+        if self.entries.len() > (2 * seen.len()).max(SPARE_ENTRIES) {
             self.entries.retain(|old, _| seen.contains_key(old));
         }
+        let kept = self.entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
         let old = |entry: &Entry| written(&entry.stamp).is_some_and(|written| written < youngest);
-        self.entries.extend(seen.into_iter().filter(|(entry, _)| old(entry)));
+        let lasting = |entry: &Entry| entry.stamp.device == settled && old(entry);
+        self.entries.extend(seen.into_iter().filter(|(entry, _)| lasting(entry)));
+        if kept == before && self.entries.len() == kept {
+            return Ok(());
+        }
         self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })
     }
 
     fn write(&self) -> io::Result<()> {
-        let mut text = format!("{HEADER}\n");
+        let directory = self.path.parent().unwrap_or(Path::new("."));
+        let mut file = io::BufWriter::new(tempfile::NamedTempFile::new_in(directory)?);
+        let mut hasher = Sha256::new();
+        let mut line = format!("{HEADER}\n");
         for (Entry { stamp, start, end, algorithm }, digest) in &self.entries {
+            hasher.update(&line);
+            file.write_all(line.as_bytes())?;
+            line.clear();
             let Stamp { device, inode, size, modified, changed } = stamp;
             let ((ms, mn), (cs, cn)) = (modified, changed);
             let _ = writeln!(
-                text,
+                line,
                 "{device} {inode} {size} {ms} {mn} {cs} {cn} {start} {end} {algorithm} {digest}"
             );
         }
-        let digest = Digest::sha256(text.as_bytes());
-        let _ = writeln!(text, "{digest}");
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(text.as_bytes())?;
-        file.persist(&self.path)?;
+        hasher.update(&line);
+        let digest = Digest::from_sha256(hasher);
+        writeln!(file, "{line}{digest}")?;
+        file.into_inner()?.persist(&self.path)?;
         Ok(())
     }
+}
+
+/// A program that has a file mapped changes its times only with its first write to a page since that was last written
+/// to the disk. All are written now, so that every later write is seen. Returns whose files that is true of.
+fn settle(model: &Path) -> Option<u64> {
+    let file = std::fs::File::open(model).ok()?;
+    let untimed = UNTIMED.contains(&fstatfs(&file).ok()?.f_type);
+    syncfs(&file).ok()?;
+    (!untimed).then_some(file.metadata().ok()?.dev())
 }
 
 fn entry(algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Entry {
@@ -254,12 +291,10 @@ impl Remembered {
         let mut hashed = made.digests.into_iter();
         digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
         let digests: Vec<Digest> = digests.into_iter().flatten().collect();
-        // Where one failed, nobody knows which of the others came to their end.
-        if made.failures.is_empty() {
-            let all = pieces.iter().zip(&digests);
-            let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
-            self.used.problem = self.cache.keep(algorithm, all).err();
-        }
+        // Whoever tries again after a failure need not begin anew.
+        let all = pieces.iter().zip(&digests).filter(|(_, digest)| **digest != Digest::NONE);
+        let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
+        self.used.problem = self.cache.keep(algorithm, all).err();
         Hashed { digests, failures: made.failures }
     }
 }
@@ -271,7 +306,7 @@ mod tests {
     const OLD: Stamp = Stamp { device: 1, inode: 2, size: 3, modified: (-5, 9), changed: (100, 1) };
 
     fn cache(directory: &Path) -> Cache {
-        Cache::open(directory, Path::new("/")).expect("opened")
+        Cache { settled: Ok(OLD.device), ..Cache::read(directory, Path::new("/")).expect("read") }
     }
 
     #[test]

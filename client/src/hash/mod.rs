@@ -252,7 +252,7 @@ impl Hasher {
                 let merged = counts.zip(pieces).map(|(count, piece)| {
                     let (now, later) = rest.split_at(count);
                     rest = later;
-                    Blake3::merge(now, piece.bytes())
+                    if now.contains(&Digest::NONE) { Digest::NONE } else { Blake3::merge(now, piece.bytes()) }
                 });
                 Hashed { digests: merged.collect(), failures }
             }

@@ -73,7 +73,7 @@ pub(super) enum OnFailure {
 
 /// What came of hashing.
 pub(super) struct Hashed {
-    /// In the units' order, or the pieces'. Void where there is a failure.
+    /// In the units' order, or the pieces'. [`Digest::NONE`] where there is a failure, or was one before.
     pub(super) digests: Vec<Digest>,
     /// The pieces that have none, and why, in no order.
     pub(super) failures: Vec<(usize, HashError)>,
