@@ -146,15 +146,24 @@ fn every_kernel_and_number_of_jobs_finds_the_same() -> anyhow::Result<()> {
 #[test]
 fn memory_stays_small_whatever_the_model() -> anyhow::Result<()> {
     let world = World::new()?;
-    for file in 0..80 {
-        world.write(&format!("model/{file}"), "")?;
-        fs::OpenOptions::new().write(true).open(world.path(&format!("model/{file}")))?.set_len(16 << 20)?;
-    }
+    let write = |name: String, bytes| -> anyhow::Result<()> {
+        world.write(&name, "")?;
+        Ok(fs::OpenOptions::new().write(true).open(world.path(&name))?.set_len(bytes)?)
+    };
+    (0..80).try_for_each(|file| write(format!("model/{file}"), 16 << 20))?;
     for more in
         [&["--jobs", "64"][..], &["--jobs", "1"], &["--hash-type", "blake3"], &["--shard-size", "1000000"]]
     {
         world.omsign_ok(&[&["digest", "model"], more].concat())?;
     }
+    // As many cores as there can be, and enough files for all their lanes.
+    (0..9000).try_for_each(|file| write(format!("many/{}/{file}", file % 10), 9000))?;
+    for algorithm in ["sha256", "blake2b", "blake3"] {
+        world.omsign_ok(&["digest", "many", "--jobs", "512", "--hash-type", algorithm])?;
+    }
+    shell(&world, "openssl ecparam -name prime256v1 -genkey -noout -out k.pem")?;
+    world.omsign_ok(&["sign", "many", "--private-key", "k.pem", "--digest-cache"])?;
+    world.omsign_ok(&["digest", "many", "--json"])?;
     // This process has no other children.
     let kib = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
     ensure!(kib <= 64 << 10, "{kib} KiB");
@@ -347,7 +356,7 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
     refuse(&["part-1.json", "p2.json", "part-3.json"], "different models")?;
     refuse(&["k.pub"], "k.pub is no manifest: line 1 is not of sha256sum")?;
     refuse(&["nowhere.json"], "cannot read nowhere.json")?;
-    refuse(&["part-1.json", "--ignore-paths", "sub"], "leave --ignore-paths out")?;
+    refuse(&["part-1.json", "--ignore-paths", "sub"], "leave --ignore-paths")?;
     refuse(&["whole.json", "--model-name", "m"], "--model-name is for lists of sha256sum")?;
     let usage = |arguments: &[&str], expected: &str| -> anyhow::Result<()> {
         let errors = world.omsign_fails(2, arguments)?;
@@ -363,6 +372,36 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
     )
 }
 
+/// What is signed later has to be there, and to have been there all the time that it was hashed.
+#[test]
+fn a_manifest_of_a_model_that_changes() -> anyhow::Result<()> {
+    let world = world()?;
+    let refuses = |script: &str, expected: &str| -> anyhow::Result<()> {
+        let output = run(&world, script)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2) && errors.contains(expected), "{script}: {errors}");
+        Ok(())
+    };
+    let inside = "standard output is a file of the model";
+    refuses("omsign digest model --json > model/manifest.json", inside)?;
+    refuses("omsign digest model --part 1/2 --json > model/manifest.json", inside)?;
+    let (ignored, manifest) = ("--ignore-paths manifest.json", "model/manifest.json");
+    shell(&world, &format!("omsign digest model --json {ignored} > {manifest}"))?;
+    shell(&world, "omsign sign --manifest - --private-key k.pem < model/manifest.json")?;
+    verify(&world, &[])?;
+    // One that comes, and one that was hashed already: the longest is read last by one core, and for a while.
+    fs::File::create(world.path("model/long"))?.set_len(3 << 30)?;
+    for change in ["touch model/comes", "printf x >> model/tokenizer.json"] {
+        let script = format!(
+            "omsign digest model --part 1/1 --json {ignored} 2> errors > part.json & \
+             until ls -l /proc/$!/fd | grep -q model/long; do :; done; {change}; wait $! || {{ cat errors >&2; exit 2; }}"
+        );
+        refuses(&script, "changed while it was hashed")?;
+        ensure!(fs::read(world.path("part.json"))?.is_empty());
+    }
+    Ok(())
+}
+
 #[test]
 fn lists_of_sha256sum_are_signed() -> anyhow::Result<()> {
     let world = world()?;
@@ -375,6 +414,17 @@ fn lists_of_sha256sum_are_signed() -> anyhow::Result<()> {
         sign(&world, &[])?;
         ensure!(inspect(&world)? == listed);
     }
+    // It follows links, and escapes what would break its lines.
+    std::os::unix::fs::symlink("config.json", world.path("model/link"))?;
+    world.write("model/two\nlines", "x")?;
+    let list = "cd model && find -L . -type f -print0 | xargs -0 sha256sum";
+    shell(
+        &world,
+        &format!(
+            "({list}) | omsign sign --manifest - --model-name model --allow-symlinks --private-key k.pem"
+        ),
+    )?;
+    ensure!(verify(&world, &[])?.starts_with("verified "));
     let arguments = [&["sign", "--manifest", "sums"], &KEY[..]].concat();
     world.omsign_refuses(2, &arguments, &["does not say the model's name: give --model-name"])
 }

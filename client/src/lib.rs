@@ -18,6 +18,7 @@ mod ml_dsa;
 pub mod model;
 mod object;
 pub mod oneshot;
+mod parts;
 pub mod path;
 pub mod policy;
 pub mod predicate;

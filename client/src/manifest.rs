@@ -182,9 +182,14 @@ impl<'a> Plan<'a> {
         resource_name(self.model.file_name(piece.file), sharded.then_some(&piece.range))
     }
 
-    /// How many resources the whole model has.
-    pub fn resources(&self) -> usize {
-        self.pieces.len()
+    /// SHA-256 over the names of all resources: what its parts have to have together.
+    pub fn names(&self) -> Digest {
+        names_digest(self.pieces.iter().map(|piece| self.name(piece)))
+    }
+
+    /// Whether one of its files is this one, by device and inode.
+    pub fn has(&self, device: u64, inode: u64) -> bool {
+        self.files.has(device, inode)
     }
 
     /// SHA-256 over the names and sizes of all resources, and a sample of their content: whoever plans the same model and
@@ -253,6 +258,23 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// SHA-256 over names, sorted, each with a zero byte at its end.
+pub(crate) fn names_digest(names: impl Iterator<Item = String>) -> Digest {
+    let mut hasher = Sha256::new();
+    names.for_each(|name| {
+        hasher.update(name);
+        hasher.update([0]);
+    });
+    Digest::from_sha256(hasher)
+}
+
+/// SHA-256 over raw digests, in this order.
+pub(crate) fn root_digest(resources: &[Resource]) -> Digest {
+    let mut hasher = Sha256::new();
+    resources.iter().for_each(|resource| hasher.update(resource.digest.as_bytes()));
+    Digest::from_sha256(hasher)
+}
+
 /// Consecutive ranges of at most so many bytes.
 fn shards(size: u64, bytes: NonZeroU64) -> impl Iterator<Item = Range<u64>> {
     let bytes = bytes.get();
@@ -262,9 +284,7 @@ fn shards(size: u64, bytes: NonZeroU64) -> impl Iterator<Item = Range<u64>> {
 impl Manifest {
     /// SHA-256 over the raw digests in listed order (OMS v1.0, 6.5.1).
     pub fn root_digest(&self) -> Digest {
-        let mut hasher = Sha256::new();
-        self.resources.iter().for_each(|resource| hasher.update(resource.digest.as_bytes()));
-        Digest::from_sha256(hasher)
+        root_digest(&self.resources)
     }
 
     /// How many files its resources are of.

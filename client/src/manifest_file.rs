@@ -3,15 +3,17 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read as _;
+use std::io::Read;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::hash::Digest;
-use crate::manifest::{Manifest, Part, Resource};
-use crate::predicate::{Predicate, PredicateError, complete, possible};
+use crate::manifest::{Manifest, Part};
+use crate::object::{Object, present};
+use crate::parts;
+use crate::predicate::{Predicate, PredicateError};
 use crate::sha256sum::{self, SumsError};
 
 /// The version of the format.
@@ -78,52 +80,54 @@ pub enum ManifestFileError {
 pub struct PartOf {
     /// Which.
     pub part: Part,
-    /// How many resources the whole model has.
-    pub resources: usize,
+    /// [`crate::manifest::Plan::names`] of the whole model.
+    pub names: Digest,
     /// [`crate::manifest::Plan::listing`] of the whole model.
     pub listing: Digest,
 }
 
+/// The file's content (docs/manifest.schema.json).
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File<'a> {
+pub(crate) struct File<'a> {
     omsign_manifest: u32,
-    model: String,
-    bytes: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    root_digest: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    part: Option<FilePart>,
+    pub(crate) model: String,
+    pub(crate) bytes: u64,
+    /// Of the resources in this file.
+    pub(crate) root_digest: String,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    pub(crate) part: Option<Object<FilePart>>,
     #[serde(borrow)]
-    predicate: Predicate<'a>,
+    pub(crate) predicate: Object<Predicate<'a>>,
 }
 
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FilePart {
-    index: NonZeroUsize,
-    of: NonZeroUsize,
-    model_resources: usize,
-    model_listing: String,
+pub(crate) struct FilePart {
+    pub(crate) index: NonZeroUsize,
+    pub(crate) of: NonZeroUsize,
+    pub(crate) model_names: String,
+    pub(crate) model_listing: String,
 }
 
-/// The file's content.
-pub fn to_json(manifest: &Manifest, bytes: u64, part: Option<PartOf>) -> serde_json::Value {
-    let root = || format!("sha256:{}", manifest.root_digest());
-    let file = File {
+/// A digest as the file has it.
+pub(crate) fn sha256(digest: Digest) -> String {
+    format!("sha256:{digest}")
+}
+
+/// What is written to a file.
+pub fn document(manifest: &Manifest, bytes: u64, part: Option<PartOf>) -> impl Serialize {
+    File {
         omsign_manifest: VERSION,
         model: manifest.model_name.clone(),
         bytes,
-        root_digest: part.is_none().then(root),
-        part: part.map(|PartOf { part, resources, listing }| FilePart {
-            index: part.index,
-            of: part.of,
-            model_resources: resources,
-            model_listing: format!("sha256:{listing}"),
+        root_digest: sha256(manifest.root_digest()),
+        part: part.map(|PartOf { part, names, listing }| {
+            let (model_names, model_listing) = (sha256(names), sha256(listing));
+            Object(FilePart { index: part.index, of: part.of, model_names, model_listing })
         }),
-        predicate: Predicate::new(&manifest.resources, &manifest.serialization),
-    };
-    serde_json::to_value(file).expect("strings, numbers and lists always serialize")
+        predicate: Object(Predicate::new(&manifest.resources, &manifest.serialization)),
+    }
 }
 
 /// What a list of `sha256sum` does not say.
@@ -133,6 +137,8 @@ pub struct Unsaid {
     pub model_name: Option<String>,
     /// What was left out of the list, below the model's root.
     pub ignore_paths: BTreeSet<String>,
+    /// Whether symbolic links were followed, as `sha256sum` does.
+    pub allow_symlinks: bool,
 }
 
 /// A manifest from its file, from all its parts, or from lists of `sha256sum`. Also returns the model's size in bytes,
@@ -140,7 +146,12 @@ pub struct Unsaid {
 pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>), ManifestFileError> {
     let read = |path: &PathBuf| {
         let mut bytes = Vec::new();
-        let read = fs::File::open(path).and_then(|file| file.take(LARGEST_BYTES + 1).read_to_end(&mut bytes));
+        let mut read = |from: &mut dyn Read| from.take(LARGEST_BYTES + 1).read_to_end(&mut bytes);
+        // As everywhere.
+        let read = match path.as_os_str() == "-" {
+            true => read(&mut std::io::stdin().lock()),
+            false => fs::File::open(path).and_then(|mut file| read(&mut file)),
+        };
         match read {
             Ok(read) if read as u64 > LARGEST_BYTES => Err(ManifestFileError::TooLarge(path.clone())),
             Ok(_) => Ok(bytes),
@@ -152,12 +163,12 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
     for (path, bytes) in paths.iter().zip(&contents) {
         let malformed = |reason: String| ManifestFileError::Malformed { path: path.clone(), reason };
         if bytes.trim_ascii_start().starts_with(b"{") {
-            let file: File<'_> =
+            let Object(file): Object<File<'_>> =
                 serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
             if file.omsign_manifest != VERSION {
                 return Err(malformed(format!("it is of version {}, not {VERSION}", file.omsign_manifest)));
             }
-            if file.model.is_empty() || file.part.as_ref().is_some_and(|part| part.index > part.of) {
+            if file.model.is_empty() || file.part.as_ref().is_some_and(|Object(part)| part.index > part.of) {
                 return Err(malformed("its model has no name, or its part is not one of 1 to N".into()));
             }
             files.push((path.as_path(), file));
@@ -180,81 +191,14 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
         (Some(_), None) if unsaid.model_name.is_some() => Err(ManifestFileError::Name(
             "--model-name is for lists of sha256sum: the manifest has the model's name",
         )),
-        (Some(_), None) => from_parts(files).map(|(manifest, bytes)| (manifest, Some(bytes))),
+        (Some(_), None) => parts::together(files).map(|(manifest, bytes)| (manifest, Some(bytes))),
     }
-}
-
-/// Puts parts together: each once, none missing, all of the same model and options.
-fn from_parts(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), ManifestFileError> {
-    let predicate_error = |path: &Path| {
-        let path = path.to_owned();
-        |source| ManifestFileError::Predicate { path, source }
-    };
-    files.sort_by_key(|(_, file)| file.part.as_ref().map(|part| part.index));
-    let mut files = files.into_iter();
-    let Some((first, File { model, mut bytes, root_digest, part, predicate, .. })) = files.next() else {
-        return Err(ManifestFileError::Name("no file is given"));
-    };
-    let (mut resources, serialization) = predicate.check().map_err(predicate_error(first))?;
-    let mut last = (first, part.as_ref().map(|part| part.index.get()));
-    for (path, file) in files {
-        let apart = |what: &str| {
-            Err(ManifestFileError::Apart {
-                one: last.0.to_owned(),
-                other: path.to_owned(),
-                what: what.into(),
-            })
-        };
-        let (Some(first), Some(this)) = (&part, &file.part) else {
-            return apart("are not parts of one model: give one manifest, or all parts of one");
-        };
-        if last.1 == Some(this.index.get()) {
-            return apart("are the same part of the model");
-        }
-        let (more, same) = file.predicate.check().map_err(predicate_error(path))?;
-        if same != serialization
-            || file.model != model
-            || (FilePart { index: first.index, ..this.clone() }) != *first
-        {
-            return apart("are parts of different models, or were made with different options");
-        }
-        resources.extend(more);
-        bytes = bytes.saturating_add(file.bytes);
-        if let Some(gap) = last.1.filter(|last| last + 1 != this.index.get()) {
-            return Err(ManifestFileError::Gap { missing: gap + 1, of: this.of.get() });
-        }
-        last = (path, Some(this.index.get()));
-    }
-    if let Some(part) = &part {
-        let (first, last, of) = (part.index.get(), last.1.unwrap_or_default(), part.of.get());
-        if first != 1 || last != of {
-            return Err(ManifestFileError::Gap { missing: if first == 1 { last + 1 } else { 1 }, of });
-        }
-    }
-    resources.sort_by_cached_key(Resource::name);
-    let malformed =
-        |reason: &str| ManifestFileError::Malformed { path: first.to_owned(), reason: reason.to_owned() };
-    if let Some([one, ..]) =
-        resources.windows(2).find(|pair| matches!(pair, [one, next] if one.name() == next.name()))
-    {
-        return Err(predicate_error(first)(PredicateError::Duplicate(one.name())));
-    }
-    if part.is_some_and(|part| part.model_resources != resources.len()) {
-        return Err(malformed("its parts do not have as many files as the model"));
-    }
-    complete(&resources, serialization.method).map_err(predicate_error(first))?;
-    possible(&resources, serialization.left_out()).map_err(predicate_error(first))?;
-    let manifest = Manifest { model_name: model, resources, serialization };
-    if root_digest.is_some_and(|root| root != format!("sha256:{}", manifest.root_digest())) {
-        return Err(malformed("its root digest is not that of its files"));
-    }
-    Ok((manifest, bytes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::Serialization;
+    use crate::manifest::{Resource, Serialization, names_digest};
 
     struct Directory(tempfile::TempDir);
 
@@ -275,10 +219,15 @@ mod tests {
         Manifest { model_name: "m".into(), resources, serialization: Serialization::default() }
     }
 
+    fn to_json(manifest: &Manifest, bytes: u64, part: Option<PartOf>) -> serde_json::Value {
+        serde_json::to_value(document(manifest, bytes, part)).expect("JSON")
+    }
+
     fn part(files: &[&str], index: usize, of: usize) -> serde_json::Value {
         let number = |number| NonZeroUsize::new(number).expect("not zero");
         let part = Part { index: number(index), of: number(of) };
-        to_json(&model(files), 5, Some(PartOf { part, resources: 3, listing: Digest::sha256(b"abc") }))
+        let names = names_digest(["a", "b", "c"].map(str::to_owned).into_iter());
+        to_json(&model(files), 5, Some(PartOf { part, names, listing: Digest::sha256(b"abc") }))
     }
 
     #[test]
@@ -315,7 +264,9 @@ mod tests {
                 ],
                 "different models",
             ),
-            (vec![one.clone(), part(&["c"], 2, 2)], "as many files as the model"),
+            (vec![one.clone(), part(&["c"], 2, 2)], "do not have the files of the model"),
+            (vec![one.clone(), part(&["b", "d"], 2, 2)], "do not have the files of the model"),
+            (vec![one.clone(), part(&["b", "c", "d"], 2, 2)], "do not have the files of the model"),
             (vec![part(&["b"], 1, 2), two.clone()], "lists \"b\" twice"),
             (vec![one.clone(), to_json(&model(&["a"]), 1, None)], "not parts of one model"),
             (
@@ -323,7 +274,17 @@ mod tests {
                 "not parts of one model",
             ),
             (vec![to_json(&model(&[]), 1, None)], "lists no files"),
-            (vec![part(&["."], 1, 2), part(&["b", "c"], 2, 2)], "lists \".\""),
+            (vec![part(&["."], 1, 2), part(&["b", "c"], 2, 2)], "do not have the files of the model"),
+            (
+                vec![other(&|o| o["root_digest"] = "sha256:".into())],
+                "its root digest is not that of its files",
+            ),
+            (
+                vec![other(&|o| drop(o.as_object_mut().map(|o| o.remove("root_digest"))))],
+                "missing field `root_digest`",
+            ),
+            (vec![other(&|o| o["part"] = serde_json::json!([2, 2, "x", "y"]))], "expected an object"),
+            (vec![other(&|o| o["part"] = serde_json::Value::Null)], "expected an object"),
             (vec![part(&["a"], 3, 2)], "not one of 1 to N"),
             (vec![other(&|o| o["model"] = "".into())], "has no name"),
             (vec![other(&|o| o["more"] = 1.into())], "unknown field `more`"),
@@ -353,13 +314,18 @@ mod tests {
     #[test]
     fn lists_of_sha256sum() {
         let directory = Directory(tempfile::tempdir().expect("a directory"));
-        let unsaid = Unsaid { model_name: Some("m".into()), ignore_paths: [".git".to_owned()].into() };
+        let unsaid = Unsaid {
+            model_name: Some("m".into()),
+            ignore_paths: [".git".to_owned()].into(),
+            allow_symlinks: true,
+        };
         let digest = |name: &str| resource(name).digest;
         let one = directory.write("1", &format!("{}  ./c d\n{} *a\n", digest("c d"), digest("a")));
         let two = directory.write("2", &format!("SHA256 (b) = {}\n", digest("b")));
         let (manifest, bytes) = read(&[one.clone(), two], &unsaid).expect("read");
         let mut expected = model(&["a", "b", "c d"]);
         expected.serialization.ignore_paths = Some(unsaid.ignore_paths.clone());
+        expected.serialization.allow_symlinks = true;
         assert_eq!((manifest, bytes), (expected, None));
         assert!(
             said(&read(std::slice::from_ref(&one), &Unsaid::default()).expect_err("no name"))

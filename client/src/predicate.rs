@@ -101,10 +101,14 @@ struct Parameters {
 
 impl<'a> Predicate<'a> {
     /// What is written for a manifest's resources: the same ones give the same bytes.
-    pub(crate) fn new(resources: &[Resource], serialization: &Serialization) -> Self {
+    pub(crate) fn new(resources: &'a [Resource], serialization: &Serialization) -> Self {
         let algorithm = serialization.algorithm.name();
-        let descriptor = |resource: &Resource| Descriptor {
-            name: resource.name().into(),
+        let descriptor = |resource: &'a Resource| Descriptor {
+            name: if resource.shard.is_none() {
+                resource.file.as_str().into()
+            } else {
+                resource.name().into()
+            },
             digest: resource.digest.to_string().into(),
             algorithm: algorithm.into(),
         };

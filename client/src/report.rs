@@ -1,11 +1,12 @@
 //! What people and programs see: results on standard output, everything else on standard error.
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use omsign::Error;
 use omsign::differences::Differences;
+use serde::Serialize;
+use serde_json::ser::{Formatter, Serializer};
 
 use crate::commands::Failure;
 use crate::hints::hint;
@@ -19,25 +20,25 @@ pub(crate) fn result(text: impl std::fmt::Display) -> Result<(), Failure> {
 }
 
 /// Prints a result for programs: one JSON object in a line.
-pub(crate) fn json(object: &serde_json::Value) -> Result<(), Failure> {
-    raw(format!("{}\n", ascii_controls(&object.to_string())).as_bytes())
+pub(crate) fn json(object: &impl Serialize) -> Result<(), Failure> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let written = object.serialize(&mut Serializer::with_formatter(&mut out, Controls));
+    printed(written.map_err(io::Error::from).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()))
 }
 
-/// JSON whose control characters are all escaped as JSON does it: serde_json leaves DEL and those from U+0080 on.
-fn ascii_controls(json: &str) -> Cow<'_, str> {
-    if !json.contains(char::is_control) {
-        return json.into();
-    }
-    let mut escaped = String::with_capacity(json.len() + 16);
-    for character in json.chars() {
-        // A line end is none of a string's: those are escaped already.
-        if character.is_control() && character != '\n' {
-            let _ = write!(escaped, "\\u{:04x}", u32::from(character));
-        } else {
-            escaped.push(character);
+/// Escapes all control characters as JSON does it: serde_json leaves DEL and those from U+0080 on.
+struct Controls;
+
+impl Formatter for Controls {
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        let mut rest = text;
+        while let Some((at, control)) = rest.char_indices().find(|(_, character)| character.is_control()) {
+            let (before, after) = rest.split_at(at);
+            write!(out, "{before}\\u{:04x}", u32::from(control))?;
+            rest = after.get(control.len_utf8()..).unwrap_or_default();
         }
+        out.write_all(rest.as_bytes())
     }
-    escaped.into()
 }
 
 /// Prints a result in one line, whatever names in it hold.
@@ -61,7 +62,11 @@ fn printable(text: &str) -> Cow<'_, str> {
 /// Prints bytes as they are.
 pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    match out.write_all(bytes).and_then(|()| out.flush()) {
+    printed(out.write_all(bytes).and_then(|()| out.flush()))
+}
+
+fn printed(written: io::Result<()>) -> Result<(), Failure> {
+    match written {
         // `omsign … | head` has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written.map_err(Failure::Unprinted),
@@ -137,7 +142,9 @@ mod tests {
     #[test]
     fn control_characters_in_json() {
         let object = serde_json::json!({ "name": "a\u{7f}b\u{9b}c\nd" });
-        let text = ascii_controls(&object.to_string()).into_owned();
+        let mut text = Vec::new();
+        object.serialize(&mut Serializer::with_formatter(&mut text, Controls)).expect("written");
+        let text = String::from_utf8(text).expect("text");
         assert_eq!(text, r#"{"name":"a\u007fb\u009bc\nd"}"#);
         assert_eq!(serde_json::from_str::<serde_json::Value>(&text).expect("JSON"), object);
     }

@@ -11,7 +11,7 @@ use crate::predicate::{PredicateError, canonical, complete, possible};
 /// A list that cannot be read as one.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SumsError {
-    /// A line, counted from 1. A name with a backslash or a line end, which OMS does not know, is escaped.
+    /// A line, counted from 1.
     #[error("line {0} is not of sha256sum: <64 hexadecimal digits>  <path>")]
     Line(usize),
     /// A name that is not a plain path below the model's root.
@@ -23,6 +23,8 @@ pub(crate) enum SumsError {
 pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
     let resource = |(index, line): (usize, &str)| {
         let malformed = || SumsError::Line(index + 1);
+        // Before a line whose name is escaped.
+        let (escaped, line) = line.strip_prefix('\\').map_or((false, line), |line| (true, line));
         // `sha256sum --tag` writes it so; without, there are two spaces, or a space and `*` for binary files.
         let tagged = line.strip_prefix("SHA256 (").and_then(|rest| rest.rsplit_once(") = "));
         let plain = || {
@@ -34,14 +36,34 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
             None => plain().ok_or_else(malformed)?,
         };
         let digest = Digest::from_hex(Algorithm::Sha256, digest).ok_or_else(malformed)?;
+        let name = if escaped { unescaped(name).ok_or_else(malformed)? } else { name.to_owned() };
         // `find .` puts it before every name.
-        let name = name.strip_prefix("./").unwrap_or(name);
-        if !canonical(name) {
-            return Err(SumsError::Name(PredicateError::Name(name.to_owned())));
+        let file = name.strip_prefix("./").unwrap_or(&name).to_owned();
+        if canonical(&file) {
+            Ok(Resource { file, shard: None, digest })
+        } else {
+            Err(SumsError::Name(PredicateError::Name(file)))
         }
-        Ok(Resource { file: name.to_owned(), shard: None, digest })
     };
     text.lines().enumerate().map(resource).collect()
+}
+
+/// A name with `\n`, `\r` and `\\` as what they stand for.
+fn unescaped(name: &str) -> Option<String> {
+    let mut characters = name.chars();
+    let mut plain = String::with_capacity(name.len());
+    while let Some(character) = characters.next() {
+        plain.push(match character {
+            '\\' => match characters.next()? {
+                'n' => '\n',
+                'r' => '\r',
+                '\\' => '\\',
+                _ => return None,
+            },
+            other => other,
+        });
+    }
+    Some(plain)
 }
 
 /// Puts the lists of one model together.
@@ -65,8 +87,9 @@ pub(crate) fn together(
     }
     let path = lists.first().map(|(path, _)| (*path).to_owned()).unwrap_or_default();
     let resources: Vec<_> = resources.into_values().collect();
+    let Unsaid { ignore_paths, allow_symlinks, .. } = unsaid.clone();
     let serialization =
-        Serialization { ignore_paths: Some(unsaid.ignore_paths.clone()), ..Serialization::default() };
+        Serialization { ignore_paths: Some(ignore_paths), allow_symlinks, ..Serialization::default() };
     let wrong = |source| ManifestFileError::Predicate { path: path.clone(), source };
     complete(&resources, Method::Files).map_err(wrong)?;
     possible(&resources, &unsaid.ignore_paths).map_err(wrong)?;
@@ -86,11 +109,15 @@ mod tests {
         let resource = |file: &str| Resource { file: file.into(), shard: None, digest };
         let list = format!("{digest}  ./c  d\n{digest} *a  b\nSHA256 (b) = {digest}\n");
         assert_eq!(parse(&list).expect("a list"), [resource("c  d"), resource("a  b"), resource("b")]);
+        let escaped = format!("\\{digest}  ./a\\nb\n\\SHA256 (a\\rb) = {digest}\n");
+        assert_eq!(parse(&escaped).expect("a list"), [resource("a\nb"), resource("a\rb")]);
         for (text, expected) in [
             (format!("{digest} a"), "line 1 is not"),
             (format!("{digest}  a\nx  b"), "line 2 is not"),
             (format!("{}  a", digest.to_string().to_uppercase()), "line 1 is not"),
-            (format!("\\{digest}  a\\\\b"), "line 1 is not"),
+            (format!("\\{digest}  a\\tb"), "line 1 is not"),
+            (format!("\\{digest}  a\\"), "line 1 is not"),
+            (format!("\\{digest}  a\\\\b"), "not a canonical path"),
             (format!("{digest}  ../a"), "not a canonical path"),
             (format!("{digest}  /a"), "not a canonical path"),
             (format!("{digest}  "), "not a canonical path"),

@@ -142,7 +142,7 @@ pub(crate) struct Work {
     /// Shows no progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
-    /// For tests: the kernel that computes SHA-256
+    /// For tests: the kernel that computes SHA-256; empty, the fastest
     #[arg(long, value_name = "NAME", env = "OMSIGN_HASH_KERNEL", hide = true)]
     pub(crate) hash_kernel: Option<String>,
 }
@@ -160,13 +160,13 @@ pub(crate) struct Sign {
     /// The model: a directory or a file
     #[arg(value_name = "MODEL", required_unless_present = "manifest")]
     pub(crate) model: Option<PathBuf>,
-    /// Signs what `omsign digest --json` found, in all its parts (several files), or a list of sha256sum; the model need
-    /// not be at hand
+    /// Signs what `omsign digest --json` found, in all its parts (several files), or a list of sha256sum; `-` is standard
+    /// input; the model need not be at hand
     #[arg(
         long,
         value_name = "FILE",
         num_args = 1..,
-        conflicts_with_all = ["model", "allow_symlinks", "hash_type", "serialization", "shard_size", "digest_cache"]
+        conflicts_with_all = ["model", "hash_type", "serialization", "shard_size", "digest_cache"]
     )]
     pub(crate) manifest: Vec<PathBuf>,
     /// The model's name, for a list of sha256sum

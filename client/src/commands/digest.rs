@@ -2,6 +2,7 @@
 
 use omsign::manifest::Plan;
 use omsign::manifest_file::{self, PartOf};
+use rustix::fs::fstat;
 
 use super::hasher::Hashing;
 use super::{Done, Failure};
@@ -13,20 +14,27 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let selection = files.selection(model).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
-    let model = serialization.walk(model)?;
-    let plan = Plan::new(&model, serialization, &hashing.hasher)?;
+    let found = serialization.walk(model)?;
+    let plan = Plan::new(&found, serialization.clone(), &hashing.hasher)?;
+    let output = fstat(std::io::stdout()).map_err(|errno| Failure::Unprinted(errno.into()))?;
+    if plan.has(output.st_dev, output.st_ino) {
+        return Err(Failure::Usage(
+            "standard output is a file of the model: write it elsewhere, or leave it out with --ignore-paths",
+        ));
+    }
     let part = match arguments.part {
         Some(part) => {
-            let (resources, listing) = (plan.resources(), plan.listing(&hashing.hasher)?);
-            Some(PartOf { part, resources, listing })
+            let (names, listing) = (plan.names(), plan.listing(&hashing.hasher)?);
+            Some(PartOf { part, names, listing })
         }
         None => None,
     };
     let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };
     let (manifest, bytes) = plan.hash(&hashing.hasher)?;
+    plan.check_unchanged(&serialization.walk(model)?, &hashing.hasher)?;
     hashing.end();
     if arguments.json {
-        report::json(&manifest_file::to_json(&manifest, bytes, part))
+        report::json(&manifest_file::document(&manifest, bytes, part))
     } else {
         report::result(format_args!("sha256:{}", manifest.root_digest()))
     }

@@ -19,7 +19,7 @@ pub(crate) struct Hashing {
 
 impl Hashing {
     pub(crate) fn start(work: &Work, model: &Path) -> Result<Self, Error> {
-        let mut hasher = Hasher::new(work.jobs, work.hash_kernel.as_deref())?;
+        let mut hasher = Hasher::new(work.jobs, work.hash_kernel.as_deref().filter(|name| !name.is_empty()))?;
         // A model that is not there is better said by those who look for its files.
         if work.digest_cache && model.exists() {
             hasher = hasher.with_cache(Cache::open(&directory()?, model)?);

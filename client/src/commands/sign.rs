@@ -63,9 +63,10 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
 fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
     let files = &arguments.files;
     let is_list = arguments.model_name.is_some();
-    if !is_list && (!files.ignore_paths.is_empty() || files.no_ignore_git_paths) {
+    if !is_list && (!files.ignore_paths.is_empty() || files.no_ignore_git_paths || files.allow_symlinks) {
         return Err(Failure::Usage(
-            "what is left out was said when the manifest was made: leave --ignore-paths out",
+            "what is left out, and whether links are followed, was said when the manifest was made: leave \
+             --ignore-paths, --no-ignore-git-paths and --allow-symlinks out",
         ));
     }
     let mut ignore_paths = BTreeSet::new();
@@ -76,7 +77,11 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
     if !files.no_ignore_git_paths {
         ignore_paths.extend(GIT_PATHS.map(str::to_owned));
     }
-    let unsaid = Unsaid { model_name: arguments.model_name.clone(), ignore_paths };
+    let unsaid = Unsaid {
+        model_name: arguments.model_name.clone(),
+        ignore_paths,
+        allow_symlinks: files.allow_symlinks,
+    };
     let (manifest, bytes) = manifest_file::read(&arguments.manifest, &unsaid)?;
     Ok(Subject::Manifest(manifest, bytes))
 }

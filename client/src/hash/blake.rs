@@ -39,11 +39,12 @@ pub(super) struct Blake3;
 /// Bytes in a part of a longer input, at least: a power of two times BLAKE3's chunk of 1024.
 const SUBTREE_BYTES: u64 = 4 << 20;
 
-/// Parts of an input, at most: what is known of them must not grow with it.
-const MOST_SUBTREES: u64 = 4096;
+/// Parts of all inputs together, at most, besides one for each: what is known of them must not grow with their length.
+const MOST_SUBTREES: u64 = 1 << 16;
 
-fn subtree_bytes(bytes: u64) -> u64 {
-    bytes.div_ceil(MOST_SUBTREES).next_power_of_two().max(SUBTREE_BYTES)
+/// How long a part is, of inputs of so many bytes in all.
+pub(super) fn subtree_bytes(total: u64) -> u64 {
+    total.div_ceil(MOST_SUBTREES).next_power_of_two().max(SUBTREE_BYTES)
 }
 
 impl Streams for Blake3 {
@@ -79,9 +80,8 @@ impl Streams for Blake3 {
 }
 
 impl Blake3 {
-    /// The parts of an input that are hashed by themselves.
-    pub(super) fn units(piece: usize, range: &Range<u64>) -> Vec<Unit> {
-        let subtree = subtree_bytes(range.end - range.start);
+    /// The parts of an input that are hashed by themselves, each but the last one as long as said.
+    pub(super) fn units(piece: usize, range: &Range<u64>, subtree: u64) -> Vec<Unit> {
         if range.end - range.start <= subtree {
             return vec![Unit::whole(piece, range.clone())];
         }
@@ -96,11 +96,11 @@ impl Blake3 {
     }
 
     /// The digest of an input from those of its parts.
-    pub(super) fn merge(parts: &[Digest], bytes: u64) -> Digest {
+    pub(super) fn merge(parts: &[Digest], bytes: u64, subtree: u64) -> Digest {
         match parts {
             [whole] => *whole,
             parts => {
-                let (left, right) = halves(parts, bytes, subtree_bytes(bytes));
+                let (left, right) = halves(parts, bytes, subtree);
                 Digest::from_bytes(merge_subtrees_root(&left, &right, Mode::Hash).as_bytes())
             }
         }
@@ -138,7 +138,7 @@ mod tests {
         {
             let data = &bytes[..usize::try_from(length).expect("it fits")];
             // A range of a file begins anywhere, its tree at nought.
-            let units = Blake3::units(0, &(1000..1000 + length));
+            let units = Blake3::units(0, &(1000..1000 + length), SUBTREE_BYTES);
             let part = |unit: &Unit| {
                 let at = usize::try_from(unit.offset).expect("it fits");
                 let end = at + usize::try_from(unit.range.end - unit.range.start).expect("it fits");
@@ -146,7 +146,7 @@ mod tests {
             };
             let parts: Vec<_> = units.iter().map(part).collect();
             assert_eq!(
-                Blake3::merge(&parts, length).as_bytes(),
+                Blake3::merge(&parts, length, SUBTREE_BYTES).as_bytes(),
                 blake3::hash(data).as_bytes(),
                 "{length} bytes"
             );
@@ -156,11 +156,15 @@ mod tests {
     #[test]
     fn the_number_of_parts_does_not_grow_with_the_input() {
         for bytes in [0, SUBTREE_BYTES + 1, 17 << 30, (1 << 44) + 1, i64::MAX.unsigned_abs()] {
-            let units = Blake3::units(0, &(0..bytes));
+            let units = Blake3::units(0, &(0..bytes), subtree_bytes(bytes));
             assert!(
                 units.len() as u64 <= MOST_SUBTREES && units.last().is_some_and(|u| u.range.end == bytes)
             );
         }
+        // Nor with how many there are.
+        let (each, files) = (1 << 40, 40_000);
+        let units = Blake3::units(0, &(0..each), subtree_bytes(each * files)).len() as u64;
+        assert!(units * files <= MOST_SUBTREES + files, "{units} for each");
     }
 
     #[test]

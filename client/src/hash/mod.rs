@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use self::blake::{Blake2b, Blake3};
+use self::blake::{Blake2b, Blake3, subtree_bytes};
 use self::cache::{Cache, CacheUse, Remembered};
 pub use self::digest::{Algorithm, Digest};
 use self::schedule::{Hashed, OnFailure, Unit};
@@ -93,6 +93,10 @@ impl<'a> Looked<'a> {
         self.paths.push(path);
         self.stamps.push(stamp);
         self.paths.len() - 1
+    }
+
+    pub(crate) fn has(&self, device: u64, inode: u64) -> bool {
+        self.stamps.iter().any(|stamp| (stamp.device, stamp.inode) == (device, inode))
     }
 
     fn get(&self, file: usize) -> (&'a Path, Stamp) {
@@ -243,7 +247,9 @@ impl Hasher {
                 schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, on_failure, pool, hashed)
             }
             Algorithm::Blake3 => {
-                let units = pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range));
+                let subtree = subtree_bytes(Piece::total(pieces));
+                let units =
+                    pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range, subtree));
                 let units: Vec<Unit> = units.collect();
                 let Hashed { digests: parts, failures } =
                     schedule::run(&Blake3, &units, of, on_failure, pool, hashed);
@@ -252,7 +258,11 @@ impl Hasher {
                 let merged = counts.zip(pieces).map(|(count, piece)| {
                     let (now, later) = rest.split_at(count);
                     rest = later;
-                    if now.contains(&Digest::NONE) { Digest::NONE } else { Blake3::merge(now, piece.bytes()) }
+                    if now.contains(&Digest::NONE) {
+                        Digest::NONE
+                    } else {
+                        Blake3::merge(now, piece.bytes(), subtree)
+                    }
                 });
                 Hashed { digests: merged.collect(), failures }
             }

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::HashError;
 use super::digest::Digest;
-use super::source::{self, Buffer, Feed, Stamp};
+use super::source::{self, Buffer, Feed, PAGE_BYTES, Stamp};
 
 /// A hash algorithm, as streams that are advanced side by side.
 pub(super) trait Streams: Sync {
@@ -95,13 +95,16 @@ pub(super) fn run<'a, S: Streams>(
     let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
     let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
     // A core that took all that its vectors hold would leave none to the others where there is little.
-    let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable).max(1);
+    let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable);
+    // And of more cores than share the buffers, each takes fewer.
+    let lanes = lanes.min(BUFFERS_BYTES / jobs / (SMALLEST_BUFFER + PAGE_BYTES)).max(1);
     // Cores that would have nothing to hash read for those that have.
     let ahead = units.len() < jobs;
     let buffer = if ahead {
         (BUFFERS_BYTES / (units.len().max(1) * source::AHEAD_BUFFERS)).min(LARGEST_AHEAD)
     } else {
-        ((BUFFERS_BYTES / jobs).min(CORE_BYTES) / lanes).min(LARGEST_BUFFER)
+        let share = (BUFFERS_BYTES / jobs / lanes).saturating_sub(PAGE_BYTES);
+        share.min(CORE_BYTES / lanes).min(LARGEST_BUFFER)
     };
     let buffer = buffer.max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
     let work = Work {

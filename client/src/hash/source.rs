@@ -137,11 +137,11 @@ pub(super) fn sample(path: &Path, stamp: Stamp) -> Result<Vec<u8>, SourceError> 
     // One for each page: more would cost no less than reading it.
     let count = (stamp.size / PAGE_BYTES as u64 + 1).min(SAMPLES);
     let mut bytes = Vec::new();
+    let (mut source, mut buffer) = (Source::open(path, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
     for index in 1..=count {
         // Of so many equal parts the end of each.
         let end = stamp.size / count * index + if index == count { stamp.size % count } else { 0 };
-        let mut source = Source::open(path, stamp, &(end.saturating_sub(SAMPLE_BYTES)..end))?;
-        let mut buffer = Buffer::new(PAGE_BYTES);
+        (source.position, source.end) = (end.saturating_sub(SAMPLE_BYTES), end);
         let filled = source.fill(&mut buffer)?;
         bytes.extend_from_slice(buffer.get(0..filled));
     }
@@ -156,7 +156,7 @@ pub(super) struct Buffer {
 }
 
 /// A buffer takes as much more, to begin where a page does.
-const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 
 impl Buffer {
     /// Of so many bytes.
