@@ -81,15 +81,19 @@ fn a_key_in_the_bundle() -> anyhow::Result<()> {
         let output = world.omsign(&["verify", "model", "--signature", "m.sig", "--public-key", "k.pub"])?;
         Ok(String::from_utf8([output.stdout, output.stderr].concat())?)
     };
-    let pem = encode_block(&key.public_key_to_pem()?);
-    for details in [json!("PKIX_ECDSA_P256_SHA_256"), json!("PKIX_ECDSA_P256_HMAC_SHA_256"), json!(null)] {
-        let mut material = json!({ "rawBytes": pem, "keyDetails": details });
-        if details.is_null() {
-            material.as_object_mut().context("an object")?.remove("keyDetails");
+    let pem = String::from_utf8(key.public_key_to_pem()?)?;
+    // The same key, however its lines end.
+    for pem in [pem.clone(), pem.replace('\n', "\r\n"), pem.trim_end().to_owned()] {
+        let pem = encode_block(pem.as_bytes());
+        for details in ["PKIX_ECDSA_P256_SHA_256", "PKIX_ECDSA_P256_HMAC_SHA_256"] {
+            let said = verify(json!({ "rawBytes": pem, "keyDetails": details }))?;
+            ensure!(said.starts_with("verified "), "{details}: {said}");
         }
-        let said = verify(material)?;
-        ensure!(said.starts_with("verified "), "{details}: {said}");
+        let said = verify(json!({ "rawBytes": pem }))?;
+        ensure!(said.starts_with("verified "), "{said}");
     }
+    let said = verify(json!({ "rawBytes": encode_block(pem.as_bytes()), "keyDetails": { "a": [1] } }))?;
+    ensure!(said.contains("malformed (OMS 4): invalid type: map, expected a string"), "{said}");
     // Another key than the one given, whoever signed.
     let other = omsign_tests::pki::Pki::new(&world);
     other.root("other")?;

@@ -20,22 +20,48 @@ fn most_memory() -> anyhow::Result<usize> {
 
 const VERIFY: [&str; 6] = ["verify", "model", "--signature", "b.sig", "--public-key", "k.pub"];
 
+const KEYLESS: [&str; 8] = [
+    "verify",
+    "model",
+    "--signature",
+    "b.sig",
+    "--identity",
+    "a@b.c",
+    "--identity-provider",
+    "https://p.example",
+];
+
 /// A bundle that is as long as this because of its payload, its log entries or something that nobody knows. Written
 /// bit by bit: what this process ever held counts as its children's memory, too.
-fn hostile(world: &World, kind: &str, bytes: usize) -> anyhow::Result<()> {
+fn hostile(world: &World, kind: &str, bytes: usize, keyless: bool) -> anyhow::Result<()> {
     let key = forge::private_key(&world.path("k.key"))?;
     let mut whole = forge::bundle(&forge::key_material(&key)?, b"PAYLOAD", b"SIGNATURE");
+    let payload = openssl::base64::encode_block(b"PAYLOAD");
     let (from, before, repeated, after) = match kind {
-        "payload" => (openssl::base64::encode_block(b"PAYLOAD"), "", "QUJD", ""),
+        "payload" => (payload, "", "QUJD", ""),
         "entries" => ("\"[]\"".into(), "[", "{},", "1]"),
         "small entries" => ("\"[]\"".into(), "[", "0,", "1]"),
         "signatures" => ("\"signatures\":[".into(), "\"signatures\":[", "{\"sig\":\"\"},", ""),
-        "zeros" => (openssl::base64::encode_block(b"PAYLOAD"), "", "AAAA", ""),
+        "zeros" => (payload, "", "AAAA", ""),
         "nested entries" => ("\"[]\"".into(), "", "[", ""),
+        // The JSON of a statement, in base64: subjects, digests of one subject. Each part is of whole groups of three.
+        "subjects" => (payload, "eyJzdWJqZWN0IjpbICAg", "eyJkaWdlc3QiOnt9fSwg", "e31dfSAg"),
+        "digests" => (payload, "eyJzdWJqZWN0IjpbeyJkaWdlc3QiOnsg", "ImEiOiIwIiwg", "ImIiOiIwIn19XX0g"),
+        "hashes" => (
+            "\"[]\"".into(),
+            r#"[{"logIndex":"1","logId":{"keyId":"AA=="},"kindVersion":{"kind":"dsse","version":"0.0.1"},"canonicalizedBody":"AA==","inclusionProof":{"rootHash":"AA==","treeSize":"1","hashes":["#,
+            r#""AA==","#,
+            r#""AA=="]}}]"#,
+        ),
         "numbers" => ("\"[]\"".into(), "[", "9", "]"),
         "escapes" => ("{\"dsse".into(), "{\"", r"\u0041", "\":1,\"dsse"),
         _ => ("{\"dsse".into(), "{", " ", "\"dsse"),
     };
+    if keyless {
+        let certificate = openssl::x509::X509::from_pem(&std::fs::read(world.path("k.pem"))?)?;
+        let certificate = openssl::base64::encode_block(&certificate.to_der()?);
+        whole["verificationMaterial"] = json!({ "certificate": { "rawBytes": certificate } });
+    }
     whole["verificationMaterial"]["tlogEntries"] = "[]".into();
     let text = whole.to_string();
     let (start, end) = text.split_once(&from).context("there")?;
@@ -49,7 +75,7 @@ fn hostile(world: &World, kind: &str, bytes: usize) -> anyhow::Result<()> {
     Ok(file.flush()?)
 }
 
-const KINDS: [&str; 9] = [
+const KINDS: [&str; 12] = [
     "payload",
     "zeros",
     "entries",
@@ -59,13 +85,16 @@ const KINDS: [&str; 9] = [
     "escapes",
     "numbers",
     "space",
+    "subjects",
+    "digests",
+    "hashes",
 ];
 
 #[test]
 fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {
     let world = world_with_signer(&[("a", "a")])?;
     for kind in KINDS {
-        hostile(&world, kind, 100_000_000)?;
+        hostile(&world, kind, 100_000_000, false)?;
         let expected = ["larger than 67108864 bytes", "hint: --max-bundle-size"];
         world.omsign_refuses(1, &VERIFY, &expected).context(kind)?;
         world.omsign_refuses(1, &["inspect", "b.sig"], &expected).context(kind)?;
@@ -79,9 +108,10 @@ fn a_hundred_megabytes_are_refused_at_once() -> anyhow::Result<()> {
 #[test]
 fn memory_grows_no_faster_than_the_bundle() -> anyhow::Result<()> {
     let world = world_with_signer(&[("a", "a")])?;
-    for kind in KINDS {
-        hostile(&world, kind, 16 * MIB)?;
-        world.omsign_fails(1, &VERIFY).context(kind)?;
+    for (kind, keyless) in KINDS.map(|kind| [(kind, false), (kind, true)]).concat() {
+        hostile(&world, kind, 16 * MIB, keyless)?;
+        world.omsign_fails(1, if keyless { &KEYLESS } else { &VERIFY }).context(kind)?;
+        world.omsign(&["inspect", "b.sig"])?;
         ensure!(most_memory()? < 24 * MIB + 4 * 16 * MIB, "{kind}: {} bytes", most_memory()?);
     }
     Ok(())

@@ -53,6 +53,48 @@ fn roots_with_limits() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Critical extensions that OpenSSL knows and does not go by unless it is told to, and one that nobody knows.
+#[test]
+fn policies_and_what_is_not_understood() -> anyhow::Result<()> {
+    let world = world()?;
+    let pki = Pki::new(&world);
+    let explicit = "policyConstraints = critical, requireExplicitPolicy:0\n";
+    let asks = "an issuer of CN=k asks for explicit certificate policies";
+    let (policy, another) = ("certificatePolicies = 1.2.3.4\n", "certificatePolicies = 1.2.3.5\n");
+    for (root, issuing, signer, expected) in [
+        ("", "", "", None),
+        ("", policy, "", None),
+        ("", &format!("{policy}{explicit}"), policy, Some(asks)),
+        ("", &format!("{policy}{explicit}"), "", Some(asks)),
+        ("", explicit, another, Some(asks)),
+        (
+            "",
+            "1.2.3.4 = critical, ASN1:UTF8String:x\n",
+            "",
+            Some("critical extension that is not understood"),
+        ),
+        (
+            "1.2.3.4 = critical, ASN1:UTF8String:x\n",
+            "",
+            "",
+            Some("critical extension that is not understood"),
+        ),
+    ] {
+        pki.issue("root", "root", with(&format!("{CA}{root}")))?;
+        pki.issue("issuing", "root", with(&format!("{CA}{issuing}")))?;
+        pki.issue("k", "issuing", with(&format!("{SIGNER}{signer}")))?;
+        sign(&world, "k", &["k", "issuing"])?;
+        let what = || format!("{root}{issuing}{signer}");
+        match expected {
+            Some(expected) => {
+                world.omsign_refuses(1, &verify(&["root.pem"]), &[expected]).with_context(what)?
+            }
+            None => world.omsign_ok(&verify(&["root.pem"])).map(drop).with_context(what)?,
+        }
+    }
+    Ok(())
+}
+
 /// The last certificate that is signed with has an issuer who is not in the chain: its link is as strong as the others.
 #[test]
 fn a_last_link_that_is_weak() -> anyhow::Result<()> {

@@ -122,6 +122,16 @@ fn what_is_wrong_with_a_keyless_bundle_is_said() -> anyhow::Result<()> {
         ensure!(theirs[0].starts_with("refused"), "{theirs:?}");
         world.omsign_refuses(1, &VERIFY, &[expected])?;
     }
+    // When it was signed is proven by the log's promise, or by a time stamp, whatever the log claims beside it.
+    let mut bundle = sigstore.sign(&payload, IDENTITY, PROVIDER, Flaw::None)?;
+    sigstore.stamp(&mut bundle)?;
+    let entry = bundle["verificationMaterial"]["tlogEntries"][0].as_object_mut().context("an entry")?;
+    entry.remove("inclusionPromise");
+    entry.insert("integratedTime".into(), "4000000000".into());
+    world.write("k.sig", bundle.to_string())?;
+    ensure!(sigstore_python(&world, &["k.sig".into()])? == ["accepted"]);
+    let said = world.omsign_ok(&VERIFY)?;
+    ensure!(said.contains(", or before (RFC 3161 time stamp)"), "{said}");
     // Each proof is needed.
     let whole = sigstore.sign(&payload, IDENTITY, PROVIDER, Flaw::None)?;
     for (pointer, expected) in [

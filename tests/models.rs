@@ -117,6 +117,18 @@ fn an_unreadable_file_is_named() -> anyhow::Result<()> {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     ensure!(output.status.code() == Some(1) && json["changed"] == serde_json::json!(["README.md"]), "{json}");
     ensure!(json["missing_count"] == 0 && json["not_readable_count"] == 2, "{json}");
+    // Of what was not signed nobody needs to know more, if that is accepted.
+    fs::set_permissions(world.path("model/config.json"), PermissionsExt::from_mode(0o755))?;
+    fs::set_permissions(world.path("model/secret"), PermissionsExt::from_mode(0o755))?;
+    fs::remove_dir_all(world.path("model/secret"))?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.pem"])?;
+    fs::create_dir(world.path("model/more"))?;
+    fs::set_permissions(world.path("model/more"), PermissionsExt::from_mode(0o000))?;
+    fails(&verify, "cannot be compared with what was signed: 1 not readable\n  not readable: more (")?;
+    let mut command = Command::new(world.path("omsign"));
+    command.args(verify).arg("--ignore-unsigned-files").current_dir(world.path("")).uid(65534).gid(65534);
+    let output = command.output()?;
+    ensure!(output.status.success(), "{output:?}");
     Ok(())
 }
 

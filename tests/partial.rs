@@ -99,6 +99,10 @@ fn what_a_verifier_may_leave_out() -> anyhow::Result<()> {
         &["1 not signed", "not signed: .gitattributes", "hint: --ignore-git-paths"],
     )?;
     world.omsign_ok(&[&VERIFY[..], &["--ignore-git-paths"]].concat())?;
+    // The reference's default, with its command.
+    let reference = ["verify", "key", "model", "--signature", "model.sig", "--public_key", "k.pub"];
+    world.omsign_ok(&reference)?;
+    world.omsign_refuses(1, &[&reference[..], &["--no-ignore-git-paths"]].concat(), &["1 not signed"])?;
     fs::remove_file(world.path("model/.gitattributes"))?;
     fs::write(world.path("model/weights/1.bin"), "changed")?;
     world.omsign_refuses(

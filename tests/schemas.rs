@@ -250,6 +250,14 @@ fn results_of_verify_are_what_our_schema_says() -> anyhow::Result<()> {
         ensure!(json["reason"] == reason, "{pointer}: {json}");
     }
     check(2, "undone", &["--signature", "nowhere.sig", "--public-key", "k.pub"])?;
+    let stamped = sigstore.sign_v2(&payload, "ann@acme.com", "https://p.example", Flaw::None)?;
+    world.write("s.sig", stamped.to_string())?;
+    let json = check(0, "verified", &[&keyless[..], &["--identity-provider", "https://p.example"]].concat())?;
+    ensure!(json["signed_at_source"] == "RFC 3161 time stamp", "{json}");
+    std::os::unix::fs::symlink("nowhere", world.path("model/link"))?;
+    let json = check(1, "wrong", &key)?;
+    ensure!(json["not_possible"][0]["name"] == "link" && json["not_possible_count"] == 1, "{json}");
+    std::fs::remove_file(world.path("model/link"))?;
     world.write("model/config.json", "{ }")?;
     world.write("model/more", "")?;
     let json = check(1, "wrong", &key)?;

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io::ErrorKind;
 
 use crate::hash::{Digest, HashError, Hasher, Looked, Piece};
 use crate::manifest::{Manifest, Method, Resource};
 use crate::model::{File, Model, Odd, above};
+use crate::walk::leads_nowhere;
 
 /// How a model differs from its signature. All of it, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl fmt::Display for How {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Size { signed, found } => {
-                write!(f, "shards of {signed} bytes were signed, {found} bytes are there (OMS 6.3.2)")
+                write!(f, "its shards end at byte {signed}, the file has {found} bytes (OMS 6.3.2)")
             }
             Self::Digest { signed, found } => write!(f, "{signed} was signed, {found} is there"),
             Self::Meanwhile => f.write_str("it changed while it was hashed"),
@@ -148,7 +148,11 @@ pub(crate) fn compare<'a>(
             Ok(found) => Wrong::Changed(How::Digest { signed: *signed, found }),
             Err(error) => Wrong::from(error),
         };
-        wrong.entry(file).or_insert(how);
+        // One shard that differs is enough, whatever became of the others.
+        match wrong.get(file) {
+            Some(Wrong::Changed(_)) => {}
+            _ => drop(wrong.insert(file, how)),
+        }
     }
     for (name, wrong) in wrong {
         let name = name.to_owned();
@@ -171,10 +175,8 @@ impl From<HashError> for Wrong {
     fn from(error: HashError) -> Self {
         match error {
             HashError::Changed(_) => Self::Changed(How::Meanwhile),
-            // It was there a moment ago.
-            HashError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
-                Self::Changed(How::Meanwhile)
-            }
+            // It was there a moment ago, and no link.
+            HashError::Read { source, .. } if leads_nowhere(&source) => Self::Changed(How::Meanwhile),
             HashError::Read { source, .. } => Self::Unreadable(source.to_string()),
             error => Self::Unreadable(error.to_string()),
         }
@@ -185,15 +187,14 @@ impl Differences {
     /// Adds what is wrong with a model whatever was signed.
     fn add(&mut self, found: &Model) {
         self.odd.clone_from(&found.odd);
-        let unreadable = found.unreadable.iter();
-        let unreadable: Vec<_> =
-            unreadable.map(|at| Unreadable { name: at.name.clone(), why: at.source.to_string() }).collect();
         // It is there, in another form, or may be there.
         let odd: BTreeSet<&str> = found.odd.iter().map(|odd| odd.name.as_str()).collect();
-        let closed: BTreeSet<&str> = unreadable.iter().map(|at| at.name.as_str()).collect();
+        let closed: BTreeSet<&str> = found.closed.iter().map(|closed| closed.name.as_str()).collect();
         let hidden = |file: &str| above(file).chain([file]).any(|path| closed.contains(path));
         self.missing.retain(|file| !odd.contains(file.as_str()) && !hidden(file));
-        self.unreadable.extend(unreadable);
+        let closed = found.closed.iter();
+        let closed = closed.map(|at| Unreadable { name: at.name.clone(), why: at.source.to_string() });
+        self.unreadable.extend(closed);
         self.unreadable.sort_by(|one, other| one.name.cmp(&other.name));
     }
 
@@ -282,7 +283,7 @@ mod tests {
             assert_eq!((found.missing.as_slice(), found.changed.len()), (&["c".to_owned()][..], 1));
             let first = found.first().expect("a difference");
             let how = if method == two && size == 6 {
-                "shards of 5 bytes were signed, 6 bytes are there (OMS 6.3.2)"
+                "its shards end at byte 5, the file has 6 bytes (OMS 6.3.2)"
             } else {
                 " was signed, "
             };

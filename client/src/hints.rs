@@ -67,7 +67,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "`omsign digest MODEL --json > FILE` writes one".into()
         }
         Error::Differs(differences) if only_git_paths(differences) => {
-            "--ignore-git-paths accepts unsigned files of git's; the signer did not leave them out".into()
+            "--ignore-git-paths accepts unsigned files of git's".into()
         }
         Error::Differs(differences)
             if !differences.extra.is_empty() && differences.missing.is_empty() && differences.changed.is_empty() =>
@@ -83,6 +83,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Trust(TrustError::Legacy) => "--allow-legacy accepts it all the same".into(),
         Error::Trust(TrustError::Path(PathError::Expired(..))) => {
             "a time stamp in the bundle proves that it was signed in time, with --timestamp-root".into()
+        }
+        Error::Trust(TrustError::Path(PathError::Policy(_))) => {
+            "if its policies are what you want, trust an issuer below the one that asks for them".into()
         }
         Error::Trust(TrustError::Path(PathError::OldCrl { .. })) => "fetch the CRL anew".into(),
         Error::Trust(TrustError::Refused { .. }) => {

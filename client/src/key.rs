@@ -157,6 +157,9 @@ impl Algorithm {
                 let name = other.long_name().unwrap_or("unknown");
                 Err(KeyError::Unsupported(format!("the key is on the curve {name}")))
             }
+            None if key.id() == Id::RSA_PSS => {
+                Err(KeyError::Unsupported("the key is one for RSASSA-PSS only (id-RSASSA-PSS)".into()))
+            }
             None => Err(KeyError::Unsupported("the key is of another kind".into())),
         }
     }

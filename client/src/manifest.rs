@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
-use crate::model::{self, GIT_PATHS, Model, ModelError, Odd, Scope, Unreadable};
+use crate::model::{self, Closed, GIT_PATHS, Model, ModelError, Odd, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
@@ -78,7 +78,7 @@ impl Serialization {
         let (ignore_paths, allow_symlinks) = (self.left_out().clone(), self.allow_symlinks);
         let scope = Scope { ignore_paths, allow_symlinks, only: Vec::new() };
         let mut found = Model::walk(model, &scope)?;
-        if let Some(Unreadable { path, source, .. }) = found.unreadable.pop() {
+        if let Some(Closed { path, source, .. }) = found.closed.drain(..).next() {
             return Err(ModelError::Read { path, source });
         }
         match found.odd.first() {

@@ -22,12 +22,12 @@ pub struct Model {
     /// What is there and cannot be part of a model, sorted.
     pub odd: Vec<Odd>,
     /// Directories and links that are there and cannot be followed, sorted.
-    pub unreadable: Vec<Unreadable>,
+    pub closed: Vec<Closed>,
 }
 
 /// Something of which nobody knows what is below or behind it.
 #[derive(Debug)]
-pub struct Unreadable {
+pub struct Closed {
     /// Path below the model's root.
     pub name: String,
     /// Where it is.
@@ -124,7 +124,7 @@ pub enum ModelError {
         source: io::Error,
     },
     /// Nothing to sign.
-    #[error("{0} has no files to sign")]
+    #[error("{0} has no files to sign (OMS 6.1)")]
     Empty(PathBuf),
     /// Shards so small that there would be too many of them.
     #[error("{0} would have more than {MOST_SHARDS} shards; make them larger: --shard-size")]
@@ -182,19 +182,19 @@ impl Model {
                 files: vec![only],
                 left_out: Vec::new(),
                 odd: Vec::new(),
-                unreadable: Vec::new(),
+                closed: Vec::new(),
             });
         }
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
-        let Walked { mut files, mut left_out, mut odd, mut unreadable } = walk(root, &real, scope, listing)?;
+        let Walked { mut files, mut left_out, mut odd, mut closed } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         left_out.sort();
         odd.sort_by(|a, b| a.name.cmp(&b.name));
-        unreadable.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { name, files, left_out, odd, unreadable })
+        closed.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { name, files, left_out, odd, closed })
     }
 
     /// The name of one of its files.

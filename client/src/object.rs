@@ -1,12 +1,11 @@
 //! JSON as strictly as its schemas: structs that serde derives take lists in the place of objects, `Option` takes null
 //! for absent, and a list is as long as somebody likes.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::ser::{Serialize, Serializer};
 
 /// An object, and nothing else.
@@ -35,34 +34,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
         }
         deserializer.deserialize_map(OnlyMaps(PhantomData))
     }
-}
-
-/// For `#[serde(deserialize_with = "once")]`: a map with no key twice.
-pub(crate) fn once<'de, D, K, V>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
-where
-    D: Deserializer<'de>,
-    K: Deserialize<'de> + Ord,
-    V: Deserialize<'de>,
-{
-    struct Once<K, V>(PhantomData<(K, V)>);
-    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>> Visitor<'de> for Once<K, V> {
-        type Value = BTreeMap<K, V>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an object")
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut found = BTreeMap::new();
-            while let Some((key, value)) = map.next_entry()? {
-                if found.insert(key, value).is_some() {
-                    return Err(Error::custom("duplicate field"));
-                }
-            }
-            Ok(found)
-        }
-    }
-    deserializer.deserialize_map(Once(PhantomData))
 }
 
 /// The fields of an object of which nothing is used.

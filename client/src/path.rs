@@ -39,6 +39,11 @@ pub enum PathError {
     /// A CA that may not sign certificates.
     #[error("the KeyUsage of {0}, which issued a certificate, has no keyCertSign (RFC 5280, 4.2.1.3)")]
     KeyCertSign(String),
+    /// Issuers that ask for certificate policies.
+    #[error(
+        "an issuer of {0} asks for explicit certificate policies, which omsign does not compare (RFC 5280, 4.2.1.11)"
+    )]
+    Policy(String),
     /// A name that an issuer may not certify.
     #[error("{0} has a name that its issuers may not certify (RFC 5280, 4.2.1.10: name constraints)")]
     NameConstraints(String),
@@ -190,8 +195,10 @@ fn parameters() -> Result<X509VerifyParam, ErrorStack> {
     let mut parameters = X509VerifyParam::new()?;
     // Level 2: 112 bits of security, so no SHA-1 and no RSA below 2048 bits in any link.
     parameters.set_auth_level(2);
-    // An anchor need not be self-signed.
-    parameters.set_flags(X509VerifyFlags::PARTIAL_CHAIN)?;
+    // An anchor need not be self-signed. Without the other flag, OpenSSL takes policyConstraints for understood, and does
+    // not go by them; with it, and without policies of ours, which the openssl crate cannot hand over, no path is good
+    // that has to have some.
+    parameters.set_flags(X509VerifyFlags::PARTIAL_CHAIN | X509VerifyFlags::POLICY_CHECK)?;
     Ok(parameters)
 }
 
@@ -215,6 +222,9 @@ fn reason(
         // Which of the two is missing.
         ffi::X509_V_ERR_INVALID_CA if certificate::says_ca(certificate) => PathError::KeyCertSign(name),
         ffi::X509_V_ERR_INVALID_CA => PathError::NotCa(name),
+        ffi::X509_V_ERR_NO_EXPLICIT_POLICY | ffi::X509_V_ERR_INVALID_POLICY_EXTENSION => {
+            PathError::Policy(name)
+        }
         ffi::X509_V_ERR_PATH_LENGTH_EXCEEDED => PathError::PathLength(name),
         ffi::X509_V_ERR_KEYUSAGE_NO_CERTSIGN => PathError::KeyCertSign(name),
         ffi::X509_V_ERR_PERMITTED_VIOLATION

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use toml_edit::DocumentMut;
@@ -176,7 +176,10 @@ impl Policy {
     /// A model cannot say who may sign it: refuses a policy inside of it, and keys and certificates from there.
     pub(crate) fn check_outside(&self, model: &Path) -> Result<(), PolicyError> {
         // As it is written, and where it really is: a link in the model may lead to a policy anywhere.
-        let both = |path: &Path| [std::path::absolute(path).ok(), path.canonicalize().ok()];
+        // (Of a way up again, only where it really leads tells.)
+        let plain = |path: &Path| !path.components().any(|part| part == Component::ParentDir);
+        let written = |path: &Path| std::path::absolute(path).ok().filter(|_| plain(path));
+        let both = |path: &Path| [written(path), path.canonicalize().ok()];
         let roots: Vec<PathBuf> = both(model).into_iter().flatten().collect();
         let inside = |path: &Path| {
             both(path).iter().flatten().any(|path| roots.iter().any(|root| path.starts_with(root)))

@@ -46,9 +46,10 @@ pub(crate) fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
     result(text.to_string().replace('\n', "\\n"))
 }
 
-/// Names and values of others may hold escape sequences for the terminal.
+/// Names and values of others may hold escape sequences for the terminal, and what turns the order of characters round.
 fn printable(text: &str) -> Cow<'_, str> {
-    let harmful = |character: char| character.is_control() && character != '\n';
+    let turns = |character| matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let harmful = |character: char| (character.is_control() && character != '\n') || turns(character);
     if !text.contains(harmful) {
         return text.into();
     }

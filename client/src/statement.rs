@@ -1,12 +1,13 @@
 //! The in-toto Statement v1 with the OMS predicate (OMS v1.0, 5 and 6.6): written reproducibly, read strictly.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
-use crate::object::{Anything, Object, once};
+use crate::object::{Anything, Bounded, Object};
 use crate::predicate::{Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
@@ -37,11 +38,10 @@ pub enum StatementError {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Statement<'a, P> {
+struct Statement<S, P> {
     #[serde(rename = "_type")]
     kind: String,
-    #[serde(borrow)]
-    subject: Vec<Object<Subject<'a>>>,
+    subject: S,
     #[serde(rename = "predicateType")]
     predicate_type: String,
     predicate: Object<P>,
@@ -60,7 +60,7 @@ struct Types {
 #[derive(Deserialize)]
 struct Claim<'a> {
     #[serde(borrow)]
-    subject: Vec<Object<Subject<'a>>>,
+    subject: Bounded<Object<Subject<'a>>, 1>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -68,34 +68,66 @@ struct Subject<'a> {
     /// Releases before 1.1 left it out where the model was `.`.
     #[serde(default, borrow)]
     name: Cow<'a, str>,
-    #[serde(borrow, deserialize_with = "once")]
-    digest: BTreeMap<Cow<'a, str>, Cow<'a, str>>,
+    #[serde(borrow)]
+    digest: DigestSet<'a>,
 }
 
-impl<'a> Subject<'a> {
-    fn new(name: &'a str, sha256: String) -> Self {
-        Self { name: name.into(), digest: [("sha256".into(), sha256.into())].into() }
-    }
+/// The SHA-256 digest of a subject. Others may be beside it, in lower-case hexadecimal as well (in-toto DigestSet).
+#[derive(Serialize)]
+struct DigestSet<'a> {
+    sha256: Cow<'a, str>,
+}
 
-    /// Its SHA-256 digest. Others may be beside it, in lower-case hexadecimal as well (in-toto DigestSet).
-    fn sha256(&mut self) -> Result<Cow<'a, str>, StatementError> {
-        let lower = |digest: &str| {
-            !digest.is_empty() && digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-        };
-        if let Some((name, _)) = self.digest.iter().find(|(_, digest)| !lower(digest)) {
-            return Err(StatementError::Malformed(format!("the subject's {name} digest is not hexadecimal")));
+/// Digests of one thing, at most.
+const MOST_DIGESTS: usize = 16;
+
+impl<'de: 'a, 'a> Deserialize<'de> for DigestSet<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Sha256;
+        impl<'de> Visitor<'de> for Sha256 {
+            type Value = DigestSet<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut names, mut sha256) = (Vec::new(), None);
+                while let Some((Text(name), Text(digest))) = map.next_entry()? {
+                    let lower = digest.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+                    if digest.is_empty() || !lower {
+                        let what = format_args!("the subject's {name} digest is not hexadecimal");
+                        return Err(A::Error::custom(what));
+                    }
+                    if names.contains(&name) || names.len() == MOST_DIGESTS {
+                        return Err(A::Error::custom("duplicate field, or more digests than anybody needs"));
+                    }
+                    if name == "sha256" {
+                        sha256 = Some(digest);
+                    }
+                    names.push(name);
+                }
+                let missing = || A::Error::custom("missing field `sha256` of the subject's digest");
+                Ok(DigestSet { sha256: sha256.ok_or_else(missing)? })
+            }
         }
-        let sha256 = self.digest.remove("sha256");
-        sha256
-            .ok_or_else(|| StatementError::Malformed("missing field `sha256` of the subject's digest".into()))
+        deserializer.deserialize_map(Sha256)
     }
 }
+
+/// Borrowed where it can be: serde borrows fields of its own only.
+#[derive(PartialEq, Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// The statement's bytes for a manifest: the same manifest gives the same bytes.
 pub fn encode(manifest: &Manifest) -> Vec<u8> {
     let statement = Statement {
         kind: TYPE.into(),
-        subject: vec![Object(Subject::new(&manifest.model_name, manifest.root_digest().to_string()))],
+        subject: [Object(Subject {
+            name: manifest.model_name.as_str().into(),
+            digest: DigestSet { sha256: manifest.root_digest().to_string().into() },
+        })],
         predicate_type: PREDICATE_TYPE.into(),
         predicate: Object(Predicate::new(&manifest.resources, &manifest.serialization)),
     };
@@ -104,16 +136,15 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    let (mut subject, predicate) = parse::<Predicate<'_>>(bytes, PREDICATE_TYPE)?;
-    let subjects = subject.len();
-    let (Some(Object(mut subject)), 1) = (subject.pop(), subjects) else {
-        return Err(StatementError::Subjects(subjects));
+    let (mut subjects, predicate) =
+        parse::<Bounded<Object<Subject<'_>>, 1>, Predicate<'_>>(bytes, PREDICATE_TYPE)?;
+    let (Some(Object(subject)), 1) = (subjects.kept.pop(), subjects.count) else {
+        return Err(StatementError::Subjects(subjects.count));
     };
     let (resources, serialization) = predicate.without_outside_paths().check()?;
     complete(&resources, serialization.method)?;
-    let root_digest = subject.sha256()?;
     let manifest = Manifest { model_name: subject.name.into_owned(), resources, serialization };
-    if manifest.root_digest().to_string() != root_digest {
+    if manifest.root_digest().to_string() != subject.digest.sha256 {
         return Err(StatementError::RootDigest);
     }
     Ok(manifest)
@@ -122,12 +153,9 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
 /// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
 pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    let (subject, Anything {}) = parse(bytes, "https://model_signing/Digests/v0.1")?;
-    let mut files = Vec::with_capacity(subject.len());
-    for Object(mut file) in subject {
-        let digest = file.sha256()?;
-        files.push((file.name, digest));
-    }
+    let (files, Anything {}) =
+        parse::<Vec<Object<Subject<'_>>>, _>(bytes, "https://model_signing/Digests/v0.1")?;
+    let files = files.into_iter().map(|Object(file)| (file.name, file.digest.sha256)).collect();
     let (resources, serialization) = Predicate::of_files(files).check()?;
     complete(&resources, serialization.method)?;
     Ok(Manifest { model_name: String::new(), resources, serialization })
@@ -136,22 +164,21 @@ pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// What a statement says is its root digest. Nothing about it is proven, nor whether it is one.
 pub(crate) fn claimed_root_digest(bytes: &[u8]) -> Result<String, StatementError> {
     let claim: Option<Claim<'_>> = serde_json::from_slice(bytes).ok();
-    let subject = claim.and_then(|claim| claim.subject.into_iter().next());
-    match subject.and_then(|Object(mut subject)| subject.sha256().ok()) {
-        Some(digest) => Ok(digest.into_owned()),
+    match claim.and_then(|mut claim| claim.subject.kept.pop()) {
+        Some(Object(subject)) => Ok(subject.digest.sha256.into_owned()),
         // There is none, so that it is wrong whoever signed it.
         None => Err(decode(bytes).err().unwrap_or(StatementError::RootDigest)),
     }
 }
 
 /// The subjects and the predicate of a statement with this type of predicate.
-fn parse<'a, P: Deserialize<'a>>(
+fn parse<'a, S: Deserialize<'a>, P: Deserialize<'a>>(
     bytes: &'a [u8],
     predicate_type: &str,
-) -> Result<(Vec<Object<Subject<'a>>>, P), StatementError> {
+) -> Result<(S, P), StatementError> {
     // Once for all of it, and not for each string in it.
     let text = std::str::from_utf8(bytes).map_err(|error| StatementError::Malformed(error.to_string()))?;
-    let statement: Object<Statement<'_, P>> = match serde_json::from_str(text) {
+    let statement: Object<Statement<S, P>> = match serde_json::from_str(text) {
         Ok(statement) => statement,
         // A statement of another type is called that, and not malformed.
         Err(error) => return Err(other_type(bytes, predicate_type).unwrap_or_else(|| malformed(error))),

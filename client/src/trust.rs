@@ -1,6 +1,7 @@
 //! Who signed, and is that who was expected? The only place that makes a [`VerifiedStatement`].
 
 use std::fmt::{self, Write as _};
+use std::path::Path;
 
 use jiff::Timestamp;
 use openssl::error::ErrorStack;
@@ -299,7 +300,11 @@ fn same_key(key: &PublicKey, identifier: &KeyIdentifier) -> Result<(), TrustErro
     match identifier {
         KeyIdentifier::Hint(hint) if *hint == key.hint() => Ok(()),
         KeyIdentifier::Hint(hint) => Err(TrustError::OtherKey(hint.clone())),
-        KeyIdentifier::Pem(pem) if *pem == key.to_pem() => Ok(()),
+        KeyIdentifier::Pem(pem)
+            if PublicKey::from_pem(pem, Path::new("")).is_ok_and(|own| own.same_as(key)) =>
+        {
+            Ok(())
+        }
         KeyIdentifier::Pem(pem) => Err(TrustError::OtherKey(Digest::sha256(pem).to_string())),
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::listing::{Found, Kind, list};
-use crate::model::{File, ModelError, Odd, Oddity, Scope, Unreadable, at_or_below, read_error};
+use crate::model::{Closed, File, ModelError, Odd, Oddity, Scope, at_or_below, read_error};
 
 /// Directories that a model may have behind symbolic links.
 pub(crate) const MOST_LINKED: usize = 10_000;
@@ -18,7 +18,7 @@ pub(crate) struct Walked {
     pub(crate) files: Vec<File>,
     pub(crate) left_out: Vec<String>,
     pub(crate) odd: Vec<Odd>,
-    pub(crate) unreadable: Vec<Unreadable>,
+    pub(crate) closed: Vec<Closed>,
 }
 
 /// Walks over a directory, which is really `real`, or over what was listed of it before.
@@ -57,8 +57,8 @@ impl Walk<'_> {
         list(path, prefix, &|name| self.leaves_out(name))
     }
 
-    fn unreadable(&mut self, name: String, path: PathBuf, source: io::Error) {
-        self.walked.unreadable.push(Unreadable { name, path, source });
+    fn closed(&mut self, name: String, path: PathBuf, source: io::Error) {
+        self.walked.closed.push(Closed { name, path, source });
     }
 
     /// Takes what counts of a listing. Its names begin with `prefix`, and it is really of the directory `real`.
@@ -87,12 +87,12 @@ impl Walk<'_> {
                     let prefix = format!("{name}/");
                     match self.list(&path, &prefix) {
                         Ok(below) => self.take(below, &prefix, &real)?,
-                        Err(source) => self.unreadable(name, path, source),
+                        Err(source) => self.closed(name, path, source),
                     }
                     continue;
                 }
                 Kind::Unreadable(source) => {
-                    self.unreadable(name, path, source);
+                    self.closed(name, path, source);
                     continue;
                 }
                 Kind::Symlink => {
@@ -122,7 +122,7 @@ impl Walk<'_> {
                 return Ok(());
             }
             Err(source) => {
-                self.unreadable(name, path, source);
+                self.closed(name, path, source);
                 return Ok(());
             }
         };
@@ -141,7 +141,7 @@ impl Walk<'_> {
             let below = match self.list(&path, &prefix) {
                 Ok(below) => below,
                 Err(source) => {
-                    self.unreadable(name, path, source);
+                    self.closed(name, path, source);
                     return Ok(());
                 }
             };
@@ -162,7 +162,7 @@ impl Walk<'_> {
 }
 
 /// Whether it is the link that is wrong, and not who follows it.
-fn leads_nowhere(error: &io::Error) -> bool {
+pub(crate) fn leads_nowhere(error: &io::Error) -> bool {
     // ErrorKind::FilesystemLoop is not stable yet.
     let loops = error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error());
     loops || matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)

@@ -3,7 +3,7 @@
 
 use anyhow::Context as _;
 use openssl::asn1::{Asn1Object, Asn1OctetString, Asn1Time};
-use openssl::base64::encode_block;
+use openssl::base64::{decode_block, encode_block};
 use openssl::bn::BigNum;
 use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
@@ -242,6 +242,15 @@ impl<'a> Sigstore<'a> {
         let time = (flaw == Flaw::Late).then_some("2021-06-01 12:00:00");
         let stamp = Pki::new(self.world).stamp("tsa", stamped, time, "-sha256 -cert")?;
         Ok(forge::bundle(&material(&certificate, &entry, Some(&stamp))?, payload, &signature))
+    }
+
+    /// Adds a time stamp of its signature to a bundle.
+    pub fn stamp(&self, bundle: &mut Value) -> anyhow::Result<()> {
+        let signature = bundle["dsseEnvelope"]["signatures"][0]["sig"].as_str().context("a signature")?;
+        let stamp = Pki::new(self.world).stamp("tsa", &decode_block(signature)?, None, "-sha256 -cert")?;
+        bundle["verificationMaterial"]["timestampVerificationData"] =
+            json!({ "rfc3161Timestamps": [{ "signedTimestamp": encode_block(&stamp) }] });
+        Ok(())
     }
 
     /// An entry of a log that has some others.

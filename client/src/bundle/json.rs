@@ -4,7 +4,6 @@ use std::borrow::Cow;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -53,9 +52,9 @@ struct KeyJson {
     hint: Option<String>,
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     raw_bytes: Option<String>,
-    #[serde(default, skip_serializing)]
+    #[serde(default, deserialize_with = "present", skip_serializing)]
     #[expect(dead_code, reason = "known, so not an unknown field; the key itself says what it is")]
-    key_details: Option<IgnoredAny>,
+    key_details: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Visitor};
 
-use crate::object::{Object, present};
+use crate::object::{Bounded, Object, present};
 
 /// `TransparencyLogEntry`. Nothing of it is kept.
 #[derive(Deserialize)]
@@ -59,7 +59,7 @@ struct ProofJson {
     root_hash: Base64,
     tree_size: Number,
     #[serde(default)]
-    hashes: Vec<Base64>,
+    hashes: Hashes,
     #[serde(default, deserialize_with = "present")]
     checkpoint: Option<Object<CheckpointJson>>,
 }
@@ -69,6 +69,22 @@ struct ProofJson {
 #[expect(dead_code, reason = "as above")]
 struct CheckpointJson {
     envelope: Note,
+}
+
+/// The way to a tree's head.
+#[derive(Default, Deserialize)]
+#[serde(try_from = "Bounded<Base64, MOST_HASHES>")]
+struct Hashes;
+
+/// No tree is higher: its size has 64 bits.
+const MOST_HASHES: usize = 64;
+
+impl TryFrom<Bounded<Base64, MOST_HASHES>> for Hashes {
+    type Error = &'static str;
+
+    fn try_from(hashes: Bounded<Base64, MOST_HASHES>) -> Result<Self, Self::Error> {
+        if hashes.count > MOST_HASHES { Err("an inclusion proof of more than 64 hashes") } else { Ok(Self) }
+    }
 }
 
 /// A whole number in quotes, as the JSON form of protobuf writes 64 bits.

@@ -55,13 +55,14 @@ pub struct LogEntries(String);
 impl LogEntries {
     /// When logs say that they took entries in. Nothing about it is proven.
     pub fn claimed_times(&self) -> Vec<Timestamp> {
-        let entries: serde_json::Value = serde_json::from_str(&self.0).unwrap_or_default();
-        let entries = entries.as_array().into_iter().flatten();
-        let seconds = entries.filter_map(|entry| entry.get("integratedTime")?.as_str()?.parse().ok());
-        seconds
-            .filter(|seconds| *seconds > 0)
-            .filter_map(|seconds| Timestamp::from_second(seconds).ok())
-            .collect()
+        #[derive(serde::Deserialize)]
+        struct Entry<'a> {
+            #[serde(default, rename = "integratedTime")]
+            seconds: Option<&'a str>,
+        }
+        let entries: Vec<Entry<'_>> = serde_json::from_str(&self.0).unwrap_or_default();
+        let seconds = entries.iter().filter_map(|entry| entry.seconds?.parse().ok());
+        seconds.filter(|it| *it > 0).filter_map(|seconds| Timestamp::from_second(seconds).ok()).collect()
     }
 }
 

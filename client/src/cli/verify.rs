@@ -19,18 +19,25 @@ pub(crate) struct Verify {
     terms: Terms,
     /// Trust policy to go by where nothing above says whose signature to accept [default: your own trust.toml, and
     /// that of the project in the working directory if you allowed it] [env: OMSIGN_POLICY]
-    #[arg(long, value_name = "FILE", conflicts_with_all = SIGNERS)]
+    #[arg(long, value_name = "FILE", conflicts_with_all = TERMS)]
     pub(crate) policy: Option<PathBuf>,
 }
 
-/// What says whose signature to accept.
-const SIGNERS: [&str; 6] = [
+/// What says whose signature to accept, and on which terms.
+const TERMS: [&str; 13] = [
     "public_key",
     "certificate_chain",
     "identity",
     "identity_pattern",
     "identity_provider",
     "identity_provider_pattern",
+    "certificate_identity",
+    "crls",
+    "trusted_root",
+    "trust_config",
+    "use_staging",
+    "timestamp_roots",
+    "allow_legacy",
 ];
 
 /// The policy that the environment names. An empty name is none.
@@ -94,8 +101,8 @@ pub(crate) struct What {
     /// Accepts unsigned files below this path of the model (repeatable); what was signed there is checked
     #[arg(long, value_name = "PATH", visible_alias = "ignore_paths")]
     pub(crate) ignore_paths: Vec<PathBuf>,
-    /// Accepts unsigned .git, .gitattributes, .github and .gitignore [default: where the signer does not say what was
-    /// left out]
+    /// Accepts unsigned .git, .gitattributes, .github and .gitignore [default: with key, certificate and sigstore; else
+    /// where the signer does not say what was left out]
     #[arg(long, overrides_with = "no_ignore_git_paths")]
     ignore_git_paths: bool,
     /// Does not, unless the signer left them out
@@ -198,7 +205,7 @@ impl Verify {
     /// What to verify, and on which terms; no terms where the policy decides.
     pub(crate) fn parts(self) -> (What, Option<terms::Terms>) {
         let mut terms = terms::Terms::default();
-        match self.method {
+        let (mut what, terms) = match self.method {
             Some(VerifyMethod::Key { what, key, common }) => {
                 key.put(&mut terms);
                 common.put(&mut terms);
@@ -216,9 +223,12 @@ impl Verify {
             None => {
                 self.terms.put(&mut terms);
                 let none = terms == terms::Terms::default();
-                (self.what, if none { None } else { Some(terms) })
+                return (self.what, if none { None } else { Some(terms) });
             }
-        }
+        };
+        // The reference's default, where its command is typed.
+        what.ignore_git_paths |= !what.no_ignore_git_paths;
+        (what, terms)
     }
 }
 
