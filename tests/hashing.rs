@@ -448,6 +448,14 @@ fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     world.write("parallel.sh", block("```sh\nset -eu\n")?)?;
     shell(&world, "sh -eu parallel.sh model 5")?;
     ensure!(inspect(&world)? == expected, "GNU parallel");
+    // Whatever the model is called.
+    let odd = "it's; $(touch executed) \"x\"";
+    fs::rename(world.path("model"), world.path(odd))?;
+    world.write("odd.sh", "exec sh -eu parallel.sh \"$(cat name)\" 2")?;
+    world.write("name", odd)?;
+    shell(&world, "sh -eu odd.sh")?;
+    ensure!(!world.path("executed").exists() && inspect(&world)?["files"] == expected["files"], "{odd}");
+    fs::rename(world.path(odd), world.path("model"))?;
     // A part that fails leaves nothing signed.
     fs::remove_file(world.path("model.sig"))?;
     ensure!(
@@ -455,22 +463,50 @@ fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     );
 
     world.write("digest.sh", block("```sh\n#!/bin/sh\n")?)?;
-    let array = "for i in 1 2 3; do SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_COUNT=3 SLURM_CPUS_PER_TASK=2 sh digest.sh model; done";
-    shell(&world, &format!("{array}; omsign sign --manifest part-*.json --private-key k.pem"))?;
+    // The lines that start it, by a stand-in for sbatch that knows what they use of it.
+    let lines =
+        document.rsplit("```").next().context("the end")?.lines().filter(|line| line.starts_with("    "));
+    let lines: Vec<_> = lines.map(|line| line.trim().replace("/scratch/model", "model")).collect();
+    world.write(
+        "bin/sbatch",
+        "#!/bin/sh\nset -eu\nwhile :; do case $1 in --array=*) array=${1#*=} ;; --wrap) exec sh -euc \"$2\" ;; \
+         --*) ;; *) break ;; esac; shift; done\nfor i in $(seq ${array%-*} ${array#*-}); do \
+         SLURM_ARRAY_TASK_ID=$i SLURM_CPUS_PER_TASK=2 sh \"$@\"; done\necho 42\n",
+    )?;
+    fs::set_permissions(world.path("bin/sbatch"), PermissionsExt::from_mode(0o755))?;
+    ensure!(lines.len() == 2, "{lines:?}");
+    let lines = lines.join("\n").replace("--key release", "--private-key k.pem");
+    shell(&world, &format!("PATH=$PWD/bin:$PATH\n{lines}"))?;
     ensure!(inspect(&world)? == expected, "Slurm");
+    // One part once more.
+    shell(&world, "PATH=$PWD/bin:$PATH; rm part-3.json model.sig; sbatch --array=3 digest.sh model 8")?;
+    shell(&world, "omsign sign --manifest part-*.json --private-key k.pem")?;
+    ensure!(inspect(&world)? == expected, "Slurm, a part once more");
 
-    let yaml = block("```yaml\n")?;
-    let script: String = yaml
-        .lines()
-        .skip_while(|line| line.trim() != "- |")
-        .skip(1)
-        .take(3)
-        .map(|line| line.trim().to_owned() + "\n")
-        .collect();
+    world.write("job.yaml", block("```yaml\n")?)?;
+    // Debian's own Python, which has the package.
+    let job = shell(
+        &world,
+        "/usr/bin/python3 -c 'import json, yaml; print(json.dumps(yaml.safe_load(open(\"job.yaml\"))))'",
+    )?;
+    let job: serde_json::Value = serde_json::from_str(&job)?;
+    let (spec, pod) = (&job["spec"], &job["spec"]["template"]["spec"]["containers"][0]);
+    let pods = spec["completions"].as_u64().context("completions")?;
+    ensure!(
+        job["kind"] == "Job" && spec["completionMode"] == "Indexed" && spec["parallelism"] == pods,
+        "{job}"
+    );
     let (model, parts) = (text(&world.path("model")), text(&world.path("parts")));
     fs::create_dir(world.path("parts"))?;
-    world.write("pod.sh", script.replace("/model", &model).replace("/parts", &parts))?;
-    shell(&world, "for i in 0 1 2 3 4 5 6 7; do JOB_COMPLETION_INDEX=$i sh -euc \"$(cat pod.sh)\"; done")?;
+    for index in 0..pods {
+        let words =
+            ["command", "args"].map(|part| pod[part].as_array().cloned().unwrap_or_default()).concat();
+        let words = words.iter().filter_map(serde_json::Value::as_str);
+        let words =
+            words.map(|word| word.replace("/model", &model).replace("/parts", &parts).replace('\'', "'\\''"));
+        let words = words.map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+        shell(&world, &format!("JOB_COMPLETION_INDEX={index} {words}"))?;
+    }
     shell(&world, "omsign sign --manifest parts/part-*.json --private-key k.pem")?;
     ensure!(inspect(&world)? == expected, "Kubernetes");
     Ok(())

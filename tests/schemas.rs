@@ -272,3 +272,34 @@ fn results_of_verify_are_what_our_schema_says() -> anyhow::Result<()> {
     ensure!(json["ignored"] == json!(["more"]), "{json}");
     Ok(())
 }
+
+#[test]
+fn manifests_are_what_our_schema_says() -> anyhow::Result<()> {
+    let schema = jsonschema::validator_for(&read("../docs/manifest.schema.json")?)?;
+    let world = world_with_signer(&FILES)?;
+    for hash in ["sha256", "blake2b", "blake3"] {
+        for more in [&[][..], &["--shard-size", "4"], &["--part", "1/2"], &["--part", "3/3"]] {
+            let arguments = [&["digest", "model", "--json", "--hash-type", hash], more].concat();
+            let manifest: Value = serde_json::from_str(&world.omsign_ok(&arguments)?)?;
+            let mistakes: Vec<_> = schema.iter_errors(&manifest).map(|error| error.to_string()).collect();
+            ensure!(mistakes.is_empty(), "{hash} {more:?}: {mistakes:?}");
+        }
+    }
+    // And what the schema refuses is not signed.
+    let manifest: Value = serde_json::from_str(&world.omsign_ok(&["digest", "model", "--json"])?)?;
+    let mut refused = 0;
+    for pointer in pointers(&manifest) {
+        for value in [json!(null), json!(-1), json!("x"), json!([]), json!({})] {
+            let mut changed = manifest.clone();
+            *changed.pointer_mut(&pointer).context("there")? = value.clone();
+            if !schema.is_valid(&changed) {
+                world.write("manifest.json", changed.to_string())?;
+                let sign = ["sign", "--manifest", "manifest.json", "--private-key", "k.key"];
+                world.omsign_fails(2, &sign).with_context(|| format!("{pointer} = {value}"))?;
+                refused += 1;
+            }
+        }
+    }
+    ensure!(refused > 60, "{refused} manifests tried");
+    Ok(())
+}

@@ -293,7 +293,11 @@ mod tests {
     #[test]
     fn files_of_every_size_and_number() {
         let directory = tempfile::tempdir().expect("a directory");
-        let sizes = [0, 1, 63, 64, 4095, 65_536, 262_143, 262_144, 262_145, (4 << 20) + 1, (9 << 20) + 77];
+        let mut sizes = vec![0, 1, 63, 64, 4095, (9 << 20) + 77, (4 << 20) + 1, 3 << 20];
+        // Around the ends of one and two buffers, as large as they are for sixteen lanes to one.
+        for buffer in [32 << 10, 64 << 10, 128 << 10, 1 << 20] {
+            sizes.extend([buffer - 64, buffer - 1, buffer, buffer + 1, buffer + 63, buffer + 64, 2 * buffer]);
+        }
         let content = |index: usize| -> Vec<u8> {
             (0..sizes[index % sizes.len()] + index / sizes.len())
                 .map(|i| (i * 7 + index + i / 253).to_le_bytes()[0])
@@ -302,7 +306,7 @@ mod tests {
         for count in [1, 3, 40] {
             let paths: Vec<PathBuf> = (0..count).map(|i| directory.path().join(i.to_string())).collect();
             // One of one file is a long one: it is read ahead.
-            let of = |index: usize| content(if count == 1 { 10 } else { index });
+            let of = |index: usize| content(if count == 1 { 5 } else { index });
             paths.iter().enumerate().for_each(|(i, path)| std::fs::write(path, of(i)).expect("written"));
             for jobs in [1, 2, 5] {
                 let hasher = Hasher::new(NonZeroUsize::new(jobs), None).expect("a hasher");
@@ -362,19 +366,31 @@ mod tests {
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let hasher = Hasher::new(None, None).expect("a hasher");
         type Replace = fn(&Path, &Path) -> io::Result<()>;
-        let ways: [Replace; 3] = [
+        fn open(path: &Path) -> io::Result<std::fs::File> {
+            std::fs::OpenOptions::new().write(true).open(path)
+        }
+        let link: Replace =
+            |path, other| std::fs::remove_file(path).and_then(|()| std::os::unix::fs::symlink(other, path));
+        let changes: [Replace; 4] = [
             |path, other| std::fs::rename(other, path),
-            |path, other| std::fs::remove_file(path).and_then(|()| std::os::unix::fs::symlink(other, path)),
-            |path, _| std::fs::OpenOptions::new().write(true).open(path)?.set_len(2),
+            |path, _| open(path)?.set_len(2),
+            |path, _| open(path)?.write_all(b"SIZE"),
+            |path, _| open(path)?.set_modified(std::time::UNIX_EPOCH),
         ];
-        for replace in ways {
+        for (replace, is_link) in changes.into_iter().map(|change| (change, false)).chain([(link, true)]) {
             std::fs::write(&other, "same").expect("written");
             std::fs::write(&path, "size").expect("written");
             let files = hasher.look(vec![&path]).expect("looked");
             replace(&path, &other).expect("replaced");
             let pieces = [Piece { file: 0, range: 0..4 }];
             let result = hasher.digests(Algorithm::Sha256, &files, &pieces);
-            assert!(matches!(result, Err(HashError::Changed(_) | HashError::Read { .. })), "{result:?}");
+            let told = match result {
+                Err(HashError::Changed(ref changed)) => changed == &path && !is_link,
+                // Not followed.
+                Err(HashError::Read { .. }) => is_link,
+                _ => false,
+            };
+            assert!(told, "{result:?}");
             std::fs::remove_file(&path).expect("removed");
         }
     }

@@ -235,3 +235,105 @@ pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, Hash
     let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs.min(MOST_JOBS)).build();
     pool.map_err(|error| HashError::Threads(jobs, error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// Does nothing but write down what it is asked for.
+    #[derive(Default)]
+    struct Recorder {
+        started: Mutex<Vec<usize>>,
+        side_by_side: Mutex<Vec<usize>>,
+    }
+
+    impl Streams for Recorder {
+        type State = ();
+        const BLOCK: usize = 64;
+
+        fn lanes(&self) -> usize {
+            3
+        }
+
+        fn start(&self, unit: &Unit) {
+            self.started.lock().expect("unpoisoned").push(unit.piece);
+        }
+
+        fn update(&self, states: &mut [&mut ()], data: &[&[u8]]) {
+            assert!(data.iter().all(|one| one.len() == data[0].len() && one.len() % 64 == 0));
+            self.side_by_side.lock().expect("unpoisoned").push(states.len());
+        }
+
+        fn finish(&self, (): (), rest: &[u8], unit: &Unit) -> Digest {
+            assert_eq!(rest.len() as u64, (unit.range.end - unit.range.start) % 64);
+            Digest::sha256(&unit.piece.to_le_bytes())
+        }
+    }
+
+    fn files(blocks: &[u64]) -> (tempfile::TempDir, Vec<(PathBuf, Stamp)>, Vec<Unit>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = |(index, blocks): (usize, &u64)| {
+            let path = directory.path().join(index.to_string());
+            std::fs::File::create(&path).and_then(|file| file.set_len(blocks * 64 + 7)).expect("written");
+            let stamp = Stamp::of(&path).expect("looked at");
+            (path, stamp)
+        };
+        let files: Vec<_> = blocks.iter().enumerate().map(file).collect();
+        let units = files.iter().enumerate().map(|(piece, (_, stamp))| Unit::whole(piece, 0..stamp.size));
+        let units = units.collect();
+        (directory, files, units)
+    }
+
+    fn run_on(
+        jobs: usize,
+        files: &[(PathBuf, Stamp)],
+        units: &[Unit],
+        on_failure: OnFailure,
+    ) -> (Recorder, Hashed) {
+        let recorder = Recorder::default();
+        let input = |unit: &Unit| (files[unit.piece].0.as_path(), files[unit.piece].1);
+        let pool = pool(NonZeroUsize::new(jobs)).expect("a pool");
+        let hashed = run(&recorder, units, input, on_failure, &pool, &AtomicU64::new(0));
+        (recorder, hashed)
+    }
+
+    /// The longest first, as many as there are lanes, and the next in the place of one that ends.
+    #[test]
+    fn lanes_are_full_as_long_as_there_is_something_for_them() {
+        let (_directory, files, units) = files(&[20, 900, 40, 700, 800, 10, 30, 60]);
+        let (recorder, hashed) = run_on(1, &files, &units, OnFailure::Stop);
+        assert_eq!(*recorder.started.lock().expect("unpoisoned"), [1, 4, 3, 7, 2, 6, 0, 5]);
+        let side_by_side = recorder.side_by_side.into_inner().expect("unpoisoned");
+        // All three lanes until only two units are left, and then one.
+        let full = side_by_side.iter().filter(|lanes| **lanes == 3).count();
+        assert!(full >= 5 && side_by_side.is_sorted_by(|one, next| one >= next), "{side_by_side:?}");
+        assert!(hashed.failures.is_empty());
+        for (piece, digest) in hashed.digests.iter().enumerate() {
+            assert_eq!(*digest, Digest::sha256(&piece.to_le_bytes()));
+        }
+    }
+
+    /// Of few units, no core takes more than its share.
+    #[test]
+    fn cores_share_what_there_is() {
+        let (_directory, files, units) = files(&[500, 500, 500, 500]);
+        let (recorder, _) = run_on(2, &files, &units, OnFailure::Stop);
+        let most = recorder.side_by_side.into_inner().expect("unpoisoned").into_iter().max();
+        assert!(most.is_some_and(|most| most <= 2), "{most:?} side by side");
+    }
+
+    #[test]
+    fn a_failure_stops_all_or_nothing() {
+        let (_directory, files, units) = files(&[40, 500, 400, 300, 30, 20, 10]);
+        std::fs::remove_file(&files[1].0).expect("removed");
+        for (on_failure, done) in [(OnFailure::Stop, 0), (OnFailure::GoOn, 6)] {
+            let (_, hashed) = run_on(1, &files, &units, on_failure);
+            let failed: Vec<_> = hashed.failures.iter().map(|(piece, _)| *piece).collect();
+            assert_eq!(failed, [1]);
+            assert_eq!(hashed.digests.iter().filter(|digest| **digest != Digest::NONE).count(), done);
+            assert_eq!(hashed.digests[1], Digest::NONE);
+        }
+    }
+}
