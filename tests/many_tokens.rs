@@ -100,6 +100,44 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
     })
 }
 
+/// A token that opens, and hangs whenever it is to sign: it looks well, and would cost every second caller its time.
+#[test]
+fn a_token_that_hangs_is_left_alone() -> anyhow::Result<()> {
+    let (world, beside) = (World::new()?, World::new()?);
+    let (first, second) = world.twins()?;
+    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
+    let config = world.listen()
+        + &left.token_section("a", &first, "timeout = \"1s\"")
+        + &right.token_section("b", &second, "timeout = \"1s\"")
+        + &on_both();
+    let agent = Agent::start(&world, &config)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        eventually("both tokens", || {
+            Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4)
+        })?;
+        let mut client = connect(world.path("agent.sock")).await?;
+        left.set("C_Sign 0 60000\n")?;
+        let before = left.calls("C_Sign");
+        for id in 0..20 {
+            sign(&mut client, request("k", id, &[7; 32]), SECOND * 10).await?;
+        }
+        // Without a breaker, ten.
+        let tried = left.calls("C_Sign") - before;
+        ensure!((1..=4).contains(&tried), "{tried} tries of a token that hangs");
+        // When it is well again, it has its turns again.
+        left.set("")?;
+        let before = left.calls("C_Sign");
+        let mut id = 100;
+        let started = Instant::now();
+        while left.calls("C_Sign") < before + 20 {
+            sign(&mut client, request("k", id, &[7; 32]), SECOND * 10).await?;
+            id += 1;
+            ensure!(started.elapsed() < SECOND * 30, "it does not heal: {}", agent.log()?);
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
     let world = World::new()?;

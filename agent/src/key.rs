@@ -8,6 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
+use crate::breaker::{Breaker, Verdict};
 use crate::host::wire::PublicKey;
 use crate::policy::Rule;
 use crate::replay::Tell;
@@ -39,6 +40,13 @@ pub(crate) struct Place {
     pub(crate) token: Arc<Token>,
     /// Index among the token's keys.
     pub(crate) index: usize,
+    breaker: Breaker,
+}
+
+impl Place {
+    pub(crate) fn new(token: Arc<Token>, index: usize) -> Self {
+        Self { token, index, breaker: Breaker::default() }
+    }
 }
 
 /// Why no token signed: the reason of the first that was tried.
@@ -77,16 +85,24 @@ impl KeyEntry {
         for (tried, place) in order.iter().enumerate() {
             let rest = order.get(tried + 1..).unwrap_or_default();
             // One that is down answers at once: it needs no share.
-            let up = rest.iter().filter(|place| rank(place) < 2).count();
+            let up = rest.iter().filter(|place| is_up(place)).count();
             let left = u32::try_from(up + 1).unwrap_or(u32::MAX);
             let now = Instant::now();
             let share = now + deadline.saturating_duration_since(now) / left;
+            let was_ready = matches!(place.token.state(), State::Ready);
             let signed = place.token.sign(place.index, content, tell, share, up == 0).await;
             let error = match signed {
-                Ok(signed) if self.is_ours(&signed.public_key) => return Ok((signed, place)),
+                Ok(signed) if self.is_ours(&signed.public_key) => {
+                    place.breaker.worked();
+                    return Ok((signed, place));
+                }
                 Ok(_) => TokenError::Refused(OTHER_KEY.to_owned()),
                 Err(error) => error,
             };
+            // (One that is down says so by itself.)
+            if was_ready && matches!(error, TokenError::Unavailable(_) | TokenError::Deadline) {
+                place.breaker.failed(Instant::now());
+            }
             if !rest.is_empty() {
                 tracing::warn!(key = %self.name, token = %place.token.name, %error, "trying the next token");
             }
@@ -96,7 +112,7 @@ impl KeyEntry {
         Err(first.expect("a key has at least one token"))
     }
 
-    /// Round robin among the tokens that are ready; then those that start, then those that are down.
+    /// Round robin among the tokens that are ready; then those that start, then those that are down or failed before.
     fn order(&self) -> Vec<&Place> {
         if let [only] = self.places.as_slice() {
             return vec![only];
@@ -108,7 +124,16 @@ impl KeyEntry {
         }
         let count = order.len();
         order.rotate_left(turn % count);
-        order.sort_by_key(|place| rank(place));
+        let now = Instant::now();
+        order.sort_by_cached_key(|place| match place.token.state() {
+            State::Ready => match place.breaker.ask(now) {
+                Verdict::Trial => 0,
+                Verdict::Closed => 1,
+                Verdict::Open => 3,
+            },
+            State::Starting => 2,
+            State::Locked(_) | State::Down(_) => 4,
+        });
         order
     }
 
@@ -196,13 +221,9 @@ impl KeyEntry {
     }
 }
 
-/// How promising a token is.
-fn rank(place: &Place) -> u8 {
-    match place.token.state() {
-        State::Ready => 0,
-        State::Starting => 1,
-        State::Locked(_) | State::Down(_) => 2,
-    }
+/// Whether a token may answer later than at once.
+fn is_up(place: &Place) -> bool {
+    matches!(place.token.state(), State::Ready | State::Starting)
 }
 
 /// A token as callers see it.

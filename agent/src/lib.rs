@@ -7,6 +7,7 @@ mod agent;
 pub mod algorithm;
 pub mod audit;
 mod backend;
+mod breaker;
 pub mod config;
 pub mod doctor;
 pub mod host;

@@ -56,7 +56,7 @@ impl Setup {
             }
             let place = |token: &String| {
                 let index = indices.get(&(name, token)).copied()?;
-                Some(Place { token: Arc::clone(tokens.get(token)?), index })
+                Some(Place::new(Arc::clone(tokens.get(token)?), index))
             };
             let shared: Arc<str> = name.as_str().into();
             let places = key.tokens.iter().filter_map(place).collect();
