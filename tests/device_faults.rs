@@ -1,16 +1,16 @@
-//! TPMs and cards that fail: what callers see, that it heals, and that no PIN try is spent beyond the one allowed.
+//! What only TPMs and cards do when they fail. What any device may do is in `fault_matrix.rs`.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::piv::{self, Faults, VirtualPiv};
+use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::{built, write_private};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::device::{Device, card, tpm};
+use omsign_tests::device::{Device, card};
 use omsign_tests::world::{World, key};
 use rustix::process::Signal;
 use tonic::Code;
@@ -59,30 +59,6 @@ impl Bench {
         ensure!(signed == Err(code), "{signed:?}, not {code:?}: {}", self.agent.log()?);
         Ok(())
     }
-}
-
-#[test]
-fn a_tpm_that_goes_away_and_comes_back() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let mut stand_in = SwTpm::create(&world.path("tpm"))?;
-    let device = tpm(&stand_in)?;
-    let mut bench = Bench::new(world, &device)?;
-    ensure!(bench.sign()?.is_ok(), "{}", bench.agent.log()?);
-    // Power off and on: keys of files are gone from it, and so is the connection.
-    stand_in.kill()?;
-    bench.fails(Code::Unavailable)?;
-    ensure!(stand_in.start()?);
-    bench.heals()?;
-    // It stops answering: the token's process is replaced within its time-out.
-    signal(stand_in.swtpm()?, Signal::STOP)?;
-    let started = Instant::now();
-    bench.fails(Code::Unavailable)?;
-    ensure!(started.elapsed() < SECOND * 8, "{:?}", started.elapsed());
-    signal(stand_in.swtpm()?, Signal::CONT)?;
-    bench.heals()?;
-    // A reset without a start, as a simulator does it.
-    stand_in.reset()?;
-    bench.heals()
 }
 
 /// A TPM has room for three keys that are loaded, and loading takes two places.
@@ -270,40 +246,6 @@ fn a_key_that_is_replaced_on_the_device() -> anyhow::Result<()> {
     let log = bench.agent.log()?;
     ensure!(log.contains("the slot holds another key than before"), "{log}");
     ensure!(log.contains("the key has another public half than before"), "{log}");
-    Ok(())
-}
-
-#[test]
-fn a_card_that_is_pulled_and_put_back() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let mut stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
-    let device = card(&stand_in)?;
-    let mut bench = Bench::new(world, &device)?;
-    ensure!(bench.sign()?.is_ok(), "{}", bench.agent.log()?);
-    stand_in.unplug();
-    bench.fails(Code::Unavailable)?;
-    stand_in.plug();
-    bench.heals()?;
-    // In the middle of a command.
-    stand_in.set(Faults { pull: true, ..Faults::default() });
-    let _ = bench.sign()?;
-    bench.heals()?;
-    // The service ends and comes back.
-    stand_in.kill_service()?;
-    bench.fails(Code::Unavailable)?;
-    stand_in.start_service()?;
-    bench.heals()?;
-    // A card that hangs.
-    stand_in.set(Faults { delay: SECOND * 3, ..Faults::default() });
-    bench.fails(Code::Unavailable)?;
-    stand_in.set(Faults::default());
-    bench.heals()?;
-    // Another program selects another application and logs out; nobody notices.
-    for _ in 0..3 {
-        stand_in.tool(&["-a", "status"])?;
-        ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
-    }
-    ensure!(stand_in.pin_tries()? == 3, "{} tries", stand_in.pin_tries()?);
     Ok(())
 }
 

@@ -265,36 +265,20 @@ fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
     })
 }
 
+/// CKR_DATA_LEN_RANGE is nobody's fault but the request's: no process is replaced for it.
 #[test]
-fn device_errors_heal_within_one_request() -> anyhow::Result<()> {
+fn an_error_that_is_not_the_tokens() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = Proxy::new(&world)?;
-    let config =
-        world.listen() + &proxy.token_section("t", &token, "timeout = \"2s\"") + &key_section("k", "t", "k");
-    let agent = Agent::start(&world, &config)?;
+    let section = proxy.token_section("t", &token, "timeout = \"2s\"");
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
-        // CKR_DEVICE_REMOVED, CKR_GENERAL_ERROR, CKR_SESSION_HANDLE_INVALID, CKR_USER_NOT_LOGGED_IN,
-        // CKR_OBJECT_HANDLE_INVALID, CKR_DEVICE_ERROR: while they last callers are told, afterwards all is well.
-        for (number, ckr) in (0_u128..).zip(["32", "5", "b3", "101", "82", "30"]) {
-            proxy.set(&format!("C_SignInit {ckr} 0\n"))?;
-            let failed = sign(&mut client, request("k", 100 + number, &DIGEST), SECOND * 10).await;
-            ensure!(failed.as_ref().is_err_and(|s| s.code() == Code::Unavailable), "{ckr}: {failed:?}");
-            proxy.set("")?;
-            let started = Instant::now();
-            let mut id = 1000 + number * 1000;
-            while sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await.is_err() {
-                ensure!(started.elapsed() < SECOND * 15, "{ckr} does not heal: {}", agent.log()?);
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                id += 1;
-            }
-        }
-        // CKR_DATA_LEN_RANGE is nobody's fault but the request's: no process is replaced for it.
         let before = agent.hosts()?;
         proxy.set("C_SignInit 21 0\n")?;
-        let refused = sign(&mut client, request("k", 500_000, &DIGEST), SECOND * 10).await;
+        let refused = sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await;
         ensure!(refused.as_ref().is_err_and(|s| s.code() == Code::FailedPrecondition), "{refused:?}");
         ensure!(agent.hosts()? == before);
         Ok(())

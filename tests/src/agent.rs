@@ -100,6 +100,16 @@ impl Agent {
         Ok(self.child.wait()?)
     }
 
+    /// Descriptors and threads that it and its tokens hold.
+    pub fn held(&self) -> anyhow::Result<(usize, usize)> {
+        let mut sum = (0, 0);
+        for process in [vec![self.pid()], self.hosts()?].concat() {
+            sum.0 += std::fs::read_dir(format!("/proc/{process}/fd"))?.count();
+            sum.1 += std::fs::read_dir(format!("/proc/{process}/task"))?.count();
+        }
+        Ok(sum)
+    }
+
     /// CPU seconds that it and its tokens have used.
     pub fn cpu_seconds(&self) -> anyhow::Result<f64> {
         let mut total = cpu_seconds(self.pid())?;

@@ -7,6 +7,7 @@ pub mod client;
 pub mod device;
 pub mod forge;
 pub mod keyless;
+pub mod lab;
 pub mod operator;
 pub mod peer;
 pub mod pki;

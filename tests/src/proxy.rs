@@ -42,6 +42,14 @@ impl Proxy {
         log.lines().filter(|line| *line == function).count()
     }
 
+    /// Sessions that were opened and not closed since a process last loaded the module.
+    pub fn sessions(&self) -> usize {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let since = log.rsplit("C_Initialize\n").next().unwrap_or_default();
+        let count = |function| since.lines().filter(|line| *line == function).count();
+        count("C_OpenSession").saturating_sub(count("C_CloseSession"))
+    }
+
     /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds.
     pub fn set(&self, faults: &str) -> anyhow::Result<()> {
         // Renamed into place: the module may read at any moment.

@@ -80,9 +80,10 @@ fn intercept(function: &str) -> Option<CK_RV> {
     std::thread::sleep(Duration::from_millis(delay));
     match answer {
         "abort" => std::process::abort(),
-        "segv" => {
+        // Rust's own handler takes the first one for a stack that may have overflowed, and steps aside.
+        "segv" => loop {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::SEGV);
-        }
+        },
         _ => {}
     }
     let rv = CK_RV::from_str_radix(answer, 16).ok()?;
@@ -120,6 +121,7 @@ wrap! {
     C_GetTokenInfo(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR);
     C_OpenSession(slot: CK_SLOT_ID, flags: CK_FLAGS, application: CK_VOID_PTR, notify: CK_NOTIFY,
         session: CK_SESSION_HANDLE_PTR);
+    C_CloseSession(session: CK_SESSION_HANDLE);
     C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: CK_UTF8CHAR_PTR, length: CK_ULONG);
     C_FindObjectsInit(session: CK_SESSION_HANDLE, template: CK_ATTRIBUTE_PTR, count: CK_ULONG);
     C_SignInit(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, key: CK_OBJECT_HANDLE);

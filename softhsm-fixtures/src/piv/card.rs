@@ -37,6 +37,8 @@ pub(super) struct Card {
     slots: BTreeMap<u8, Slot>,
     objects: BTreeMap<Vec<u8>, Vec<u8>>,
     pin: Secret,
+    /// Wrong ones in all, whatever came after.
+    pub(super) wrong_pins: usize,
     puk: Secret,
     management_key: [u8; 24],
     attestation: PKey<Private>,
@@ -70,6 +72,7 @@ impl Card {
             slots: BTreeMap::new(),
             objects,
             pin: Secret { value: FACTORY_PIN, left: 3 },
+            wrong_pins: 0,
             puk: Secret { value: FACTORY_PUK, left: 3 },
             management_key: FACTORY_MANAGEMENT_KEY,
             attestation,
@@ -189,6 +192,7 @@ impl Card {
             return if self.session.verified { Ok(Vec::new()) } else { Err(self.pin.status()) };
         }
         let checked = self.pin.check(data);
+        self.wrong_pins += usize::from(checked.is_err());
         self.session.verified = checked.is_ok();
         self.session.fresh = checked.is_ok();
         checked.map(|()| Vec::new())

@@ -186,6 +186,11 @@ impl VirtualPiv {
         line.and_then(|tries| tries.trim().parse().ok()).context("PIN tries")
     }
 
+    /// How many wrong PINs it was ever given.
+    pub fn wrong_pins(&self) -> usize {
+        self.inside.card().wrong_pins
+    }
+
     /// Runs `yubico-piv-tool` on the card.
     pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         let mut tool = Command::new("yubico-piv-tool");
