@@ -1,0 +1,197 @@
+//! One device that fails, beside one that does not: what a fault costs its callers, and that nothing is left of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::softhsm::KeyType;
+use rustix::process::Signal;
+use tonic::Code;
+
+use crate::agent::{Agent, eventually, signal};
+use crate::client::{connect, request, sign};
+use crate::proxy::Proxy;
+use crate::world::{World, key_section, token_section};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Descriptors, and threads, that may be on their way out: connections that end, threads that wait for work for ten
+/// seconds. Over all trials of a test, so that a leak in one of them shows.
+const SPARE: usize = 4;
+
+/// What the first caller sees who comes while it lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sees {
+    /// A signature.
+    Nothing,
+    /// UNAVAILABLE.
+    Unavailable,
+    /// One of these two.
+    Either,
+    /// FAILED_PRECONDITION, until somebody acts.
+    Locked,
+}
+
+/// How many tries of its PIN or authorization value a device counted so far: wrong ones, or logins beyond the one of
+/// each process.
+pub type Tries<'a> = &'a dyn Fn() -> anyhow::Result<usize>;
+
+/// An agent with the device under trial, as token `device` with a key `k`, and a calm one.
+pub struct Lab {
+    /// Its directory.
+    pub world: World,
+    /// It.
+    pub agent: Agent,
+    /// In front of the device, where it is a PKCS#11 module.
+    pub proxy: Option<Proxy>,
+    /// Descriptors and threads before anything went wrong.
+    held: (usize, usize),
+    digest: Vec<u8>,
+    runtime: tokio::runtime::Runtime,
+    next_id: u128,
+}
+
+impl Lab {
+    /// Starts it. `digest_bytes` are those of the key's hash.
+    pub fn new(
+        world: World,
+        device: &str,
+        object: &str,
+        digest_bytes: usize,
+        proxy: Option<Proxy>,
+    ) -> anyhow::Result<Self> {
+        let calm = world.token("calm", "calm", KeyType::P256)?;
+        let tokens = format!("{device}timeout = \"2s\"\n") + &token_section("calm", &calm, "");
+        let keys = crate::world::key("k", "device", object) + &key_section("calm", "calm", "calm");
+        let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let digest = vec![7; digest_bytes];
+        let mut lab = Self { world, agent, proxy, held: (0, 0), digest, runtime, next_id: 0 };
+        ensure!(lab.sign()? == Ok(()), "{}", lab.agent.log()?);
+        lab.held = lab.agent.held()?;
+        Ok(lab)
+    }
+
+    /// One signature; the error is its code.
+    pub fn sign(&mut self) -> anyhow::Result<Result<(), Code>> {
+        self.next_id += 1;
+        let (socket, id) = (self.world.path("agent.sock"), self.next_id);
+        self.runtime.block_on(async {
+            let mut client = connect(socket).await?;
+            let signed = sign(&mut client, request("k", id, &self.digest), SECOND * 20).await;
+            Ok(signed.map(drop).map_err(|status| status.code()))
+        })
+    }
+
+    /// Kills the device's process, so that it has to be opened anew.
+    pub fn kill_host(&self) -> anyhow::Result<()> {
+        for host in self.agent.hosts()? {
+            let name = std::fs::read_to_string(format!("/proc/{host}/cmdline")).unwrap_or_default();
+            if name.contains("token device") {
+                signal(host, Signal::KILL)?;
+                eventually("its end", || Ok(!self.agent.hosts()?.contains(&host)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has something go wrong, looks at what it costs, and ends it. `within` is how long the first caller waits at most.
+    pub fn trial(
+        &mut self,
+        row: &str,
+        (sees, within): (Sees, Duration),
+        tries: Tries<'_>,
+        wrong: impl FnOnce(&Self) -> anyhow::Result<()>,
+        right: impl FnOnce(&Self) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        self.seen(row, (sees, within), tries, wrong, right).with_context(|| format!("{row}: {}", self.log()))
+    }
+
+    fn log(&self) -> String {
+        let log = self.agent.log().unwrap_or_default();
+        log.lines().rev().take(12).collect::<Vec<_>>().join("\n")
+    }
+
+    fn seen(
+        &mut self,
+        row: &str,
+        (sees, within): (Sees, Duration),
+        tries: Tries<'_>,
+        wrong: impl FnOnce(&Self) -> anyhow::Result<()>,
+        right: impl FnOnce(&Self) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        ensure!(self.sign()? == Ok(()), "it was not well before");
+        let tried = tries()?;
+        let sessions = self.proxy.as_ref().map(Proxy::sessions);
+        wrong(self)?;
+        let calm = Calm::start(self);
+        let started = Instant::now();
+        let answer = self.sign()?;
+        let waited = started.elapsed();
+        let expected = match sees {
+            Sees::Nothing => answer == Ok(()),
+            Sees::Unavailable => answer == Err(Code::Unavailable),
+            Sees::Either => matches!(answer, Ok(()) | Err(Code::Unavailable)),
+            Sees::Locked => answer == Err(Code::FailedPrecondition),
+        };
+        ensure!(expected, "callers see {answer:?}, and not {sees:?}");
+        ensure!(waited < within, "the caller waited for {waited:?}");
+        right(self)?;
+        let started = Instant::now();
+        while self.sign()?.is_err() {
+            ensure!(started.elapsed() < SECOND * 20, "it does not heal");
+        }
+        let healed = started.elapsed();
+        let served = calm.end(self)?;
+        let spent = tries()? - tried;
+        ensure!(spent <= usize::from(sees == Sees::Locked), "{spent} tries of its secret were spent");
+        eventually("what it held before", || {
+            let now = self.agent.held()?;
+            Ok(now.0 <= self.held.0 + SPARE && now.1 <= self.held.1 + SPARE)
+        })
+        .with_context(|| format!("it held {:?}, and now {:?}", self.held, self.agent.held()))?;
+        if let (Some(before), Some(proxy)) = (sessions, &self.proxy) {
+            eventually("as many sessions as before", || Ok(proxy.sessions() <= before))
+                .with_context(|| format!("{before} sessions were open, and now {}", proxy.sessions()))?;
+        }
+        eprintln!("{row}: {answer:?} after {waited:.1?}, well after {healed:.1?}, {served} others served");
+        Ok(())
+    }
+}
+
+/// A caller of the calm token, all the while.
+struct Calm {
+    over: Arc<AtomicBool>,
+    served: Arc<AtomicUsize>,
+    task: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+impl Calm {
+    fn start(lab: &Lab) -> Self {
+        let (over, served) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (ended, count, socket) = (Arc::clone(&over), Arc::clone(&served), lab.world.path("agent.sock"));
+        let first = lab.next_id << 64;
+        let task = lab.runtime.spawn(async move {
+            let mut client = connect(socket).await?;
+            for id in first.. {
+                sign(&mut client, request("calm", id, &[7; 32]), SECOND * 5).await?;
+                count.fetch_add(1, Ordering::Relaxed);
+                if ended.load(Ordering::Relaxed) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Ok(())
+        });
+        Self { over, served, task }
+    }
+
+    fn end(self, lab: &Lab) -> anyhow::Result<usize> {
+        self.over.store(true, Ordering::Relaxed);
+        lab.runtime.block_on(self.task)?.context("a caller of another token")?;
+        let served = self.served.load(Ordering::Relaxed);
+        ensure!(served > 0, "no other caller came");
+        Ok(served)
+    }
+}
