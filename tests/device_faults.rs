@@ -1,6 +1,6 @@
 //! What only TPMs and cards do when they fail. What any device may do is in `fault_matrix.rs`.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -246,6 +246,46 @@ fn a_key_that_is_replaced_on_the_device() -> anyhow::Result<()> {
     let log = bench.agent.log()?;
     ensure!(log.contains("the slot holds another key than before"), "{log}");
     ensure!(log.contains("the key has another public half than before"), "{log}");
+    Ok(())
+}
+
+/// gpg's own daemon, which wants the card for itself: it gets one that is idle, and who asks meanwhile is told who has it.
+#[test]
+fn a_card_that_gpg_takes() -> anyhow::Result<()> {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card(&stand_in)?;
+    let mut bench = Bench::new(world, &device)?;
+    ensure!(bench.sign()? == Ok(()), "{}", bench.agent.log()?);
+    let mut gpg = Command::new("/usr/lib/gnupg/scdaemon");
+    gpg.args(["--server", "--disable-ccid", "--pcsc-driver", "libpcsclite.so.1", "--homedir"]);
+    gpg.arg(bench.world.path("card")).env("PCSCLITE_CSOCK_NAME", stand_in.socket());
+    let mut gpg = gpg.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let pid = gpg.id();
+    let (mut orders, answers) = (gpg.stdin.take().context("stdin")?, gpg.stdout.take().context("stdout")?);
+    let mut answers = BufReader::new(answers).lines();
+    ensure!(answers.next().context("a greeting")??.starts_with("OK"));
+    let mut order = |what: &str| -> anyhow::Result<bool> {
+        writeln!(orders, "{what}")?;
+        loop {
+            let answer = answers.next().context("an answer")??;
+            if answer.starts_with("OK") || answer.starts_with("ERR") {
+                return Ok(answer.starts_with("OK"));
+            }
+        }
+    };
+    eventually("gpg's turn", || order("SERIALNO undefined"))?;
+    let errors = bench.world.omsign_fails(2, &["sign", "agent.log", "--key", "p256"])?;
+    let holder = format!("scdaemon (process {pid})");
+    ensure!(
+        errors.contains("YubiKey 11223344 is in use by another program") && errors.contains(&holder),
+        "{errors}"
+    );
+    order("BYE")?;
+    gpg.wait()?;
+    bench.heals()?;
+    ensure!(stand_in.wrong_pins() == 0);
     Ok(())
 }
 

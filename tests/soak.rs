@@ -13,6 +13,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::proxy::Proxy;
+use omsign_tests::random::Random;
 use omsign_tests::world::{World, key as key_on, key_section, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::{PKey, Public};
@@ -42,19 +43,6 @@ const MODULE_FAULTS: [&str; 16] = [
     "C_Sign segv 0",
     "C_FindObjectsInit abort 0",
 ];
-
-/// A generator that gives the same numbers for the same seed (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((mixed ^ (mixed >> 31)) % bound as u64).unwrap_or(0)
-    }
-}
 
 /// What the clients saw of each key.
 #[derive(Default)]

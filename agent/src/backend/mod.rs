@@ -4,6 +4,7 @@ mod piv;
 mod pkcs11;
 mod tpm;
 
+pub(crate) use self::piv::holder as card_holder;
 pub(crate) use self::tpm::attest as tpm_attestation;
 
 use std::io;

@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use super::line::Host;
 use super::{Command, Token, TokenError, Unlocked};
+use crate::backend::card_holder;
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Request, Survey};
 use crate::secret::Pin;
@@ -48,6 +49,8 @@ pub(super) struct Process {
     socket: UnixStream,
     requests: mpsc::UnboundedReceiver<Request>,
     timeout: Duration,
+    /// Whether other programs may hold its device.
+    is_card: bool,
 }
 
 /// Starts the process and has it open the device.
@@ -63,7 +66,9 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
-            Ok((host, Process { child, socket, requests: inbox, timeout: token.config.timeout }))
+            let is_card = matches!(token.config.device, config::Device::Piv { .. });
+            let timeout = token.config.timeout;
+            Ok((host, Process { child, socket, requests: inbox, timeout, is_card }))
         }
         Opening::Failed(failure) => Err(failure),
         Opening::Surveyed(_) | Opening::Prepared | Opening::LoggingIn | Opening::LoggedIn => {
@@ -205,10 +210,10 @@ impl Process {
             loop {
                 tick.tick().await;
                 if host.hangs(self.timeout) {
-                    return format!(
-                        "an operation took longer than {} s and was ended",
-                        self.timeout.as_secs_f64()
-                    );
+                    // One that keeps a card in a transaction of its own.
+                    let holder = if self.is_card { card_holder() } else { String::new() };
+                    let seconds = self.timeout.as_secs_f64();
+                    return format!("an operation took longer than {seconds} s and was ended{holder}");
                 }
             }
         };

@@ -31,12 +31,15 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
 }
 
 /// Who probably holds it: `: scdaemon (process 1234)`, or nothing.
-pub(super) fn holder() -> String {
+pub(crate) fn holder() -> String {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if HOLDERS.contains(&name.trim()) {
-            found.push(format!("{} (process {})", name.trim(), entry.file_name().display()));
+        // The kernel keeps fifteen bytes of a name.
+        let is =
+            |holder: &&&str| !name.trim().is_empty() && holder.get(..15).unwrap_or(holder) == name.trim();
+        if let Some(holder) = HOLDERS.iter().find(is) {
+            found.push(format!("{holder} (process {})", entry.file_name().display()));
         }
     }
     if found.is_empty() { String::new() } else { format!(": {}", found.join(", ")) }

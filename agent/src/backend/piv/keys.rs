@@ -59,10 +59,14 @@ impl Key {
 
 /// Reads a slot's metadata. The card itself names the public half; a key that needs no touch also signs a
 /// challenge.
-pub(super) fn find(card: &mut Card, object: &Object, padding: Padding) -> Result<(Key, PublicKey), Failure> {
+pub(super) fn find(
+    card: &mut Card<'_>,
+    object: &Object,
+    padding: Padding,
+) -> Result<(Key, PublicKey), Failure> {
     let Object::PivSlot(number) = object else { return Err(refused(format!("{object} is not a PIV slot"))) };
     let slot = SlotId::try_from(*number).map_err(|_| refused(format!("there is no slot {number:02x}")))?;
-    let metadata = piv::metadata(&mut card.yubikey, slot).map_err(|error| match error {
+    let metadata = piv::metadata(card.yubikey, slot).map_err(|error| match error {
         Error::NotFound => refused(format!("slot {number:02x} is empty")),
         Error::NotSupported => {
             refused("its firmware is older than 5.3 and does not tell what its slots hold".into())

@@ -5,7 +5,7 @@ use yubikey::certificate::CertInfo;
 use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
 use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
-use super::super::{locked, refused};
+use super::super::refused;
 use super::errors::classify;
 use super::{Card, is_factorys, keys};
 use crate::algorithm::{KeyType, Padding};
@@ -16,7 +16,7 @@ use crate::host::wire::{Failure, KeySpec};
 /// The key that signs attestations, made in the factory (Yubico, "PIV attestation").
 const ATTESTATION: u8 = 0xf9;
 
-pub(super) fn operate(card: &mut Card, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
     match task {
         Task::List(_) => list(card),
         Task::Generate(key, template) => generate(card, key, template),
@@ -34,7 +34,7 @@ pub(super) fn operate(card: &mut Card, task: &Task, touch: &dyn Fn(&str)) -> Res
             let certificate = Certificate::from_bytes(certificate.clone())
                 .map_err(|error| classify("read the certificate", &error))?;
             manage(card)?;
-            let written = certificate.write(&mut card.yubikey, slot, CertInfo::Uncompressed);
+            let written = certificate.write(card.yubikey, slot, CertInfo::Uncompressed);
             written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
@@ -55,11 +55,11 @@ fn slot(key: &KeySpec) -> Result<SlotId, Failure> {
     }
 }
 
-fn list(card: &mut Card) -> Result<Done, Failure> {
+fn list(card: &mut Card<'_>) -> Result<Done, Failure> {
     let mut listed = Vec::new();
     for number in PIV_SLOTS.into_iter().flatten() {
         let Ok(slot) = SlotId::try_from(number) else { continue };
-        let metadata = match piv::metadata(&mut card.yubikey, slot) {
+        let metadata = match piv::metadata(card.yubikey, slot) {
             Ok(metadata) => metadata,
             Err(Error::NotFound) => continue,
             Err(error) => return Err(classify("read the slot's metadata", &error)),
@@ -78,14 +78,14 @@ fn list(card: &mut Card) -> Result<Done, Failure> {
             object: Object::PivSlot(number),
             public_key: spki.map(|spki| spki.0).unwrap_or_default(),
             algorithm: known.map_or_else(|| format!("{algorithm:?}"), |known| known.name().to_owned()),
-            certificate: Certificate::read(&mut card.yubikey, slot).is_ok(),
+            certificate: Certificate::read(card.yubikey, slot).is_ok(),
             notes,
         });
     }
     Ok(Done::Listed(listed))
 }
 
-fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done, Failure> {
+fn generate(card: &mut Card<'_>, key: &KeySpec, template: &Template) -> Result<Done, Failure> {
     let slot = slot(key)?;
     if template.no_da {
         return Err(refused("--no-da is for keys of a TPM".into()));
@@ -104,7 +104,7 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
             return Err(refused("a YubiKey has no such keys; use p256 or p384".into()));
         }
     };
-    match piv::metadata(&mut card.yubikey, slot) {
+    match piv::metadata(card.yubikey, slot) {
         Err(Error::NotFound) => {}
         Ok(_) => {
             return Err(refused(format!(
@@ -116,7 +116,7 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
     }
     manage(card)?;
     let (pin, touch) = (pin_policy(template), touch_policy(template));
-    piv::generate(&mut card.yubikey, slot, algorithm, pin, touch).map_err(|error| match error {
+    piv::generate(card.yubikey, slot, algorithm, pin, touch).map_err(|error| match error {
         Error::AlgorithmError => {
             refused("the card's firmware has no such keys, or not with this policy".into())
         }
@@ -129,19 +129,16 @@ fn generate(card: &mut Card, key: &KeySpec, template: &Template) -> Result<Done,
 
 /// Shows the card the management key, which the card keeps for whoever knows the PIN. One from the factory is never
 /// used: whoever has the card in hand for a moment could use it too.
-fn manage(card: &mut Card) -> Result<(), Failure> {
-    if is_factorys(&mut card.yubikey, 0x9b) {
+fn manage(card: &mut Card<'_>) -> Result<(), Failure> {
+    if is_factorys(card.yubikey, 0x9b) {
         return Err(refused(
             "its management key is the one from the factory; run `omsign-agent init yubikey`, or \
              `ykman piv access change-management-key --generate --protect`"
                 .into(),
         ));
     }
-    if card.renew()? <= 1 {
-        return Err(locked("somebody entered wrong PINs: one more would block it".into()));
-    }
-    card.verify().map_err(|error| classify("verify the PIN", &error))?;
-    let key = MgmKey::get_protected(&mut card.yubikey).map_err(|_| {
+    card.verify_again()?;
+    let key = MgmKey::get_protected(card.yubikey).map_err(|_| {
         refused(
             "its management key is not kept on the card; run `ykman piv access change-management-key --protect`"
                 .into(),
@@ -150,8 +147,8 @@ fn manage(card: &mut Card) -> Result<(), Failure> {
     card.yubikey.authenticate(&key).map_err(|error| classify("show the management key", &error))
 }
 
-fn attest(card: &mut Card, slot: SlotId) -> Result<Done, Failure> {
-    let own = piv::attest(&mut card.yubikey, slot).map_err(|error| match error {
+fn attest(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
+    let own = piv::attest(card.yubikey, slot).map_err(|error| match error {
         Error::NotSupported => refused("its firmware is older than 4.3 and attests nothing".into()),
         Error::GenericError => {
             refused("the card attests only keys that it made itself, and this one was imported".into())
@@ -159,7 +156,7 @@ fn attest(card: &mut Card, slot: SlotId) -> Result<Done, Failure> {
         error => classify("attest the key", &error),
     })?;
     let by = SlotId::try_from(ATTESTATION).map_err(|error| classify("find slot f9", &error))?;
-    let by = Certificate::read(&mut card.yubikey, by).map_err(|_| {
+    let by = Certificate::read(card.yubikey, by).map_err(|_| {
         refused("slot f9 has no certificate: somebody replaced the factory's attestation key".into())
     })?;
     let by = by.cert.to_der().map_err(|error| refused(error.to_string()))?;

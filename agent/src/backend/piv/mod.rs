@@ -1,20 +1,22 @@
-//! PIV keys on a YubiKey. Every step is a short transaction of its own, so that gpg and ykman can use the card
-//! in between; what they undo (the selected application, the verified PIN) is done again.
+//! PIV keys on a YubiKey. Every step is a short transaction of its own, so that ykman and others can use the card in
+//! between; what they undo (the selected application, the verified PIN) is done again. An idle card is let go of, since
+//! gpg wants one for itself.
 
 mod errors;
 mod keys;
 mod life;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use getrandom::SysRng;
 use yubikey::piv::{self, SlotId};
 use yubikey::{MgmKey, PinPolicy, Serial, TouchPolicy, YubiKey};
 
-use self::errors::{classify, holder};
+use self::errors::classify;
+pub(crate) use self::errors::holder;
 use self::keys::Key;
-use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{Done, Task};
@@ -31,22 +33,37 @@ const FACTORY_PUK: &[u8] = b"12345678";
 /// In bytes (NIST SP 800-73-4, part 2, 2.4.3).
 const LONGEST_PIN: usize = 8;
 
+/// An idle card is let go of after this long: connecting takes a few of its commands.
+const LET_GO: Duration = Duration::from_secs(2);
+
 /// A card that refuses after this long waited for a finger; without one it refuses at once.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A card whose PIN was accepted.
 struct OpenPiv {
-    card: Mutex<Card>,
+    held: Mutex<Held>,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
 }
 
-struct Card {
-    yubikey: YubiKey,
+/// The card, and what is known of it while it is let go of.
+struct Held {
+    yubikey: Option<YubiKey>,
+    last_used: Instant,
+    known: Known,
+}
+
+struct Known {
     serial: u32,
     /// Keys of slot 9c want it before every signature.
     pin: Option<Pin>,
     last_touch: Option<Instant>,
+}
+
+/// A card that is connected.
+struct Card<'a> {
+    yubikey: &'a mut YubiKey,
+    known: &'a mut Known,
 }
 
 /// Connects, verifies the PIN once, and reads every key's metadata. Keys that need no touch sign a challenge.
@@ -59,10 +76,12 @@ pub(super) fn open(
     let mut yubikey = connect(serial)?;
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let pin = verified(&mut yubikey, spec, pin, say)?;
-    let mut card = Card { yubikey, serial, pin, last_touch: None };
+    let mut known = Known { serial, pin, last_touch: None };
+    let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
     let opened = Opened { device, sessions: 1, keys: public };
-    Ok((Box::new(OpenPiv { card: Mutex::new(card), keys }), opened))
+    let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
+    Ok((Box::new(OpenPiv { held: Mutex::new(held), keys }), opened))
 }
 
 /// Looks at a card without offering a PIN; serial 0 stands for all cards.
@@ -198,13 +217,37 @@ fn verified(
     Ok(Some(pin))
 }
 
-impl Card {
+impl Held {
+    /// The card, connected again where it was let go of.
+    fn card(&mut self) -> Result<Card<'_>, Failure> {
+        let Self { yubikey, last_used, known } = self;
+        *last_used = Instant::now();
+        let (yubikey, again) = match yubikey.take() {
+            Some(connected) => (yubikey.insert(connected), false),
+            None => (yubikey.insert(connect(known.serial)?), true),
+        };
+        let mut card = Card { yubikey, known };
+        if again {
+            // pcscd switches a card off that nobody uses.
+            card.verify_again()?;
+        }
+        Ok(card)
+    }
+
+    fn let_go(&mut self) {
+        if let Some(yubikey) = self.yubikey.take() {
+            let _ = yubikey.disconnect(pcsc::Disposition::LeaveCard);
+        }
+    }
+}
+
+impl Card<'_> {
     /// Selects our application again, and connects again after a reset; neither costs a try. Not the crate's own way
     /// to connect again: it offers the PIN without a look at the tries that are left. Returns those.
     fn renew(&mut self) -> Result<u8, Failure> {
         let tries = match self.yubikey.get_pin_retries() {
             Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }) => {
-                let old = std::mem::replace(&mut self.yubikey, connect(self.serial)?);
+                let old = std::mem::replace(self.yubikey, connect(self.known.serial)?);
                 // Dropped, it would reset the card once more.
                 let _ = old.disconnect(pcsc::Disposition::LeaveCard);
                 self.yubikey.get_pin_retries()
@@ -231,31 +274,36 @@ impl Card {
             | yubikey::Error::GenericError => {}
             error => return Err(classify("sign", &error)),
         }
-        let tries = self.renew()?;
-        if key.pin != PinPolicy::Never && self.pin.is_some() {
-            if tries <= 1 {
-                return Err(locked("somebody entered wrong PINs: one more would block it".into()));
-            }
-            self.verify().map_err(|error| classify("verify the PIN", &error))?;
+        if key.pin == PinPolicy::Never {
+            self.renew()?;
+        } else {
+            self.verify_again()?;
         }
         self.attempt(key, input).map_err(|error| classify("sign", &error))
+    }
+
+    /// Shows the card the PIN that it accepted before, if it has one and still takes wrong ones.
+    fn verify_again(&mut self) -> Result<(), Failure> {
+        if self.renew()? <= 1 && self.known.pin.is_some() {
+            return Err(locked("somebody entered wrong PINs: one more would block it".into()));
+        }
+        self.verify().map_err(|error| classify("verify the PIN", &error))
     }
 
     fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
             self.verify()?;
         }
-        piv::sign_data(&mut self.yubikey, input, key.algorithm_id, key.slot)
-            .map(|signature| signature.to_vec())
+        piv::sign_data(self.yubikey, input, key.algorithm_id, key.slot).map(|signature| signature.to_vec())
     }
 
     /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
     fn verify(&mut self) -> Result<(), yubikey::Error> {
-        match &self.pin {
+        match &self.known.pin {
             Some(pin) => {
                 let verified = self.yubikey.verify_pin(pin.expose().as_bytes());
                 if matches!(verified, Err(yubikey::Error::WrongPin { .. })) {
-                    self.pin = None;
+                    self.known.pin = None;
                 }
                 verified
             }
@@ -266,7 +314,7 @@ impl Card {
 
     /// What whoever waits is told.
     fn touch_me(&self) -> String {
-        format!("touch your YubiKey (serial {})", self.serial)
+        format!("touch your YubiKey (serial {})", self.known.serial)
     }
 
     /// Whether the next signature of this key needs a finger.
@@ -274,7 +322,7 @@ impl Card {
         match key.touch {
             TouchPolicy::Default | TouchPolicy::Never => false,
             TouchPolicy::Always => true,
-            TouchPolicy::Cached => self.last_touch.is_none_or(|last| last.elapsed() >= CACHED),
+            TouchPolicy::Cached => self.known.last_touch.is_none_or(|last| last.elapsed() >= CACHED),
         }
     }
 }
@@ -284,10 +332,43 @@ impl Device for OpenPiv {
         Ok(vec![Box::new(Thread(self)), Box::new(Thread(self))])
     }
 
+    fn rests(&self) -> Duration {
+        LET_GO
+    }
+
     fn probe(&self) -> Result<(), Failure> {
-        let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held();
+        if held.last_used.elapsed() < LET_GO {
+            return Ok(());
+        }
+        // What it is asked connects it again.
+        if held.yubikey.is_none() && held.last_used.elapsed() >= PROBE_EVERY {
+            self.ask(&mut held.card()?)?;
+        }
+        held.let_go();
+        Ok(())
+    }
+
+    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+        let mut held = self.held();
+        let mut card = held.card()?;
+        // Other programs may have used it since.
+        card.renew()?;
+        life::operate(&mut card, task, touch)
+    }
+
+    fn close(self: Box<Self>) {}
+}
+
+impl OpenPiv {
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is still there.
+    fn ask(&self, card: &mut Card<'_>) -> Result<(), Failure> {
         let Some(Some(key)) = self.keys.iter().find(|key| key.is_some()) else { return Ok(()) };
-        match piv::metadata(&mut card.yubikey, key.slot) {
+        match piv::metadata(card.yubikey, key.slot) {
             // Another program may have selected its own application, or reset the card: it is there.
             Ok(_)
             | Err(yubikey::Error::GenericError | yubikey::Error::NotSupported)
@@ -295,15 +376,6 @@ impl Device for OpenPiv {
             Err(error) => Err(gone(classify("ask the card", &error).message)),
         }
     }
-
-    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
-        let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
-        // Other programs may have used it since.
-        card.renew()?;
-        life::operate(&mut card, task, touch)
-    }
-
-    fn close(self: Box<Self>) {}
 }
 
 /// One of two threads: while one has the card sign, the other checks what it signed before.
@@ -314,14 +386,15 @@ impl Signer for Thread<'_> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         let input = key.input(content)?;
         let signature = {
-            let mut card = self.0.card.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut held = self.0.held();
+            let mut card = held.card()?;
             let waits = card.waits_for_touch(key);
             if waits {
                 touch(&card.touch_me());
             }
             let signature = card.sign(key, &input)?;
             if waits {
-                card.last_touch = Some(Instant::now());
+                card.known.last_touch = Some(Instant::now());
             }
             signature
         };
