@@ -363,6 +363,47 @@ fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
         ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");
         Ok(())
     })?;
+    // Two at once: both are told before anybody touched it, and each signature wants a touch of its own.
+    let socket = bench.world.path("agent.sock");
+    bench.runtime.block_on(async {
+        let mut waiting = Vec::new();
+        for id in [2_u128 << 64, 3 << 64] {
+            let mut client = connect(socket.clone()).await?;
+            waiting.push(client.sign(request("touch", id, &DIGEST)).await?.into_inner());
+        }
+        for events in &mut waiting {
+            let first = events.message().await?.context("an event")?.event;
+            ensure!(matches!(first, Some(Event::Touch(_))), "{first:?}");
+        }
+        for _ in 0..2 {
+            eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
+            stand_in.touch();
+            eventually("its end", || Ok(!stand_in.waits_for_touch()))?;
+        }
+        for mut events in waiting {
+            let last = events.message().await?.context("an event")?.event;
+            ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");
+        }
+        anyhow::Ok(())
+    })?;
+    // And whoever signs at a terminal, with an agent and without.
+    let uri = format!("piv:serial=11223344;slot=9a?pin-source={}", stand_in.pin_file().display());
+    for key in [["--key", "touch"], ["--key-uri", &uri]] {
+        let output = std::thread::scope(|scope| {
+            let sign = scope.spawn(|| {
+                let mut sign = Command::new(built("omsign")?);
+                bench.world.without_surprises(&mut sign);
+                sign.env("PCSCLITE_CSOCK_NAME", stand_in.socket()).current_dir(bench.world.path(""));
+                anyhow::Ok(sign.args(["sign", "agent.log", "--signature", "touched.sig"]).args(key).output()?)
+            });
+            eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
+            stand_in.touch();
+            sign.join().map_err(|_| anyhow::anyhow!("a panic"))?
+        })?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let told = errors.contains("waiting: touch your YubiKey (serial 11223344)");
+        ensure!(output.status.success() && told, "{key:?}: {errors}");
+    }
     eventually("the notification", || {
         let said = std::fs::read_to_string(bench.world.path("touched")).unwrap_or_default();
         Ok(said == "touch your YubiKey (serial 11223344)\n")

@@ -7,7 +7,7 @@ use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
 use super::super::refused;
 use super::errors::classify;
-use super::{Card, is_factorys, keys};
+use super::{Card, is_factorys, keys, touch_me};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
@@ -25,7 +25,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) ->
             let (key, public) = keys::find(card, &key.object, key.padding)?;
             let input = key.input(&public.algorithm.content(message))?;
             if card.waits_for_touch(&key) {
-                touch(&card.touch_me());
+                touch(&touch_me(card.known.serial));
             }
             card.sign(&key, &input).map(Done::Signature)
         }

@@ -41,6 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A card whose PIN was accepted.
 struct OpenPiv {
+    serial: u32,
     held: Mutex<Held>,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
@@ -58,6 +59,11 @@ struct Known {
     /// Keys of slot 9c want it before every signature.
     pin: Option<Pin>,
     last_touch: Option<Instant>,
+}
+
+/// What whoever waits is told.
+fn touch_me(serial: u32) -> String {
+    format!("touch your YubiKey (serial {serial})")
 }
 
 /// A card that is connected.
@@ -81,7 +87,7 @@ pub(super) fn open(
     let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
     let opened = Opened { device, sessions: 1, keys: public };
     let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
-    Ok((Box::new(OpenPiv { held: Mutex::new(held), keys }), opened))
+    Ok((Box::new(OpenPiv { serial, held: Mutex::new(held), keys }), opened))
 }
 
 /// Looks at a card without offering a PIN; serial 0 stands for all cards.
@@ -312,11 +318,6 @@ impl Card<'_> {
         }
     }
 
-    /// What whoever waits is told.
-    fn touch_me(&self) -> String {
-        format!("touch your YubiKey (serial {})", self.known.serial)
-    }
-
     /// Whether the next signature of this key needs a finger.
     fn waits_for_touch(&self, key: &Key) -> bool {
         match key.touch {
@@ -385,12 +386,16 @@ impl Signer for Thread<'_> {
     fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
         let input = key.input(content)?;
+        // Also whoever has others before them: each signature wants its own finger.
+        if key.touch == TouchPolicy::Always {
+            touch(&touch_me(self.0.serial));
+        }
         let signature = {
             let mut held = self.0.held();
             let mut card = held.card()?;
             let waits = card.waits_for_touch(key);
-            if waits {
-                touch(&card.touch_me());
+            if waits && key.touch == TouchPolicy::Cached {
+                touch(&touch_me(self.0.serial));
             }
             let signature = card.sign(key, &input)?;
             if waits {
