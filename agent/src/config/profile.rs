@@ -38,6 +38,8 @@ pub struct Profile {
     pub libraries: Vec<PathBuf>,
     /// Environment variables that the library needs.
     pub environment: Vec<String>,
+    /// And those that it goes by where they are set.
+    pub environment_if_set: Vec<String>,
     /// The most PKCS#11 sessions that are of use, or allowed. One of them is the agent's anchor.
     pub max_sessions: Option<usize>,
     /// How long the device may be left alone before it forgets the login: it is asked for a random byte before that.
@@ -65,6 +67,7 @@ impl Default for Profile {
             sources: Vec::new(),
             libraries: Vec::new(),
             environment: Vec::new(),
+            environment_if_set: Vec::new(),
             max_sessions: None,
             keep_alive: None,
             shows_public_before_login: true,

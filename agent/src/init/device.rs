@@ -199,7 +199,10 @@ impl Init {
             say("changed; from here on they are what you typed");
         }
         Ok(Chosen {
-            token: format!("backend = \"piv\"\nserial = {serial}\npin = \"prompt\"\n"),
+            token: format!(
+                "backend = \"piv\"\nserial = {serial}\npin = \"prompt\"\n{}",
+                env(["PCSCLITE_CSOCK_NAME".to_owned()].iter())
+            ),
             object: format!("{{ slot = {} }}", quoted(slot)),
             key_type: KeyType::P256,
             pin: Some(pin),
@@ -242,10 +245,7 @@ impl Init {
         let form = if known.pin.is_empty() { String::new() } else { format!(" ({})", known.pin) };
         let pin = answer(&format!("PIN of the token {:?}{form}", token.label), ask)?;
         let profile = profile.map(|name| format!("profile = {}\n", quoted(name))).unwrap_or_default();
-        // What the module needs is here now, and has to be there when the agent runs.
-        let set = known.environment.iter().filter_map(|name| Some((name, std::env::var(name).ok()?)));
-        let set: Vec<_> = set.map(|(name, value)| format!("{name} = {}", quoted(&value))).collect();
-        let env = if set.is_empty() { String::new() } else { format!("env = {{ {} }}\n", set.join(", ")) };
+        let env = env(known.environment.iter().chain(&known.environment_if_set));
         Ok(Chosen {
             token: format!(
                 "backend = \"pkcs11\"\n{profile}module = {}\ntoken = {{ label = {} }}\n\
@@ -281,6 +281,13 @@ fn bare(device: Device) -> Token {
         env: BTreeMap::new(),
         hidden_env: Vec::new(),
     }
+}
+
+/// What the device was found with is set here, and has to be there when the agent runs.
+fn env<'a>(names: impl Iterator<Item = &'a String>) -> String {
+    let set = names.filter_map(|name| Some((name, std::env::var(name).ok()?)));
+    let set: Vec<_> = set.map(|(name, value)| format!("{name} = {}", quoted(&value))).collect();
+    if set.is_empty() { String::new() } else { format!("env = {{ {} }}\n", set.join(", ")) }
 }
 
 /// 128 random bits, hexadecimal.
