@@ -8,8 +8,11 @@ use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::{Abrmd, SwTpm};
 use omsign_tests::agent::Agent;
-use omsign_tests::device::{Device, card, card_through, kryoptic, soft_hsm, tpm, tpm_through_pkcs11};
-use omsign_tests::world::{World, text};
+use omsign_tests::device::{
+    Device, Expected, card, card_through, kryoptic, soft_hsm, tpm, tpm_through_pkcs11,
+};
+use omsign_tests::operator::does;
+use omsign_tests::world::{World, key, text};
 
 /// Lists, signs and verifies with every key; says what the device is; keeps its secret to itself.
 fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
@@ -110,6 +113,52 @@ fn virtual_piv() -> anyhow::Result<()> {
     let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     let device = card(&stand_in)?;
     holds(&world, &device)
+}
+
+/// Kinds of keys, and slots, that not every firmware has, made by omsign.
+#[test]
+fn virtual_piv_with_every_kind() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let kinds = [
+        ("management", "9d", "p384", "ecdsa-p384-sha384"),
+        ("authentication", "9e", "p256", "ecdsa-p256-sha256"),
+        ("rsa3072", "84", "rsa3072", "rsa-pkcs1-sha256"),
+        ("rsa4096", "95", "rsa4096", "rsa-pkcs1-sha256"),
+        ("ed25519", "90", "ed25519", "ed25519"),
+    ];
+    let mut device = card(&stand_in)?;
+    stand_in.protect_management_key()?;
+    device.keys =
+        kinds.iter().map(|(name, slot, ..)| key(name, "device", &format!("slot = \"{slot}\""))).collect();
+    device.expected.clear();
+    world.write("agent.toml", world.listen() + &device.token + &device.keys)?;
+    for (name, slot, kind, algorithm) in kinds {
+        let public = does(&world, &["generate", name, "--type", kind])?;
+        let public = world.write(&format!("{name}.pub.pem"), public)?;
+        let uri = format!("piv:serial=11223344;slot={slot}?pin-source={}", stand_in.pin_file().display());
+        // The model below is longer than an Ed25519 key on a card takes.
+        if name != "ed25519" {
+            device.expected.push(Expected { name, algorithm, public, uri });
+        }
+    }
+    device.keys = device.keys.split_once("\n[key.ed25519]").context("a key")?.0.to_owned();
+    holds(&world, &device)?;
+    let uri = format!("piv:serial=11223344;slot=90?pin-source={}", stand_in.pin_file().display());
+    let sign = |model: &str| {
+        let mut sign = Command::new(built("omsign")?);
+        sign.args(["sign", model, "--allow-nonstandard-key", "--signature", "ed.sig", "--key-uri", &uri]);
+        world.without_surprises(sign.current_dir(world.path("")));
+        anyhow::Ok(sign.env("PCSCLITE_CSOCK_NAME", stand_in.socket()).output()?)
+    };
+    world.write("small/weights", "")?;
+    let small = sign("small")?;
+    ensure!(small.status.success(), "{small:?}");
+    let public = text(&world.path("ed25519.pub.pem"));
+    world.omsign_ok(&["verify", "small", "--signature", "ed.sig", "--public-key", &public])?;
+    let errors = String::from_utf8(sign("model")?.stderr)?;
+    ensure!(errors.contains("an Ed25519 key on a card takes 1000; use a P-256 key"), "{errors}");
+    Ok(())
 }
 
 /// With a key that asks for the PIN before every signature.

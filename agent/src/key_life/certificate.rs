@@ -47,9 +47,6 @@ pub enum CertificateError {
     /// A further name.
     #[error("{0:?} is not a subject alternative name; write dns:NAME, uri:URI or email:ADDRESS")]
     Alternative(String),
-    /// A key that certificates are not made for.
-    #[error("certificate requests for {0} keys are not supported")]
-    Algorithm(&'static str),
     /// No certificate in the file.
     #[error("the file does not hold PEM certificates: {0}")]
     Pem(String),
@@ -205,7 +202,15 @@ fn signature_algorithm(algorithm: Algorithm) -> Result<AlgorithmIdentifierOwned,
         Algorithm::Ed25519 => ("1.3.101.112", None),
         // RFC 9881, 2.
         Algorithm::MlDsa(set) => return Ok(AlgorithmIdentifierOwned { oid: set.oid(), parameters: None }),
-        Algorithm::RsaPss => return Err(CertificateError::Algorithm("RSA-PSS")),
+        Algorithm::RsaPss => ("1.2.840.113549.1.1.10", Some(Any::from_der(PSS_SHA256)?)),
     };
     Ok(AlgorithmIdentifierOwned { oid: ObjectIdentifier::new_unwrap(oid), parameters })
 }
+
+/// RSASSA-PSS-params (RFC 4055, 3.1): SHA-256, MGF1 with SHA-256, a salt of 32 bytes.
+const PSS_SHA256: &[u8] = &[
+    0x30, 0x34, 0xa0, 0x0f, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01,
+    0x05, 0x00, 0xa1, 0x1c, 0x30, 0x1a, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x08,
+    0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0xa2, 0x03,
+    0x02, 0x01, 0x20,
+];
