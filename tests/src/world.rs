@@ -53,6 +53,12 @@ impl World {
     /// A token `a` with a P-256 key `k`, and its twin in `b`: a copy of everything it holds.
     pub fn twins(&self) -> anyhow::Result<(SoftHsm, SoftHsm)> {
         let first = self.token("a", "k", KeyType::P256)?;
+        let second = self.twin_of(&first)?;
+        Ok((first, second))
+    }
+
+    /// A copy `b` of everything that a token holds.
+    pub fn twin_of(&self, first: &SoftHsm) -> anyhow::Result<SoftHsm> {
         let second = SoftHsm { directory: self.path("b"), label: first.label.clone() };
         ensure!(
             Command::new("cp").arg("-r").arg(&first.directory).arg(&second.directory).status()?.success()
@@ -60,7 +66,7 @@ impl World {
         let config = std::fs::read_to_string(second.config())?;
         let (from, to) = (first.tokens().display().to_string(), second.tokens().display().to_string());
         std::fs::write(second.config(), config.replace(&from, &to))?;
-        Ok((first, second))
+        Ok(second)
     }
 
     /// A TLS CA with a server and a client `ci`: `NAME-ca.pem`, `NAME-server.pem`, `NAME-client.pem` and keys.
