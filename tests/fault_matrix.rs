@@ -2,6 +2,7 @@
 //! served all the while, that it heals, that no try of its PIN was spent, and that no process, thread, descriptor or
 //! session is left. docs/faults.md says in words what is shown here.
 
+use std::path::Path;
 use std::time::Duration;
 
 use omsign_fixtures::kryoptic::Kryoptic;
@@ -40,6 +41,10 @@ const FATAL: [&str; 12] = ["6", "5", "30", "32", "60", "82", "b0", "b3", "e0", "
 /// What any PKCS#11 module may do.
 fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
     let calls = |lab: &Lab, name: &str| lab.proxy.as_ref().map_or(0, |proxy| proxy.calls(name));
+    // A login for each process that loads the module, and none beyond.
+    let counted = lab.proxy.clone().expect("a proxy");
+    let tries =
+        || Ok(i64::try_from(counted.calls("C_Login"))? - i64::try_from(counted.calls("C_Initialize"))?);
     for (row, sees, lines, anew) in [
         ("slow", (Sees::Nothing, SOON), "C_Sign 0 300\n", false),
         ("hangs for half a second", (Sees::Nothing, SOON), "C_Sign 0 500 once\n", false),
@@ -55,14 +60,6 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
     ] {
         let function = lines.split(' ').next().unwrap_or_default();
         let before = calls(lab, function);
-        // A login for each process, and none beyond.
-        let (login, init) = (calls(lab, "C_Login"), calls(lab, "C_Initialize"));
-        let log = lab.world.path("calls.log");
-        let count = move |name: &str| {
-            let log = std::fs::read_to_string(&log).unwrap_or_default();
-            log.lines().filter(|line| *line == name).count()
-        };
-        let tries = || Ok((count("C_Login") - login).saturating_sub(count("C_Initialize") - init));
         lab.trial(row, sees, &tries, faults(lines, anew), |lab| faults("", false)(lab))?;
         anyhow::ensure!(
             calls(lab, function) > before,
@@ -74,10 +71,27 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
             let lines = format!("{function} {ckr} 0\n");
             let row = format!("{function} answers {ckr}");
             let wrong = |lab: &Lab| lab.proxy.as_ref().expect("a proxy").set(&lines);
-            lab.trial(&row, (Sees::Unavailable, SOON), &|| Ok(0), wrong, |lab| faults("", false)(lab))?;
+            lab.trial(&row, (Sees::Unavailable, SOON), &tries, wrong, |lab| faults("", false)(lab))?;
         }
     }
-    lab.trial("process killed", (Sees::Either, SOON), &|| Ok(0), Lab::kill_host, nothing)
+    lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)
+}
+
+/// A PIN that is wrong is offered once, whoever asks, and however often.
+fn wrong_pin(lab: &mut Lab, pin_file: &Path) -> anyhow::Result<()> {
+    let right = std::fs::read(pin_file)?;
+    let logins = |lab: &Lab| lab.proxy.as_ref().map_or(0, |proxy| proxy.calls("C_Login"));
+    let before = logins(lab);
+    let wrong = |lab: &Lab| write_private(pin_file, b"wrong-pin-8142\n").and_then(|()| lab.kill_host());
+    lab.trial("wrong PIN", (Sees::Locked, SOON), &|| Ok(0), wrong, |lab| {
+        for _ in 0..3 {
+            let errors = lab.world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
+            anyhow::ensure!(errors.contains("it refused the PIN"), "{errors}");
+        }
+        anyhow::ensure!(logins(lab) == before + 1, "{} logins", logins(lab) - before);
+        write_private(pin_file, &right)?;
+        lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
+    })
 }
 
 #[test]
@@ -103,22 +117,7 @@ fn softhsm() -> anyhow::Result<()> {
         |lab| token.delete("k").and_then(|()| lab.kill_host()),
         |_| token.generate("k", KeyType::P256, Objects::Pair),
     )?;
-    let right = std::fs::read(token.pin_file())?;
-    let logins = |lab: &Lab| lab.proxy.as_ref().map_or(0, |proxy| proxy.calls("C_Login"));
-    let before = logins(&lab);
-    lab.trial(
-        "wrong PIN",
-        (Sees::Locked, SOON),
-        &|| Ok(0),
-        |lab| write_private(&token.pin_file(), b"wrong-pin-8142\n").and_then(|()| lab.kill_host()),
-        |lab| {
-            // Whoever asks, and however often, no PIN is offered a second time.
-            lab.kill_host()?;
-            anyhow::ensure!(logins(lab) == before + 1, "{} logins", logins(lab) - before);
-            write_private(&token.pin_file(), &right)?;
-            lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
-        },
-    )
+    wrong_pin(&mut lab, &token.pin_file())
 }
 
 #[test]
@@ -131,17 +130,7 @@ fn kryoptic() -> anyhow::Result<()> {
     let section = proxy.before(&module, &token.section("device")?);
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
     rows_of_a_module(&mut lab)?;
-    let right = std::fs::read(token.pin_file())?;
-    lab.trial(
-        "wrong PIN",
-        (Sees::Locked, SOON),
-        &|| Ok(0),
-        |lab| write_private(&token.pin_file(), b"wrong-pin-8142\n").and_then(|()| lab.kill_host()),
-        |lab| {
-            write_private(&token.pin_file(), &right)?;
-            lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
-        },
-    )
+    wrong_pin(&mut lab, &token.pin_file())
 }
 
 #[test]
@@ -151,7 +140,7 @@ fn tpm() -> anyhow::Result<()> {
     chip.guarded_key("k", 0x8100_0010, AUTH)?;
     let section = chip.section("device");
     let mut lab = Lab::new(world, &section, "handle = \"0x81000010\"", 32, None)?;
-    let tries = |chip: &SwTpm| Ok(usize::try_from(chip.failed_tries()?)?);
+    let tries = |chip: &SwTpm| Ok(i64::from(chip.failed_tries()?));
     let pause = |chip: &SwTpm| {
         signal(chip.swtpm()?, Signal::STOP)?;
         let pid = chip.swtpm()?;
@@ -222,7 +211,7 @@ fn piv() -> anyhow::Result<()> {
     };
     let delay = |delay| Faults { delay, ..Faults::default() };
     let (tenth, long) = (Duration::from_millis(100), Duration::from_secs(3));
-    let tries = || Ok(card.wrong_pins());
+    let tries = || Ok(i64::try_from(card.wrong_pins())?);
     lab.trial("slow", (Sees::Nothing, SOON), &tries, |_| ill(&card, delay(tenth)), |_| well(&card))?;
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, |_| ill(&card, delay(long)), |_| well(&card))?;
     let nonsense = Faults { status: Some(0x6f00), ..Faults::default() };
@@ -236,7 +225,7 @@ fn piv() -> anyhow::Result<()> {
     let pull = Faults { pull: true, ..Faults::default() };
     lab.trial(
         "pulled in the middle of a command",
-        (Sees::Either, HANG),
+        (Sees::Unavailable, HANG),
         &tries,
         |_| ill(&card, pull),
         |_| well(&card),
@@ -283,7 +272,7 @@ fn piv() -> anyhow::Result<()> {
     lab.trial(
         "pcscd ends and comes back",
         (Sees::Unavailable, SOON),
-        &|| Ok(card.borrow().wrong_pins()),
+        &|| Ok(i64::try_from(card.borrow().wrong_pins())?),
         |_| card.borrow_mut().kill_service(),
         |_| card.borrow_mut().start_service(),
     )

@@ -15,37 +15,36 @@ pub(crate) struct Breaker(Mutex<Option<Open>>);
 
 #[derive(Clone, Copy)]
 struct Open {
+    since: Instant,
     pause: Duration,
     until: Instant,
 }
 
-/// Whom a token is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// Everybody.
-    Closed,
-    /// Whoever got this answer: all others wait for what comes of it.
-    Trial,
-    /// Those who have nobody else.
-    Open,
-}
-
 impl Breaker {
-    pub(crate) fn ask(&self, now: Instant) -> Verdict {
+    pub(crate) fn is_open(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Whether its pause is over, for one who tries it: all others wait for what comes of that.
+    pub(crate) fn try_it(&self, now: Instant) -> bool {
         match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            None => Verdict::Closed,
             Some(open) if open.until <= now => {
                 open.until = now + open.pause;
-                Verdict::Trial
+                true
             }
-            Some(_) => Verdict::Open,
+            _ => false,
         }
     }
 
-    pub(crate) fn failed(&self, now: Instant) {
+    /// A request failed that began at this time. Those that were under way when the first one did tell nothing new.
+    pub(crate) fn failed(&self, began: Instant, now: Instant) {
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let pause = open.map_or(PAUSES.0, |open| (open.pause * 2).min(PAUSES.1));
-        *open = Some(Open { pause, until: now + pause });
+        let pause = match *open {
+            Some(open) if began < open.since => return,
+            Some(open) => (open.pause * 2).min(PAUSES.1),
+            None => PAUSES.0,
+        };
+        *open = Some(Open { since: now, pause, until: now + pause });
     }
 
     pub(crate) fn worked(&self) {
@@ -60,20 +59,19 @@ mod tests {
     #[test]
     fn one_at_a_time_and_less_and_less_often() {
         let (breaker, start) = (Breaker::default(), Instant::now());
-        let second = Duration::from_secs(1);
-        assert_eq!(breaker.ask(start), Verdict::Closed);
-        breaker.failed(start);
-        assert_eq!(breaker.ask(start + second / 2), Verdict::Open);
-        assert_eq!(breaker.ask(start + second), Verdict::Trial);
-        assert_eq!(breaker.ask(start + second), Verdict::Open);
-        breaker.failed(start + second);
-        assert_eq!(breaker.ask(start + 2 * second), Verdict::Open);
-        assert_eq!(breaker.ask(start + 3 * second), Verdict::Trial);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert!(!breaker.is_open() && !breaker.try_it(start));
+        // Ten that were with it when it failed are one failure.
+        (0..10).for_each(|_| breaker.failed(start, after(1)));
+        assert!(breaker.is_open() && !breaker.try_it(after(1)));
+        assert!(breaker.try_it(after(2)) && !breaker.try_it(after(2)));
+        breaker.failed(after(2), after(2));
+        assert!(!breaker.try_it(after(3)) && breaker.try_it(after(4)));
         breaker.worked();
-        assert_eq!(breaker.ask(start + 3 * second), Verdict::Closed);
-        for _ in 0..20 {
-            breaker.failed(start);
+        assert!(!breaker.is_open());
+        for failure in 10..40 {
+            breaker.failed(after(failure), after(failure));
         }
-        assert_eq!(breaker.ask(start + PAUSES.1), Verdict::Trial);
+        assert!(!breaker.try_it(after(39) + PAUSES.1 / 2) && breaker.try_it(after(39) + PAUSES.1));
     }
 }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
-use crate::breaker::{Breaker, Verdict};
+use crate::breaker::Breaker;
 use crate::host::wire::PublicKey;
 use crate::policy::Rule;
 use crate::replay::Tell;
@@ -99,9 +99,15 @@ impl KeyEntry {
                 Ok(_) => TokenError::Refused(OTHER_KEY.to_owned()),
                 Err(error) => error,
             };
-            // (One that is down says so by itself.)
-            if was_ready && matches!(error, TokenError::Unavailable(_) | TokenError::Deadline) {
-                place.breaker.failed(Instant::now());
+            match error {
+                // It answered.
+                TokenError::Refused(_) => place.breaker.worked(),
+                // A caller in a hurry says nothing about the token; one that is down says so by itself.
+                TokenError::Unavailable(_) if was_ready => place.breaker.failed(now, Instant::now()),
+                TokenError::Deadline if was_ready && share - now >= place.token.timeout() / 2 => {
+                    place.breaker.failed(now, Instant::now());
+                }
+                _ => {}
             }
             if !rest.is_empty() {
                 tracing::warn!(key = %self.name, token = %place.token.name, %error, "trying the next token");
@@ -124,13 +130,15 @@ impl KeyEntry {
         }
         let count = order.len();
         order.rotate_left(turn % count);
-        let now = Instant::now();
+        // At most one is tried whose pause is over: a caller has time for one that fails.
+        let (now, mut tries) = (Instant::now(), false);
         order.sort_by_cached_key(|place| match place.token.state() {
-            State::Ready => match place.breaker.ask(now) {
-                Verdict::Trial => 0,
-                Verdict::Closed => 1,
-                Verdict::Open => 3,
-            },
+            State::Ready if !place.breaker.is_open() => 1,
+            State::Ready if !tries && place.breaker.try_it(now) => {
+                tries = true;
+                0
+            }
+            State::Ready => 3,
             State::Starting => 2,
             State::Locked(_) | State::Down(_) => 4,
         });

@@ -7,7 +7,8 @@ use omsign_fixtures::softhsm::{MODULE, SoftHsm};
 
 use crate::world::World;
 
-/// A fault proxy in front of SoftHSM.
+/// A fault proxy in front of a module.
+#[derive(Clone)]
 pub struct Proxy {
     log: PathBuf,
     faults: PathBuf,

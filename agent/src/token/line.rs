@@ -172,17 +172,22 @@ impl Host {
         if !answer.touch.is_empty() {
             // A person gets the time that the device gives them, before anybody calls it a hang.
             pending.allow(answer.id, TOUCH);
+            let mut again = false;
             if let Some(waiting) = pending.waiting.get_mut(&answer.id) {
                 let over = waiting.done.is_closed();
                 waiting.tell.send_if_modified(|step| {
-                    let tells = !over && !matches!(step, Step::Done(_));
+                    again = matches!(step, Step::Touch(_));
+                    let tells = !over && !again && !matches!(step, Step::Done(_));
                     if tells {
                         *step = Step::Touch(answer.touch.clone());
                     }
                     tells
                 });
             }
-            self.touch_command.run(answer.touch);
+            // Whoever had others before them was told when they came; now it is their turn.
+            if !again {
+                self.touch_command.run(answer.touch);
+            }
             return;
         }
         // They were taken from the line before this one was.

@@ -321,6 +321,11 @@ impl Token {
         self.last_opened.borrow().as_ref().map(|opened| opened.device.clone()).unwrap_or_default()
     }
 
+    /// How long any operation of the device may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.config.timeout
+    }
+
     /// The kind of device.
     pub fn backend(&self) -> &'static str {
         self.config.device.backend()

@@ -211,9 +211,15 @@ impl Process {
                 tick.tick().await;
                 if host.hangs(self.timeout) {
                     // One that keeps a card in a transaction of its own.
-                    let holder = if self.is_card { card_holder() } else { String::new() };
+                    let holder = match self.is_card {
+                        true => tokio::task::spawn_blocking(card_holder).await.unwrap_or_default(),
+                        false => String::new(),
+                    };
+                    let others = if holder.is_empty() { "" } else { "; what else uses cards" };
                     let seconds = self.timeout.as_secs_f64();
-                    return format!("an operation took longer than {seconds} s and was ended{holder}");
+                    return format!(
+                        "an operation took longer than {seconds} s and was ended{others}{holder}"
+                    );
                 }
             }
         };

@@ -19,7 +19,7 @@ use super::schedule::Hashed;
 use super::{Looked, Piece, Stamp};
 use crate::user_directory;
 
-const HEADER: &str = "omsign digests 1";
+const HEADER: &str = "omsign digests 2";
 
 /// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
 /// systems count in steps of up to two seconds.
@@ -28,8 +28,10 @@ const RACY: Duration = Duration::from_secs(2);
 /// What was not looked at is kept up to so many entries, or as many as were.
 const SPARE_ENTRIES: usize = 4096;
 
-/// What statfs(2) calls tmpfs and ramfs: the times of a mapped file stay as they are, whatever is written to it.
-const UNTIMED: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+/// What statfs(2) calls ext4, XFS, Btrfs, F2FS, and overlays of them: the first write to a mapped page sets a file's times
+/// there, and so does the first one after it was written to the disk. On tmpfs nothing ever does; of network file systems,
+/// which others write to, nobody knows.
+const TIMED: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x794c_7630];
 
 /// A cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +135,9 @@ impl Cache {
 
     /// The remembered digest of a piece.
     pub(super) fn get(&self, algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Option<Digest> {
-        self.entries.get(&entry(algorithm, stamp, piece)).copied()
+        // What was remembered elsewhere may have changed without a trace.
+        let settled = self.settled.as_ref().is_ok_and(|device| *device == stamp.device);
+        self.entries.get(&entry(algorithm, stamp, piece)).copied().filter(|_| settled)
     }
 
     /// Remembers what was hashed, and forgets what took its place. Files that are too young to be told from
@@ -197,9 +201,9 @@ impl Cache {
 /// to the disk. All are written now, so that every later write is seen. Returns whose files that is true of.
 fn settle(model: &Path) -> Option<u64> {
     let file = std::fs::File::open(model).ok()?;
-    let untimed = UNTIMED.contains(&fstatfs(&file).ok()?.f_type);
+    let timed = TIMED.contains(&fstatfs(&file).ok()?.f_type);
     syncfs(&file).ok()?;
-    (!untimed).then_some(file.metadata().ok()?.dev())
+    timed.then_some(file.metadata().ok()?.dev())
 }
 
 fn entry(algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Entry {

@@ -5,8 +5,8 @@
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
-//!   a module without slots; a line that ends in `once` counts for the first call of each process). Read at every call, so
-//!   faults come and go while the application runs.
+//!   a module without slots; a line that ends in `once` counts for the first call of each process, one that ends in
+//!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
@@ -16,7 +16,7 @@
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use cryptoki_sys::*;
@@ -41,8 +41,8 @@ unsafe impl Send for Table {}
 unsafe impl Sync for Table {}
 
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
-/// Whether no fault was injected once so far.
-static FIRST: AtomicBool = AtomicBool::new(true);
+/// How many faults of some calls only were looked at so far.
+static INJECTED: AtomicUsize = AtomicUsize::new(0);
 static TABLE: OnceLock<Option<Table>> = OnceLock::new();
 
 fn module() -> Option<&'static Module> {
@@ -74,8 +74,10 @@ fn intercept(function: &str) -> Option<CK_RV> {
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
     let (answer, delay) = (fault.next()?, fault.next()?.parse().ok()?);
-    if fault.next() == Some("once") && !FIRST.swap(false, Ordering::Relaxed) {
-        return None;
+    match fault.next() {
+        Some("once") if INJECTED.fetch_add(1, Ordering::Relaxed) > 0 => return None,
+        Some("later") if INJECTED.fetch_add(1, Ordering::Relaxed) < 2 => return None,
+        _ => {}
     }
     std::thread::sleep(Duration::from_millis(delay));
     match answer {

@@ -20,7 +20,7 @@ use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, 
 use crate::algorithm::Content;
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Factory, Failure, Fresh, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Class, Factory, Failure, Fresh, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
@@ -58,6 +58,8 @@ struct Known {
     serial: u32,
     /// Keys of slot 9c want it before every signature.
     pin: Option<Pin>,
+    /// Since the card was connected; pcscd switches one off that nobody uses.
+    verified: bool,
     last_touch: Option<Instant>,
 }
 
@@ -82,7 +84,7 @@ pub(super) fn open(
     let mut yubikey = connect(serial)?;
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let pin = verified(&mut yubikey, spec, pin, say)?;
-    let mut known = Known { serial, pin, last_touch: None };
+    let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
     let opened = Opened { device, sessions: 1, keys: public };
@@ -168,10 +170,11 @@ pub(super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) -> Result<()
 fn connect(serial: u32) -> Result<YubiKey, Failure> {
     YubiKey::open_by_serial(Serial(serial)).map_err(|error| match error {
         yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
+        yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
+            let message = format!("YubiKey {serial} is in use by another program{}", holder());
+            Failure { class: Class::Busy, message }
+        }
         yubikey::Error::PcscError { inner: Some(inner) } => gone(match inner {
-            pcsc::Error::SharingViolation => {
-                format!("YubiKey {serial} is in use by another program{}", holder())
-            }
             pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
                 "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`"
                     .to_owned()
@@ -226,24 +229,28 @@ fn verified(
 impl Held {
     /// The card, connected again where it was let go of.
     fn card(&mut self) -> Result<Card<'_>, Failure> {
-        let Self { yubikey, last_used, known } = self;
-        *last_used = Instant::now();
-        let (yubikey, again) = match yubikey.take() {
-            Some(connected) => (yubikey.insert(connected), false),
-            None => (yubikey.insert(connect(known.serial)?), true),
+        self.used();
+        let Self { yubikey, known, .. } = self;
+        let yubikey = match yubikey.take() {
+            Some(connected) => yubikey.insert(connected),
+            // That another program has it for a while is no reason to start over, which may need a person's PIN.
+            None => yubikey.insert(connect(known.serial).map_err(|failure| match failure {
+                Failure { class: Class::Busy, message } => refused(message),
+                other => other,
+            })?),
         };
-        let mut card = Card { yubikey, known };
-        if again {
-            // pcscd switches a card off that nobody uses.
-            card.verify_again()?;
-        }
-        Ok(card)
+        Ok(Card { yubikey, known })
+    }
+
+    fn used(&mut self) {
+        self.last_used = Instant::now();
     }
 
     fn let_go(&mut self) {
         if let Some(yubikey) = self.yubikey.take() {
             let _ = yubikey.disconnect(pcsc::Disposition::LeaveCard);
         }
+        (self.known.verified, self.known.last_touch) = (false, None);
     }
 }
 
@@ -256,6 +263,7 @@ impl Card<'_> {
                 let old = std::mem::replace(self.yubikey, connect(self.known.serial)?);
                 // Dropped, it would reset the card once more.
                 let _ = old.disconnect(pcsc::Disposition::LeaveCard);
+                (self.known.verified, self.known.last_touch) = (false, None);
                 self.yubikey.get_pin_retries()
             }
             asked => asked,
@@ -265,6 +273,10 @@ impl Card<'_> {
 
     /// Signs; does again what other programs undid, once.
     fn sign(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, Failure> {
+        // A card may wait for a finger before it asks for the PIN.
+        if key.pin == PinPolicy::Once && !self.known.verified {
+            self.verify_again()?;
+        }
         let started = Instant::now();
         let error = match self.attempt(key, input) {
             Ok(signature) => return Ok(signature),
@@ -311,6 +323,7 @@ impl Card<'_> {
                 if matches!(verified, Err(yubikey::Error::WrongPin { .. })) {
                     self.known.pin = None;
                 }
+                self.known.verified = verified.is_ok();
                 verified
             }
             // Without a PIN the key says itself that it wants one.
@@ -344,7 +357,11 @@ impl Device for OpenPiv {
         }
         // What it is asked connects it again.
         if held.yubikey.is_none() && held.last_used.elapsed() >= PROBE_EVERY {
-            self.ask(&mut held.card()?)?;
+            match held.card() {
+                Ok(mut card) => self.ask(&mut card)?,
+                Err(Failure { class: Class::Refused, .. }) => {}
+                Err(failure) => return Err(failure),
+            }
         }
         held.let_go();
         Ok(())
@@ -355,7 +372,9 @@ impl Device for OpenPiv {
         let mut card = held.card()?;
         // Other programs may have used it since.
         card.renew()?;
-        life::operate(&mut card, task, touch)
+        let done = life::operate(&mut card, task, touch);
+        held.used();
+        done
     }
 
     fn close(self: Box<Self>) {}
@@ -394,13 +413,14 @@ impl Signer for Thread<'_> {
             let mut held = self.0.held();
             let mut card = held.card()?;
             let waits = card.waits_for_touch(key);
-            if waits && key.touch == TouchPolicy::Cached {
+            if waits {
                 touch(&touch_me(self.0.serial));
             }
             let signature = card.sign(key, &input)?;
             if waits {
                 card.known.last_touch = Some(Instant::now());
             }
+            held.used();
             signature
         };
         if !key.spki.verifies_content(key.algorithm, content, &signature) {
