@@ -216,22 +216,6 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A TPM counts wrong values, the empty one too.
-#[test]
-fn a_guarded_key_is_not_tried_without_its_value() -> anyhow::Result<()> {
-    let world = World::new()?;
-    world.model()?;
-    let stand_in = SwTpm::create(&world.path("tpm"))?;
-    stand_in.guarded_key("k", 0x8100_0010, AUTH)?;
-    let uri = format!("tpm:handle=0x81000010?tcti={}", stand_in.tcti());
-    let refused = ["the token needs a PIN, and there is no terminal to ask at"];
-    world.omsign_refuses(2, &["sign", "model", "--key-uri", &uri], &refused)?;
-    ensure!(stand_in.failed_tries()? == 0, "{} tries", stand_in.failed_tries()?);
-    let uri = format!("{uri}&pin-source={}", stand_in.pin_file().display());
-    world.omsign_ok(&["sign", "model", "--key-uri", &uri])?;
-    Ok(())
-}
-
 /// Somebody puts another key where one was: nothing is signed in its name.
 #[test]
 fn a_key_that_is_replaced_on_the_device() -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
@@ -296,5 +297,21 @@ fn a_token_sees_no_pin_but_its_own() -> anyhow::Result<()> {
         let environment = String::from_utf8_lossy(&environment).into_owned();
         ensure!(environment.matches("OMSIGN_TEST_PIN_").count() == 1, "{environment}");
     }
+    Ok(())
+}
+
+/// A TPM counts wrong values, the empty one too.
+#[test]
+fn a_guarded_key_is_not_tried_without_its_value() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    stand_in.guarded_key("k", 0x8100_0010, AUTH)?;
+    let uri = format!("tpm:handle=0x81000010?tcti={}", stand_in.tcti());
+    let refused = ["the token needs a PIN, and there is no terminal to ask at"];
+    world.omsign_refuses(2, &["sign", "model", "--key-uri", &uri], &refused)?;
+    ensure!(stand_in.failed_tries()? == 0, "{} tries", stand_in.failed_tries()?);
+    let uri = format!("{uri}&pin-source={}", stand_in.pin_file().display());
+    world.omsign_ok(&["sign", "model", "--key-uri", &uri])?;
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod certified;
 pub mod client;
 pub mod device;
 pub mod forge;
+pub mod hashed;
 pub mod keyless;
 pub mod lab;
 pub mod operator;

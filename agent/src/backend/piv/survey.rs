@@ -1,0 +1,89 @@
+//! What cards there are, before anybody offers a PIN, and what everybody knows of a new one.
+
+use getrandom::SysRng;
+use yubikey::piv::{self, SlotId};
+use yubikey::{MgmKey, YubiKey};
+
+use super::errors::classify;
+use super::{FACTORY_PIN, connect, locked};
+use crate::config::{Object, PIV_SLOTS};
+use crate::host::wire::{Factory, Failure, Fresh, Survey, SurveyedToken};
+use crate::secret::Pin;
+
+/// See [`FACTORY_PIN`].
+const FACTORY_PUK: &[u8] = b"12345678";
+
+/// Looks at a card without offering a PIN; serial 0 stands for all cards.
+pub(in super::super) fn survey(serial: u32) -> Result<Survey, Failure> {
+    let serials = match serial {
+        0 => connected()?,
+        serial => vec![serial],
+    };
+    let tokens = serials.into_iter().map(surveyed).collect::<Result<_, _>>()?;
+    Ok(Survey { library: "PC/SC".into(), tokens })
+}
+
+fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
+    let mut yubikey = connect(serial)?;
+    let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
+    let mut notes = vec![format!("{tries} PIN tries left")];
+    let mut factory = Vec::new();
+    for (which, name, reference) in [
+        (Factory::Pin, "PIN", 0x80),
+        (Factory::Puk, "PUK", 0x81),
+        (Factory::ManagementKey, "management key", 0x9b),
+    ] {
+        if is_factorys(&mut yubikey, reference) {
+            factory.push(which);
+            notes.push(format!(
+                "its {name} is the one from the factory; change it with `omsign-agent init yubikey` or `ykman piv access`"
+            ));
+        }
+    }
+    let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
+    let taken = PIV_SLOTS.into_iter().flatten().filter(|number| {
+        SlotId::try_from(*number).is_ok_and(|slot| piv::metadata(&mut yubikey, slot).is_ok())
+    });
+    let objects = taken.map(Object::PivSlot).collect();
+    Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, objects, notes })
+}
+
+/// Whether a PIN, PUK or management key is one that everybody knows; no, where the firmware does not tell.
+pub(super) fn is_factorys(yubikey: &mut YubiKey, reference: u8) -> bool {
+    let slot = SlotId::try_from(reference).ok();
+    let metadata = slot.and_then(|slot| piv::metadata(yubikey, slot).ok());
+    metadata.is_some_and(|metadata| metadata.default == Some(true))
+}
+
+/// The serial numbers of all cards.
+fn connected() -> Result<Vec<u32>, Failure> {
+    let failed = |error: yubikey::Error| classify("list the cards", &error);
+    let mut readers = yubikey::reader::Context::open().map_err(failed)?;
+    let opened = readers.iter().map_err(failed)?.filter_map(|reader| reader.open().ok());
+    Ok(opened.map(|yubikey| yubikey.serial().0).collect())
+}
+
+/// Replaces what everybody knows: PIN, PUK, and the management key by a random one that the card keeps behind its PIN.
+pub(in super::super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) -> Result<(), Failure> {
+    let mut yubikey = connect(serial)?;
+    let failed = |what: &'static str| move |error: yubikey::Error| classify(what, &error);
+    let mut pin = pin;
+    if !fresh.pin.is_empty() {
+        let changed = yubikey.change_pin(FACTORY_PIN, fresh.pin.as_bytes());
+        changed.map_err(failed("change the PIN"))?;
+        pin = Pin::new(fresh.pin.clone());
+    }
+    if !fresh.puk.is_empty() {
+        let changed = yubikey.change_puk(FACTORY_PUK, fresh.puk.as_bytes());
+        changed.map_err(failed("change the PUK, after the PIN was changed"))?;
+    }
+    if fresh.management_key {
+        let pin = pin.ok_or_else(|| locked("it waits for its PIN".into()))?;
+        yubikey.verify_pin(pin.expose().as_bytes()).map_err(failed("verify the PIN"))?;
+        let factory = MgmKey::get_default(&yubikey).map_err(failed("ask for the management key"))?;
+        yubikey.authenticate(&factory).map_err(failed("show the management key"))?;
+        let own = MgmKey::generate_for(&yubikey, &mut SysRng).map_err(failed("make a management key"))?;
+        own.set_protected(&mut yubikey).map_err(failed("change the management key"))?;
+    }
+    Ok(())
+}

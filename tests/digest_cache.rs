@@ -1,0 +1,141 @@
+//! Digests that are remembered: believed only when told to, and only of files that cannot have changed.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use omsign_tests::hashed::{KEY, VERIFY, inspect, run, shell, sign, verify, world};
+use omsign_tests::world::{World, text};
+
+#[test]
+fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::Result<()> {
+    let world = world()?;
+    let caches = || fs::read_dir(world.path(".cache/omsign/digests"));
+    let remembered = || -> anyhow::Result<usize> {
+        let Some(cache) = caches()?.next() else { return Ok(0) };
+        let cache = cache?;
+        // A line at the start and one at the end are no entries.
+        Ok(fs::read_to_string(cache.path())?.lines().count() - 2)
+    };
+    let from_cache = |more: &str| -> anyhow::Result<serde_json::Value> {
+        let verified = shell(&world, &format!("omsign verify model {} --json {more}", VERIFY.join(" ")))?;
+        Ok(serde_json::from_str::<serde_json::Value>(&verified)?["digests_from_cache"].clone())
+    };
+    sign(&world, &["--digest-cache"])?;
+    let digest = world.omsign_ok(&["digest", "model"])?;
+    ensure!(remembered()? == 0, "files that were written just now");
+    // For a program to which they were written an hour ago, they are old.
+    let later = "faketime -f +1h omsign";
+    ensure!(shell(&world, &format!("{later} digest model --digest-cache"))? == digest);
+    let files = remembered()?;
+    ensure!(files == inspect(&world)?["files"].as_object().context("files")?.len());
+    ensure!(from_cache("")? == 0 && from_cache("--digest-cache")? == files);
+    let said = verify(&world, &["--digest-cache"])?;
+    ensure!(said.contains(&format!(", {files} digests believed from the cache")), "{said}");
+    ensure!(said.contains("content of every signed file, or what the digest cache says of it"), "{said}");
+    ensure!(!verify(&world, &[])?.contains("cache"), "nobody asked for it");
+    let output = world.omsign(&["digest", "model", "--digest-cache"])?;
+    let note = String::from_utf8(output.stderr)?;
+    ensure!(note.contains(&format!("{files} digests (")) && output.stdout == digest.as_bytes(), "{note}");
+    let quiet = world.omsign(&["digest", "model", "--digest-cache", "-q"])?;
+    ensure!(quiet.stderr.is_empty(), "{quiet:?}");
+    // Another algorithm, and shards, are other digests.
+    let blake3 = world.omsign_ok(&["digest", "model", "--hash-type", "blake3"])?;
+    let cached = ["digest", "model", "--hash-type", "blake3", "--digest-cache"];
+    ensure!(world.omsign_ok(&cached)? == blake3 && from_cache("--digest-cache")? == files);
+    // A file of the same size and with the same modification time is another file all the same.
+    let config = world.path("model/config.json");
+    let mut content = fs::read(&config)?;
+    let modified = fs::metadata(&config)?.modified()?;
+    content[0] ^= 1;
+    fs::write(&config, &content)?;
+    fs::File::options().write(true).open(&config)?.set_modified(modified)?;
+    let arguments = [&["verify", "model", "--digest-cache"], &VERIFY[..]].concat();
+    let errors = world.omsign_fails(1, &arguments)?;
+    ensure!(
+        errors.contains(&format!("{} digests", files - 1)) && errors.contains("changed: config.json"),
+        "{errors}"
+    );
+    let failed = world.omsign(&[&arguments[..], &["--json"]].concat())?;
+    let failed: serde_json::Value = serde_json::from_slice(&failed.stdout)?;
+    ensure!(failed["digests_from_cache"] == files - 1, "{failed}");
+    content[0] ^= 1;
+    fs::write(&config, &content)?;
+    // Half a cache is none.
+    let cache = caches()?.next().context("a cache")??.path();
+    let whole = fs::read(&cache)?;
+    fs::write(&cache, whole.get(..whole.len() / 2).context("half")?)?;
+    ensure!(from_cache("--digest-cache")? == 0);
+    ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n");
+    ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 0 models\n");
+    // Whoever else can write to it would decide what is signed.
+    fs::set_permissions(world.path(".cache/omsign/digests"), PermissionsExt::from_mode(0o777))?;
+    let arguments = [&["sign", "model", "--digest-cache"], &KEY[..]].concat();
+    world.omsign_refuses(2, &arguments, &["can be written by, somebody else", "hint: "])
+}
+
+/// A program that has a file mapped changes its times once, and writes on.
+#[test]
+fn the_cache_and_files_that_are_mapped() -> anyhow::Result<()> {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let world = World::new()?;
+    let writes = "import mmap, sys\nwith open(sys.argv[1], 'r+b') as f:\n  m = mmap.mmap(f.fileno(), 0)\n  \
+                  for line in sys.stdin:\n    m[0] = ord(line[0])\n    print('written', flush=True)\n";
+    // On a disk, and where the times of a mapped file never change.
+    for (model, remembers) in [(world.path("model"), true), (tempfile::tempdir_in("/dev/shm")?.keep(), false)]
+    {
+        fs::create_dir_all(&model)?;
+        fs::write(model.join("weights"), "0123456789")?;
+        let mut writer = Command::new("python3");
+        writer.args(["-c", writes]).arg(model.join("weights"));
+        let mut writer =
+            writer.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn()?;
+        let mut said = BufReader::new(writer.stdout.take().context("its output")?).lines();
+        let mut write = |what: &str| -> anyhow::Result<()> {
+            writeln!(writer.stdin.as_mut().context("its input")?, "{what}")?;
+            ensure!(said.next().context("an answer")?? == "written");
+            Ok(())
+        };
+        let digest =
+            |flag: &str| run(&world, &format!("faketime -f +1h omsign digest '{}' {flag}", text(&model)));
+        write("a")?;
+        let first = digest("--digest-cache")?;
+        ensure!(first.status.success());
+        let warned = String::from_utf8_lossy(&first.stderr)
+            .contains("is on a file system that does not say when a mapped file is written to");
+        ensure!(warned != remembers, "{first:?}");
+        let again = digest("--digest-cache")?;
+        let note = String::from_utf8_lossy(&again.stderr);
+        ensure!(note.contains("1 digest (10 bytes) came from the digest cache") == remembers, "{note}");
+        write("b")?;
+        let second = digest("--digest-cache")?.stdout;
+        ensure!(second == digest("")?.stdout && second != first.stdout, "{model:?}");
+        write("c")?;
+        ensure!(digest("--digest-cache")?.stdout != second, "{model:?}");
+        drop(writer.stdin.take());
+        writer.wait()?;
+        if !remembers {
+            fs::remove_dir_all(&model)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whoever tries again need not hash again what was hashed before it failed.
+#[test]
+fn the_cache_after_a_failure() -> anyhow::Result<()> {
+    let world = world()?;
+    // The longest are hashed first, so that this one fails last.
+    world.write("model/odd", "x")?;
+    let digest = "faketime -f +1h omsign digest model --digest-cache --jobs 1";
+    let script = format!(
+        "(while :; do printf x >> model/odd; done) & trap \"kill $!\" EXIT; ! {digest} 2> errors && grep -q 'odd changed' errors"
+    );
+    shell(&world, &script)?;
+    fs::remove_file(world.path("model/odd"))?;
+    let output = run(&world, digest)?;
+    let note = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && note.contains(" came from the digest cache"), "{note}");
+    Ok(())
+}
