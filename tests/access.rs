@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
-use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, SOON, eventually};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
@@ -303,109 +302,4 @@ fn fingerprint(world: &World, name: &str) -> anyhow::Result<String> {
     openssl.args(["x509", "-noout", "-fingerprint", "-sha256", "-in"]).arg(world.path(name));
     let output = String::from_utf8(openssl.output().context("openssl")?.stdout)?;
     Ok(output.trim().rsplit('=').next().context("a fingerprint")?.replace(':', "").to_lowercase())
-}
-
-#[test]
-fn malformed_requests_are_refused_before_the_token_sees_them() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
-    let _agent = Agent::start(&world, &config)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        let good = request("k", 1, &[7; 32]);
-        sign(&mut client, good.clone(), SOON).await?;
-        let mut cases = Vec::new();
-        for length in [0, 8, 31, 33, 48, 64, 65] {
-            cases.push((
-                Code::InvalidArgument,
-                omsign_proto::v1::SignRequest {
-                    content: Some(Content::Digest(vec![7; length])),
-                    request_id: vec![u8::try_from(length)?; 16],
-                    ..good.clone()
-                },
-            ));
-        }
-        cases.push((Code::InvalidArgument, omsign_proto::v1::SignRequest { content: None, ..good.clone() }));
-        cases.push((
-            Code::InvalidArgument,
-            omsign_proto::v1::SignRequest { request_id: vec![1; 15], ..good.clone() },
-        ));
-        cases.push((
-            Code::InvalidArgument,
-            omsign_proto::v1::SignRequest { context: "x".repeat(2000), ..good.clone() },
-        ));
-        cases.push((Code::NotFound, omsign_proto::v1::SignRequest { key: "nothing".into(), ..good.clone() }));
-        cases.push((Code::AlreadyExists, request("k", 1, &[8; 32])));
-        for (expected, case) in cases {
-            let answer = sign(&mut client, case.clone(), SOON).await;
-            ensure!(answer.as_ref().is_err_and(|status| status.code() == expected), "{case:?}: {answer:?}");
-        }
-        Ok(())
-    })
-}
-
-#[test]
-fn the_same_request_gets_the_same_answer() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
-    let _agent = Agent::start(&world, &config)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        let first = sign(&mut client, request("k", 5, &[7; 32]), SOON).await?;
-        // ECDSA is randomised: an equal signature is the recorded one.
-        let mut again = connect(world.path("agent.sock")).await?;
-        ensure!(sign(&mut again, request("k", 5, &[7; 32]), SOON).await? == first);
-        ensure!(sign(&mut again, request("k", 6, &[7; 32]), SOON).await? != first);
-        ensure!(world.audit()?.len() == 2, "one entry for each signature, none for the repetition");
-        Ok(())
-    })
-}
-
-/// 10,000 requests from 64 clients: every answer is for its own request.
-#[test]
-fn no_answer_is_lost_doubled_or_swapped() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    let config = world.listen()
-        + "durability = \"os\"\n"
-        + &token_section("t", &token, "")
-        + &key_section("k", "t", "k");
-    let _agent = Agent::start(&world, &config)?;
-    let key = openssl::pkey::PKey::public_key_from_pem(&std::fs::read(token.public_key("k"))?)?.ec_key()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answers = runtime.block_on(async {
-        let mut clients = tokio::task::JoinSet::new();
-        for number in 0..64_u128 {
-            let mut client = connect(world.path("agent.sock")).await?;
-            clients.spawn(async move {
-                let mut answers = Vec::new();
-                for round in 0..157_u128 {
-                    let id = number << 32 | round;
-                    let digest: Vec<u8> = id.to_be_bytes().repeat(2);
-                    let signed =
-                        sign(&mut client, request("k", id, &digest), Duration::from_secs(60)).await?;
-                    answers.push((digest, signed.signature));
-                }
-                Ok::<_, tonic::Status>(answers)
-            });
-        }
-        let mut answers = Vec::new();
-        while let Some(client) = clients.join_next().await {
-            answers.extend(client??);
-        }
-        anyhow::Ok(answers)
-    })?;
-    ensure!(answers.len() == 64 * 157);
-    let mut signatures = std::collections::BTreeSet::new();
-    for (digest, signature) in &answers {
-        let parsed = openssl::ecdsa::EcdsaSig::from_der(signature)?;
-        ensure!(parsed.verify(digest, &key)?, "an answer to another request");
-        ensure!(signatures.insert(signature), "an answer given twice");
-    }
-    ensure!(world.audit()?.len() == answers.len(), "each signature is recorded once");
-    Ok(())
 }

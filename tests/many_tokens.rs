@@ -21,6 +21,32 @@ fn on_both() -> String {
     key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]")
 }
 
+/// The key `k` on two tokens, `a` and `b`, each behind a proxy of its own.
+struct Twins {
+    world: World,
+    /// Where the second proxy keeps its files.
+    _beside: World,
+    first: SoftHsm,
+    second: SoftHsm,
+    left: Proxy,
+    right: Proxy,
+    agent: Agent,
+}
+
+/// Once both are ready.
+fn twins() -> anyhow::Result<Twins> {
+    let (world, beside) = (World::new()?, World::new()?);
+    let (first, second) = world.twins()?;
+    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
+    let config = world.listen()
+        + &left.token_section("a", &first, "timeout = \"1s\"")
+        + &right.token_section("b", &second, "timeout = \"1s\"")
+        + &on_both();
+    let agent = Agent::start(&world, &config)?;
+    eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
+    Ok(Twins { world, _beside: beside, first, second, left, right, agent })
+}
+
 /// Signs `count` digests from 16 clients and verifies every answer against its own.
 async fn sign_all(world: &World, first_id: u128, count: u128) -> anyhow::Result<()> {
     let public = PKey::public_key_from_pem(&std::fs::read(world.path("a/k.pub.pem"))?)?;
@@ -52,18 +78,8 @@ async fn sign_all(world: &World, first_id: u128, count: u128) -> anyhow::Result<
 
 #[test]
 fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
-    let (world, beside) = (World::new()?, World::new()?);
-    let (first, second) = world.twins()?;
-    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
-    let config = world.listen()
-        + &left.token_section("a", &first, "timeout = \"1s\"")
-        + &right.token_section("b", &second, "timeout = \"1s\"")
-        + &on_both();
-    let agent = Agent::start(&world, &config)?;
+    let Twins { world, _beside, first, second, left, right, agent } = twins()?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        eventually("both tokens", || {
-            Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4)
-        })?;
         sign_all(&world, 1, 200).await?;
         let (a, b) = (left.calls("C_Sign"), right.calls("C_Sign"));
         ensure!(a.abs_diff(b) <= 20, "not in turns: {a} and {b}");
@@ -103,18 +119,8 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
 /// A token that opens, and hangs whenever it is to sign: it looks well, and would cost every second caller its time.
 #[test]
 fn a_token_that_hangs_is_left_alone() -> anyhow::Result<()> {
-    let (world, beside) = (World::new()?, World::new()?);
-    let (first, second) = world.twins()?;
-    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
-    let config = world.listen()
-        + &left.token_section("a", &first, "timeout = \"1s\"")
-        + &right.token_section("b", &second, "timeout = \"1s\"")
-        + &on_both();
-    let agent = Agent::start(&world, &config)?;
+    let Twins { world, _beside, left, agent, .. } = twins()?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        eventually("both tokens", || {
-            Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4)
-        })?;
         let mut client = connect(world.path("agent.sock")).await?;
         // Each process first signs a challenge, when the token is opened.
         left.set("C_Sign 0 60000 later\n")?;

@@ -115,8 +115,8 @@ impl Question<'_> {
         }
         let path = verify(self.anchors, self.leaf, self.intermediates, &parameters, None, at)?;
         // The anchor is one because somebody said so (RFC 5280, 6.1.1 d).
-        let between = path.iter().skip(1).rev().skip(1);
-        if let Some(issuer) = between.into_iter().find(|issuer| !certificate::says_ca(issuer)) {
+        let mut between = path.iter().skip(1).rev().skip(1);
+        if let Some(issuer) = between.find(|issuer| !certificate::says_ca(issuer)) {
             return Err(PathError::NotCa(certificate::subject(issuer)));
         }
         // RFC 5280 leaves it open, but all other verifiers hold issuers to their own extended key usage.

@@ -6,7 +6,8 @@
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
 //!   a module without slots; a line that ends in `once` counts for the first call of each process, one that ends in
-//!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so faults come and go while the application runs.
+//!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
+//!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!

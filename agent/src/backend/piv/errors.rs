@@ -36,8 +36,7 @@ pub(crate) fn holder() -> String {
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         // The kernel keeps fifteen bytes of a name.
-        let is =
-            |holder: &&&str| !name.trim().is_empty() && holder.get(..15).unwrap_or(holder) == name.trim();
+        let is = |holder: &&&str| holder.get(..15).unwrap_or(holder) == name.trim();
         if let Some(holder) = HOLDERS.iter().find(is) {
             found.push(format!("{holder} (process {})", entry.file_name().display()));
         }

@@ -10,8 +10,7 @@ mod survey;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use yubikey::piv;
-use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey};
+use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey, piv};
 
 use self::errors::classify;
 pub(crate) use self::errors::holder;
