@@ -28,3 +28,4 @@ mod server;
 mod setup;
 pub mod spki;
 pub mod token;
+pub mod verifier;

@@ -1,12 +1,11 @@
-//! Public halves: built from what devices show, told apart, and used to check what keys sign.
+//! Public halves: built from what devices show, and told apart.
 
 use der::asn1::{Any, BitString, ObjectIdentifier, OctetString, UintRef};
 use der::{Decode as _, Encode as _, Sequence};
-use ring::signature::{ED25519, RSA_PKCS1_2048_8192_SHA256, RSA_PSS_2048_8192_SHA256, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
-use crate::algorithm::{Algorithm, Content, Curve, Padding, ParameterSet};
+use crate::algorithm::{Algorithm, Curve, Padding, ParameterSet};
 
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
@@ -145,72 +144,6 @@ impl SpkiDer {
             other => Err(KeyError::Unsupported(format!("its algorithm is {other}"))),
         }
     }
-
-    /// Whether `signature` over `message` was made by the private half.
-    pub fn verifies(&self, algorithm: Algorithm, message: &[u8], signature: &[u8]) -> bool {
-        let verification: &'static dyn ring::signature::VerificationAlgorithm = match algorithm {
-            Algorithm::Ecdsa(curve) => {
-                return match algorithm.content(message) {
-                    Content::Digest(digest) => self.verifies_ecdsa(curve, &digest, signature),
-                    Content::Message(_) => false,
-                };
-            }
-            Algorithm::RsaPkcs1 => &RSA_PKCS1_2048_8192_SHA256,
-            Algorithm::RsaPss => &RSA_PSS_2048_8192_SHA256,
-            Algorithm::Ed25519 => &ED25519,
-            Algorithm::MlDsa(set) => return self.verifies_ml_dsa(set, message, signature),
-        };
-        let Ok(info) = SubjectPublicKeyInfoOwned::from_der(&self.0) else { return false };
-        let key = UnparsedPublicKey::new(verification, info.subject_public_key.raw_bytes());
-        key.verify(message, signature).is_ok()
-    }
-
-    /// The same for what a device was given. ring checks RSA against messages only: over a digest alone such a
-    /// signature passes here, and is checked by its caller.
-    pub fn verifies_content(&self, algorithm: Algorithm, content: &Content, signature: &[u8]) -> bool {
-        match (algorithm, content) {
-            (Algorithm::Ecdsa(curve), Content::Digest(digest)) => {
-                self.verifies_ecdsa(curve, digest, signature)
-            }
-            (_, Content::Message(message)) => self.verifies(algorithm, message, signature),
-            (_, Content::Digest(_)) => true,
-        }
-    }
-
-    fn verifies_ml_dsa(&self, set: ParameterSet, message: &[u8], signature: &[u8]) -> bool {
-        macro_rules! verify {
-            ($set:ty) => {{
-                use ml_dsa::Verifier as _;
-                use ml_dsa::pkcs8::DecodePublicKey as _;
-                let key = ml_dsa::VerifyingKey::<$set>::from_public_key_der(&self.0).ok();
-                let signature = ml_dsa::Signature::<$set>::try_from(signature).ok();
-                key.zip(signature).is_some_and(|(key, signature)| key.verify(message, &signature).is_ok())
-            }};
-        }
-        match set {
-            ParameterSet::MlDsa44 => verify!(ml_dsa::MlDsa44),
-            ParameterSet::MlDsa65 => verify!(ml_dsa::MlDsa65),
-            ParameterSet::MlDsa87 => verify!(ml_dsa::MlDsa87),
-        }
-    }
-
-    fn verifies_ecdsa(&self, curve: Curve, digest: &[u8], signature: &[u8]) -> bool {
-        macro_rules! verify {
-            ($curve:ident) => {{
-                use $curve::ecdsa::signature::hazmat::PrehashVerifier as _;
-                use $curve::pkcs8::DecodePublicKey as _;
-                let key = $curve::ecdsa::VerifyingKey::from_public_key_der(&self.0).ok();
-                let signature = $curve::ecdsa::Signature::from_der(signature).ok();
-                key.zip(signature)
-                    .is_some_and(|(key, signature)| key.verify_prehash(digest, &signature).is_ok())
-            }};
-        }
-        match curve {
-            Curve::P256 => verify!(p256),
-            Curve::P384 => verify!(p384),
-            Curve::P521 => verify!(p521),
-        }
-    }
 }
 
 /// By its length: some bare points are also valid OCTET STRINGs.
@@ -228,9 +161,7 @@ fn malformed(error: impl std::fmt::Display) -> KeyError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use p256::ecdsa::signature::hazmat::PrehashSigner as _;
     use p256::pkcs8::EncodePublicKey as _;
-    use sha2::{Digest as _, Sha256};
 
     fn key() -> (p256::ecdsa::SigningKey, SpkiDer) {
         let secret = p256::ecdsa::SigningKey::from_slice(&[7; 32]).expect("a scalar");
@@ -254,16 +185,6 @@ mod tests {
         let point = [&[4, 0x3f][..], &[7; 63]].concat();
         let spki = SpkiDer::from_ec_point(Curve::P256, &point).expect("encodes");
         assert!(spki.0.ends_with(&point), "{spki:?}");
-    }
-
-    #[test]
-    fn signatures_are_tied_to_key_and_message() {
-        let (secret, spki) = key();
-        let raw: p256::ecdsa::Signature = secret.sign_prehash(&Sha256::digest(b"a")).expect("signs");
-        let der = Curve::P256.der_from_raw(&raw.to_bytes()).expect("in range");
-        assert!(spki.verifies(Algorithm::Ecdsa(Curve::P256), b"a", &der));
-        assert!(!spki.verifies(Algorithm::Ecdsa(Curve::P256), b"b", &der));
-        assert!(!spki.verifies(Algorithm::Ed25519, b"a", &der));
     }
 
     #[test]

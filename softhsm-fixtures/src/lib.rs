@@ -36,12 +36,18 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     file.write_all(content).context("a private file")
 }
 
+/// Below those that the kernel gives to connections (`ip_local_port_range`): thousands of a TPM's linger in benchmarks.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
+
 /// A port that is free, and so is the next one: swtpm's control channel and the virtual reader take that too.
 pub(crate) fn free_pair() -> anyhow::Result<u16> {
-    for _ in 0..100 {
-        let first = std::net::TcpListener::bind(("127.0.0.1", 0)).context("a free port")?;
-        let port = first.local_addr()?.port();
-        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+    let span = usize::from(PORTS.end - PORTS.start);
+    let mut random = [0; 8];
+    for _ in 0..1000 {
+        openssl::rand::rand_bytes(&mut random).context("a random port")?;
+        let port = PORTS.start + u16::try_from(usize::from_le_bytes(random) % span)?;
+        let free = |port| std::net::TcpListener::bind(("127.0.0.1", port));
+        if free(port).is_ok() && free(port + 1).is_ok() {
             return Ok(port);
         }
     }

@@ -27,6 +27,10 @@ pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 pub(crate) trait Device: Sync {
     /// What signs, one for each thread.
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure>;
+    /// What checks signatures before they are answered, where a key could be replaced under its name unnoticed.
+    fn checker(&self) -> Option<&dyn Checker> {
+        None
+    }
     /// How long it may be left alone.
     fn rests(&self) -> Duration {
         PROBE_EVERY
@@ -44,6 +48,12 @@ pub(crate) trait Signer: Send {
     /// Signs with the key of this index; the answer is as the bundle wants it. `touch` is told when the device
     /// waits for a person, and which device.
     fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
+}
+
+/// Checks what a device signed, so that the device can sign the next meanwhile.
+pub(crate) trait Checker: Sync {
+    /// Whether the key of this index made the signature; the device is opened anew if not.
+    fn check(&self, key: usize, content: &Content, signature: &[u8]) -> Result<(), Failure>;
 }
 
 /// Opens a device, logs in once, finds every key and has each sign a random challenge.

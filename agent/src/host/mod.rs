@@ -8,21 +8,27 @@ pub(crate) mod wire;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::sync::mpsc::{self, SyncSender};
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
 use self::task::Task;
-use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
+use self::wire::{Answer, Asked, Failure, Opening, Purpose, Request};
+use crate::algorithm::Content;
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
 
-/// Answers to operations quicker than this are written together while more requests wait.
-const QUICK: Duration = Duration::from_micros(100);
+/// Answers are written together while more requests wait here than answers are held back, but no later than this:
+/// each write wakes the agent, which costs as much as a quick signature.
+const TOGETHER: Duration = Duration::from_millis(2);
 
 /// How many answers may be held back for that.
-const TOGETHER: usize = 8;
+const TOGETHER_COUNT: usize = 8;
+
+/// How many signatures may wait to be checked.
+const UNCHECKED: usize = 8;
 
 /// After a lone request that came within this time of the answer before it, the next one is looked for as long
 /// before this process sleeps: a caller who sends one request after the other waits for fewer wake-ups of sleeping
@@ -64,11 +70,18 @@ pub fn run() -> io::Result<()> {
         let shared = Shared {
             device: device.as_ref(),
             inbox: Mutex::new(Inbox { reader, soon: false }),
-            writer: Mutex::new((socket, Vec::new(), 0)),
+            writer: Mutex::new(Writer { socket, buffer: Vec::new(), held: 0, since: Instant::now() }),
         };
         std::thread::scope(|scope| {
+            let checks = device.checker().is_some().then(|| {
+                let (checks, made) = mpsc::sync_channel(UNCHECKED);
+                // It ends with the threads that sign, or when the agent closes its end.
+                scope.spawn(|| drop(made.into_iter().try_for_each(|made| shared.finish(made))));
+                checks
+            });
             for signer in signers {
-                scope.spawn(|| shared.work(signer));
+                let checks = checks.clone();
+                scope.spawn(|| shared.work(signer, checks));
             }
         });
     }
@@ -81,8 +94,16 @@ pub fn run() -> io::Result<()> {
 struct Shared<'a> {
     device: &'a dyn Device,
     inbox: Mutex<Inbox>,
-    /// The socket, answers not yet written, and how many.
-    writer: Mutex<(UnixStream, Vec<u8>, usize)>,
+    writer: Mutex<Writer>,
+}
+
+/// The other direction.
+struct Writer {
+    socket: UnixStream,
+    /// Answers not yet written, how many, and since when.
+    buffer: Vec<u8>,
+    held: usize,
+    since: Instant,
 }
 
 /// Our end of the line to the agent.
@@ -99,29 +120,52 @@ impl Inbox {
             return Ok(self.reader.buffer());
         }
         let since = Instant::now();
-        let here = || recv(self.reader.get_ref(), &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok();
-        while self.soon && since.elapsed() < SOON && !here() {
+        while self.soon && since.elapsed() < SOON && !self.is_more_here() {
             std::thread::yield_now();
         }
         let here = self.reader.fill_buf();
         self.soon = since.elapsed() < SOON;
         here
     }
+
+    fn is_more_here(&self) -> bool {
+        recv(self.reader.get_ref(), &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok()
+    }
+
+    /// How many requests are here; never waits.
+    fn waiting(&mut self) -> io::Result<usize> {
+        if self.reader.buffer().is_empty() && self.is_more_here() {
+            self.reader.fill_buf()?;
+        }
+        Ok(wire::frames(self.reader.buffer()))
+    }
+}
+
+/// What came of a request, before it is answered.
+struct Made {
+    id: u64,
+    outcome: Result<Vec<u8>, Failure>,
+    /// A signature's key and what it was made of.
+    unchecked: Option<(usize, Content)>,
+    took: Duration,
+    /// How many requests were here when it was begun.
+    waiting: usize,
 }
 
 /// What comes next.
 enum Next {
-    Request(Request, bool),
+    /// A request, and how many more are here.
+    Request(Request, usize),
     Idle,
 }
 
 impl Shared<'_> {
     /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
     /// so no request ever waits behind a busy one.
-    fn work(&self, mut signer: Box<dyn Signer + '_>) {
+    fn work(&self, mut signer: Box<dyn Signer + '_>, checks: Option<SyncSender<Made>>) {
         loop {
-            let (request, more) = match self.next() {
-                Ok(Next::Request(request, more)) => (request, more),
+            let (request, waiting) = match self.next() {
+                Ok(Next::Request(request, waiting)) => (request, waiting),
                 Ok(Next::Idle) => match self.device.probe() {
                     Ok(()) => continue,
                     Err(failure) => self.die(&failure),
@@ -133,41 +177,52 @@ impl Shared<'_> {
             let id = request.id;
             let touch = |message: &str| {
                 // When the agent is gone, the next read says so.
-                let _ = self.answer(&Answer::touch(id, message.to_owned()), false);
+                let _ = self.answer(&Answer::touch(id, message.to_owned()), 0);
             };
-            let (mut answer, failure) = match request.asked() {
-                Ok(Asked::Sign(index, content)) => {
-                    let outcome = signer.sign(index, &content, &touch);
-                    let failure = outcome.as_ref().err().cloned();
-                    (Answer::new(id, outcome), failure)
-                }
+            let (outcome, unchecked) = match request.asked() {
+                Ok(Asked::Sign(key, content)) => (signer.sign(key, &content, &touch), Some((key, content))),
                 Ok(Asked::Do(task)) => {
                     // YubiKeys and TPMs need minutes for some RSA keys; nothing else takes long.
                     if matches!(task, Task::Generate(..)) {
-                        let _ = self.answer(&Answer::begun(id), false);
+                        let _ = self.answer(&Answer::begun(id), 0);
                     }
-                    let outcome = self.device.operate(&task, &touch);
-                    let failure = outcome.as_ref().err().cloned();
-                    (Answer::done(id, outcome), failure)
+                    (self.device.operate(&task, &touch).map(wire::done), None)
                 }
                 // The agent is of the same build: this is no request of its.
                 Err(_) => return,
             };
             // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
-            let last = failure.filter(|failure| matches!(failure.class, Class::Gone | Class::Locked));
-            let took = started.elapsed();
-            answer.took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-            let hold = more && last.is_none() && took < QUICK;
-            if self.answer(&answer, hold).is_err() {
+            let ends = outcome.as_ref().is_err_and(Failure::ends_process);
+            let made = Made { id, outcome, unchecked, took: started.elapsed(), waiting };
+            let went_on = match &checks {
+                // The device does not wait for it. Whatever came before is answered first.
+                Some(checks) if waiting > 0 || ends => checks.send(made).map_err(io::Error::other),
+                _ => self.finish(made),
+            };
+            if went_on.is_err() || ends {
                 return;
-            }
-            if let Some(failure) = last {
-                self.die(&failure);
             }
         }
     }
 
-    /// The next request, and whether another is already here.
+    /// Checks what was made, where that is asked for, and answers.
+    fn finish(&self, made: Made) -> io::Result<()> {
+        let Made { id, outcome, unchecked, took, waiting } = made;
+        let outcome = match (outcome, unchecked, self.device.checker()) {
+            (Ok(signature), Some((key, content)), Some(checker)) => {
+                checker.check(key, &content, &signature).map(|()| signature)
+            }
+            (outcome, ..) => outcome,
+        };
+        let last = outcome.as_ref().err().filter(|failure| failure.ends_process()).cloned();
+        let answer = Answer::new(id, outcome).after(took);
+        self.answer(&answer, if last.is_none() { waiting } else { 0 })?;
+        match last {
+            Some(failure) => self.die(&failure),
+            None => Ok(()),
+        }
+    }
+
     fn next(&self) -> io::Result<Next> {
         let mut inbox = self.inbox.lock().map_err(|_| io::Error::other("a thread panicked"))?;
         match inbox.wait() {
@@ -181,15 +236,21 @@ impl Shared<'_> {
         }
         let request: Request = wire::decode(&wire::read(&mut inbox.reader)?)?;
         inbox.soon &= request.alone;
-        Ok(Next::Request(request, !inbox.reader.buffer().is_empty()))
+        Ok(Next::Request(request, inbox.waiting()?))
     }
 
-    fn answer(&self, answer: &Answer, hold: bool) -> io::Result<()> {
+    /// Says it, or holds it back for a moment while so many requests wait here.
+    fn answer(&self, answer: &Answer, waiting: usize) -> io::Result<()> {
         let mut writer = self.writer.lock().map_err(|_| io::Error::other("a thread panicked"))?;
-        let (socket, buffer, held) = &mut *writer;
+        let Writer { socket, buffer, held, since } = &mut *writer;
+        if *held == 0 {
+            *since = Instant::now();
+        }
         wire::put(buffer, answer);
         *held += 1;
-        if hold && *held < TOGETHER {
+        // The next answer comes as long after this one as this one took.
+        let next = since.elapsed() + Duration::from_micros(answer.took_us);
+        if *held < waiting.min(TOGETHER_COUNT) && next < TOGETHER {
             return Ok(());
         }
         socket.write_all(buffer)?;

@@ -1,7 +1,9 @@
 //! What the agent and a token's process say to each other over their socketpair: frames of a 32-bit
 //! big-endian length and a prost message. Both ends are the same binary, so the format may change freely.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::time::Duration;
 
 use prost::Message;
 use serde::{Deserialize, Serialize};
@@ -107,6 +109,8 @@ pub(crate) struct Opened {
     pub(crate) sessions: usize,
     /// In the order of [`OpenSpec::keys`]: the key, or why it cannot be used.
     pub(crate) keys: Vec<Result<PublicKey, String>>,
+    /// Keys whose every signature wants a touch, by index, and what whoever waits is told.
+    pub(crate) touch: BTreeMap<usize, String>,
 }
 
 /// A key's public half.
@@ -144,6 +148,13 @@ pub(crate) struct SurveyedToken {
 pub(crate) struct Failure {
     pub(crate) class: Class,
     pub(crate) message: String,
+}
+
+impl Failure {
+    /// Whether the process cannot go on after it.
+    pub(crate) fn ends_process(&self) -> bool {
+        matches!(self.class, Class::Gone | Class::Locked)
+    }
 }
 
 /// The four classes of failure.
@@ -250,9 +261,9 @@ impl Answer {
         }
     }
 
-    /// The answer to a task.
-    pub(crate) fn done(id: u64, outcome: Result<Done, Failure>) -> Self {
-        Self::new(id, outcome.map(|done| serde_json::to_vec(&done).expect("answers are plain data")))
+    /// The device took this long.
+    pub(crate) fn after(self, took: Duration) -> Self {
+        Self { took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX), ..self }
     }
 
     /// The request `id` waits for a touch.
@@ -279,6 +290,11 @@ impl Answer {
     }
 }
 
+/// What an operator asked for, as an [`Answer`] carries it.
+pub(crate) fn done(done: Done) -> Vec<u8> {
+    serde_json::to_vec(&done).expect("answers are plain data")
+}
+
 /// Writes a frame with what the host says while it opens its token.
 pub(crate) fn say(to: &mut impl io::Write, opening: &Opening) -> io::Result<()> {
     let mut frame = Vec::new();
@@ -296,6 +312,17 @@ pub(crate) fn put_bytes(buffer: &mut Vec<u8>, bytes: &[u8]) {
     let length = u32::try_from(bytes.len()).expect("frames are far below 4 GiB");
     buffer.extend_from_slice(&length.to_be_bytes());
     buffer.extend_from_slice(bytes);
+}
+
+/// How many frames a buffer holds, the last one perhaps in part.
+pub(crate) fn frames(mut buffer: &[u8]) -> usize {
+    let mut count = 0;
+    while let Some((length, rest)) = buffer.split_first_chunk() {
+        count += 1;
+        let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
+        buffer = rest.get(length..).unwrap_or_default();
+    }
+    count
 }
 
 /// Reads one frame.

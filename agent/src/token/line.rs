@@ -129,6 +129,13 @@ impl Host {
         outcome.await.unwrap_or_else(|_| Err("its process ended".into()))
     }
 
+    /// Each signature of some keys wants its own finger, which may as well be on its way while others are before it.
+    pub(super) fn announce(&self, key: usize, tell: &Tell) {
+        if let Some(message) = self.opened.touch.get(&key) {
+            tell_touch(tell, message);
+        }
+    }
+
     /// Frees everybody who waits for this process.
     pub(super) fn fail_pending(&self, reason: &str) {
         let waiting = {
@@ -172,22 +179,11 @@ impl Host {
         if !answer.touch.is_empty() {
             // A person gets the time that the device gives them, before anybody calls it a hang.
             pending.allow(answer.id, TOUCH);
-            let mut again = false;
-            if let Some(waiting) = pending.waiting.get_mut(&answer.id) {
-                let over = waiting.done.is_closed();
-                waiting.tell.send_if_modified(|step| {
-                    again = matches!(step, Step::Touch(_));
-                    let tells = !over && !again && !matches!(step, Step::Done(_));
-                    if tells {
-                        *step = Step::Touch(answer.touch.clone());
-                    }
-                    tells
-                });
+            if let Some(waiting) = pending.waiting.get(&answer.id).filter(|waiting| !waiting.done.is_closed())
+            {
+                tell_touch(&waiting.tell, &answer.touch);
             }
-            // Whoever had others before them was told when they came; now it is their turn.
-            if !again {
-                self.touch_command.run(answer.touch);
-            }
+            self.touch_command.run(answer.touch);
             return;
         }
         // They were taken from the line before this one was.
@@ -235,6 +231,17 @@ impl Host {
     fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+/// Tells whoever waits, once.
+fn tell_touch(tell: &Tell, message: &str) {
+    tell.send_if_modified(|step| {
+        let tells = matches!(step, Step::Working);
+        if tells {
+            *step = Step::Touch(message.to_owned());
+        }
+        tells
+    });
 }
 
 /// How many requests a session has before it whose device takes so long for one.

@@ -175,6 +175,7 @@ impl Token {
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
                 None => return Err(TokenError::Refused("no such key".into())),
             };
+            host.announce(key, tell);
             let asked = Asked::Sign(key, content.clone());
             let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
             let failure = match answer {

@@ -11,6 +11,7 @@ use crate::algorithm::{Algorithm, Content, Padding, digest_info};
 use crate::config::Object;
 use crate::host::wire::{Failure, PublicKey};
 use crate::spki::SpkiDer;
+use crate::verifier::Verifier;
 
 /// The most that fits into one command to the card, with what goes around it.
 const LONGEST_MESSAGE: usize = 1000;
@@ -19,7 +20,7 @@ const LONGEST_MESSAGE: usize = 1000;
 pub(super) struct Key {
     pub(super) slot: SlotId,
     pub(super) algorithm: Algorithm,
-    pub(super) spki: SpkiDer,
+    pub(super) verifier: Verifier,
     pub(super) algorithm_id: AlgorithmId,
     pub(super) pin: PinPolicy,
     pub(super) touch: TouchPolicy,
@@ -87,11 +88,11 @@ pub(super) fn find(
         pin => pin,
     };
     let touch = if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch };
-    let key = Key { slot, algorithm, spki: spki.clone(), algorithm_id, pin, touch };
+    let key = Key { slot, algorithm, verifier: Verifier::new(&spki, algorithm), algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
-        let challenge = challenge()?;
-        let signature = card.sign(&key, &key.input(&algorithm.content(&challenge))?)?;
-        if !spki.verifies(algorithm, &challenge, &signature) {
+        let content = algorithm.content(&challenge()?);
+        let signature = card.sign(&key, &key.input(&content)?)?;
+        if !key.verifier.verifies(&content, &signature) {
             return Err(refused(format!("slot {number:02x} makes signatures that do not verify")));
         }
     }

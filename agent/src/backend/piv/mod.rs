@@ -17,7 +17,7 @@ pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::is_factorys;
 pub(super) use self::survey::{prepare, survey};
-use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Checker, Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
@@ -86,7 +86,10 @@ pub(super) fn open(
     let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
-    let opened = Opened { device, sessions: 1, keys: public };
+    let always = keys.iter().enumerate().filter_map(|(index, key)| {
+        key.as_ref().is_some_and(|key| key.touch == TouchPolicy::Always).then(|| (index, touch_me(serial)))
+    });
+    let opened = Opened { device, sessions: 1, keys: public, touch: always.collect() };
     let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
     Ok((Box::new(OpenPiv { serial, held: Mutex::new(held), keys }), opened))
 }
@@ -267,7 +270,11 @@ impl Card<'_> {
 
 impl Device for OpenPiv {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self)), Box::new(Thread(self))])
+        Ok(vec![Box::new(Thread(self))])
+    }
+
+    fn checker(&self) -> Option<&dyn Checker> {
+        Some(self)
     }
 
     fn rests(&self) -> Duration {
@@ -304,7 +311,21 @@ impl Device for OpenPiv {
     fn close(self: Box<Self>) {}
 }
 
+impl Checker for OpenPiv {
+    /// Another key may have been put into the slot meanwhile.
+    fn check(&self, index: usize, content: &Content, signature: &[u8]) -> Result<(), Failure> {
+        match self.key(index)?.verifier.verifies(content, signature) {
+            true => Ok(()),
+            false => Err(gone("the slot holds another key than before".into())),
+        }
+    }
+}
+
 impl OpenPiv {
+    fn key(&self, index: usize) -> Result<&Key, Failure> {
+        self.keys.get(index).and_then(Option::as_ref).ok_or_else(|| refused("no such key".into()))
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -322,34 +343,24 @@ impl OpenPiv {
     }
 }
 
-/// One of two threads: while one has the card sign, the other checks what it signed before.
+/// The one thread that signs.
 struct Thread<'a>(&'a OpenPiv);
 
 impl Signer for Thread<'_> {
     fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
-        let Some(Some(key)) = self.0.keys.get(key) else { return Err(refused("no such key".into())) };
+        let key = self.0.key(key)?;
         let input = key.input(content)?;
-        // Also whoever has others before them: each signature wants its own finger.
-        if key.touch == TouchPolicy::Always {
+        let mut held = self.0.held();
+        let mut card = held.card()?;
+        let waits = card.waits_for_touch(key);
+        if waits {
             touch(&touch_me(self.0.serial));
         }
-        let signature = {
-            let mut held = self.0.held();
-            let mut card = held.card()?;
-            let waits = card.waits_for_touch(key);
-            if waits {
-                touch(&touch_me(self.0.serial));
-            }
-            let signature = card.sign(key, &input)?;
-            if waits {
-                card.known.last_touch = Some(Instant::now());
-            }
-            held.used();
-            signature
-        };
-        if !key.spki.verifies_content(key.algorithm, content, &signature) {
-            return Err(gone("the slot holds another key than before".into()));
+        let signature = card.sign(key, &input)?;
+        if waits {
+            card.known.last_touch = Some(Instant::now());
         }
+        held.used();
         Ok(signature)
     }
 }

@@ -6,6 +6,7 @@ mod life;
 mod login;
 mod objects;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -101,7 +102,7 @@ pub(super) fn open(
     {
         return Err(failure);
     }
-    let opened = Opened { device: device(&info), sessions, keys: public };
+    let opened = Opened { device: device(&info), sessions, keys: public, touch: BTreeMap::new() };
     let (anchor, profile) = (Mutex::new(anchor), profile.clone());
     Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, again, profile }), opened))
 }

@@ -19,6 +19,7 @@ use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, ParameterS
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};
 use crate::spki::SpkiDer;
+use crate::verifier::Verifier;
 
 /// A key that passed its check.
 pub(super) struct Found {
@@ -276,15 +277,15 @@ pub(super) fn signs_for(
     public: &PublicKey,
     again: Option<&Again>,
 ) -> Result<bool, Failure> {
-    let (algorithm, challenge) = (public.algorithm, challenge()?);
-    let content = algorithm.content(&challenge);
+    let algorithm = public.algorithm;
+    let content = algorithm.content(&challenge()?);
     let bytes = algorithm.bytes(&content).map_err(refused)?;
     let signed = sign(session, private, algorithm, bytes, again);
     // A signature of another curve's width is as wrong as one that does not verify.
     let Ok(signature) = signed.map_err(|error| classify("sign a challenge", &error))? else {
         return Ok(false);
     };
-    Ok(public.spki.verifies(algorithm, &challenge, &signature))
+    Ok(Verifier::new(&public.spki, algorithm).verifies(&content, &signature))
 }
 
 /// Signs in the algorithm's mechanism. The outer error is the token's, the inner one says that its answer is none.

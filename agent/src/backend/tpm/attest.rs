@@ -26,6 +26,7 @@ use crate::algorithm::{Algorithm, Curve};
 use crate::host::task::Evidence;
 use crate::host::wire::Failure;
 use crate::spki::SpkiDer;
+use crate::verifier::Verifier;
 
 /// The endorsement keys that TPMs have certificates for, the better one first (TCG EK Credential Profile, 2.2.1.4).
 const ENDORSEMENT: [AsymmetricAlgorithmSelection; 3] = [
@@ -134,7 +135,9 @@ pub(crate) fn verify(
     let half = |number: &[u8]| padded(number, Curve::P256.field_len()).ok_or("the signature is malformed");
     let raw = [half(signature.signature_r().value())?, half(signature.signature_s().value())?].concat();
     let der = Curve::P256.der_from_raw(&raw).map_err(|error| error.to_string())?;
-    if !encoded(&attestation_key)?.verifies(Algorithm::Ecdsa(Curve::P256), certify_info, &der) {
+    let algorithm = Algorithm::Ecdsa(Curve::P256);
+    let verifier = Verifier::new(&encoded(&attestation_key)?, algorithm);
+    if !verifier.verifies(&algorithm.content(certify_info), &der) {
         return Err("the attestation key's signature does not verify".into());
     }
     let info = Attest::unmarshall(certify_info).map_err(malformed("what the TPM certified"))?;

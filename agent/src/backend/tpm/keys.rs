@@ -22,6 +22,7 @@ use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
 use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
 use crate::spki::SpkiDer;
+use crate::verifier::Verifier;
 
 /// The owner hierarchy (TPM 2.0 Part 2, 7.4): the parent of a key file is then its standard primary key.
 pub(super) const OWNER: u32 = 0x4000_0001;
@@ -30,6 +31,7 @@ pub(super) const OWNER: u32 = 0x4000_0001;
 pub(super) struct Key {
     source: Source,
     pub(super) public: PublicKey,
+    pub(super) verifier: Verifier,
     guard: Guard,
 }
 
@@ -62,7 +64,7 @@ pub(super) fn open(
     };
     let handle = source.handle(context)?;
     match check(context, handle, key, auth, by_operator) {
-        Ok((public, guard)) => Ok((Key { source, public, guard }, handle)),
+        Ok((public, verifier, guard)) => Ok((Key { source, public, verifier, guard }, handle)),
         Err(failure) => {
             // If this fails, too, the next use of the TPM says so.
             let _ = source.release(context, handle);
@@ -111,7 +113,7 @@ fn check(
     key: &KeySpec,
     auth: Option<Auth>,
     by_operator: bool,
-) -> Result<(PublicKey, Guard), Failure> {
+) -> Result<(PublicKey, Verifier, Guard), Failure> {
     let object = &key.object;
     let (public, _, _) = context
         .execute_without_session(|context| context.read_public(handle))
@@ -137,10 +139,11 @@ fn check(
     let challenge = challenge()?;
     let content = algorithm.content(&challenge);
     let signature = sign(context, handle, algorithm, &guard, algorithm.bytes(&content).map_err(refused)?)?;
-    if !spki.verifies(algorithm, &challenge, &signature) {
+    let verifier = Verifier::new(&spki, algorithm);
+    if !verifier.verifies(&content, &signature) {
         return Err(refused(format!("the key with {object} makes signatures that do not verify")));
     }
-    Ok((PublicKey { algorithm, spki }, guard))
+    Ok((PublicKey { algorithm, spki }, verifier, guard))
 }
 
 impl Key {

@@ -8,6 +8,7 @@ mod keyfile;
 mod keys;
 mod life;
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use tss_esapi::Context;
@@ -18,7 +19,7 @@ use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
 use self::keys::Key;
-use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Checker, Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::Tcti;
 use crate::host::task::{Done, Task};
@@ -109,7 +110,7 @@ pub(super) fn open(
     if offered {
         say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     }
-    let opened = Opened { device, sessions: 1, keys: public };
+    let opened = Opened { device, sessions: 1, keys: public, touch: BTreeMap::new() };
     Ok((Box::new(OpenTpm { chip: Mutex::new(Chip { context, loaded: None }), keys, auth }), opened))
 }
 
@@ -208,7 +209,11 @@ fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Re
 
 impl Device for OpenTpm {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self)), Box::new(Thread(self))])
+        Ok(vec![Box::new(Thread(self))])
+    }
+
+    fn checker(&self) -> Option<&dyn Checker> {
+        Some(self)
     }
 
     fn probe(&self) -> Result<(), Failure> {
@@ -227,22 +232,31 @@ impl Device for OpenTpm {
     fn close(self: Box<Self>) {}
 }
 
-/// One of two threads: while one has the TPM sign, the other checks what it signed before.
+impl Checker for OpenTpm {
+    /// Another key may have been put under the handle meanwhile.
+    fn check(&self, index: usize, content: &Content, signature: &[u8]) -> Result<(), Failure> {
+        match self.key(index)?.verifier.verifies(content, signature) {
+            true => Ok(()),
+            false => Err(gone("the TPM has another key there than before".into())),
+        }
+    }
+}
+
+impl OpenTpm {
+    fn key(&self, index: usize) -> Result<&Key, Failure> {
+        self.keys.get(index).and_then(Option::as_ref).ok_or_else(|| refused("no such key".into()))
+    }
+}
+
+/// The one thread that signs.
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
     fn sign(&mut self, index: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
-        let Some(Some(key)) = self.0.keys.get(index) else { return Err(refused("no such key".into())) };
+        let key = self.0.key(index)?;
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
-        let signature = {
-            let mut chip = self.0.chip.lock().unwrap_or_else(PoisonError::into_inner);
-            let handle = chip.handle(index, key, &self.0.keys)?;
-            key.sign(&mut chip.context, handle, digest)?
-        };
-        // Another key may have been put under the handle meanwhile.
-        match key.public.spki.verifies_content(key.public.algorithm, content, &signature) {
-            true => Ok(signature),
-            false => Err(gone("the TPM has another key there than before".into())),
-        }
+        let mut chip = self.0.chip.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = chip.handle(index, key, &self.0.keys)?;
+        key.sign(&mut chip.context, handle, digest)
     }
 }
