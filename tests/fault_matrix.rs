@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects};
+use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
-use omsign_tests::agent::signal;
+use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::lab::{Lab, Sees};
-use omsign_tests::proxy::Proxy;
-use omsign_tests::world::World;
+use omsign_tests::operator::does;
+use omsign_tests::world::{World, key_section};
 use rustix::process::Signal;
 
 /// What one that hangs may cost: the token's time-out of 2 s, and a busy machine.
@@ -98,8 +98,8 @@ fn wrong_pin(lab: &mut Lab, pin_file: &Path) -> anyhow::Result<()> {
 fn softhsm() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let section = proxy.before(MODULE, &token.section("device"));
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token.section("device"))?;
     let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
     rows_of_a_module(&mut lab)?;
     let away = lab.world.path("away");
@@ -125,12 +125,36 @@ fn kryoptic() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = Kryoptic::create(&world.path("kryoptic"), "k")?;
     token.generate("k")?;
-    let proxy = Proxy::new(&world)?;
-    let module = Kryoptic::module()?.display().to_string();
-    let section = proxy.before(&module, &token.section("device")?);
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token.section("device")?)?;
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
     rows_of_a_module(&mut lab)?;
     wrong_pin(&mut lab, &token.pin_file())
+}
+
+/// A key of PKCS#11 3.2: the proxy passes that interface on.
+#[test]
+fn ml_dsa() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "k")?;
+    let proxy = world.proxy()?;
+    let config = proxy.before(&token.section("t")?)? + &key_section("k", "t", "k");
+    world.write("agent.toml", world.listen() + &config)?;
+    let public = does(&world, &["generate", "k", "--type", "ml-dsa-65"])?;
+    world.write("k.pem", public)?;
+    let _agent = Agent::start(&world, &(world.listen() + &config))?;
+    world.model()?;
+    let sign = ["sign", "model", "--key", "k", "--allow-nonstandard-key"];
+    for faults in ["", "C_SignInit b3 0 once\n"] {
+        proxy.set(faults)?;
+        world.omsign_ok(&sign)?;
+        world.omsign_ok(&["verify", "model", "--public-key", "k.pem"])?;
+    }
+    proxy.set("C_Sign 30 0\n")?;
+    let errors = world.omsign_fails(2, &[&sign[..], &["--signature", "none.sig"]].concat())?;
+    anyhow::ensure!(errors.contains("CKR_DEVICE_ERROR"), "{errors}");
+    proxy.set("")?;
+    eventually("it heals", || Ok(world.omsign(&sign)?.status.success()))
 }
 
 #[test]

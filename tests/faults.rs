@@ -6,7 +6,6 @@ use anyhow::ensure;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
@@ -24,8 +23,8 @@ fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
 fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let section = proxy.token_section("t", &token, "queue = 2\ntimeout = \"1s\"");
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, "queue = 2\ntimeout = \"1s\""))?;
     let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -82,8 +81,8 @@ fn a_removed_token_directory_comes_back_under_a_running_agent() -> anyhow::Resul
 fn a_busy_token_is_asked_again() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let section = proxy.token_section("t", &token, "");
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, ""))?;
     let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -193,8 +192,9 @@ fn a_key_that_is_replaced_by_another_of_its_name() -> anyhow::Result<()> {
 fn a_killed_process_costs_its_requests_and_nothing_else() -> anyhow::Result<()> {
     let world = World::new()?;
     let (slow, fast) = (world.token("slow", "k", KeyType::P256)?, world.token("fast", "k", KeyType::P256)?);
-    let proxy = Proxy::new(&world)?;
-    let tokens = proxy.token_section("slow", &slow, "timeout = \"30s\"") + &token_section("fast", &fast, "");
+    let proxy = world.proxy()?;
+    let tokens =
+        proxy.before(&token_section("slow", &slow, "timeout = \"30s\""))? + &token_section("fast", &fast, "");
     let keys = key_section("slow", "slow", "k") + &key_section("fast", "fast", "k");
     let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
     run(async {
@@ -270,8 +270,8 @@ fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
 fn an_error_that_is_not_the_tokens() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let section = proxy.token_section("t", &token, "timeout = \"2s\"");
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, "timeout = \"2s\""))?;
     let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -289,9 +289,10 @@ fn an_error_that_is_not_the_tokens() -> anyhow::Result<()> {
 fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let config =
-        world.listen() + &proxy.token_section("t", &token, "queue = 4") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let config = world.listen()
+        + &proxy.before(&token_section("t", &token, "queue = 4"))?
+        + &key_section("k", "t", "k");
     let _agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_tests::agent::{Agent, SOON, eventually, signal, under};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::peer::cache;
-use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic_health::pb::HealthCheckRequest;
@@ -135,8 +135,9 @@ fn paths_in_env_are_relative_to_the_file() -> anyhow::Result<()> {
 fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -170,10 +171,11 @@ fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
 fn a_stop_is_bounded() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
+    let proxy = world.proxy()?;
     let listen = world.listen().replace("[listen]\n", "[listen]\nshutdown_timeout = \"300ms\"\n");
-    let config =
-        listen + &proxy.token_section("t", &token, "timeout = \"10min\"") + &key_section("k", "t", "k");
+    let config = listen
+        + &proxy.before(&token_section("t", &token, "timeout = \"10min\""))?
+        + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     let hosts = run_hanging(&world, &proxy, &agent)?;
     let started = std::time::Instant::now();
@@ -185,7 +187,7 @@ fn a_stop_is_bounded() -> anyhow::Result<()> {
 }
 
 /// Leaves a request inside the module; returns the token's process.
-fn run_hanging(world: &World, proxy: &Proxy, agent: &Agent) -> anyhow::Result<Vec<u32>> {
+fn run_hanging(world: &World, proxy: &FaultProxy, agent: &Agent) -> anyhow::Result<Vec<u32>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -206,9 +208,9 @@ fn run_hanging(world: &World, proxy: &Proxy, agent: &Agent) -> anyhow::Result<Ve
 fn no_process_outlives_a_killed_agent() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
+    let proxy = world.proxy()?;
     let config = world.listen()
-        + &proxy.token_section("t", &token, "timeout = \"10min\"")
+        + &proxy.before(&token_section("t", &token, "timeout = \"10min\""))?
         + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     let hosts = run_hanging(&world, &proxy, &agent)?;

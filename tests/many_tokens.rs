@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use omsign_fixtures::ca::{Ca, write_chain};
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, refused, signal};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key, key_section, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
@@ -28,8 +28,8 @@ struct Twins {
     _beside: World,
     first: SoftHsm,
     second: SoftHsm,
-    left: Proxy,
-    right: Proxy,
+    left: FaultProxy,
+    right: FaultProxy,
     agent: Agent,
 }
 
@@ -37,10 +37,10 @@ struct Twins {
 fn twins() -> anyhow::Result<Twins> {
     let (world, beside) = (World::new()?, World::new()?);
     let (first, second) = world.twins()?;
-    let (left, right) = (Proxy::new(&world)?, Proxy::new(&beside)?);
+    let (left, right) = (world.proxy()?, beside.proxy()?);
     let config = world.listen()
-        + &left.token_section("a", &first, "timeout = \"1s\"")
-        + &right.token_section("b", &second, "timeout = \"1s\"")
+        + &left.before(&token_section("a", &first, "timeout = \"1s\""))?
+        + &right.before(&token_section("b", &second, "timeout = \"1s\""))?
         + &on_both();
     let agent = Agent::start(&world, &config)?;
     eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
@@ -193,8 +193,8 @@ fn a_required_token_whose_pin_is_refused_waits_for_an_operator() -> anyhow::Resu
     let token = world.token("t", "k", KeyType::P256)?;
     let right = std::fs::read(token.pin_file())?;
     omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-    let proxy = Proxy::new(&world)?;
-    let section = proxy.token_section("t", &token, "required = true");
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, "required = true"))?;
     let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     world.model()?;
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;

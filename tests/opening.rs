@@ -7,8 +7,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
-use omsign_tests::device::{card_through, debian_module};
-use omsign_tests::proxy::Proxy;
+use omsign_tests::device::card_through;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 
@@ -60,9 +59,7 @@ fn a_public_half_on_the_private_object() -> anyhow::Result<()> {
     let world = World::new()?;
     let card = VirtualPiv::create(&world.path("card"), 7_000_008)?;
     let device = card_through(&card, "libykcs11.so", &["9c"])?;
-    let module = debian_module("libykcs11.so");
-    let section =
-        Proxy::new(&world)?.before(&module, &device.token) + "env.OMSIGN_PROXY_PRIVATE_ONLY = \"1\"\n";
+    let section = world.proxy()?.before(&device.token)? + "env.OMSIGN_PROXY_PRIVATE_ONLY = \"1\"\n";
     let _agent = Agent::start(&world, &(world.listen() + &section + &device.keys))?;
     world.model()?;
     world.omsign_ok(&["sign", "model", "--key", "9c"])?;
@@ -77,8 +74,9 @@ fn stale_sessions_and_handles_cost_a_request_nothing() -> anyhow::Result<()> {
     for stale in ["b3", "82"] {
         let world = World::new()?;
         let token = world.token("t", "k", KeyType::P256)?;
-        let proxy = Proxy::new(&world)?;
-        let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+        let proxy = world.proxy()?;
+        let config =
+            world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
         let agent = Agent::start(&world, &config)?;
         world.model()?;
         let sign = ["sign", "model", "--key", "k"];
@@ -101,9 +99,9 @@ fn stale_sessions_and_handles_cost_a_request_nothing() -> anyhow::Result<()> {
 fn a_module_without_slots() -> anyhow::Result<()> {
     let world = World::new()?;
     let (token, calm) = (world.token("t", "k", KeyType::P256)?, world.token("u", "calm", KeyType::P256)?);
-    let proxy = Proxy::new(&world)?;
+    let proxy = world.proxy()?;
     proxy.set("C_GetSlotList none 0\n")?;
-    let tokens = proxy.token_section("t", &token, "") + &token_section("u", &calm, "");
+    let tokens = proxy.before(&token_section("t", &token, ""))? + &token_section("u", &calm, "");
     let keys = key_section("k", "t", "k") + &key_section("calm", "u", "calm");
     let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
     world.model()?;
@@ -227,9 +225,10 @@ fn sessions_as_many_as_the_token_allows() -> anyhow::Result<()> {
     for (most, opened) in [("4", 3), ("2", 2)] {
         let world = World::new()?;
         let token = world.token("t", "k", KeyType::P256)?;
-        let proxy = Proxy::new(&world)?;
+        let proxy = world.proxy()?;
         let more = format!("sessions = 16\nenv.OMSIGN_PROXY_SESSIONS = \"{most}\"\n");
-        let config = world.listen() + &proxy.token_section("t", &token, &more) + &key_section("k", "t", "k");
+        let config =
+            world.listen() + &proxy.before(&token_section("t", &token, &more))? + &key_section("k", "t", "k");
         let _agent = Agent::start(&world, &config)?;
         world.model()?;
         world.omsign_ok(&["sign", "model", "--key", "k"])?;
@@ -237,7 +236,8 @@ fn sessions_as_many_as_the_token_allows() -> anyhow::Result<()> {
     }
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let section = Proxy::new(&world)?.token_section("t", &token, "env.OMSIGN_PROXY_SESSIONS = \"1\"\n");
+    let section =
+        world.proxy()?.before(&token_section("t", &token, "env.OMSIGN_PROXY_SESSIONS = \"1\"\n"))?;
     let _agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
     world.model()?;
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
@@ -250,9 +250,9 @@ fn sessions_as_many_as_the_token_allows() -> anyhow::Result<()> {
 fn a_module_that_keeps_dying_is_not_a_busy_loop() -> anyhow::Result<()> {
     let world = World::new()?;
     let (dying, calm) = (world.token("t", "k", KeyType::P256)?, world.token("u", "k", KeyType::P256)?);
-    let proxy = Proxy::new(&world)?;
+    let proxy = world.proxy()?;
     proxy.set("C_OpenSession abort 0\n")?;
-    let tokens = proxy.token_section("t", &dying, "") + &token_section("u", &calm, "");
+    let tokens = proxy.before(&token_section("t", &dying, ""))? + &token_section("u", &calm, "");
     let config = world.listen() + &tokens + &key_section("k", "t", "k") + &key_section("calm", "u", "k");
     let _agent = Agent::start(&world, &config)?;
     world.model()?;
@@ -276,8 +276,8 @@ fn a_module_that_keeps_dying_is_not_a_busy_loop() -> anyhow::Result<()> {
 fn doctor_leaves_the_tokens_of_a_running_agent_alone() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let sections = proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let sections = proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &(world.listen() + &sections))?;
     world.omsign_ok(&["keys", "export", "k"])?;
     world.write("agent.toml", (world.listen() + &sections).replace("agent.sock", "other.sock"))?;
@@ -292,7 +292,7 @@ fn doctor_leaves_the_tokens_of_a_running_agent_alone() -> anyhow::Result<()> {
         "[listen]\ntls = {{ address = \"{}\", certificate = \"a-server.pem\", private_key = \"a-server.key\", client_ca = \"a-ca.pem\" }}\n[audit]\ndirectory = \"audit\"\n",
         taken.local_addr()?
     );
-    let by_certificate = proxy.token_section("t", &token, "")
+    let by_certificate = proxy.before(&token_section("t", &token, ""))?
         + "[key.k]\ntoken = \"t\"\nobject = { label = \"k\" }\n[[key.k.allow]]\ncertificate = { subject = \"CN=ci\" }\n";
     world.write("agent.toml", tls + &by_certificate)?;
     let (status, said) = world.doctor()?;

@@ -10,7 +10,6 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
@@ -61,8 +60,9 @@ fn a_wrong_pin_is_offered_once() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -154,8 +154,9 @@ fn a_factory_pin_signs_nothing() -> anyhow::Result<()> {
 fn a_refusal_survives_the_respawn_of_the_process() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -185,9 +186,9 @@ fn a_login_without_a_clear_answer_is_not_tried_again() -> anyhow::Result<()> {
     {
         let world = World::new()?;
         let token = world.token("t", "k", KeyType::P256)?;
-        let proxy = Proxy::new(&world)?;
+        let proxy = world.proxy()?;
         proxy.set(fault)?;
-        let section = proxy.token_section("t", &token, "timeout = \"300ms\"");
+        let section = proxy.before(&token_section("t", &token, "timeout = \"300ms\""))?;
         let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
         run(async {
             let mut client = connect(world.path("agent.sock")).await?;
@@ -212,8 +213,9 @@ fn a_refused_pin_file_is_not_read_again_after_a_typed_pin() -> anyhow::Result<()
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
-    let proxy = Proxy::new(&world)?;
-    let config = world.listen() + &proxy.token_section("t", &token, "") + &key_section("k", "t", "k");
+    let proxy = world.proxy()?;
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;

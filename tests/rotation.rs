@@ -9,7 +9,6 @@ use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, SOON, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::operator::{does, refuses};
-use omsign_tests::proxy::Proxy;
 use omsign_tests::world::{World, key as key_on, key_section, token_section};
 use openssl::pkey::PKey;
 use rustix::process::Signal;
@@ -143,15 +142,16 @@ fn a_configuration_is_read_anew() -> anyhow::Result<()> {
 #[test]
 fn a_refused_pin_stays_refused() -> anyhow::Result<()> {
     let world = World::new()?;
-    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, Proxy::new(&world)?);
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
     write_private(&token.pin_file(), b"wrong-pin-5714\n")?;
     let config = |timeout: &str| {
         let more = format!("timeout = \"{timeout}\"");
-        world.listen() + &proxy.token_section("t", &token, &more) + &key_section("k", "t", "k")
+        let section = proxy.before(&token_section("t", &token, &more))?;
+        anyhow::Ok(world.listen() + &section + &key_section("k", "t", "k"))
     };
-    let agent = Agent::start(&world, &config("9s"))?;
+    let agent = Agent::start(&world, &config("9s")?)?;
     eventually("a refusal", || Ok(world.omsign_ok(&["agent", "status"])?.contains("it refused the PIN")))?;
-    world.write("agent.toml", config("10s"))?;
+    world.write("agent.toml", config("10s")?)?;
     signal(agent.pid(), Signal::HUP)?;
     eventually("a reload", || Ok(agent.log()?.contains("the configuration is reloaded")))?;
     eventually("the same state", || {

@@ -1,20 +1,21 @@
 //! Every fault at random, on three devices at once, under 64 clients. `OMSIGN_SOAK_SECONDS` (default 45) and
 //! `OMSIGN_SOAK_SEED` (default: printed) choose how long and which.
 
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{Faults, VirtualPiv};
-use omsign_fixtures::softhsm::KeyType;
+use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_fixtures::write_private;
+use omsign_tests::agent::{Agent, eventually, signal, under};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::proxy::Proxy;
 use omsign_tests::random::Random;
-use omsign_tests::world::{World, key as key_on, key_section, token_section};
+use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::{PKey, Public};
 use rustix::process::Signal;
@@ -49,8 +50,10 @@ const MODULE_FAULTS: [&str; 16] = [
 struct Seen {
     signed: [AtomicU64; KEYS.len()],
     failed: [AtomicU64; KEYS.len()],
-    /// It waits for an operator: its process ended while a PIN was with the device.
+    /// It waits for an operator: its process ended while a PIN was with the device, or the PIN was wrong.
     locked: [AtomicBool; KEYS.len()],
+    /// Odd while the audit log's disk is full, when nothing is signed.
+    full: AtomicU64,
     over: AtomicBool,
 }
 
@@ -70,6 +73,7 @@ async fn client(
         round += 1;
         let id = u128::from(number) << 64 | u128::from(round);
         let digest = openssl::sha::sha256(&id.to_be_bytes());
+        let full = seen.full.load(Ordering::SeqCst);
         let answer = sign(&mut channel, request(name, id, &digest), Duration::from_secs(4)).await;
         let count = match &answer {
             Ok(signed) => {
@@ -85,6 +89,10 @@ async fn client(
                         | Code::ResourceExhausted
                         | Code::FailedPrecondition
                 );
+                let was_full = full % 2 == 1 || full != seen.full.load(Ordering::SeqCst);
+                if which == 0 && was_full && status.code() == Code::Unavailable {
+                    continue;
+                }
                 ensure!(expected && which != 0, "{name}: {status:?}");
                 if status.message().contains("it is locked") {
                     seen.locked.get(which).context("a flag")?.store(true, Ordering::Relaxed);
@@ -121,6 +129,53 @@ fn victims(agent: &Agent) -> anyhow::Result<Vec<u32>> {
     Ok(hosts)
 }
 
+/// Starts the agent with a file system of its own for the audit log, which can be filled.
+fn with_a_small_disk(world: &World, config: &str) -> anyhow::Result<Agent> {
+    std::fs::create_dir(world.path("disk"))?;
+    let config = config.replace("\"audit\"", "\"disk/audit\"");
+    Agent::start_with(world, &config, |command| {
+        let script =
+            format!("mount -t tmpfs -o size=128m tmpfs {} && exec \"$0\" \"$@\"", text(&world.path("disk")));
+        let own = ["--map-current-user", "--keep-caps", "--mount", "sh", "-ec", &script];
+        *command = under("unshare", own, command);
+    })
+}
+
+/// Fills the audit log's disk for a moment.
+fn fill_the_disk(world: &World, agent: &Agent, pause: Duration) -> anyhow::Result<()> {
+    // As the agent sees it.
+    let disk = format!("/proc/{}/root{}", agent.pid(), text(&world.path("disk")));
+    // Or hours of it would fill the disk for good.
+    std::fs::OpenOptions::new().write(true).open(format!("{disk}/audit/audit.jsonl"))?.set_len(0)?;
+    let filler = format!("{disk}/filler");
+    let mut file = std::fs::File::create(&filler)?;
+    let block = vec![0; 1 << 16];
+    while file.write(&block).is_ok() {}
+    std::thread::sleep(pause);
+    Ok(std::fs::remove_file(filler)?)
+}
+
+/// Takes the objects of a token away for a moment: for whoever looks, its keys are deleted.
+fn delete_keys(agent: &Agent, token: &SoftHsm, pause: Duration) -> anyhow::Result<()> {
+    let mut objects = Vec::new();
+    for directory in std::fs::read_dir(token.tokens())? {
+        for file in std::fs::read_dir(directory?.path())? {
+            let file = file?.path();
+            // The token itself has its PINs in one.
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.ends_with(".object") && name != "token.object" {
+                objects.push(file);
+            }
+        }
+    }
+    ensure!(!objects.is_empty(), "no key to delete");
+    let away = |file: &Path| file.with_extension("away");
+    objects.iter().try_for_each(|file| std::fs::rename(file, away(file)))?;
+    kill_hsm(agent)?;
+    std::thread::sleep(pause);
+    Ok(objects.iter().try_for_each(|file| std::fs::rename(away(file), file))?)
+}
+
 /// Ends the process of the PKCS#11 token.
 fn kill_hsm(agent: &Agent) -> anyhow::Result<()> {
     for host in victims(agent)? {
@@ -144,7 +199,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let world = World::new()?;
     let (calm, soft) =
         (world.token("calm", "calm", KeyType::P256)?, world.token("hsm", "hsm", KeyType::P256)?);
-    let proxy = Proxy::new(&world)?;
+    let proxy = world.proxy()?;
     let mut chip = SwTpm::create(&world.path("tpm"))?;
     let mut card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
@@ -163,13 +218,13 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let config = world.listen()
         + &token_section("calm", &calm, "")
         + &key_section("calm", "calm", "calm")
-        + &proxy.token_section("hsm", &soft, "timeout = \"1s\"\nsessions = 2")
+        + &proxy.before(&token_section("hsm", &soft, "timeout = \"1s\"\nsessions = 2"))?
         + &key_section("hsm", "hsm", "hsm")
         + &(chip.section("tpm") + "timeout = \"1s\"\n")
         + &key_on("tpm", "tpm", "handle = \"0x81000010\"")
         + &(card.section("card") + "timeout = \"1s\"\n")
         + &key_on("card", "card", "slot = \"9a\"");
-    let agent = Agent::start(&world, &config)?;
+    let agent = with_a_small_disk(&world, &config)?;
     let signs = |key: &str| -> anyhow::Result<bool> {
         let name = format!("{key}.sig");
         Ok(world.omsign(&["sign", "agent.toml", "--key", key, "--signature", &name])?.status.success())
@@ -189,7 +244,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let (started, mut done, mut unlocked) = (Instant::now(), Vec::new(), 0);
     while started.elapsed() < lasts && !clients.iter().any(|client| client.is_finished()) {
         let pause = Duration::from_millis(100 + random.below(700) as u64);
-        let fault = random.below(MODULE_FAULTS.len() + 12);
+        let fault = random.below(MODULE_FAULTS.len() + 15);
         let hosts = victims(&agent)?;
         let victim = hosts.get(random.below(hosts.len().max(1)));
         let name = match fault.checked_sub(MODULE_FAULTS.len()) {
@@ -255,6 +310,29 @@ fn every_fault_at_random() -> anyhow::Result<()> {
                 std::thread::sleep(pause);
                 card.set(Faults::default());
                 "the card is slow"
+            }
+            Some(11) => {
+                seen.full.fetch_add(1, Ordering::SeqCst);
+                fill_the_disk(&world, &agent, pause)?;
+                seen.full.fetch_add(1, Ordering::SeqCst);
+                "the audit log's disk is full"
+            }
+            Some(12) => {
+                delete_keys(&agent, &soft, pause)?;
+                "a key is deleted"
+            }
+            Some(13) => {
+                // A token that is locked already is offered none.
+                eventually("a token that is open", || {
+                    unlocked += unlock(&world, &seen)?;
+                    signs("hsm")
+                })?;
+                let logins = proxy.calls("C_Login");
+                write_private(&soft.pin_file(), b"wrong-pin-5714\n")?;
+                kill_hsm(&agent)?;
+                eventually("the PIN's refusal", || Ok(proxy.calls("C_Login") > logins))?;
+                write_private(&soft.pin_file(), format!("{PIN}\n").as_bytes())?;
+                "the PIN is wrong"
             }
             Some(_) => {
                 card.kill_service()?;

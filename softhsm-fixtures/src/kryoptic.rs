@@ -10,6 +10,8 @@ use crate::{built, write_private};
 /// The user PIN of every token made here. Long enough to be searched for in logs.
 pub const PIN: &str = "kry-pin-77120";
 
+const SO_PIN: &str = "so-pin-31415";
+
 /// A token.
 #[derive(Clone, Debug)]
 pub struct Kryoptic {
@@ -22,24 +24,30 @@ impl Kryoptic {
     pub fn create(directory: &Path, label: &str) -> anyhow::Result<Self> {
         let token = Self { directory: directory.to_owned(), label: label.to_owned() };
         std::fs::create_dir_all(directory).context("the token's directory")?;
-        let store = directory.join("token.sql");
+        let store = token.store();
         let config = format!("[[slots]]\nslot = 1\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", store.display());
         std::fs::write(token.config(), config).context("token.conf")?;
         write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
-        token.tool(&["--init-token", "--slot-index", "0", "--label", label, "--so-pin", "so-pin-31415"])?;
-        token.tool(&[
-            "--init-pin",
-            "--login",
-            "--login-type",
-            "so",
-            "--so-pin",
-            "so-pin-31415",
-            "--token-label",
-            label,
-            "--pin",
-            PIN,
-        ])?;
+        token.initialise()?;
         Ok(token)
+    }
+
+    /// Initialises it anew: nothing that was on it is left.
+    pub fn initialise(&self) -> anyhow::Result<()> {
+        self.tool(&["--init-token", "--slot-index", "0", "--label", &self.label, "--so-pin", SO_PIN])?;
+        self.set_pin()
+    }
+
+    /// Sets the user PIN as its security officer does, whatever became of the old one.
+    pub fn set_pin(&self) -> anyhow::Result<()> {
+        let officer = ["--login", "--login-type", "so", "--so-pin", SO_PIN];
+        let pin = ["--init-pin", "--token-label", &self.label, "--pin", PIN];
+        self.tool(&[&pin[..], &officer].concat()).map(drop)
+    }
+
+    /// The file that holds what is on it.
+    pub fn store(&self) -> PathBuf {
+        self.directory.join("token.sql")
     }
 
     /// The module, which `tests/setup` builds: its OpenSSL takes minutes.

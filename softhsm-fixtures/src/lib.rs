@@ -2,6 +2,7 @@
 //! software. Nothing here is linked into a release binary.
 
 pub mod ca;
+pub mod fault_proxy;
 pub mod kryoptic;
 pub mod model;
 pub mod piv;

@@ -8,11 +8,11 @@ use std::str::FromStr;
 use anyhow::Context as _;
 use openssl::pkey::PKey;
 
-use crate::built;
 use crate::ca::{Ca, write_chain};
+use crate::fault_proxy::FaultProxy;
 use crate::kryoptic::Kryoptic;
 use crate::piv::VirtualPiv;
-use crate::softhsm::{KeyType, MODULE, Objects, SoftHsm};
+use crate::softhsm::{KeyType, Objects, SoftHsm};
 use crate::swtpm::{AUTH, SwTpm};
 
 /// How the directories are named that belong to one command each.
@@ -125,16 +125,9 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
             let mut section = token.section(name);
             let mut environment = vec![("SOFTHSM2_CONF", token.config())];
             if kind == Kind::Fault {
-                let faults = directory.join("faults");
-                let proxy = built("libomsign_fault_proxy.so")?;
-                section = section.replace(MODULE, &proxy.display().to_string());
-                section += &format!(
-                    "env.OMSIGN_PROXY_MODULE = \"{MODULE}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\n\
-                     env.OMSIGN_PROXY_FAULTS = \"{}\"\n",
-                    directory.join("calls.log").display(),
-                    faults.display()
-                );
-                environment = vec![("OMSIGN_PROXY_FAULTS", faults)];
+                let proxy = FaultProxy::create(directory)?;
+                section = proxy.before(&section)?;
+                environment = vec![("OMSIGN_PROXY_FAULTS", proxy.faults().to_owned())];
             }
             Running {
                 token: section,

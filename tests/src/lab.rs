@@ -11,8 +11,8 @@ use tonic::Code;
 
 use crate::agent::{Agent, eventually, signal};
 use crate::client::{connect, request, sign};
-use crate::proxy::Proxy;
 use crate::world::{World, key_section, token_section};
+use omsign_fixtures::fault_proxy::FaultProxy;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -47,7 +47,9 @@ pub struct Lab {
     /// It.
     pub agent: Agent,
     /// In front of the device, where it is a PKCS#11 module.
-    pub proxy: Option<Proxy>,
+    pub proxy: Option<FaultProxy>,
+    /// How long callers of the other token may wait.
+    pub others: Duration,
     /// Descriptors and threads before anything went wrong.
     held: (usize, usize),
     digest: Vec<u8>,
@@ -62,7 +64,7 @@ impl Lab {
         device: &str,
         object: &str,
         digest_bytes: usize,
-        proxy: Option<Proxy>,
+        proxy: Option<FaultProxy>,
     ) -> anyhow::Result<Self> {
         let calm = world.token("calm", "calm", KeyType::P256)?;
         let tokens = format!("{device}timeout = \"2s\"\n") + &token_section("calm", &calm, "");
@@ -70,7 +72,8 @@ impl Lab {
         let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let digest = vec![7; digest_bytes];
-        let mut lab = Self { world, agent, proxy, held: (0, 0), digest, runtime, next_id: 0 };
+        let (others, held) = (OTHERS, (0, 0));
+        let mut lab = Self { world, agent, proxy, others, held, digest, runtime, next_id: 0 };
         ensure!(lab.sign()? == Ok(()), "{}", lab.agent.log()?);
         lab.held = lab.agent.held()?;
         Ok(lab)
@@ -126,7 +129,7 @@ impl Lab {
     ) -> anyhow::Result<()> {
         ensure!(self.sign()? == Ok(()), "it was not well before");
         let tried = tries()?;
-        let sessions = self.proxy.as_ref().map(Proxy::sessions);
+        let sessions = self.proxy.as_ref().map(FaultProxy::sessions);
         wrong(self)?;
         let calm = Calm::start(self);
         let started = Instant::now();
@@ -174,11 +177,11 @@ impl Calm {
     fn start(lab: &Lab) -> Self {
         let (over, served) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let (ended, count, socket) = (Arc::clone(&over), Arc::clone(&served), lab.world.path("agent.sock"));
-        let first = lab.next_id << 64;
+        let (first, others) = (lab.next_id << 64, lab.others);
         let task = lab.runtime.spawn(async move {
             let mut client = connect(socket).await?;
             for id in first.. {
-                sign(&mut client, request("calm", id, &[7; 32]), OTHERS).await?;
+                sign(&mut client, request("calm", id, &[7; 32]), others).await?;
                 count.fetch_add(1, Ordering::Relaxed);
                 if ended.load(Ordering::Relaxed) {
                     break;

@@ -12,7 +12,6 @@ pub mod lab;
 pub mod operator;
 pub mod peer;
 pub mod pki;
-pub mod proxy;
 pub mod random;
 pub mod sigstore;
 pub mod terminal;

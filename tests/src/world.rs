@@ -7,6 +7,7 @@ use std::process::{Command, ExitStatus, Output};
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain, write_key};
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 
 use crate::agent::Agent;
@@ -48,6 +49,11 @@ impl World {
         let token = SoftHsm::create(&self.path(name), name)?;
         token.generate(key, key_type, Objects::Pair)?;
         Ok(token)
+    }
+
+    /// A fault proxy, to stand before a token's module.
+    pub fn proxy(&self) -> anyhow::Result<FaultProxy> {
+        FaultProxy::create(&self.path("proxy"))
     }
 
     /// A token `a` with a P-256 key `k`, and its twin in `b`: a copy of everything it holds.

@@ -11,7 +11,7 @@
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
-//! It offers only `C_GetFunctionList`, so applications use PKCS#11 2.40 through it.
+//! It offers what the module behind it does: PKCS#11 2.40, and 3.0 or 3.2 as its default interface.
 #![allow(unsafe_code, non_snake_case)] // the PKCS#11 C ABI is what this crate is for
 
 use std::fs::OpenOptions;
@@ -26,25 +26,51 @@ struct Module {
     /// Keeps the library loaded.
     _library: Pkcs11,
     list: CK_FUNCTION_LIST,
+    /// What we offer in its place.
+    wrapped: CK_FUNCTION_LIST,
+    newer: Option<Newer>,
 }
 
-/// A function table may be shared: it is written once and holds only pointers to code.
-struct Table(CK_FUNCTION_LIST);
+/// The table of a newer version. Later ones begin with the functions of the one before.
+enum Newer {
+    V3_0(Box<CK_FUNCTION_LIST_3_0>),
+    V3_2(Box<CK_FUNCTION_LIST_3_2>),
+}
 
-// SAFETY: both hold pointers to functions of a loaded library, are never changed after they were made, and the
-// library is never unloaded.
+/// What `C_GetInterface` answers.
+struct Interface(CK_INTERFACE);
+
+// SAFETY: they hold pointers to functions of a loaded library and to tables of such, are never changed after they were
+// made, and neither library nor tables are ever let go of.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
 // SAFETY: as above.
-unsafe impl Send for Table {}
+unsafe impl Send for Interface {}
 // SAFETY: as above.
-unsafe impl Sync for Table {}
+unsafe impl Sync for Interface {}
 
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
+static INTERFACE: OnceLock<Option<Interface>> = OnceLock::new();
 /// How many faults of some calls only were looked at so far.
 static INJECTED: AtomicUsize = AtomicUsize::new(0);
-static TABLE: OnceLock<Option<Table>> = OnceLock::new();
+
+/// A table with our functions in place of the module's.
+macro_rules! wrap {
+    ($list:expr) => {{
+        let mut list = $list;
+        list.C_Initialize = Some(C_Initialize);
+        list.C_GetSlotList = Some(perhaps_no_slots);
+        list.C_GetTokenInfo = Some(with_fewer_sessions);
+        list.C_OpenSession = Some(C_OpenSession);
+        list.C_CloseSession = Some(C_CloseSession);
+        list.C_Login = Some(C_Login);
+        list.C_FindObjectsInit = Some(private_only);
+        list.C_SignInit = Some(C_SignInit);
+        list.C_Sign = Some(C_Sign);
+        list
+    }};
+}
 
 fn module() -> Option<&'static Module> {
     let load = || {
@@ -59,9 +85,31 @@ fn module() -> Option<&'static Module> {
         }
         // SAFETY: checked above; the table is plain data.
         let list = unsafe { *list };
-        Some(Module { _library: library, list })
+        let newer = newer(&library);
+        Some(Module { _library: library, list, wrapped: wrap!(list), newer })
     };
     MODULE.get_or_init(load).as_ref()
+}
+
+/// The module's own default interface (PKCS#11 3.0, 5.4), where it has a newer one, with our functions in it.
+fn newer(library: &Pkcs11) -> Option<Newer> {
+    library.C_GetInterface.as_ref().ok()?;
+    let mut interface: *mut CK_INTERFACE = std::ptr::null_mut();
+    // SAFETY: no name and no version ask for the default, whose description lives as long as the library.
+    let rv = unsafe { library.C_GetInterface(std::ptr::null_mut(), std::ptr::null_mut(), &mut interface, 0) };
+    if rv != CKR_OK || interface.is_null() {
+        return None;
+    }
+    // SAFETY: checked for null above; every table begins with its version, and is as long as that says.
+    unsafe {
+        let table = (*interface).pFunctionList;
+        let version = *table.cast::<CK_VERSION>();
+        match (version.major, version.minor) {
+            (3, 2..) => Some(Newer::V3_2(Box::new(wrap!(*table.cast::<CK_FUNCTION_LIST_3_2>())))),
+            (3, _) => Some(Newer::V3_0(Box::new(wrap!(*table.cast::<CK_FUNCTION_LIST_3_0>())))),
+            _ => None,
+        }
+    }
 }
 
 /// Logs the call, waits as told, and returns the error that it shall fail with, if any.
@@ -93,7 +141,7 @@ fn intercept(function: &str) -> Option<CK_RV> {
     (rv != CKR_OK).then_some(rv)
 }
 
-macro_rules! wrap {
+macro_rules! functions {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
         $(
             unsafe extern "C" fn $name($($argument: $type),*) -> CK_RV {
@@ -107,18 +155,10 @@ macro_rules! wrap {
                 }
             }
         )*
-
-        fn wrapped(mut list: CK_FUNCTION_LIST) -> CK_FUNCTION_LIST {
-            $(list.$name = Some($name);)*
-            list.C_GetTokenInfo = Some(with_fewer_sessions);
-            list.C_FindObjectsInit = Some(private_only);
-            list.C_GetSlotList = Some(perhaps_no_slots);
-            list
-        }
     };
 }
 
-wrap! {
+functions! {
     C_Initialize(args: CK_VOID_PTR);
     C_GetSlotList(with_token: CK_BBOOL, slots: CK_SLOT_ID_PTR, count: CK_ULONG_PTR);
     C_GetTokenInfo(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR);
@@ -199,11 +239,48 @@ pub unsafe extern "C" fn C_GetFunctionList(list: CK_FUNCTION_LIST_PTR_PTR) -> CK
     if list.is_null() {
         return CKR_ARGUMENTS_BAD;
     }
-    let table = TABLE.get_or_init(|| module().map(|module| Table(wrapped(module.list))));
-    match table {
-        Some(table) => {
+    match module() {
+        Some(module) => {
             // SAFETY: checked for null above; callers only read the table.
-            unsafe { *list = std::ptr::from_ref(&table.0).cast_mut() };
+            unsafe { *list = std::ptr::from_ref(&module.wrapped).cast_mut() };
+            CKR_OK
+        }
+        None => CKR_GENERAL_ERROR,
+    }
+}
+
+/// The default interface, whatever is asked for: that is all that callers here want (PKCS#11 3.0, 5.4).
+///
+/// # Safety
+///
+/// `interface` must point to writable memory for one pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn C_GetInterface(
+    _name: *mut CK_UTF8CHAR,
+    _version: *mut CK_VERSION,
+    interface: *mut *mut CK_INTERFACE,
+    _flags: CK_FLAGS,
+) -> CK_RV {
+    if interface.is_null() {
+        return CKR_ARGUMENTS_BAD;
+    }
+    let describe = || {
+        let module = module()?;
+        let table = match &module.newer {
+            None => std::ptr::from_ref(&module.wrapped).cast(),
+            Some(Newer::V3_0(table)) => std::ptr::from_ref(table.as_ref()).cast(),
+            Some(Newer::V3_2(table)) => std::ptr::from_ref(table.as_ref()).cast::<std::ffi::c_void>(),
+        };
+        Some(Interface(CK_INTERFACE {
+            pInterfaceName: c"PKCS 11".as_ptr().cast_mut().cast(),
+            pFunctionList: table.cast_mut(),
+            flags: 0,
+        }))
+    };
+    match INTERFACE.get_or_init(describe) {
+        Some(own) => {
+            // SAFETY: checked for null above; callers only read it.
+            unsafe { *interface = std::ptr::from_ref(&own.0).cast_mut() };
             CKR_OK
         }
         None => CKR_GENERAL_ERROR,

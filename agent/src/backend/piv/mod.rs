@@ -86,10 +86,10 @@ pub(super) fn open(
     let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
-    let always = keys.iter().enumerate().filter_map(|(index, key)| {
-        key.as_ref().is_some_and(|key| key.touch == TouchPolicy::Always).then(|| (index, touch_me(serial)))
-    });
-    let opened = Opened { device, sessions: 1, keys: public, touch: always.collect() };
+    let always = |key: &Key| key.touch == TouchPolicy::Always;
+    let touch = keys.iter().enumerate().filter(|(_, key)| key.as_ref().is_some_and(always));
+    let touch = touch.map(|(index, _)| (index, touch_me(serial))).collect();
+    let opened = Opened { device, sessions: 1, keys: public, touch };
     let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
     Ok((Box::new(OpenPiv { serial, held: Mutex::new(held), keys }), opened))
 }

@@ -1,40 +1,38 @@
 //! The PKCS#11 module in between: counts calls and injects faults.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use omsign_fixtures::built;
-use omsign_fixtures::softhsm::{MODULE, SoftHsm};
+use anyhow::Context as _;
 
-use crate::world::World;
+use crate::built;
 
 /// A fault proxy in front of a module.
-#[derive(Clone)]
-pub struct Proxy {
+#[derive(Clone, Debug)]
+pub struct FaultProxy {
     log: PathBuf,
     faults: PathBuf,
     module: PathBuf,
 }
 
-impl Proxy {
-    /// Makes one.
-    pub fn new(world: &World) -> anyhow::Result<Self> {
+impl FaultProxy {
+    /// One that keeps its log and its faults in this directory.
+    pub fn create(directory: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory).context("the proxy's directory")?;
         let module = built("libomsign_fault_proxy.so")?;
-        Ok(Self { log: world.path("calls.log"), faults: world.path("faults"), module })
+        Ok(Self { log: directory.join("calls.log"), faults: directory.join("faults"), module })
     }
 
-    /// `[token.NAME]` for a SoftHSM token behind the proxy.
-    pub fn token_section(&self, name: &str, token: &SoftHsm, more: &str) -> String {
-        self.before(MODULE, &crate::world::token_section(name, token, more))
-    }
-
-    /// A token's section, with the proxy before its module.
-    pub fn before(&self, module: &str, section: &str) -> String {
-        let section = section.replace(module, &self.module.display().to_string());
-        format!(
-            "{section}env.OMSIGN_PROXY_MODULE = \"{module}\"\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
+    /// `[token.NAME]` of an agent's configuration, with the proxy before its module.
+    pub fn before(&self, section: &str) -> anyhow::Result<String> {
+        let module = section.lines().find_map(|line| line.strip_prefix("module = "));
+        let module = module.context("a section without a module")?;
+        let own = format!("{:?}", self.module.display().to_string());
+        Ok(format!(
+            "{}env.OMSIGN_PROXY_MODULE = {module}\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
+            section.replace(module, &own),
             self.log.display(),
             self.faults.display()
-        )
+        ))
     }
 
     /// How often a function was called.
@@ -51,11 +49,16 @@ impl Proxy {
         count("C_OpenSession").saturating_sub(count("C_CloseSession"))
     }
 
-    /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds.
+    /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds (see the module's own source).
     pub fn set(&self, faults: &str) -> anyhow::Result<()> {
         // Renamed into place: the module may read at any moment.
         let new = self.faults.with_extension("new");
         std::fs::write(&new, faults)?;
         Ok(std::fs::rename(new, &self.faults)?)
+    }
+
+    /// The file with the faults: `OMSIGN_PROXY_FAULTS`.
+    pub fn faults(&self) -> &Path {
+        &self.faults
     }
 }

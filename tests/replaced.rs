@@ -1,0 +1,192 @@
+//! The matrix's other rows: what is on a device changes under the agent, or a person locks it, or the machine sleeps.
+//! Each time what callers see, that others are served, that it heals, and that no try of a PIN is spent beyond one.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::softhsm::KeyType;
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_tests::agent::signal;
+use omsign_tests::lab::{Lab, Sees};
+use omsign_tests::world::World;
+use rustix::process::Signal;
+
+const SOON: Duration = Duration::from_secs(4);
+
+fn unlock(lab: &Lab) -> anyhow::Result<()> {
+    lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
+}
+
+fn unspent() -> anyhow::Result<i64> {
+    Ok(0)
+}
+
+/// The machine sleeps: our processes stand still for longer than the token's time-out, with a request on its way.
+fn sleeps(lab: &mut Lab, meanwhile: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let all = |lab: &Lab| anyhow::Ok([vec![lab.agent.pid()], lab.agent.hosts()?].concat());
+    let sleep = |lab: &Lab| {
+        let processes = all(lab)?;
+        processes.iter().try_for_each(|pid| signal(*pid, Signal::STOP))?;
+        meanwhile()?;
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(3));
+            processes.iter().try_for_each(|pid| signal(*pid, Signal::CONT))
+        });
+        Ok(())
+    };
+    // Nobody is served meanwhile.
+    lab.others = Duration::from_secs(10);
+    lab.trial("the machine sleeps", (Sees::Either, Duration::from_secs(12)), &unspent, sleep, |_| Ok(()))
+}
+
+#[test]
+fn softhsm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let mut lab = Lab::new(world, &token.section("device"), "label = \"k\"", 32, None)?;
+    sleeps(&mut lab, || Ok(()))
+}
+
+#[test]
+fn kryoptic() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "k")?;
+    token.generate("k")?;
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token.section("device")?)?;
+    let counted = proxy.clone();
+    let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
+    let away = lab.world.path("away");
+    let remove = |lab: &Lab| {
+        std::fs::rename(token.store(), &away)?;
+        lab.kill_host()
+    };
+    let put_back = |_: &Lab| Ok(std::fs::rename(&away, token.store())?);
+    lab.trial("removed", (Sees::Unavailable, SOON), &unspent, remove, put_back)?;
+
+    let anew = |lab: &Lab| token.initialise().and_then(|()| lab.kill_host());
+    let make = |_: &Lab| token.generate("k").map(drop);
+    lab.trial("token initialised anew", (Sees::Locked, SOON), &unspent, anew, make)?;
+
+    let another = |lab: &Lab| {
+        token.initialise()?;
+        token.generate("k")?;
+        lab.kill_host()
+    };
+    lab.trial("key made again", (Sees::Either, SOON), &unspent, another, |_| Ok(()))?;
+
+    // Somebody else's wrong PINs: ours is not spent on top of them.
+    let lock = |lab: &Lab| {
+        for _ in 0..12 {
+            let wrong = ["--login", "--pin", "not-the-pin-6", "--token-label", "k", "--list-objects"];
+            anyhow::ensure!(token.tool(&wrong).is_err(), "a wrong PIN was taken");
+        }
+        lab.kill_host()
+    };
+    let before = counted.calls("C_Login");
+    lab.trial("PIN locked", (Sees::Locked, SOON), &unspent, lock, |lab| {
+        anyhow::ensure!(counted.calls("C_Login") == before, "a locked PIN was offered");
+        token.set_pin()?;
+        unlock(lab)
+    })
+}
+
+#[test]
+fn tpm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.guarded_key("k", 0x8100_0010, AUTH)?;
+    let mut lab = Lab::new(world, &chip.section("device"), "handle = \"0x81000010\"", 32, None)?;
+    let clear = |_: &Lab| {
+        chip.tool("tpm2_clear", |tool| {
+            tool.args(["-Q", "-c", "p"]);
+        })
+    };
+    let make = |_: &Lab| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop);
+    lab.trial("TPM cleared", (Sees::Locked, SOON), &unspent, clear, make)?;
+
+    let counted = || anyhow::Ok(i64::from(chip.failed_tries()?));
+    let others = Cell::new(0);
+    let (digest, unread) = (lab.world.write("digest", [7; 32])?, lab.world.path("unread"));
+    let lock = |lab: &Lab| {
+        // Somebody else's wrong values, until it takes none: three.
+        for _ in 0..4 {
+            let wrong = chip.tool("tpm2_sign", |tool| {
+                tool.args(["-Q", "-c", "0x81000010", "-p", "wrong", "-g", "sha256", "-d", "-o"]);
+                tool.arg(&unread).arg(&digest);
+            });
+            anyhow::ensure!(wrong.is_err(), "a wrong value was taken");
+        }
+        others.set(counted()?);
+        lab.kill_host()
+    };
+    let spent = || Ok(counted()? - others.get());
+    lab.trial("TPM in lockout", (Sees::Locked, SOON), &spent, lock, |lab| {
+        chip.tool("tpm2_dictionarylockout", |tool| {
+            tool.arg("-c");
+        })?;
+        others.set(0);
+        unlock(lab)
+    })?;
+    sleeps(&mut lab, || Ok(()))
+}
+
+#[test]
+fn piv() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.generate("9c", "ECCP256", &[])?;
+    let mut lab = Lab::new(world, &card.section("device"), "slot = \"9c\"", 32, None)?;
+    let others = Cell::new(0);
+    let spent = || Ok(i64::try_from(card.wrong_pins())? - others.get());
+    let wrong_pins = |count: i64| {
+        for _ in 0..count {
+            anyhow::ensure!(
+                card.tool(&["-a", "verify-pin", "-P", "87654321"]).is_err(),
+                "a wrong PIN was taken"
+            );
+        }
+        others.set(others.get() + count);
+        Ok(())
+    };
+    // One more would block it: only an operator may have it offered.
+    let low = |lab: &Lab| wrong_pins(2).and_then(|()| lab.kill_host());
+    lab.trial("one try of the PIN left", (Sees::Locked, SOON), &spent, low, unlock)?;
+    let blocked = |lab: &Lab| wrong_pins(3).and_then(|()| lab.kill_host());
+    lab.trial("PIN blocked", (Sees::Locked, SOON), &spent, blocked, |lab| {
+        card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
+        unlock(lab)
+    })?;
+    lab.trial(
+        "key made again by others",
+        (Sees::Either, SOON),
+        &spent,
+        |lab| card.generate("9c", "ECCP256", &[]).and_then(|_| lab.kill_host()),
+        |_| Ok(()),
+    )?;
+    // It loses power, and what it knew of our PIN.
+    sleeps(&mut lab, || {
+        card.unplug();
+        card.plug();
+        Ok(())
+    })?;
+    // A card that was reset has the factory's PIN and no key.
+    let reset = |lab: &Lab| {
+        wrong_pins(3)?;
+        for _ in 0..3 {
+            let wrong = ["-a", "unblock-pin", "-P", "87654321", "-N", "11111111"];
+            anyhow::ensure!(card.tool(&wrong).is_err(), "a wrong PUK was taken");
+        }
+        card.tool(&["-a", "reset"])?;
+        lab.kill_host()
+    };
+    lab.trial("card reset", (Sees::Locked, SOON), &spent, reset, |lab| {
+        card.change_pin()?;
+        card.generate("9c", "ECCP256", &[])?;
+        unlock(lab)
+    })?;
+    Ok(())
+}
