@@ -1,9 +1,12 @@
 //! `omsign-fixtures with`: what contributors and users start stand-ins with.
 
-use std::process::{Command, Output};
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Output, Stdio};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_tests::agent::signal;
+use rustix::process::Signal;
 
 const ALL: &str = "softhsm,kryoptic,swtpm,piv,fault";
 
@@ -53,6 +56,23 @@ fn nothing_outlives_a_killed_one() -> anyhow::Result<()> {
     })?;
     ensure!(with("softhsm", "true")?.status.success());
     ensure!(!std::path::Path::new(directory).exists(), "{directory} is still there");
+    Ok(())
+}
+
+#[test]
+fn one_that_is_told_to_end_cleans_up() -> anyhow::Result<()> {
+    let mut command = Command::new(built("omsign-fixtures")?);
+    command.args(["with", "swtpm,piv", "--", "sh", "-euc", r#"echo "$OMSIGN_FIXTURES"; exec sleep 600"#]);
+    let mut running = command.stdout(Stdio::piped()).spawn()?;
+    let mut directory = String::new();
+    BufReader::new(running.stdout.take().context("its output")?).read_line(&mut directory)?;
+    let directory = std::path::Path::new(directory.trim());
+    // At a terminal the command hears of it, and decides.
+    signal(running.id(), Signal::INT)?;
+    ensure!(directory.is_dir() && running.try_wait()?.is_none(), "it ended before its command");
+    signal(running.id(), Signal::TERM)?;
+    ensure!(!running.wait()?.success());
+    ensure!(!directory.exists(), "{} is still there", directory.display());
     Ok(())
 }
 

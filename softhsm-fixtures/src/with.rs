@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use anyhow::Context as _;
 use openssl::pkey::PKey;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::ca::{Ca, write_chain};
 use crate::fault_proxy::FaultProxy;
@@ -110,10 +112,33 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
     for device in &running {
         child.envs(device.environment.iter().cloned());
     }
-    let status = child.status().with_context(|| program.clone())?;
+    let status = attend(child).with_context(|| program.clone())?;
     drop(running);
     directory.close().context("cleaning up")?;
     Ok(status)
+}
+
+/// Runs the command to its end, whoever ends it: what it was given is cleaned up after it.
+fn attend(command: Command) -> std::io::Result<ExitStatus> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupted = signal(SignalKind::interrupt())?;
+        let (mut ended, mut hung_up) = (signal(SignalKind::terminate())?, signal(SignalKind::hangup())?);
+        let mut child = tokio::process::Command::from(command).spawn()?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        loop {
+            tokio::select! {
+                status = child.wait() => return status,
+                // A terminal sends it to the command as well, which may have better to do than to end.
+                _ = interrupted.recv() => continue,
+                _ = ended.recv() => {}
+                _ = hung_up.recv() => {}
+            }
+            if let Some(pid) = pid {
+                kill_process(pid, Signal::TERM)?;
+            }
+        }
+    })
 }
 
 fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::fault_proxy::FaultProxy;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::SoftHsm;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -17,7 +19,8 @@ use crate::operator::does;
 use crate::world::{World, key as key_on, key_section, token_section};
 
 /// What can be measured.
-pub const NAMES: [&str; 6] = ["softhsm-p384", "softhsm-rsa3072", "swtpm", "piv", "two-tokens", "house"];
+pub const NAMES: [&str; 7] =
+    ["softhsm-p384", "softhsm-rsa3072", "swtpm", "piv", "two-tokens", "house", "stand-ins"];
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,14 +37,23 @@ pub enum Backend {
     TwoTokens,
     /// A token of many objects, an idle agent, a day's worth of requests.
     House,
+    /// How long each stand-in takes to start.
+    StandIns,
 }
 
 impl FromStr for Backend {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let all =
-            [Self::SoftHsmP384, Self::SoftHsmRsa3072, Self::SwTpm, Self::Piv, Self::TwoTokens, Self::House];
+        let all = [
+            Self::SoftHsmP384,
+            Self::SoftHsmRsa3072,
+            Self::SwTpm,
+            Self::Piv,
+            Self::TwoTokens,
+            Self::House,
+            Self::StandIns,
+        ];
         let found = NAMES.iter().position(|name| *name == text).and_then(|at| all.get(at).copied());
         found.with_context(|| format!("expected one of {}", NAMES.join(", ")))
     }
@@ -86,6 +98,7 @@ pub fn run(backend: Backend, duration: Duration, rounds: usize, quick: bool) -> 
         }
         Backend::TwoTokens => two_tokens(&world, duration, rounds)?,
         Backend::House => house(&world, quick)?,
+        Backend::StandIns => stand_ins(rounds)?,
     };
     rows.push(Row::plain(
         "CPU time that this machine's host gave to others meanwhile",
@@ -171,6 +184,31 @@ fn two_tokens(world: &World, duration: Duration, rounds: usize) -> anyhow::Resul
         Row::plain("of two", two, "/s"),
         Row { limit, ..Row::plain(format!("two ÷ one, on {cores} cores"), ratio, "") },
     ])
+}
+
+/// From nothing to a device that answers, without its key.
+fn stand_ins(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let start = |name: &str, place: &std::path::Path| match name {
+        "softhsm" => SoftHsm::create(place, "t").map(drop),
+        "kryoptic" => Kryoptic::create(place, "t").map(drop),
+        "fault proxy" => FaultProxy::create(place).map(drop),
+        "swtpm" => SwTpm::create(place)?.failed_tries().map(drop),
+        _ => VirtualPiv::create(place, 11_223_344)?.pin_tries().map(drop),
+    };
+    let mut rows = Vec::new();
+    for name in ["softhsm", "kryoptic", "fault proxy", "swtpm", "virtual card"] {
+        let mut seen = Vec::new();
+        for round in 0..rounds.max(3) {
+            let world = World::new()?;
+            let started = Instant::now();
+            start(name, &world.path(&round.to_string()))?;
+            seen.push(started.elapsed().as_secs_f64());
+        }
+        seen.sort_by(f64::total_cmp);
+        let median = seen.swap_remove(seen.len() / 2);
+        rows.push(Row::limited(format!("{name}: started after"), median, "s", Limit::AtMost(0.5)));
+    }
+    Ok(rows)
 }
 
 fn house(world: &World, quick: bool) -> anyhow::Result<Vec<Row>> {
