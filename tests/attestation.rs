@@ -7,6 +7,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::SoftHsm;
 use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::device::card_through;
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 
@@ -67,6 +68,23 @@ fn a_yubikey_attests_what_it_made() -> anyhow::Result<()> {
     // It is no card of Yubico's.
     let (status, said) = verified(&world, "proof.json", &[])?;
     ensure!(status == Some(1) && said.contains("do not lead to a root that is trusted"), "{said}");
+    breaks_when_changed(&world, "proof.json", &["--roots", "maker.pem"])
+}
+
+/// Where the module shows the device's own certificates, as the profile knows.
+#[test]
+fn a_yubikey_attests_through_pkcs11() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    let device = card_through(&yubikey, "libykcs11.so", &["9a", "9c"])?;
+    world.write("agent.toml", world.listen() + &device.token + &device.keys)?;
+    world.write("proof.json", does(&world, &["attest", "9c"])?)?;
+    world.write("maker.pem", yubikey.attestation_root()?)?;
+    let (status, said) = verified(&world, "proof.json", &["--roots", "maker.pem"])?;
+    ensure!(status == Some(0) && said.contains("serial 11223344"), "{said}");
+    let public = std::fs::read(&device.expected.last().context("a key")?.public)?;
+    let public = openssl::pkey::PKey::public_key_from_pem(&public)?.public_key_to_der()?;
+    ensure!(said.contains(&hex::encode(openssl::sha::sha256(&public))), "{said}");
     breaks_when_changed(&world, "proof.json", &["--roots", "maker.pem"])
 }
 

@@ -57,6 +57,20 @@ pub struct Profile {
     pub keys: Vec<KeyType>,
     /// What makes its keys, where its users' login cannot.
     pub made_by: String,
+    /// The certificates by which the device attests its keys, where the module shows them.
+    pub attestation: Option<Attestation>,
+    /// How the device attests them otherwise.
+    pub attested_by: String,
+}
+
+/// Certificates by the beginnings of their labels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attestation {
+    /// The one about a key, which has the key's CKA_ID.
+    pub key: String,
+    /// The whole label of the one that the device signs those with.
+    pub device: String,
 }
 
 impl Default for Profile {
@@ -76,6 +90,8 @@ impl Default for Profile {
             id_bytes: 16,
             keys: Vec::new(),
             made_by: String::new(),
+            attestation: None,
+            attested_by: String::new(),
         }
     }
 }

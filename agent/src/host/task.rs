@@ -100,6 +100,9 @@ pub(crate) enum Evidence {
     Pkcs11 {
         /// `CKA_…` and its value.
         attributes: Vec<(String, String)>,
+        /// How the device's maker has it attest keys, which PKCS#11 does not show.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        attested_by: String,
     },
     /// A certificate by the card about the key, and the card's own (Yubico, "PIV attestation").
     Piv {

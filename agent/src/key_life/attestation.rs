@@ -103,16 +103,19 @@ impl Attestation {
             return Err(AttestationError::Wrong("it is not about a key of a TPM".into()));
         }
         let mut findings = match &self.evidence {
-            Evidence::Pkcs11 { attributes } => Findings {
-                unproven: attributes.iter().map(|(name, value)| format!("{name} is {value}")).collect(),
-                ..Findings::default()
-            },
+            Evidence::Pkcs11 { attributes, attested_by } => {
+                let mut unproven: Vec<_> =
+                    attributes.iter().map(|(name, value)| format!("{name} is {value}")).collect();
+                unproven.push("PKCS#11 has no proof: the module says so, and this file".to_owned());
+                unproven.extend(
+                    (!attested_by.is_empty())
+                        .then(|| format!("the device itself attests it by {attested_by}")),
+                );
+                Findings { unproven, ..Findings::default() }
+            }
             Evidence::Piv { certificates } => self.piv(certificates, trust)?,
             Evidence::Tpm { .. } => self.tpm(trust)?,
         };
-        if matches!(self.evidence, Evidence::Pkcs11 { .. }) {
-            findings.unproven.push("PKCS#11 has no proof: the module says so, and this file".to_owned());
-        }
         findings.public_key_sha256 = hex::encode(Sha256::digest(&self.public_key));
         Ok(findings)
     }

@@ -11,7 +11,7 @@ use super::super::refused;
 use super::errors::classify;
 use super::objects::{Details, Found, Kind, find, find_key, find_private, read, sign};
 use super::{OpenToken, generate};
-use crate::config::{Object, ObjectSelector};
+use crate::config::{Object, ObjectSelector, Profile};
 use crate::host::task::{Done, Evidence, Listed, Task};
 use crate::host::wire::{Failure, KeySpec};
 
@@ -36,7 +36,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
             signed.map(Done::Signature).map_err(|malformed| refused(malformed.to_string()))
         }
         Task::Store(key, certificate) => store(&session, selector(key)?, certificate),
-        Task::Attest(key, _) => attributes(&session, selector(key)?),
+        Task::Attest(key, _) => attest(&session, &token.profile, selector(key)?).map(Done::Attested),
         Task::Delete(key) => delete(&session, selector(key)?),
     }
 }
@@ -173,9 +173,42 @@ fn delete(session: &Session, wanted: &ObjectSelector) -> Result<Done, Failure> {
     Ok(Done::Nothing)
 }
 
-/// What PKCS#11 says about how a key came to be (v3.1, 4.9). A module may say what it likes.
-fn attributes(session: &Session, wanted: &ObjectSelector) -> Result<Done, Failure> {
+/// The device's own certificate about the key, where its module shows one, or else what PKCS#11 says.
+fn attest(session: &Session, profile: &Profile, wanted: &ObjectSelector) -> Result<Evidence, Failure> {
     let private = find_private(session, wanted)?;
+    let Some(labels) = &profile.attestation else {
+        let attributes = attributes(session, private)?;
+        return Ok(Evidence::Pkcs11 { attributes, attested_by: profile.attested_by.clone() });
+    };
+    let id = details(session, private)?.id;
+    let of_key = find(session, ObjectClass::CERTIFICATE, &ObjectSelector { label: None, id })?;
+    let of_key = of_key.into_iter().map(|object| labelled(session, object)).collect::<Result<Vec<_>, _>>()?;
+    let of_key = of_key.into_iter().find(|(label, _)| label.starts_with(labels.key.as_bytes()));
+    let (_, of_key) =
+        of_key.ok_or_else(|| refused("the device attests only keys that it made itself".into()))?;
+    let of_device = ObjectSelector { label: Some(labels.device.clone()), id: None };
+    let of_device = find(session, ObjectClass::CERTIFICATE, &of_device)?;
+    let of_device =
+        of_device.first().ok_or_else(|| refused("the device shows no certificate of its own".into()))?;
+    let (_, of_device) = labelled(session, *of_device)?;
+    Ok(Evidence::Piv { certificates: vec![of_key, of_device] })
+}
+
+/// Label and value of a certificate.
+fn labelled(session: &Session, object: ObjectHandle) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+    let (mut label, mut der) = (Vec::new(), Vec::new());
+    for attribute in read(session, object, &[AttributeType::Label, AttributeType::Value])? {
+        match attribute {
+            Attribute::Label(value) => label = value,
+            Attribute::Value(value) => der = value,
+            _ => {}
+        }
+    }
+    Ok((label, der))
+}
+
+/// What PKCS#11 says about how a key came to be (v3.1, 4.9). A module may say what it likes.
+fn attributes(session: &Session, private: ObjectHandle) -> Result<Vec<(String, String)>, Failure> {
     let types = [
         AttributeType::Local,
         AttributeType::Sensitive,
@@ -194,6 +227,5 @@ fn attributes(session: &Session, wanted: &ObjectSelector) -> Result<Done, Failur
         _ => None,
     };
     let attributes = read(session, private, &types)?.into_iter().filter_map(shown);
-    let attributes = attributes.map(|(name, value)| (name.to_owned(), value)).collect();
-    Ok(Done::Attested(Evidence::Pkcs11 { attributes }))
+    Ok(attributes.map(|(name, value)| (name.to_owned(), value)).collect())
 }
