@@ -160,6 +160,7 @@ impl Card {
                 let slot = self.slots.get(&p1).filter(|slot| !slot.imported).ok_or(NO_REFERENCE)?;
                 keys::attest(p1, slot, self.serial, &self.attestation).map_err(|_| FAILED)
             }
+            0xf6 => self.move_key(p1, p2),
             0xff => self.set_management_key(data),
             0xfa => self.set_tries(p1, p2),
             0xfb => self.factory_reset(),
@@ -338,6 +339,16 @@ impl Card {
         Ok(Vec::new())
     }
 
+    /// To 0xff: deletes it (Yubico, "PIV extensions", MOVE KEY, firmware 5.7).
+    fn move_key(&mut self, to: u8, from: u8) -> Answer {
+        self.managed()?;
+        let slot = self.slots.remove(&from).ok_or(NO_REFERENCE)?;
+        if to != 0xff {
+            self.slots.insert(to, slot);
+        }
+        Ok(Vec::new())
+    }
+
     fn set_tries(&mut self, pin: u8, puk: u8) -> Answer {
         self.managed()?;
         if !self.session.verified {
@@ -374,18 +385,5 @@ impl Card {
             Ok::<_, ErrorStack>(out)
         };
         encrypt().map_err(|_| FAILED)
-    }
-}
-
-impl Slot {
-    /// Policies are asked for in the fields; the signature slot has its own default.
-    fn new(number: u8, key: PKey<Private>, fields: &[(u8, &[u8])], imported: bool) -> Self {
-        let asked = |tag| value(fields, tag).and_then(|field| field.first()).copied().unwrap_or(0);
-        let pin_policy = match asked(0xaa) {
-            0 if number == 0x9c => 3,
-            0 => 2,
-            policy => policy,
-        };
-        Self { key, pin_policy, touch_policy: asked(0xab).max(1), imported }
     }
 }

@@ -22,6 +22,19 @@ pub(super) struct Slot {
     pub(super) imported: bool,
 }
 
+impl Slot {
+    /// Policies are asked for in the fields; the signature slot has its own default.
+    pub(super) fn new(number: u8, key: PKey<Private>, fields: &[(u8, &[u8])], imported: bool) -> Self {
+        let asked = |tag| value(fields, tag).and_then(|field| field.first()).copied().unwrap_or(0);
+        let pin_policy = match asked(0xaa) {
+            0 if number == 0x9c => 3,
+            0 => 2,
+            policy => policy,
+        };
+        Self { key, pin_policy, touch_policy: asked(0xab).max(1), imported }
+    }
+}
+
 /// PIV's number of a key's algorithm (Yubico, "PIV extensions").
 pub(super) fn algorithm(key: &PKey<Private>) -> u8 {
     match (key.id(), key.bits()) {

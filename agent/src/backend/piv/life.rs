@@ -1,11 +1,13 @@
 //! What operators do with the slots of a card.
 
+use std::ffi::CString;
+
 use x509_cert::der::Encode as _;
 use yubikey::certificate::CertInfo;
 use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
 use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
-use super::super::refused;
+use super::super::{gone, refused};
 use super::errors::classify;
 use super::{Card, is_factorys, keys, touch_me};
 use crate::algorithm::{KeyType, Padding};
@@ -15,6 +17,10 @@ use crate::host::wire::{Failure, KeySpec};
 
 /// The key that signs attestations, made in the factory (Yubico, "PIV attestation").
 const ATTESTATION: u8 = 0xf9;
+
+/// MOVE KEY, and the firmware that has it (Yubico, "PIV extensions").
+const MOVE_KEY: u8 = 0xf6;
+const DELETES: (u8, u8) = (5, 7);
 
 pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
     match task {
@@ -38,11 +44,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) ->
             written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
-        Task::Delete(_) => Err(refused(
-            "omsign cannot delete a YubiKey's key: use `ykman piv keys delete SLOT` (firmware 5.7), or make another \
-             key in its slot with ykman"
-                .into(),
-        )),
+        Task::Delete(key) => delete(card, slot(key)?),
     }
 }
 
@@ -161,6 +163,46 @@ fn attest(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
     })?;
     let by = by.cert.to_der().map_err(|error| refused(error.to_string()))?;
     Ok(Done::Attested(Evidence::Piv { certificates: vec![own.to_vec(), by] }))
+}
+
+/// The key first: when that fails, nothing is lost.
+fn delete(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
+    let version = card.yubikey.version();
+    if (version.major, version.minor) < DELETES {
+        return Err(refused(format!(
+            "its firmware {version} cannot delete keys, 5.7 can; make another key in the slot with ykman"
+        )));
+    }
+    manage(card)?;
+    let status = command(card.yubikey.name(), &[0, MOVE_KEY, 0xff, slot.into()])
+        .map_err(|error| gone(format!("delete the key: {error}")))?;
+    match status {
+        [0x90, 0x00] => {}
+        // Another program used the card in between.
+        [0x69, 0x82] => return Err(refused("the card did not let us delete the key; try again".into())),
+        [first, second] => {
+            return Err(refused(format!(
+                "the card answered {first:02x}{second:02x} when it was to delete the key"
+            )));
+        }
+    }
+    let deleted = Certificate::delete(card.yubikey, slot);
+    deleted.map(|()| Done::Nothing).map_err(|error| classify("delete the certificate", &error))
+}
+
+/// Sends a short command that the crate does not have, over a line of its own; returns the card's status. What was shown
+/// to the card over the crate's line counts for this one.
+fn command(reader: &str, command: &[u8]) -> Result<[u8; 2], pcsc::Error> {
+    let context = pcsc::Context::establish(pcsc::Scope::System)?;
+    let reader = CString::new(reader).map_err(|_| pcsc::Error::UnknownReader)?;
+    let mut line = context.connect(&reader, pcsc::ShareMode::Shared, pcsc::Protocols::T1)?;
+    let transaction = line.transaction()?;
+    let mut answer = [0; pcsc::MAX_BUFFER_SIZE];
+    let status = transaction.transmit(command, &mut answer)?.last_chunk().copied();
+    // Dropped, both would reset the card.
+    let _ = transaction.end(pcsc::Disposition::LeaveCard);
+    let _ = line.disconnect(pcsc::Disposition::LeaveCard);
+    status.ok_or(pcsc::Error::CommDataLost)
 }
 
 fn pin_policy(template: &Template) -> PinPolicy {
