@@ -8,6 +8,7 @@ use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::{Device, card, kryoptic, soft_hsm, tpm};
 use omsign_tests::operator::{answering, does, key, refuses};
@@ -283,7 +284,7 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     world.write("agent.toml", &config)?;
     world.model()?;
     does(&world, &["generate", "k", "--type", "p256", "--no-da"])?;
-    let _agent = Agent::start(&world, &config)?;
+    let agent = Agent::start(&world, &config)?;
     refuses(&world, &["generate", "l", "--type", "p256"], "or say --no-da")?;
     chip.guarded_key("l", 0x8100_0021, AUTH)?;
     refuses(
@@ -299,7 +300,40 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     let start = fingerprint(&public)?;
     let output = answering(&world, &["delete", "k"], &format!("k\n{}\n", start.get(..8).context("eight")?))?;
     let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && errors.contains("of the owner hierarchy"), "{errors}");
+    ensure!(
+        output.status.code() == Some(2) && errors.contains("write where it is kept: owner_auth"),
+        "{errors}"
+    );
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "k.sig"])?;
+    ensure!(agent.stop()?.success());
+    // Told it, the agent can use the hierarchy: key files, which are loaded below it, and changes.
+    write_private(&world.path("owner.auth"), b"owner-auth-8080\n")?;
+    let owned =
+        section.replace("backend = \"tpm\"\n", "backend = \"tpm\"\nowner_auth = { file = \"owner.auth\" }\n");
+    let config = world.listen()
+        + &owned
+        + &key_on("k", "tpm", "handle = \"0x81000020\"")
+        + &key_on("file", "tpm", "file = \"file.pem\"");
+    world.write("agent.toml", &config)?;
+    does(&world, &["generate", "file", "--type", "p256", "--no-da"])?;
+    let agent = Agent::start(&world, &config)?;
+    for key in ["k", "file"] {
+        world.omsign_ok(&["sign", "model", "--key", key, "--signature", "k.sig"])?;
+    }
+    let output = answering(&world, &["delete", "k"], &format!("k\n{}\n", start.get(..8).context("eight")?))?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(agent.stop()?.success());
+    let uri = format!(
+        "tpm:file={}?tcti={}&owner-auth-source={}",
+        text(&world.path("file.pem")),
+        chip.tcti(),
+        text(&world.path("owner.auth"))
+    );
+    world.omsign_ok(&["sign", "model", "--key-uri", &uri, "--signature", "k.sig"])?;
+    // One that is wrong locks no key that needs none.
+    write_private(&world.path("owner.auth"), b"wrong-owner-8142\n")?;
+    does(&world, &["list"])?;
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains("of the owner hierarchy") && !report.contains("8142"), "{report}");
     Ok(())
 }

@@ -66,7 +66,7 @@ pub(crate) fn open(
         config::Device::Pkcs11 { module, select, profile } => {
             pkcs11::open(module, select, profile, spec, pin, say)
         }
-        config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
+        config::Device::Tpm { tcti, owner_auth } => tpm::open(tcti, owner_auth, spec, pin, say),
         config::Device::Piv { serial } => piv::open(*serial, spec, pin, say),
     }
 }
@@ -75,7 +75,7 @@ pub(crate) fn open(
 pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
     match &token.device {
         config::Device::Pkcs11 { module, select, .. } => pkcs11::survey(module, select),
-        config::Device::Tpm(tcti) => tpm::survey(tcti),
+        config::Device::Tpm { tcti, .. } => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
     }
 }
@@ -84,7 +84,7 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
 pub(crate) fn prepare(token: &config::Token, pin: Option<Pin>, fresh: &Fresh) -> Result<(), Failure> {
     match &token.device {
         config::Device::Pkcs11 { module, .. } => pkcs11::prepare(module, fresh),
-        config::Device::Tpm(_) => Ok(()),
+        config::Device::Tpm { .. } => Ok(()),
         config::Device::Piv { serial } => piv::prepare(*serial, pin, fresh),
     }
 }

@@ -86,10 +86,11 @@ fn tpm(rest: &str) -> Result<KeyUri, KeyUriError> {
     };
     let pcrs = attributes.take("pcrs");
     let pcrs = pcrs.map(|text| attributes.usable("pcrs", text.parse().ok())).transpose()?;
-    // Most keys of a TPM have no authorization value.
-    let pin = attributes.pin_source().unwrap_or(PinSource::None);
+    // Most keys of a TPM have no authorization value, and most owners.
+    let pin = attributes.file("pin-source").unwrap_or(PinSource::None);
+    let owner_auth = attributes.file("owner-auth-source").unwrap_or(PinSource::None);
     attributes.finish()?;
-    Ok(KeyUri { device: Device::Tpm(tcti), object, pcrs, pin })
+    Ok(KeyUri { device: Device::Tpm { tcti, owner_auth }, object, pcrs, pin })
 }
 
 fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
@@ -99,7 +100,7 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
     let serial = attributes.usable("serial", serial.parse().ok())?;
     let slot = attributes.take("slot").ok_or(KeyUriError::Missing("PIV", "names no key; add slot=9c"))?;
     let slot = attributes.usable("slot", parse_slot(&slot))?;
-    let pin = attributes.pin_source().unwrap_or(PinSource::Prompt);
+    let pin = attributes.file("pin-source").unwrap_or(PinSource::Prompt);
     attributes.finish()?;
     Ok(KeyUri { device: Device::Piv { serial }, object: Object::PivSlot(slot), pcrs: None, pin })
 }
@@ -130,8 +131,9 @@ impl Attributes {
         Some(self.left.swap_remove(at).1)
     }
 
-    fn pin_source(&mut self) -> Option<PinSource> {
-        let path = self.take("pin-source")?;
+    /// A file with a secret.
+    fn file(&mut self, name: &str) -> Option<PinSource> {
+        let path = self.take(name)?;
         Some(PinSource::File(PathBuf::from(path.strip_prefix("file:").unwrap_or(&path))))
     }
 

@@ -140,7 +140,12 @@ pub enum Device {
         profile: Box<Profile>,
     },
     /// `backend = "tpm"`
-    Tpm(Tcti),
+    Tpm {
+        /// How it is reached.
+        tcti: Tcti,
+        /// Where the owner hierarchy's authorization value comes from; most have none.
+        owner_auth: PinSource,
+    },
     /// `backend = "piv"`
     Piv {
         /// The YubiKey's serial number, as printed on it.
@@ -153,7 +158,7 @@ impl Device {
     pub fn backend(&self) -> &'static str {
         match self {
             Self::Pkcs11 { .. } => "pkcs11",
-            Self::Tpm(_) => "tpm",
+            Self::Tpm { .. } => "tpm",
             Self::Piv { .. } => "piv",
         }
     }

@@ -265,6 +265,11 @@ impl<'a> Section<'a> {
         self.entries.contains_key(key)
     }
 
+    /// Whether a key is there and holds a table.
+    pub(super) fn has_table(&self, key: &str) -> bool {
+        self.entries.get(key).is_some_and(|value| value.get_ref().as_table().is_some())
+    }
+
     /// Whether a key is there and holds an array.
     pub(super) fn has_array(&self, key: &str) -> bool {
         self.entries.get(key).is_some_and(|value| value.get_ref().as_array().is_some())

@@ -1,6 +1,6 @@
 //! `[token.NAME]`: a device and how it is opened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use toml::Spanned;
@@ -118,11 +118,15 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
     (device, uri.and_then(|uri| uri.pin_source))
 }
 
-/// `tcti`
+/// `tcti`, `owner_auth`
 fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
     let text = section.string(reader, "tcti").unwrap_or_else(|| super::tpm::DEFAULT.to_owned());
+    let owner_auth = match section.has("owner_auth") {
+        true => secret(reader, section, "owner_auth", "{ file = \"tpm-owner.auth\" }"),
+        false => Some(PinSource::None),
+    };
     match text.parse() {
-        Ok(tcti) => Some(Device::Tpm(tcti)),
+        Ok(tcti) => Some(Device::Tpm { tcti, owner_auth: owner_auth? }),
         Err(error) => {
             reader.mistake(section.position("tcti"), &section.path_of("tcti"), error.to_string());
             None
@@ -142,15 +146,16 @@ fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
 
 /// A vendor's library sees the PIN of its own token, and of no other.
 pub(super) fn hide_pins(tokens: &mut BTreeMap<String, Token>) {
-    let variables: Vec<PinSource> = tokens
-        .values()
-        .map(|token| token.pin.clone())
-        .filter(|pin| matches!(pin, PinSource::Env(_)))
-        .collect();
-    for token in tokens.values_mut() {
-        let others = variables.iter().filter(|pin| **pin != token.pin);
+    let own = |token: &Token| {
+        let owner_auth =
+            if let Device::Tpm { owner_auth, .. } = &token.device { Some(owner_auth) } else { None };
+        let sources = std::iter::once(&token.pin).chain(owner_auth);
         let name = |pin: &PinSource| if let PinSource::Env(name) = pin { Some(name.clone()) } else { None };
-        token.hidden_env = others.filter_map(name).collect();
+        sources.filter_map(name).collect::<BTreeSet<_>>()
+    };
+    let variables: BTreeSet<String> = tokens.values().flat_map(own).collect();
+    for token in tokens.values_mut() {
+        token.hidden_env = variables.difference(&own(token)).cloned().collect();
     }
 }
 
@@ -208,18 +213,8 @@ fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> 
     const EXAMPLES: &str = "{ file = \"release.pin\" }, { credential = \"release\" }, { env = \"RELEASE_PIN\" }, \
                             \"prompt\" or \"none\"";
     let (at, path) = (section.position("pin"), section.path_of("pin"));
-    if let Some(mut table) = section.table("pin") {
-        let file = table.path(reader, "file").map(PinSource::File);
-        let credential = table.string(reader, "credential").map(PinSource::Credential);
-        let env = table.string(reader, "env").map(PinSource::Env);
-        table.finish(reader);
-        let mut given = [file, credential, env].into_iter().flatten();
-        let first = given.next();
-        if first.is_none() || given.next().is_some() {
-            reader.mistake(at, &path, format!("give exactly one source: pin = {EXAMPLES}"));
-            return None;
-        }
-        return first;
+    if section.has_table("pin") {
+        return secret(reader, section, "pin", EXAMPLES);
     }
     match section.required(reader, "pin", EXAMPLES)?.as_str() {
         "prompt" => Some(PinSource::Prompt),
@@ -230,6 +225,32 @@ fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> 
             None
         }
     }
+}
+
+/// `{ file }`, `{ credential }` or `{ env }`: where a secret is kept.
+fn secret(
+    reader: &mut Reader<'_>,
+    section: &mut Section<'_>,
+    name: &'static str,
+    examples: &str,
+) -> Option<PinSource> {
+    let (at, path) = (section.position(name), section.path_of(name));
+    let Some(mut table) = section.table(name) else {
+        // The text may be somebody's secret: it is not repeated.
+        reader.mistake(at, &path, format!("a secret is never written here; write {name} = {examples}"));
+        return None;
+    };
+    let file = table.path(reader, "file").map(PinSource::File);
+    let credential = table.string(reader, "credential").map(PinSource::Credential);
+    let env = table.string(reader, "env").map(PinSource::Env);
+    table.finish(reader);
+    let mut given = [file, credential, env].into_iter().flatten();
+    let first = given.next();
+    if first.is_none() || given.next().is_some() {
+        reader.mistake(at, &path, format!("give exactly one source: {name} = {examples}"));
+        return None;
+    }
+    first
 }
 
 fn environment(reader: &mut Reader<'_>, section: &mut Section<'_>) -> BTreeMap<String, String> {

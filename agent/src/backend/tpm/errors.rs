@@ -49,6 +49,19 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
+/// The same where the owner hierarchy's value is asked for: that it is missing is no reason to lock our own keys.
+pub(super) fn owners(what: &str, error: &Error) -> Failure {
+    let failure = classify(what, error);
+    match failure.class {
+        Class::Locked => {
+            let message =
+                format!("{} of the owner hierarchy; write where it is kept: owner_auth = …", failure.message);
+            Failure { class: Class::Refused, message }
+        }
+        _ => failure,
+    }
+}
+
 /// In words, and as the number that `tpm2_rc_decode` explains.
 pub(super) fn describe(error: &Error) -> String {
     let Error::Tss2Error(code) = error else { return error.to_string() };

@@ -15,7 +15,7 @@ use tss_esapi::structures::{
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
 use super::super::{challenge, gone, locked, refused};
-use super::errors::classify;
+use super::errors::{classify, owners};
 use super::guard::Guard;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve};
@@ -284,12 +284,7 @@ pub(super) fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failur
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create_primary(Hierarchy::Owner, template, None, None, None, None)
     });
-    let made = made.map_err(|error| match wrong(error) {
-        // It is the hierarchy's value that is missing, not the key's.
-        failure if failure.class == Class::Locked => refused(failure.message),
-        failure => failure,
-    });
-    Ok(made?.key_handle)
+    made.map(|made| made.key_handle).map_err(|error| owners("make the storage primary key", &error))
 }
 
 /// A key's public half, or why it cannot sign.

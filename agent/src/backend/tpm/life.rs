@@ -21,7 +21,7 @@ use tss_esapi::structures::{
 };
 
 use super::super::refused;
-use super::errors::classify;
+use super::errors::{classify, owners};
 use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
 use super::keys::Key;
@@ -76,17 +76,6 @@ fn open(
 pub(super) fn keys_own(auth: Option<&Auth>, failure: Failure) -> Failure {
     match failure.class {
         Class::Locked if auth.is_none() => refused(failure.message),
-        _ => failure,
-    }
-}
-
-/// A failure of the owner's hierarchy, whose value is not ours to know, is no reason to lock our own keys.
-fn owners(what: &str, error: &tss_esapi::Error) -> Failure {
-    let failure = classify(what, error);
-    match failure.class {
-        Class::Locked => {
-            refused(format!("{} of the owner hierarchy, which only tpm2-tools can give", failure.message))
-        }
         _ => failure,
     }
 }

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tss_esapi::Context;
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
-use tss_esapi::handles::KeyHandle;
+use tss_esapi::handles::{KeyHandle, ObjectHandle};
 use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
 
@@ -21,9 +21,10 @@ use self::errors::{classify, describe};
 use self::keys::Key;
 use super::{Checker, Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
-use crate::config::Tcti;
+use crate::config::{PinSource, Tcti};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::pin::read_pin;
 use crate::secret::Pin;
 
 /// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
@@ -72,6 +73,7 @@ impl Chip {
 /// Connects, finds or loads every key, and has each sign a random challenge.
 pub(super) fn open(
     tcti: &Tcti,
+    owner_auth: &PinSource,
     spec: &OpenSpec,
     pin: Option<Pin>,
     say: Say<'_>,
@@ -81,6 +83,7 @@ pub(super) fn open(
         flush_leftovers(&mut context)?;
     }
     let device = device(&mut context)?;
+    own(&mut context, owner_auth)?;
     let auth = authorization(&mut context, spec, pin)?;
     let offered = auth.is_some();
     if offered {
@@ -112,6 +115,21 @@ pub(super) fn open(
     }
     let opened = Opened { device, sessions: 1, keys: public, touch: BTreeMap::new() };
     Ok((Box::new(OpenTpm { chip: Mutex::new(Chip { context, loaded: None }), keys, auth }), opened))
+}
+
+/// Has the context show the owner hierarchy's value wherever that is asked for. A TPM counts no wrong ones (TPM 2.0
+/// Part 1, 19.8.3).
+fn own(context: &mut Context, owner_auth: &PinSource) -> Result<(), Failure> {
+    if *owner_auth == PinSource::None {
+        return Ok(());
+    }
+    let value =
+        read_pin(owner_auth).map_err(|error| locked(format!("the owner's authorization value: {error}")))?;
+    let value = Auth::try_from(value.expose().as_bytes().to_vec());
+    let value =
+        value.map_err(|_| locked("the owner's authorization value is longer than a TPM takes".into()))?;
+    let set = context.tr_set_auth(ObjectHandle::Owner, value);
+    set.map_err(|error| classify("set the owner's authorization value", &error))
 }
 
 /// Looks at a TPM without using any key.
