@@ -4,11 +4,12 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::SoftHsm;
 use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::device::card_through;
-use omsign_tests::operator::does;
+use omsign_tests::operator::{does, refuses};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 
 /// `key verify-attestation` of a file: its exit status and what it said.
@@ -145,6 +146,107 @@ fn a_tpm_certifies_what_it_made() -> anyhow::Result<()> {
     let (status, said) = verified(&world, "proof.json", &["--attestation-key", "00"])?;
     ensure!(status == Some(1) && said.contains("another attestation key"), "{said}");
     breaks_when_changed(&world, "proof.json", &trust)
+}
+
+/// A secret that only the TPM with both keys can read.
+#[test]
+fn a_tpm_answers_a_challenge() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (chip, other) =
+        (SwTpm::manufactured(&world.path("tpm"))?, SwTpm::manufactured(&world.path("other"))?);
+    world.write(
+        "agent.toml",
+        world.listen()
+            + &chip.section("tpm")
+            + &other.section("other")
+            + &key_on("k", "tpm", "file = \"k.pem\"")
+            + &key_on("o", "other", "handle = \"0x81000020\""),
+    )?;
+    for key in ["k", "o"] {
+        does(&world, &["generate", key, "--type", "p256"])?;
+    }
+    world.write("first.json", does(&world, &["attest", "k"])?)?;
+    let challenge = ["challenge", "first.json", "--secret", "kept.json"];
+    world.write("challenge.json", does(&world, &challenge)?)?;
+    world.write("proof.json", does(&world, &["attest", "k", "--challenge", "challenge.json"])?)?;
+    let maker = text(&chip.maker()?);
+    let trust = ["--roots", &maker, "--challenge-secret", "kept.json"];
+    let (status, said) = verified(&world, "proof.json", &trust)?;
+    ensure!(status == Some(0) && said.contains("which is in the TPM that its maker certified"), "{said}");
+    breaks_when_changed(&world, "proof.json", &trust)?;
+    // No answer, another's answer, no roots, and a secret that would be lost.
+    let (status, said) = verified(&world, "first.json", &trust)?;
+    ensure!(status == Some(1) && said.contains("it answers no challenge"), "{said}");
+    let (status, said) = verified(&world, "proof.json", &["--challenge-secret", "kept.json"])?;
+    ensure!(status == Some(1) && said.contains("NOT proven: that attestation key "), "{said}");
+    refuses(&world, &["attest", "o", "--challenge", "challenge.json"], "the challenge is for another TPM")?;
+    refuses(&world, &challenge, "cannot write kept.json: File exists")?;
+    world.write("other.json", does(&world, &["attest", "o"])?)?;
+    let (status, said) = verified(&world, "other.json", &trust)?;
+    ensure!(status == Some(1) && said.contains("was made for other keys than these"), "{said}");
+    ensure!(std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(world.path("kept.json"))?) & 0o077 == 0);
+    // Others than TPMs take none.
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    world.write("agent.toml", config)?;
+    does(&world, &["generate", "k"])?;
+    refuses(&world, &["attest", "k", "--challenge", "challenge.json"], "only a TPM answers a challenge")
+}
+
+/// A certificate by this maker for the TPM's endorsement key of one kind, where makers leave it (TCG EK Credential Profile,
+/// 2.2.1.4).
+fn endorsed(chip: &SwTpm, world: &World, maker: &Ca, kind: &str, index: &str) -> anyhow::Result<()> {
+    let path = |name: &str| text(&world.path(name));
+    chip.tool("tpm2_createek", |tool| {
+        tool.args(["-Q", "-G", kind, "-f", "pem", "-u", &path("ek.pem"), "-c", &path("ek.ctx")]);
+    })?;
+    chip.tool("tpm2_flushcontext", |tool| {
+        tool.args(["-Q", "-t"]);
+    })?;
+    let key = openssl::pkey::PKey::public_key_from_pem(&std::fs::read(world.path("ek.pem"))?)?;
+    let certificate = maker.code_signing("Stand-in TPM", &key)?.to_der()?;
+    world.write("ek.der", &certificate)?;
+    chip.tool("tpm2_nvdefine", |tool| {
+        let size = certificate.len().to_string();
+        tool.args(["-Q", index, "-C", "o", "-s", &size, "-a", "ownerwrite|ownerread|authread"]);
+    })?;
+    chip.tool("tpm2_nvwrite", |tool| {
+        tool.args(["-Q", index, "-C", "o", "-i", &path("ek.der")]);
+    })
+}
+
+/// The kinds of endorsement keys that most TPMs have.
+#[test]
+fn a_tpm_answers_a_challenge_with_either_endorsement_key() -> anyhow::Result<()> {
+    for (kind, index) in [("ecc", "0x1c0000a"), ("rsa", "0x1c00002")] {
+        let world = World::new()?;
+        let (chip, maker) = (SwTpm::create(&world.path("tpm"))?, Ca::create("TPM maker")?);
+        endorsed(&chip, &world, &maker, kind, index)?;
+        write_chain(&world.path("maker.pem"), &[&maker.certificate])?;
+        let config = world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "handle = \"0x81000020\"");
+        world.write("agent.toml", config)?;
+        does(&world, &["generate", "k", "--type", "p256"])?;
+        world.write("first.json", does(&world, &["attest", "k"])?)?;
+        let challenge = does(&world, &["challenge", "first.json", "--secret", "kept.json"])?;
+        world.write("challenge.json", &challenge)?;
+        world.write("proof.json", does(&world, &["attest", "k", "--challenge", "challenge.json"])?)?;
+        let trust = ["--roots", "maker.pem", "--challenge-secret", "kept.json"];
+        let (status, said) = verified(&world, "proof.json", &trust)?;
+        ensure!(status == Some(0) && said.contains("in the TPM that its maker certified"), "{kind}: {said}");
+        let changed = challenge.replacen("\"credential\": \"00", "\"credential\": \"01", 1);
+        ensure!(changed != challenge, "{challenge}");
+        world.write("challenge.json", changed)?;
+        refuses(
+            &world,
+            &["attest", "k", "--challenge", "challenge.json"],
+            "for another TPM, or was changed",
+        )?;
+        // What the TPM was given room for is free again.
+        for _ in 0..3 {
+            does(&world, &["attest", "k"])?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -119,6 +119,20 @@ pub(crate) enum KeyCommand {
         /// Hexadecimal; from whoever wants to know, so that they see that it was made for them (TPM)
         #[arg(long, default_value = "")]
         nonce: String,
+        /// What `key challenge` printed, for the TPM to answer
+        #[arg(long, value_name = "FILE")]
+        challenge: Option<PathBuf>,
+    },
+    /// Prints a challenge that only the TPM of an attestation can answer, if its attestation key and its endorsement
+    /// certificate belong together; needs no device
+    ///
+    /// Give it to the machine (key attest NAME --challenge FILE), and what that prints to verify-attestation.
+    Challenge {
+        /// What `key attest` printed
+        file: PathBuf,
+        /// Where the answer is kept, for `verify-attestation --challenge-secret`; a new file
+        #[arg(long, value_name = "FILE")]
+        secret: PathBuf,
     },
     /// Says what an attestation proves; needs no device. Exit 1 when the key's origin is not proven
     VerifyAttestation {
@@ -133,6 +147,9 @@ pub(crate) enum KeyCommand {
         /// SHA-256 of the TPM's attestation key, hexadecimal
         #[arg(long)]
         attestation_key: Option<String>,
+        /// What `key challenge --secret` kept
+        #[arg(long, value_name = "FILE")]
+        challenge_secret: Option<PathBuf>,
         /// Prints one JSON object
         #[arg(long)]
         json: bool,

@@ -1,14 +1,16 @@
 //! `omsign-agent key …`: from what was typed to what is printed.
 
+use std::fs::OpenOptions;
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::Config;
 use omsign_agent::init::{Init, Secret};
-use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
-use omsign_agent::key_life::{Command, NEXT, Output, TokenKeys};
+use omsign_agent::key_life::attestation::{Attestation, ChallengeFile, Findings, Kept, Trust};
+use omsign_agent::key_life::{Asking, Command, NEXT, Output, TokenKeys};
 use omsign_agent::operator;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
@@ -23,11 +25,24 @@ pub(crate) fn key(
     path: &Path,
     load: impl FnOnce() -> Option<Config>,
 ) -> anyhow::Result<Option<ExitCode>> {
-    if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, json } = command {
+    if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, challenge_secret, json } =
+        command
+    {
         let roots = roots.map(|path| read(&path)).transpose()?.unwrap_or_default().into_bytes();
         let nonce = nonce.map(|text| nonce_of(&text)).transpose()?;
-        let findings = Attestation::parse(&read(&file)?)?.verify(&Trust { roots, nonce, attestation_key });
-        return findings_of(findings, json).map(Some);
+        let challenge = challenge_secret.map(|path| anyhow::Ok(Kept::parse(&read(&path)?)?)).transpose()?;
+        let trust = Trust { roots, nonce, attestation_key, challenge };
+        return findings_of(Attestation::parse(&read(&file)?)?.verify(&trust), json).map(Some);
+    }
+    if let KeyCommand::Challenge { file, secret } = command {
+        let (challenge, kept) = Attestation::parse(&read(&file)?)?.challenge()?;
+        let kept = Zeroizing::new(serde_json::to_string(&kept)?);
+        let mut options = OpenOptions::new();
+        let kept_in = options.write(true).create_new(true).mode(0o600).open(&secret);
+        let written = kept_in.and_then(|mut file| file.write_all(kept.as_bytes()));
+        written.with_context(|| format!("cannot write {}", secret.display()))?;
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&challenge)?)?;
+        return Ok(Some(ExitCode::SUCCESS));
     }
     let Some(config) = load() else { return Ok(None) };
     if let KeyCommand::Rotate { name, template, object, finish, certificate_chain } = command {
@@ -51,7 +66,11 @@ pub(crate) fn key(
         KeyCommand::ImportCertificate { name, certificate } => {
             Command::ImportCertificate { key: name, certificate: read(&certificate)? }
         }
-        KeyCommand::Attest { name, nonce } => Command::Attest { key: name, nonce: nonce_of(&nonce)? },
+        KeyCommand::Attest { name, nonce, challenge } => {
+            let challenge =
+                challenge.map(|path| anyhow::Ok(ChallengeFile::parse(&read(&path)?)?)).transpose()?;
+            Command::Attest { key: name, asking: Asking { nonce: nonce_of(&nonce)?, challenge } }
+        }
         KeyCommand::Delete { name } => {
             let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
                 bail!("the device did not answer");
@@ -60,7 +79,9 @@ pub(crate) fn key(
             Command::Delete { key: name, public }
         }
         KeyCommand::Reload => Command::Reload,
-        KeyCommand::VerifyAttestation { .. } | KeyCommand::Rotate { .. } => return Ok(None),
+        KeyCommand::VerifyAttestation { .. } | KeyCommand::Challenge { .. } | KeyCommand::Rotate { .. } => {
+            return Ok(None);
+        }
     };
     let mut out = std::io::stdout().lock();
     match ask(&config, command)? {

@@ -5,7 +5,7 @@ mod pkcs11;
 mod tpm;
 
 pub(crate) use self::piv::holder as card_holder;
-pub(crate) use self::tpm::attest as tpm_attestation;
+pub(crate) use self::tpm::{attest as tpm_attestation, credential as tpm_credential};
 
 use std::io;
 use std::time::Duration;

@@ -20,8 +20,8 @@ pub(crate) enum Task {
     Sign(KeySpec, #[serde(with = "hex")] Vec<u8>),
     /// Keep this certificate, DER, beside this key.
     Store(KeySpec, #[serde(with = "hex")] Vec<u8>),
-    /// Show how this key came to be. The nonce makes the proof a fresh one, where the device takes one.
-    Attest(KeySpec, #[serde(with = "hex")] Vec<u8>),
+    /// Show how this key came to be.
+    Attest(KeySpec, Asking),
     /// Delete this key and what belongs to it.
     Delete(KeySpec),
 }
@@ -92,6 +92,27 @@ pub struct Listed {
     pub notes: Vec<String>,
 }
 
+/// What somebody who wants proof sent along, where the device takes such.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asking {
+    /// Comes back in the proof, and so shows that it was made since.
+    #[serde(with = "hex")]
+    pub nonce: Vec<u8>,
+    /// Something to read.
+    pub challenge: Option<Challenge>,
+}
+
+/// A secret that only the TPM with a certain endorsement key can read, if it also has a certain attestation key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Challenge {
+    /// TPMS_ID_OBJECT.
+    #[serde(with = "hex")]
+    pub credential: Vec<u8>,
+    /// TPMU_ENCRYPTED_SECRET.
+    #[serde(with = "hex")]
+    pub secret: Vec<u8>,
+}
+
 /// How a key came to be, as its device shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -127,6 +148,9 @@ pub(crate) enum Evidence {
         /// The endorsement key's certificate, DER; empty where the TPM has none.
         #[serde(with = "hex")]
         endorsement_certificate: Vec<u8>,
+        /// What the TPM read in a [`Challenge`].
+        #[serde(default, with = "hex")]
+        answer: Vec<u8>,
     },
 }
 

@@ -8,7 +8,8 @@ use sha2::{Digest as _, Sha256};
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use crate::backend::tpm_attestation;
+use crate::backend::{tpm_attestation, tpm_credential};
+pub use crate::host::task::Challenge;
 use crate::host::task::Evidence;
 use crate::host::wire::PublicKey;
 
@@ -18,8 +19,10 @@ const YUBICO: [&str; 2] =
     [include_str!("yubico/piv-root.pem"), include_str!("yubico/attestation-root-1.pem")];
 const YUBICO_INTERMEDIATES: &str = include_str!("yubico/intermediates.pem");
 
-/// The only form so far.
+/// The only forms so far: of what a device says, of what it is asked, and of what is kept to compare.
 const FORM: &str = "omsign-attestation-1";
+const CHALLENGE: &str = "omsign-challenge-1";
+const KEPT: &str = "omsign-challenge-secret-1";
 
 /// A file about one key.
 #[derive(Debug, Serialize, Deserialize)]
@@ -37,6 +40,35 @@ pub struct Attestation {
     evidence: Evidence,
 }
 
+/// A file with what only one TPM can read.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ChallengeFile {
+    /// `omsign-challenge-1`
+    form: String,
+    #[serde(flatten)]
+    challenge: Challenge,
+}
+
+/// A file with what whoever made a challenge keeps: what is to be read, and by which keys.
+#[derive(Serialize, Deserialize)]
+pub struct Kept {
+    /// `omsign-challenge-secret-1`
+    form: String,
+    #[serde(with = "hex")]
+    secret: [u8; 32],
+    /// TPMT_PUBLIC.
+    #[serde(with = "hex")]
+    attestation_key: Vec<u8>,
+    #[serde(with = "hex")]
+    endorsement_certificate: Vec<u8>,
+}
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Kept(…)")
+    }
+}
+
 /// What somebody knows who wants proof.
 #[derive(Debug, Default)]
 pub struct Trust {
@@ -46,6 +78,8 @@ pub struct Trust {
     pub nonce: Option<Vec<u8>>,
     /// SHA-256 of the TPM's attestation key (TPMT_PUBLIC), from whoever set the machine up.
     pub attestation_key: Option<String>,
+    /// The challenge that the TPM was to answer.
+    pub challenge: Option<Kept>,
 }
 
 /// What is known of a key now.
@@ -67,6 +101,9 @@ pub enum AttestationError {
     /// It is not one of ours.
     #[error("the file is not an attestation that `omsign-agent key attest` wrote: {0}")]
     Form(String),
+    /// It is not one of ours.
+    #[error("the file is not one that `omsign-agent key challenge` wrote: {0}")]
+    Challenge(String),
     /// Roots that cannot be read.
     #[error("the roots are not PEM certificates: {0}")]
     Roots(openssl::error::ErrorStack),
@@ -96,10 +133,34 @@ impl Attestation {
         Ok(parsed)
     }
 
+    /// A challenge to the TPM whose endorsement certificate the file has: only if it also has the file's attestation key
+    /// can it be answered.
+    pub fn challenge(&self) -> Result<(ChallengeFile, Kept), AttestationError> {
+        let wrong = |what: &str| AttestationError::Wrong(what.to_owned());
+        let Evidence::Tpm { attestation_key, endorsement_certificate, .. } = &self.evidence else {
+            return Err(wrong("it is not about a key of a TPM, and only those are challenged"));
+        };
+        if endorsement_certificate.is_empty() {
+            return Err(wrong("its TPM has no endorsement certificate"));
+        }
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|error| wrong(&format!("there is no randomness: {error}")))?;
+        let challenge = tpm_credential::make(endorsement_certificate, attestation_key, &secret);
+        let challenge = challenge.map_err(AttestationError::Wrong)?;
+        let kept = Kept {
+            form: KEPT.to_owned(),
+            secret,
+            attestation_key: attestation_key.clone(),
+            endorsement_certificate: endorsement_certificate.clone(),
+        };
+        Ok((ChallengeFile { form: CHALLENGE.to_owned(), challenge }, kept))
+    }
+
     /// What of it holds.
     pub fn verify(&self, trust: &Trust) -> Result<Findings, AttestationError> {
         // Whoever knows a TPM's key asks about a TPM: the file does not choose what is checked.
-        if trust.attestation_key.is_some() && !matches!(self.evidence, Evidence::Tpm { .. }) {
+        let about_tpm = trust.attestation_key.is_some() || trust.challenge.is_some();
+        if about_tpm && !matches!(self.evidence, Evidence::Tpm { .. }) {
             return Err(AttestationError::Wrong("it is not about a key of a TPM".into()));
         }
         let mut findings = match &self.evidence {
@@ -177,8 +238,14 @@ impl Attestation {
     }
 
     fn tpm(&self, trust: &Trust) -> Result<Findings, AttestationError> {
-        let Evidence::Tpm { public, attestation_key, certify_info, signature, endorsement_certificate } =
-            &self.evidence
+        let Evidence::Tpm {
+            public,
+            attestation_key,
+            certify_info,
+            signature,
+            endorsement_certificate,
+            answer,
+        } = &self.evidence
         else {
             return Ok(Findings::default());
         };
@@ -194,27 +261,37 @@ impl Attestation {
         }
         let mut findings = Findings { proven: proof.notes, ..Findings::default() };
         let by = hex::encode(Sha256::digest(attestation_key));
-        match trust.attestation_key.as_ref().map(|wanted| wanted.to_ascii_lowercase().replace(':', "")) {
-            Some(wanted) if wanted == by => findings.proven.push(format!("certified by attestation key {by}")),
-            Some(_) => {
-                return Err(AttestationError::Wrong(format!("it was certified by another attestation key: {by}")));
-            }
-            None => findings.unproven.push(format!(
-                "that attestation key {by} is a TPM's: compare it with the one that the machine itself shows, then \
-                 give it with --attestation-key"
+        let wanted =
+            trust.attestation_key.as_ref().map(|wanted| wanted.to_ascii_lowercase().replace(':', ""));
+        if wanted.as_ref().is_some_and(|wanted| *wanted != by) {
+            return Err(AttestationError::Wrong(format!(
+                "it was certified by another attestation key: {by}"
+            )));
+        }
+        if let Some(kept) = &trust.challenge {
+            kept.answered(attestation_key, endorsement_certificate, answer)
+                .map_err(AttestationError::Wrong)?;
+        }
+        let made = !endorsement_certificate.is_empty() && !trust.roots.is_empty();
+        if made {
+            let malformed = |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
+            let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
+            path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
+        }
+        match (trust.challenge.is_some() && made, wanted) {
+            (true, _) => findings
+                .proven
+                .push(format!("certified by attestation key {by}, which is in the TPM that its maker certified")),
+            (false, Some(_)) => findings.proven.push(format!("certified by attestation key {by}")),
+            (false, None) => findings.unproven.push(format!(
+                "that attestation key {by} is a TPM's: challenge it (key challenge), or compare it with the one that the \
+                 machine itself shows, then give it with --attestation-key"
             )),
         }
-        // Only the TPM itself could tie its endorsement key to the attestation key.
-        findings.noted.push(match (endorsement_certificate.is_empty(), trust.roots.is_empty()) {
+        findings.noted.push(match (endorsement_certificate.is_empty(), made) {
             (true, _) => "there is no endorsement certificate".to_owned(),
-            (false, true) => "whose endorsement certificate it is was not checked: --roots".to_owned(),
-            (false, false) => {
-                let malformed =
-                    |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
-                let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
-                path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
-                "the endorsement certificate is by the TPM's maker".to_owned()
-            }
+            (false, false) => "whose endorsement certificate it is was not checked: --roots".to_owned(),
+            (false, true) => "the endorsement certificate is by the TPM's maker".to_owned(),
         });
         Ok(findings)
     }
@@ -222,6 +299,44 @@ impl Attestation {
     fn roots(&self, trust: &Trust, known: &str) -> Result<Vec<X509>, AttestationError> {
         let pem = if trust.roots.is_empty() { known.as_bytes() } else { &trust.roots };
         X509::stack_from_pem(pem).map_err(AttestationError::Roots)
+    }
+}
+
+impl ChallengeFile {
+    /// Reads a file.
+    pub fn parse(text: &str) -> Result<Challenge, AttestationError> {
+        let parsed: Self =
+            serde_json::from_str(text).map_err(|error| AttestationError::Challenge(error.to_string()))?;
+        match parsed.form == CHALLENGE {
+            true => Ok(parsed.challenge),
+            false => Err(AttestationError::Challenge("its form is another".to_owned())),
+        }
+    }
+}
+
+impl Kept {
+    /// Reads a file. The error says nothing of what is in it.
+    pub fn parse(text: &str) -> Result<Self, AttestationError> {
+        match serde_json::from_str::<Self>(text) {
+            Ok(parsed) if parsed.form == KEPT => Ok(parsed),
+            _ => Err(AttestationError::Challenge("it is not what was kept with --secret".to_owned())),
+        }
+    }
+
+    /// Whether it was read, by the keys that it was made for.
+    fn answered(&self, attestation_key: &[u8], certificate: &[u8], answer: &[u8]) -> Result<(), String> {
+        if self.attestation_key != attestation_key || self.endorsement_certificate != certificate {
+            return Err("the challenge was made for other keys than these".into());
+        }
+        if answer.is_empty() {
+            return Err(
+                "it answers no challenge; ask for `omsign-agent key attest NAME --challenge FILE`".into()
+            );
+        }
+        if self.secret != answer {
+            return Err("the answer to the challenge is wrong".into());
+        }
+        Ok(())
     }
 }
 

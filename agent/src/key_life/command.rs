@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::attestation::Attestation;
 use super::certificate::Subject;
 use crate::config::Config;
-use crate::host::task::{Listed, Template};
+use crate::host::task::{Asking, Listed, Template};
 
 /// After a key's name: the key that is to take its place.
 pub const NEXT: &str = "/next";
@@ -58,8 +58,8 @@ pub enum Command {
     Attest {
         /// Name of the key.
         key: String,
-        /// What shows that the proof was made now, where the device takes it.
-        nonce: Vec<u8>,
+        /// From whoever wants to know.
+        asking: Asking,
     },
     /// Has an agent read its configuration anew; without one there is nothing to do.
     Reload,

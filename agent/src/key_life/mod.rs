@@ -20,8 +20,8 @@ pub use self::certificate::Subject;
 pub use self::command::{Command, NEXT, Named, Output, TokenKeys};
 use crate::audit::{self, Audit, AuditError, Entry};
 use crate::config::Config;
+pub use crate::host::task::{Asking, Template, TouchPolicy};
 use crate::host::task::{Done, Task};
-pub use crate::host::task::{Template, TouchPolicy};
 use crate::host::wire::{KeySpec, PublicKey};
 use crate::identity::Identity;
 use crate::replay::Step;
@@ -146,10 +146,10 @@ impl Operator<'_> {
                 place.ask(Task::Store(place.spec.clone(), certificate), say).await?;
                 Ok(Output::Done)
             }
-            Command::Attest { key, nonce } => {
+            Command::Attest { key, asking } => {
                 let place = self.place(key)?;
                 let public = place.public(Task::Find(place.spec.clone()), say).await?;
-                match place.ask(Task::Attest(place.spec.clone(), nonce.clone()), say).await? {
+                match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
                         Ok(Output::Attested(Attestation::new(key, &public, evidence)))
                     }

@@ -2,10 +2,9 @@
 //! itself made, and the endorsement key's certificate by the TPM's maker.
 
 use der::{Decode as _, Encode as _};
-use sha2::{Digest as _, Sha256};
 use tss_esapi::Context;
 use tss_esapi::abstraction::AsymmetricAlgorithmSelection;
-use tss_esapi::abstraction::ek::retrieve_ek_pubcert;
+use tss_esapi::abstraction::ek::{create_ek_object_2, retrieve_ek_pubcert};
 use tss_esapi::attributes::ObjectAttributesBuilder;
 use tss_esapi::handles::KeyHandle;
 use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
@@ -20,10 +19,11 @@ use tss_esapi::structures::{
 use tss_esapi::traits::{Marshall as _, UnMarshall as _};
 
 use super::super::refused;
-use super::errors::classify;
+use super::credential::{activate, name};
+use super::errors::{classify, describe};
 use super::keys::{encoded, padded};
 use crate::algorithm::{Algorithm, Curve};
-use crate::host::task::Evidence;
+use crate::host::task::{Asking, Challenge, Evidence};
 use crate::host::wire::Failure;
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
@@ -35,11 +35,11 @@ const ENDORSEMENT: [AsymmetricAlgorithmSelection; 3] = [
     AsymmetricAlgorithmSelection::Rsa(RsaKeyBits::Rsa2048),
 ];
 
-/// Has the attestation key certify a loaded key.
-pub(super) fn attest(context: &mut Context, key: KeyHandle, nonce: &[u8]) -> Result<Evidence, Failure> {
+/// Has the attestation key certify a loaded key, and reads a challenge.
+pub(super) fn attest(context: &mut Context, key: KeyHandle, asking: &Asking) -> Result<Evidence, Failure> {
     let failed = |error: tss_esapi::Error| classify("attest the key", &error);
-    let nonce =
-        Data::try_from(nonce.to_vec()).map_err(|_| refused("the nonce is longer than a TPM takes".into()))?;
+    let nonce = Data::try_from(asking.nonce.clone())
+        .map_err(|_| refused("the nonce is longer than a TPM takes".into()))?;
     let (public, _, _) =
         context.execute_without_session(|context| context.read_public(key)).map_err(failed)?;
     let (attestation_key, by) = primary(context, attestation_template().map_err(failed)?)?;
@@ -47,29 +47,51 @@ pub(super) fn attest(context: &mut Context, key: KeyHandle, nonce: &[u8]) -> Res
     let scheme = SignatureScheme::EcDsa { hash_scheme: HashScheme::new(HashingAlgorithm::Sha256) };
     let certified =
         context.execute_with_sessions(sessions, |context| context.certify(key.into(), by, nonce, scheme));
+    let endorsed = endorsement(context, by, asking.challenge.as_ref());
     context.flush_context(by.into()).map_err(failed)?;
     let (info, signature) = certified.map_err(failed)?;
+    let (endorsement_certificate, answer) = endorsed?;
     Ok(Evidence::Tpm {
         public: public.marshall().map_err(failed)?,
         attestation_key: attestation_key.marshall().map_err(failed)?,
         certify_info: info.marshall().map_err(failed)?,
         signature: signature.marshall().map_err(failed)?,
-        endorsement_certificate: endorsement_certificate(context),
+        endorsement_certificate,
+        answer,
     })
 }
 
-/// The certificate that the TPM's maker left, DER; empty where there is none.
-fn endorsement_certificate(context: &mut Context) -> Vec<u8> {
-    for which in ENDORSEMENT {
-        if let Ok(stored) = retrieve_ek_pubcert(context, which)
-            // Some makers pad the NV index.
-            && let Ok((certificate, _)) = x509_cert::Certificate::from_der_partial(&stored)
-            && let Ok(der) = certificate.to_der()
-        {
-            return der;
-        }
-    }
-    Vec::new()
+/// The certificate that the TPM's maker left, DER, empty where there is none; and what a challenge for that says.
+fn endorsement(
+    context: &mut Context,
+    attestation_key: KeyHandle,
+    challenge: Option<&Challenge>,
+) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+    let Some((which, certificate)) = endorsement_certificate(context) else {
+        return match challenge {
+            None => Ok((Vec::new(), Vec::new())),
+            Some(_) => {
+                Err(refused("the TPM has no endorsement certificate, which a challenge is for".into()))
+            }
+        };
+    };
+    let Some(challenge) = challenge else { return Ok((certificate, Vec::new())) };
+    let failed = |what: &str, error: tss_esapi::Error| refused(format!("{what}: {}", describe(&error)));
+    let key = create_ek_object_2(context, which, None)
+        .map_err(|error| failed("the endorsement key cannot be made", error))?;
+    let answer = activate(context, attestation_key, key, challenge);
+    context.flush_context(key.into()).map_err(|error| classify("let go of the endorsement key", &error))?;
+    let answer = answer.map_err(|error| failed("the challenge is for another TPM, or was changed", error))?;
+    Ok((certificate, answer))
+}
+
+fn endorsement_certificate(context: &mut Context) -> Option<(AsymmetricAlgorithmSelection, Vec<u8>)> {
+    ENDORSEMENT.into_iter().find_map(|which| {
+        let stored = retrieve_ek_pubcert(context, which).ok()?;
+        // Some makers pad the NV index.
+        let (certificate, _) = x509_cert::Certificate::from_der_partial(&stored).ok()?;
+        Some((which, certificate.to_der().ok()?))
+    })
 }
 
 /// A primary key of the endorsement hierarchy: the same template makes the same key each time.
@@ -145,9 +167,7 @@ pub(crate) fn verify(
         return Err("the TPM certified something else than a key".into());
     };
     let key = Public::unmarshall(public).map_err(malformed("the key"))?;
-    // A name is the hash algorithm (SHA-256) and the hash of the public area (TPM 2.0 Part 1, 16).
-    let name = [&[0, 0x0b][..], &Sha256::digest(public)].concat();
-    if certified.name().value() != name {
+    if certified.name().value() != name(public) {
         return Err("the TPM certified another key".into());
     }
     let attributes = key.object_attributes();

@@ -51,8 +51,8 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
         Task::Store(..) => Err(refused(
             "a TPM has no place for a key's certificate; name its file in the configuration: certificate_chain".into(),
         )),
-        Task::Attest(key, nonce) => open(context, auth, key, |context, _, handle| {
-            attest::attest(context, handle, nonce).map(Done::Attested)
+        Task::Attest(key, asking) => open(context, auth, key, |context, _, handle| {
+            attest::attest(context, handle, asking).map(Done::Attested)
         }),
         Task::Delete(key) => delete(context, &key.object),
     }

@@ -2,6 +2,7 @@
 //! context, and, after anything unexpected, another process with another context.
 
 pub(crate) mod attest;
+pub(crate) mod credential;
 mod errors;
 mod guard;
 mod keyfile;
