@@ -228,7 +228,7 @@ fn a_key_that_is_replaced_on_the_device() -> anyhow::Result<()> {
     // The process that knew the old key ends; the next one finds the new one.
     bench.heals()?;
     let log = bench.agent.log()?;
-    ensure!(log.contains("the slot holds another key than before"), "{log}");
+    ensure!(log.contains("the device has another key there than before"), "{log}");
     ensure!(log.contains("the key has another public half than before"), "{log}");
     Ok(())
 }

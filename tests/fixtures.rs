@@ -1,6 +1,7 @@
 //! `omsign-fixtures with`: what contributors and users start stand-ins with.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, ensure};
@@ -62,16 +63,25 @@ fn nothing_outlives_a_killed_one() -> anyhow::Result<()> {
 #[test]
 fn one_that_is_told_to_end_cleans_up() -> anyhow::Result<()> {
     let mut command = Command::new(built("omsign-fixtures")?);
-    command.args(["with", "swtpm,piv", "--", "sh", "-euc", r#"echo "$OMSIGN_FIXTURES"; exec sleep 600"#]);
-    let mut running = command.stdout(Stdio::piped()).spawn()?;
-    let mut directory = String::new();
-    BufReader::new(running.stdout.take().context("its output")?).read_line(&mut directory)?;
-    let directory = std::path::Path::new(directory.trim());
-    // At a terminal the command hears of it, and decides.
+    // It says when it is told to end, and ends when it is told by us.
+    let script = r#"trap 'echo told' TERM; echo "$OMSIGN_FIXTURES"; while read -r line; do [ "$line" = end ] && exit 7; echo "$line"; done"#;
+    command.args(["with", "swtpm,piv", "--", "sh", "-uc", script]);
+    let mut running = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut typed = running.stdin.take().context("its input")?;
+    let mut said = BufReader::new(running.stdout.take().context("its output")?).lines();
+    let mut next = || said.next().context("a line")?.map_err(anyhow::Error::from);
+    let directory = PathBuf::from(next()?);
+    // At a terminal the command hears of it by itself.
     signal(running.id(), Signal::INT)?;
-    ensure!(directory.is_dir() && running.try_wait()?.is_none(), "it ended before its command");
+    writeln!(typed, "still here")?;
+    ensure!(next()? == "still here" && directory.is_dir(), "an interrupt was passed on");
     signal(running.id(), Signal::TERM)?;
-    ensure!(!running.wait()?.success());
+    // A shell looks at its traps between commands.
+    writeln!(typed, "and here")?;
+    let heard = [next()?, next()?];
+    ensure!(heard.contains(&"told".to_owned()) && heard.contains(&"and here".to_owned()), "{heard:?}");
+    writeln!(typed, "end")?;
+    ensure!(running.wait()?.code() == Some(7));
     ensure!(!directory.exists(), "{} is still there", directory.display());
     Ok(())
 }

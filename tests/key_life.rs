@@ -301,7 +301,7 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     let output = answering(&world, &["delete", "k"], &format!("k\n{}\n", start.get(..8).context("eight")?))?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(
-        output.status.code() == Some(2) && errors.contains("write where it is kept: owner_auth"),
+        output.status.code() == Some(2) && errors.contains("of the owner hierarchy; owner_auth"),
         "{errors}"
     );
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "k.sig"])?;
@@ -335,5 +335,14 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     does(&world, &["list"])?;
     let (_, report) = world.doctor()?;
     ensure!(report.contains("of the owner hierarchy") && !report.contains("8142"), "{report}");
+    // Nor does one that is not there.
+    std::fs::remove_file(world.path("owner.auth"))?;
+    refuses(&world, &["generate", "k", "--type", "p256", "--no-da"], "of the owner hierarchy")?;
+    chip.tool("tpm2_changeauth", |tool| {
+        tool.args(["-c", "owner", "-p", "owner-auth-8080"]);
+    })?;
+    does(&world, &["generate", "k", "--type", "p256", "--no-da"])?;
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains("the owner's authorization value: the PIN file"), "{report}");
     Ok(())
 }

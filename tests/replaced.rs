@@ -4,27 +4,34 @@
 use std::cell::Cell;
 use std::time::Duration;
 
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::signal;
-use omsign_tests::lab::{Lab, Sees};
+use omsign_tests::lab::{Lab, Sees, Tries};
 use omsign_tests::world::World;
 use rustix::process::Signal;
 
 const SOON: Duration = Duration::from_secs(4);
 
+/// Logins beyond one for each process that loads the module.
+fn logins(proxy: &FaultProxy) -> anyhow::Result<i64> {
+    Ok(i64::try_from(proxy.calls("C_Login"))? - i64::try_from(proxy.calls("C_Initialize"))?)
+}
+
 fn unlock(lab: &Lab) -> anyhow::Result<()> {
     lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
 }
 
-fn unspent() -> anyhow::Result<i64> {
-    Ok(0)
-}
-
-/// The machine sleeps: our processes stand still for longer than the token's time-out, with a request on its way.
-fn sleeps(lab: &mut Lab, meanwhile: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// The machine sleeps: our processes stand still for longer than the token's time-out, and a request comes meanwhile.
+fn sleeps(
+    lab: &mut Lab,
+    sees: Sees,
+    tries: Tries<'_>,
+    meanwhile: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let all = |lab: &Lab| anyhow::Ok([vec![lab.agent.pid()], lab.agent.hosts()?].concat());
     let sleep = |lab: &Lab| {
         let processes = all(lab)?;
@@ -37,16 +44,21 @@ fn sleeps(lab: &mut Lab, meanwhile: impl FnOnce() -> anyhow::Result<()>) -> anyh
         Ok(())
     };
     // Nobody is served meanwhile.
-    lab.others = Duration::from_secs(10);
-    lab.trial("the machine sleeps", (Sees::Either, Duration::from_secs(12)), &unspent, sleep, |_| Ok(()))
+    let others = std::mem::replace(&mut lab.others, Duration::from_secs(10));
+    lab.trial("the machine sleeps", (sees, Duration::from_secs(12)), tries, sleep, |_| Ok(()))?;
+    lab.others = others;
+    Ok(())
 }
 
 #[test]
 fn softhsm() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
-    let mut lab = Lab::new(world, &token.section("device"), "label = \"k\"", 32, None)?;
-    sleeps(&mut lab, || Ok(()))
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token.section("device"))?;
+    let counted = proxy.clone();
+    let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
+    sleeps(&mut lab, Sees::Nothing, &|| logins(&counted), || Ok(()))
 }
 
 #[test]
@@ -58,24 +70,25 @@ fn kryoptic() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device")?)?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
+    let spent = || logins(&counted);
     let away = lab.world.path("away");
     let remove = |lab: &Lab| {
         std::fs::rename(token.store(), &away)?;
         lab.kill_host()
     };
     let put_back = |_: &Lab| Ok(std::fs::rename(&away, token.store())?);
-    lab.trial("removed", (Sees::Unavailable, SOON), &unspent, remove, put_back)?;
+    lab.trial("removed", (Sees::Unavailable, SOON), &spent, remove, put_back)?;
 
     let anew = |lab: &Lab| token.initialise().and_then(|()| lab.kill_host());
     let make = |_: &Lab| token.generate("k").map(drop);
-    lab.trial("token initialised anew", (Sees::Locked, SOON), &unspent, anew, make)?;
+    lab.trial("token initialised anew", (Sees::Locked, SOON), &spent, anew, make)?;
 
     let another = |lab: &Lab| {
         token.initialise()?;
         token.generate("k")?;
         lab.kill_host()
     };
-    lab.trial("key made again", (Sees::Either, SOON), &unspent, another, |_| Ok(()))?;
+    lab.trial("key made again", (Sees::Either, SOON), &spent, another, |_| Ok(()))?;
 
     // Somebody else's wrong PINs: ours is not spent on top of them.
     let lock = |lab: &Lab| {
@@ -86,7 +99,7 @@ fn kryoptic() -> anyhow::Result<()> {
         lab.kill_host()
     };
     let before = counted.calls("C_Login");
-    lab.trial("PIN locked", (Sees::Locked, SOON), &unspent, lock, |lab| {
+    lab.trial("PIN locked", (Sees::Locked, SOON), &spent, lock, |lab| {
         anyhow::ensure!(counted.calls("C_Login") == before, "a locked PIN was offered");
         token.set_pin()?;
         unlock(lab)
@@ -99,16 +112,17 @@ fn tpm() -> anyhow::Result<()> {
     let chip = SwTpm::create(&world.path("tpm"))?;
     chip.guarded_key("k", 0x8100_0010, AUTH)?;
     let mut lab = Lab::new(world, &chip.section("device"), "handle = \"0x81000010\"", 32, None)?;
+    let counted = || anyhow::Ok(i64::from(chip.failed_tries()?));
+    let others = Cell::new(0);
+    let spent = || Ok(counted()? - others.get());
     let clear = |_: &Lab| {
         chip.tool("tpm2_clear", |tool| {
             tool.args(["-Q", "-c", "p"]);
         })
     };
     let make = |_: &Lab| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop);
-    lab.trial("TPM cleared", (Sees::Locked, SOON), &unspent, clear, make)?;
+    lab.trial("TPM cleared", (Sees::Locked, SOON), &spent, clear, make)?;
 
-    let counted = || anyhow::Ok(i64::from(chip.failed_tries()?));
-    let others = Cell::new(0);
     let (digest, unread) = (lab.world.write("digest", [7; 32])?, lab.world.path("unread"));
     let lock = |lab: &Lab| {
         // Somebody else's wrong values, until it takes none: three.
@@ -122,7 +136,6 @@ fn tpm() -> anyhow::Result<()> {
         others.set(counted()?);
         lab.kill_host()
     };
-    let spent = || Ok(counted()? - others.get());
     lab.trial("TPM in lockout", (Sees::Locked, SOON), &spent, lock, |lab| {
         chip.tool("tpm2_dictionarylockout", |tool| {
             tool.arg("-c");
@@ -130,7 +143,7 @@ fn tpm() -> anyhow::Result<()> {
         others.set(0);
         unlock(lab)
     })?;
-    sleeps(&mut lab, || Ok(()))
+    sleeps(&mut lab, Sees::Nothing, &spent, || Ok(()))
 }
 
 #[test]
@@ -168,7 +181,7 @@ fn piv() -> anyhow::Result<()> {
         |_| Ok(()),
     )?;
     // It loses power, and what it knew of our PIN.
-    sleeps(&mut lab, || {
+    sleeps(&mut lab, Sees::Either, &spent, || {
         card.unplug();
         card.plug();
         Ok(())

@@ -9,7 +9,7 @@ use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::audit::Audit;
-use crate::config::{self, Config, Device, Key, PinSource, UnixListen};
+use crate::config::{self, Config, Key, PinSource, UnixListen};
 use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
@@ -91,9 +91,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             Ok(()) => report.add(Level::Ok, &subject, "its PIN source can be read"),
             Err(reason) => report.add(Level::Error, &subject, reason),
         }
-        if let Device::Tpm { owner_auth, .. } = &token.device
-            && let Err(reason) = pin::check(owner_auth)
-        {
+        if let Err(reason) = pin::check(&token.owner_auth) {
             report.add(Level::Error, &subject, format!("the owner's authorization value: {reason}"));
         }
         if running {

@@ -170,8 +170,8 @@ impl Rotation<'_> {
                 let id = hex::decode(value).ok().with_context(wrong)?;
                 Object::Pkcs11(ObjectSelector { label: None, id: Some(id) })
             }
-            (Some(Device::Tpm { .. }), "handle") => Object::tpm_handle(value).with_context(wrong)?,
-            (Some(Device::Tpm { .. }), "file") => Object::TpmFile(self.directory().join(value)),
+            (Some(Device::Tpm(_)), "handle") => Object::tpm_handle(value).with_context(wrong)?,
+            (Some(Device::Tpm(_)), "file") => Object::TpmFile(self.directory().join(value)),
             (Some(Device::Piv { .. }), "slot") => Object::piv_slot(value).with_context(wrong)?,
             _ => bail!(wrong()),
         })

@@ -154,11 +154,12 @@ pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Resu
 }
 
 fn private_config(uri: &str) -> Result<Config, ServeError> {
-    let KeyUri { device, object, pcrs, pin } =
+    let KeyUri { device, object, pcrs, pin, owner_auth } =
         KeyUri::parse(uri).map_err(|error| ServeError::Uri(error.to_string()))?;
     let token = config::Token {
         device,
         pin,
+        owner_auth,
         sessions: 1,
         timeout: Duration::from_secs(60),
         queue: 16,

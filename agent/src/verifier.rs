@@ -5,12 +5,13 @@ use openssl::ec::EcKey;
 use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
 use openssl::md::Md;
+use openssl::nid::Nid;
 use openssl::pkey::{Id, PKey, Public};
 use openssl::pkey_ctx::PkeyCtx;
 use openssl::rsa::Padding;
 use openssl::sign::{RsaPssSaltlen, Verifier as MessageVerifier};
 
-use crate::algorithm::{Algorithm, Content, ParameterSet};
+use crate::algorithm::{Algorithm, Content, Curve, ParameterSet};
 use crate::spki::SpkiDer;
 
 /// A public key that was read once.
@@ -34,7 +35,10 @@ impl Verifier {
         let read = || PKey::public_key_from_der(&spki.0).ok();
         let of = |kind| read().filter(|key| key.id() == kind).map(Key::Other);
         let key = match algorithm {
-            Algorithm::Ecdsa(_) => read().and_then(|key| key.ec_key().ok()).map(Key::Ec),
+            Algorithm::Ecdsa(curve) => read()
+                .and_then(|key| key.ec_key().ok())
+                .filter(|key| key.group().curve_name() == Some(named(curve)))
+                .map(Key::Ec),
             Algorithm::RsaPkcs1 | Algorithm::RsaPss => of(Id::RSA),
             Algorithm::Ed25519 => of(Id::ED25519),
             Algorithm::MlDsa(set) => Some(Key::MlDsa(set, spki.clone())),
@@ -60,6 +64,14 @@ impl Verifier {
     }
 }
 
+fn named(curve: Curve) -> Nid {
+    match curve {
+        Curve::P256 => Nid::X9_62_PRIME256V1,
+        Curve::P384 => Nid::SECP384R1,
+        Curve::P521 => Nid::SECP521R1,
+    }
+}
+
 fn ecdsa(key: &EcKey<Public>, digest: &[u8], signature: &[u8]) -> Result<bool, ErrorStack> {
     let parsed = EcdsaSig::from_der(signature)?;
     // Verifiers take DER only; OpenSSL reads a little more.
@@ -67,6 +79,10 @@ fn ecdsa(key: &EcKey<Public>, digest: &[u8], signature: &[u8]) -> Result<bool, E
 }
 
 fn rsa(key: &PKey<Public>, pss: bool, digest: &[u8], signature: &[u8]) -> Result<bool, ErrorStack> {
+    // As long as the modulus (RFC 8017, 8.1.2 and 8.2.2); OpenSSL takes shorter ones.
+    if signature.len() != key.size() {
+        return Ok(false);
+    }
     let mut context = PkeyCtx::new(key)?;
     context.verify_init()?;
     context.set_rsa_padding(if pss { Padding::PKCS1_PSS } else { Padding::PKCS1 })?;
@@ -98,13 +114,11 @@ fn ml_dsa(set: ParameterSet, spki: &SpkiDer, message: &[u8], signature: &[u8]) -
 #[cfg(test)]
 mod tests {
     use openssl::ec::EcGroup;
-    use openssl::nid::Nid;
     use openssl::pkey::Private;
     use openssl::rsa::Rsa;
     use openssl::sign::Signer;
 
     use super::*;
-    use crate::algorithm::Curve;
 
     fn verifier(key: &PKey<Private>, algorithm: Algorithm) -> Verifier {
         Verifier::new(&SpkiDer(key.public_key_to_der().expect("encodes")), algorithm)
@@ -112,13 +126,12 @@ mod tests {
 
     #[test]
     fn ecdsa_signatures_are_tied_to_key_and_digest() {
-        for (curve, nid) in [
-            (Curve::P256, Nid::X9_62_PRIME256V1),
-            (Curve::P384, Nid::SECP384R1),
-            (Curve::P521, Nid::SECP521R1),
-        ] {
+        for (curve, another) in
+            [(Curve::P256, Curve::P384), (Curve::P384, Curve::P521), (Curve::P521, Curve::P256)]
+        {
             let algorithm = Algorithm::Ecdsa(curve);
-            let make = || EcKey::generate(&EcGroup::from_curve_name(nid).expect("a curve")).expect("a key");
+            let make =
+                || EcKey::generate(&EcGroup::from_curve_name(named(curve)).expect("a curve")).expect("a key");
             let (key, other) = (make(), PKey::from_ec_key(make()).expect("a key"));
             let (content, changed) = (algorithm.content(b"a"), algorithm.content(b"b"));
             let digest = algorithm.bytes(&content).expect("a digest");
@@ -128,6 +141,9 @@ mod tests {
             assert!(!verifier(&key, algorithm).verifies(&changed, &der));
             assert!(!verifier(&other, algorithm).verifies(&content, &der));
             assert!(!verifier(&key, Algorithm::Ed25519).verifies(&Algorithm::Ed25519.content(b"a"), &der));
+            let mistaken = verifier(&key, Algorithm::Ecdsa(another));
+            assert!(!mistaken.verifies(&Content::Digest(vec![7; another.field_len()]), &der));
+            assert!(matches!(mistaken.key, Key::None));
             // A length in more octets than it needs is BER.
             if let [0x30, length @ 0..=0x7f, rest @ ..] = der.as_slice() {
                 let longer = [&[0x30, 0x81, *length], rest].concat();
@@ -152,6 +168,7 @@ mod tests {
             assert!(verifier(&key, algorithm).verifies(&content, &signature));
             assert!(!verifier(&key, algorithm).verifies(&algorithm.content(b"b"), &signature));
             assert!(!verifier(&key, other).verifies(&content, &signature));
+            assert!(!verifier(&key, algorithm).verifies(&content, signature.get(1..).expect("bytes")));
         }
     }
 

@@ -1,6 +1,7 @@
 //! A software TPM 2.0 in a directory and a process of its own.
 
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -84,7 +85,8 @@ impl SwTpm {
         let (port, control) = (self.port, self.port + 1);
         // It must not outlive us, however we end.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "swtpm", "socket", "--tpm2"]);
+        // What a terminal sends is for the command that uses it.
+        command.process_group(0).args(["--pdeathsig", "KILL", "swtpm", "socket", "--tpm2"]);
         command.arg("--tpmstate").arg(format!("dir={}", self.directory.display()));
         command.args(["--server", &format!("type=tcp,port={port},bindaddr=127.0.0.1")]);
         command.args(["--ctrl", &format!("type=tcp,port={control},bindaddr=127.0.0.1")]);

@@ -16,6 +16,7 @@ use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
 use crate::pin::read_pin;
 use crate::secret::Pin;
+use crate::verifier::Verifier;
 
 /// How often an idle device is asked whether it is still there.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
@@ -27,8 +28,8 @@ pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 pub(crate) trait Device: Sync {
     /// What signs, one for each thread.
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure>;
-    /// What checks signatures before they are answered, where a key could be replaced under its name unnoticed.
-    fn checker(&self) -> Option<&dyn Checker> {
+    /// What checks the signatures of this key before they are answered, where another key could take its place unnoticed.
+    fn verifier(&self, _key: usize) -> Option<&Verifier> {
         None
     }
     /// How long it may be left alone.
@@ -50,12 +51,6 @@ pub(crate) trait Signer: Send {
     fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
 }
 
-/// Checks what a device signed, so that the device can sign the next meanwhile.
-pub(crate) trait Checker: Sync {
-    /// Whether the key of this index made the signature; the device is opened anew if not.
-    fn check(&self, key: usize, content: &Content, signature: &[u8]) -> Result<(), Failure>;
-}
-
 /// Opens a device, logs in once, finds every key and has each sign a random challenge.
 pub(crate) fn open(
     spec: &OpenSpec,
@@ -66,7 +61,7 @@ pub(crate) fn open(
         config::Device::Pkcs11 { module, select, profile } => {
             pkcs11::open(module, select, profile, spec, pin, say)
         }
-        config::Device::Tpm { tcti, owner_auth } => tpm::open(tcti, owner_auth, spec, pin, say),
+        config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
         config::Device::Piv { serial } => piv::open(*serial, spec, pin, say),
     }
 }
@@ -75,7 +70,7 @@ pub(crate) fn open(
 pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
     match &token.device {
         config::Device::Pkcs11 { module, select, .. } => pkcs11::survey(module, select),
-        config::Device::Tpm { tcti, .. } => tpm::survey(tcti),
+        config::Device::Tpm(tcti) => tpm::survey(tcti),
         config::Device::Piv { serial } => piv::survey(*serial),
     }
 }
@@ -84,7 +79,7 @@ pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
 pub(crate) fn prepare(token: &config::Token, pin: Option<Pin>, fresh: &Fresh) -> Result<(), Failure> {
     match &token.device {
         config::Device::Pkcs11 { module, .. } => pkcs11::prepare(module, fresh),
-        config::Device::Tpm { .. } => Ok(()),
+        config::Device::Tpm(_) => Ok(()),
         config::Device::Piv { serial } => piv::prepare(*serial, pin, fresh),
     }
 }

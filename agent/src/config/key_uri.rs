@@ -20,6 +20,8 @@ pub struct KeyUri {
     pub pcrs: Option<Pcrs>,
     /// Where its PIN comes from: `pin-source`; otherwise somebody is asked, except for keys of a TPM.
     pub pin: PinSource,
+    /// Where the value of a TPM's owner hierarchy comes from: `owner-auth-source`.
+    pub owner_auth: PinSource,
 }
 
 /// What is wrong with one.
@@ -73,6 +75,7 @@ fn pkcs11(text: &str) -> Result<KeyUri, KeyUriError> {
         object: Object::Pkcs11(uri.object),
         pcrs: None,
         pin: uri.pin_source.unwrap_or(PinSource::Prompt),
+        owner_auth: PinSource::None,
     })
 }
 
@@ -90,7 +93,7 @@ fn tpm(rest: &str) -> Result<KeyUri, KeyUriError> {
     let pin = attributes.file("pin-source").unwrap_or(PinSource::None);
     let owner_auth = attributes.file("owner-auth-source").unwrap_or(PinSource::None);
     attributes.finish()?;
-    Ok(KeyUri { device: Device::Tpm { tcti, owner_auth }, object, pcrs, pin })
+    Ok(KeyUri { device: Device::Tpm(tcti), object, pcrs, pin, owner_auth })
 }
 
 fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
@@ -102,7 +105,8 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
     let slot = attributes.usable("slot", parse_slot(&slot))?;
     let pin = attributes.file("pin-source").unwrap_or(PinSource::Prompt);
     attributes.finish()?;
-    Ok(KeyUri { device: Device::Piv { serial }, object: Object::PivSlot(slot), pcrs: None, pin })
+    let object = Object::PivSlot(slot);
+    Ok(KeyUri { device: Device::Piv { serial }, object, pcrs: None, pin, owner_auth: PinSource::None })
 }
 
 /// `name=value` between `;`, `?` and `&`, as RFC 7512 has them.

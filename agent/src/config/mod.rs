@@ -109,6 +109,8 @@ pub struct Token {
     pub device: Device,
     /// Where its user PIN, or the authorization value of a TPM's keys, comes from.
     pub pin: PinSource,
+    /// Where the authorization value of a TPM's owner hierarchy comes from; most have none.
+    pub owner_auth: PinSource,
     /// Sessions, each with a signing thread of its own; clamped to the token's `ulMaxSessionCount`. Default 1.
     pub sessions: usize,
     /// The longest that one operation may take before the token's process is replaced. Default 10 s.
@@ -140,12 +142,7 @@ pub enum Device {
         profile: Box<Profile>,
     },
     /// `backend = "tpm"`
-    Tpm {
-        /// How it is reached.
-        tcti: Tcti,
-        /// Where the owner hierarchy's authorization value comes from; most have none.
-        owner_auth: PinSource,
-    },
+    Tpm(Tcti),
     /// `backend = "piv"`
     Piv {
         /// The YubiKey's serial number, as printed on it.
@@ -158,7 +155,7 @@ impl Device {
     pub fn backend(&self) -> &'static str {
         match self {
             Self::Pkcs11 { .. } => "pkcs11",
-            Self::Tpm { .. } => "tpm",
+            Self::Tpm(_) => "tpm",
             Self::Piv { .. } => "piv",
         }
     }

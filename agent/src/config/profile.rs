@@ -63,11 +63,11 @@ pub struct Profile {
     pub attested_by: String,
 }
 
-/// Certificates by the beginnings of their labels.
+/// Certificates by their labels.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attestation {
-    /// The one about a key, which has the key's CKA_ID.
+    /// How the label begins of the one about a key, which has the key's CKA_ID.
     pub key: String,
     /// The whole label of the one that the device signs those with.
     pub device: String,

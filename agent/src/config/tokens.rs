@@ -38,6 +38,12 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         None if backend.as_deref() == Some("tpm") && section.take("pin").is_none() => Some(PinSource::None),
         None => self::pin(reader, &mut section),
     };
+    let owner_auth = match backend.as_deref() {
+        Some("tpm") if section.has("owner_auth") => {
+            secret(reader, &mut section, "owner_auth", "{ file = \"tpm-owner.auth\" }")
+        }
+        _ => Some(PinSource::None),
+    };
     let sessions = match backend.as_deref() {
         // These do one thing at a time.
         Some("tpm" | "piv") => None,
@@ -62,6 +68,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     Some(Token {
         device: device?,
         pin: pin?,
+        owner_auth: owner_auth?,
         sessions: usize::try_from(sessions.unwrap_or(1)).ok()?,
         timeout,
         queue: usize::try_from(queue).ok()?,
@@ -118,15 +125,11 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
     (device, uri.and_then(|uri| uri.pin_source))
 }
 
-/// `tcti`, `owner_auth`
+/// `tcti`
 fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
     let text = section.string(reader, "tcti").unwrap_or_else(|| super::tpm::DEFAULT.to_owned());
-    let owner_auth = match section.has("owner_auth") {
-        true => secret(reader, section, "owner_auth", "{ file = \"tpm-owner.auth\" }"),
-        false => Some(PinSource::None),
-    };
     match text.parse() {
-        Ok(tcti) => Some(Device::Tpm { tcti, owner_auth: owner_auth? }),
+        Ok(tcti) => Some(Device::Tpm(tcti)),
         Err(error) => {
             reader.mistake(section.position("tcti"), &section.path_of("tcti"), error.to_string());
             None
@@ -147,11 +150,8 @@ fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
 /// A vendor's library sees the PIN of its own token, and of no other.
 pub(super) fn hide_pins(tokens: &mut BTreeMap<String, Token>) {
     let own = |token: &Token| {
-        let owner_auth =
-            if let Device::Tpm { owner_auth, .. } = &token.device { Some(owner_auth) } else { None };
-        let sources = std::iter::once(&token.pin).chain(owner_auth);
         let name = |pin: &PinSource| if let PinSource::Env(name) = pin { Some(name.clone()) } else { None };
-        sources.filter_map(name).collect::<BTreeSet<_>>()
+        [&token.pin, &token.owner_auth].into_iter().filter_map(name).collect::<BTreeSet<_>>()
     };
     let variables: BTreeSet<String> = tokens.values().flat_map(own).collect();
     for token in tokens.values_mut() {

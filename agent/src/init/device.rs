@@ -124,9 +124,7 @@ impl Init {
     async fn tpm(&self, tcti: Option<&str>, left: &mut Left) -> Result<Chosen, InitError> {
         let text = tcti.unwrap_or(crate::config::DEFAULT_TCTI);
         let parsed: Tcti = text.parse().map_err(|error| InitError::Device(format!("{error}")))?;
-        let found = survey(&self.name, &bare(Device::Tpm { tcti: parsed, owner_auth: PinSource::None }))
-            .await
-            .map_err(InitError::Device)?;
+        let found = survey(&self.name, &bare(Device::Tpm(parsed))).await.map_err(InitError::Device)?;
         self.keep("pin", &random()?, left)?;
         let notes = found.tokens.into_iter().flat_map(|token| token.notes).collect();
         Ok(Chosen {
@@ -274,6 +272,7 @@ fn bare(device: Device) -> Token {
     Token {
         device,
         pin: PinSource::None,
+        owner_auth: PinSource::None,
         sessions: 1,
         timeout: Duration::from_secs(20),
         queue: 1,

@@ -80,7 +80,7 @@ pub enum Output {
     /// Keys, by token.
     Listed(Vec<TokenKeys>),
     /// How a key came to be.
-    Attested(Attestation),
+    Attested(Box<Attestation>),
     /// Nothing but that it is done.
     Done,
 }

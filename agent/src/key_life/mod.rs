@@ -151,7 +151,7 @@ impl Operator<'_> {
                 let public = place.public(Task::Find(place.spec.clone()), say).await?;
                 match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
-                        Ok(Output::Attested(Attestation::new(key, &public, evidence)))
+                        Ok(Output::Attested(Box::new(Attestation::new(key, &public, evidence))))
                     }
                     _ => Err(place.failed(surprise())),
                 }

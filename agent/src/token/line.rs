@@ -233,10 +233,14 @@ impl Host {
     }
 }
 
-/// Tells whoever waits, once.
+/// Tells whoever waits, once for each device.
 fn tell_touch(tell: &Tell, message: &str) {
     tell.send_if_modified(|step| {
-        let tells = matches!(step, Step::Working);
+        let tells = match step {
+            Step::Working => true,
+            Step::Touch(said) => said != message,
+            Step::Done(_) => false,
+        };
         if tells {
             *step = Step::Touch(message.to_owned());
         }

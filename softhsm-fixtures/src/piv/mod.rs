@@ -10,6 +10,7 @@ mod tlv;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -107,7 +108,8 @@ impl VirtualPiv {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).context("the service's socket")?;
         let mut shell = Command::new("setpriv");
-        shell.args(["--pdeathsig", "KILL", "sh", "-c"]);
+        // What a terminal sends is for the command that uses it.
+        shell.process_group(0).args(["--pdeathsig", "KILL", "sh", "-c"]);
         shell.arg("LISTEN_PID=$$ LISTEN_FDS=1 exec pcscd -f -c \"$0\" 3<&0 0</dev/null");
         shell.arg(self.directory.join("readers"));
         shell.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)));

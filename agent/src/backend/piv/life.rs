@@ -190,7 +190,9 @@ fn delete(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
         }
     }
     let deleted = Certificate::delete(card.yubikey, slot);
-    deleted.map(|()| Done::Nothing).map_err(|error| classify("delete the certificate", &error))
+    deleted
+        .map(|()| Done::Nothing)
+        .map_err(|error| classify("delete its certificate; the key is deleted", &error))
 }
 
 /// Sends a short command that the crate does not have, over a line of its own; returns the card's status. What was shown
@@ -201,11 +203,11 @@ fn command(reader: &str, command: &[u8]) -> Result<[u8; 2], pcsc::Error> {
     let mut line = context.connect(&reader, pcsc::ShareMode::Shared, pcsc::Protocols::T1)?;
     let transaction = line.transaction()?;
     let mut answer = [0; pcsc::MAX_BUFFER_SIZE];
-    let status = transaction.transmit(command, &mut answer)?.last_chunk().copied();
-    // Dropped, both would reset the card.
+    let status = transaction.transmit(command, &mut answer).map(|answer| answer.last_chunk().copied());
     let _ = transaction.end(pcsc::Disposition::LeaveCard);
+    // Dropped, it would reset the card.
     let _ = line.disconnect(pcsc::Disposition::LeaveCard);
-    status.ok_or(pcsc::Error::CommDataLost)
+    status?.ok_or(pcsc::Error::CommDataLost)
 }
 
 fn pin_policy(template: &Template) -> PinPolicy {

@@ -17,11 +17,12 @@ pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::is_factorys;
 pub(super) use self::survey::{prepare, survey};
-use super::{Checker, Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
 use crate::secret::Pin;
+use crate::verifier::Verifier;
 
 /// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
 const CACHED: Duration = Duration::from_secs(15);
@@ -273,8 +274,8 @@ impl Device for OpenPiv {
         Ok(vec![Box::new(Thread(self))])
     }
 
-    fn checker(&self) -> Option<&dyn Checker> {
-        Some(self)
+    fn verifier(&self, key: usize) -> Option<&Verifier> {
+        self.key(key).ok().map(|key| &key.verifier)
     }
 
     fn rests(&self) -> Duration {
@@ -309,16 +310,6 @@ impl Device for OpenPiv {
     }
 
     fn close(self: Box<Self>) {}
-}
-
-impl Checker for OpenPiv {
-    /// Another key may have been put into the slot meanwhile.
-    fn check(&self, index: usize, content: &Content, signature: &[u8]) -> Result<(), Failure> {
-        match self.key(index)?.verifier.verifies(content, signature) {
-            true => Ok(()),
-            false => Err(gone("the slot holds another key than before".into())),
-        }
-    }
 }
 
 impl OpenPiv {

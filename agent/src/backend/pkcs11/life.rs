@@ -183,8 +183,9 @@ fn attest(session: &Session, profile: &Profile, wanted: &ObjectSelector) -> Resu
         let attributes = attributes(session, private)?;
         return Ok(Evidence::Pkcs11 { attributes, attested_by: profile.attested_by.clone() });
     };
-    let id = details(session, private)?.id;
-    let of_key = find(session, ObjectClass::CERTIFICATE, &ObjectSelector { label: None, id })?;
+    let unknown = || refused("the key has no CKA_ID, by which its attestation is found".into());
+    let id = details(session, private)?.id.ok_or_else(unknown)?;
+    let of_key = find(session, ObjectClass::CERTIFICATE, &ObjectSelector { label: None, id: Some(id) })?;
     let of_key = of_key.into_iter().map(|object| labelled(session, object)).collect::<Result<Vec<_>, _>>()?;
     let of_key = of_key.into_iter().find(|(label, _)| label.starts_with(labels.key.as_bytes()));
     let (_, of_key) =

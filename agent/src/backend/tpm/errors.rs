@@ -55,7 +55,7 @@ pub(super) fn owners(what: &str, error: &Error) -> Failure {
     match failure.class {
         Class::Locked => {
             let message =
-                format!("{} of the owner hierarchy; write where it is kept: owner_auth = …", failure.message);
+                format!("{} of the owner hierarchy; owner_auth = … is missing, or wrong", failure.message);
             Failure { class: Class::Refused, message }
         }
         _ => failure,

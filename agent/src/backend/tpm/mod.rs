@@ -20,13 +20,14 @@ use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
 use self::keys::Key;
-use super::{Checker, Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::{PinSource, Tcti};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::pin::read_pin;
 use crate::secret::Pin;
+use crate::verifier::Verifier;
 
 /// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
 const TRANSIENT_FIRST: u32 = 0x8000_0000;
@@ -74,7 +75,6 @@ impl Chip {
 /// Connects, finds or loads every key, and has each sign a random challenge.
 pub(super) fn open(
     tcti: &Tcti,
-    owner_auth: &PinSource,
     spec: &OpenSpec,
     pin: Option<Pin>,
     say: Say<'_>,
@@ -84,7 +84,7 @@ pub(super) fn open(
         flush_leftovers(&mut context)?;
     }
     let device = device(&mut context)?;
-    own(&mut context, owner_auth)?;
+    own(&mut context, &spec.token.owner_auth)?;
     let auth = authorization(&mut context, spec, pin)?;
     let offered = auth.is_some();
     if offered {
@@ -119,16 +119,22 @@ pub(super) fn open(
 }
 
 /// Has the context show the owner hierarchy's value wherever that is asked for. A TPM counts no wrong ones (TPM 2.0
-/// Part 1, 19.8.3).
+/// Part 1, 19.8.3), and keys that need no owner sign without it.
 fn own(context: &mut Context, owner_auth: &PinSource) -> Result<(), Failure> {
     if *owner_auth == PinSource::None {
         return Ok(());
     }
-    let value =
-        read_pin(owner_auth).map_err(|error| locked(format!("the owner's authorization value: {error}")))?;
-    let value = Auth::try_from(value.expose().as_bytes().to_vec());
-    let value =
-        value.map_err(|_| locked("the owner's authorization value is longer than a TPM takes".into()))?;
+    let value = read_pin(owner_auth).and_then(|value| {
+        let value = Auth::try_from(value.expose().as_bytes().to_vec());
+        value.map_err(|_| "it is longer than a TPM takes".to_owned())
+    });
+    let value = match value {
+        Ok(value) => value,
+        Err(reason) => {
+            tracing::warn!(%reason, "owner_auth cannot be used");
+            return Ok(());
+        }
+    };
     let set = context.tr_set_auth(ObjectHandle::Owner, value);
     set.map_err(|error| classify("set the owner's authorization value", &error))
 }
@@ -231,8 +237,8 @@ impl Device for OpenTpm {
         Ok(vec![Box::new(Thread(self))])
     }
 
-    fn checker(&self) -> Option<&dyn Checker> {
-        Some(self)
+    fn verifier(&self, key: usize) -> Option<&Verifier> {
+        self.key(key).ok().map(|key| &key.verifier)
     }
 
     fn probe(&self) -> Result<(), Failure> {
@@ -249,16 +255,6 @@ impl Device for OpenTpm {
 
     /// Dropping the context flushes the keys that were loaded from files.
     fn close(self: Box<Self>) {}
-}
-
-impl Checker for OpenTpm {
-    /// Another key may have been put under the handle meanwhile.
-    fn check(&self, index: usize, content: &Content, signature: &[u8]) -> Result<(), Failure> {
-        match self.key(index)?.verifier.verifies(content, signature) {
-            true => Ok(()),
-            false => Err(gone("the TPM has another key there than before".into())),
-        }
-    }
 }
 
 impl OpenTpm {
