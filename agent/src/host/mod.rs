@@ -27,8 +27,8 @@ const TOGETHER: Duration = Duration::from_millis(2);
 /// How many answers may be held back for that.
 const TOGETHER_COUNT: usize = 8;
 
-/// How many times as many may wait to be checked.
-const UNCHECKED: usize = 2;
+/// How many signatures may wait to be checked.
+const UNCHECKED: usize = 8;
 
 /// After a lone request that came within this time of the answer before it, the next one is looked for as long
 /// before this process sleeps: a caller who sends one request after the other waits for fewer wake-ups of sleeping
@@ -70,15 +70,16 @@ pub fn run() -> io::Result<()> {
         let shared = Shared {
             device: device.as_ref(),
             inbox: Mutex::new(Inbox { reader, soon: false }),
-            socket: Mutex::new(socket),
+            writer: Mutex::new(Writer { socket, held: Vec::new() }),
+            // Others could take the requests that one thread counts on.
+            holds: signers.len() == 1,
         };
-        // Others could take what one thread counts on.
-        let holds = signers.len() == 1;
+        let is_checked = (0..spec.keys.len()).any(|key| device.verifier(key).is_some());
         std::thread::scope(|scope| {
-            let checks = holds.then(|| {
-                let (checks, together) = mpsc::sync_channel(UNCHECKED);
+            let checks = (shared.holds && is_checked).then(|| {
+                let (checks, inbox) = mpsc::sync_channel(UNCHECKED);
                 // It ends with the thread that signs, or when the agent closes its end.
-                scope.spawn(|| drop(together.into_iter().try_for_each(|made| shared.answer(made))));
+                scope.spawn(|| drop(inbox.into_iter().try_for_each(|check| shared.check(check))));
                 checks
             });
             for signer in signers {
@@ -96,7 +97,24 @@ pub fn run() -> io::Result<()> {
 struct Shared<'a> {
     device: &'a dyn Device,
     inbox: Mutex<Inbox>,
-    socket: Mutex<UnixStream>,
+    writer: Mutex<Writer>,
+    /// Whether answers may be held back.
+    holds: bool,
+}
+
+/// Our other end of it.
+struct Writer {
+    socket: UnixStream,
+    /// Answers that were held back.
+    held: Vec<u8>,
+}
+
+/// For the thread that checks what another signs.
+enum Check {
+    /// Something to check and to answer, and whether more is to come before that is written.
+    Made(Made, bool),
+    /// It may be long until more comes.
+    NoMore,
 }
 
 /// Our end of the line to the agent.
@@ -150,48 +168,38 @@ enum Next {
     Idle,
 }
 
-/// What was made by the one thread that signs, and is not answered yet.
+/// What is held back.
 #[derive(Default)]
 struct Held {
-    made: Vec<Made>,
+    count: usize,
     since: Option<Instant>,
+    /// All of it was made with this one.
+    key: Option<usize>,
 }
 
 impl Held {
-    /// Whether more may come before they are answered, with so many requests here: the next takes as long as the last.
-    fn may_wait(&self, waiting: usize) -> bool {
-        let last = self.made.last().map_or(Duration::ZERO, |made| made.took);
-        let soon = self.since.is_some_and(|since| since.elapsed() + last < TOGETHER);
-        soon && self.made.len() < waiting.min(TOGETHER_COUNT)
-    }
-
-    /// Whether another request is for the same again, and so takes as long.
-    fn is_like(&self, asked: &Asked) -> bool {
-        let last = self.made.last().and_then(|made| made.unchecked.as_ref()).map(|(key, _)| *key);
-        matches!(asked, Asked::Sign(key, _) if Some(*key) == last)
-    }
-
-    fn push(&mut self, made: Made) {
-        self.since.get_or_insert_with(Instant::now);
-        self.made.push(made);
-    }
-
-    fn take(&mut self) -> Vec<Made> {
-        self.since = None;
-        std::mem::take(&mut self.made)
+    /// Whether one more answer may wait for the next, with so many requests here, if that takes as long.
+    fn may_wait(&mut self, key: Option<usize>, took: Duration, waiting: usize) -> bool {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        (self.count, self.key) = (self.count + 1, key);
+        let waits =
+            key.is_some() && self.count < waiting.min(TOGETHER_COUNT) && since.elapsed() + took < TOGETHER;
+        if !waits {
+            *self = Self::default();
+        }
+        waits
     }
 }
 
 impl Shared<'_> {
     /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
-    /// so no request ever waits behind a busy one. The only one has `checks`: another one then checks and answers what
-    /// it signed, several at once, while more requests are here.
-    fn work(&self, mut signer: Box<dyn Signer + '_>, checks: Option<SyncSender<Vec<Made>>>) {
+    /// so no request ever waits behind a busy one. With `checks`, another one checks and answers what it signed while more
+    /// requests are here.
+    fn work(&self, mut signer: Box<dyn Signer + '_>, checks: Option<SyncSender<Check>>) {
         let mut held = Held::default();
-        let hand_over = |together: Vec<Made>| match &checks {
-            _ if together.is_empty() => Ok(()),
-            Some(checks) => checks.send(together).map_err(io::Error::other),
-            None => self.answer(together),
+        let no_more = || match &checks {
+            Some(checks) => checks.send(Check::NoMore).map_err(io::Error::other),
+            None => self.check(Check::NoMore),
         };
         loop {
             let (request, waiting) = match self.next() {
@@ -206,15 +214,20 @@ impl Shared<'_> {
             let (started, id) = (Instant::now(), request.id);
             // The agent is of the same build: anything else is no request of its.
             let Ok(asked) = request.asked() else { return };
-            if !held.is_like(&asked) && hand_over(held.take()).is_err() {
-                return;
+            let key = if let Asked::Sign(key, _) = asked { Some(key) } else { None };
+            // Another key may be slow.
+            if held.count > 0 && held.key != key {
+                held = Held::default();
+                if no_more().is_err() {
+                    return;
+                }
             }
             let touch = |message: &str| {
                 // When the agent is gone, the next read says so.
-                let _ = self.say(&Answer::touch(id, message.to_owned()));
+                let _ = no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())));
             };
-            let (outcome, unchecked) = match asked {
-                Asked::Sign(key, content) => (signer.sign(key, &content, &touch), Some((key, content))),
+            let (outcome, content) = match asked {
+                Asked::Sign(key, content) => (signer.sign(key, &content, &touch), Some(content)),
                 Asked::Do(task) => {
                     // YubiKeys and TPMs need minutes for some RSA keys; nothing else takes long.
                     if matches!(task, Task::Generate(..)) {
@@ -223,36 +236,38 @@ impl Shared<'_> {
                     (self.device.operate(&task, &touch).map(wire::done), None)
                 }
             };
+            let took = started.elapsed();
             // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
             let ends = outcome.as_ref().is_err_and(Failure::ends_process);
-            held.push(Made { id, outcome, unchecked, took: started.elapsed() });
-            if !ends && checks.is_some() && held.may_wait(waiting) {
-                continue;
-            }
-            let together = held.take();
-            // Alone, it need not wake another thread.
-            let went_on = if waiting == 0 && !ends { self.answer(together) } else { hand_over(together) };
+            let more = self.holds && !ends && held.may_wait(key, took, waiting);
+            let made = Made { id, outcome, unchecked: key.zip(content), took };
+            let went_on = match &checks {
+                // The device does not wait for it. Whatever came before is answered first.
+                Some(checks) if waiting > 0 || ends => {
+                    checks.send(Check::Made(made, more)).map_err(io::Error::other)
+                }
+                _ => self.check(Check::Made(made, more)),
+            };
             if went_on.is_err() || ends {
                 return;
             }
         }
     }
 
-    /// Checks what was made, where that is asked for, and answers.
-    fn answer(&self, together: Vec<Made>) -> io::Result<()> {
-        let (mut frames, mut last) = (Vec::new(), None);
-        for Made { id, mut outcome, unchecked, took } in together {
-            if let (Ok(signature), Some((key, content))) = (&outcome, unchecked)
-                && let Some(verifier) = self.device.verifier(key)
-                && !verifier.verifies(&content, signature)
-            {
-                let message = "the device has another key there than before".to_owned();
-                outcome = Err(Failure { class: Class::Gone, message });
-            }
-            last = last.or(outcome.as_ref().err().filter(|failure| failure.ends_process()).cloned());
-            wire::put(&mut frames, &Answer::new(id, outcome).after(took));
+    /// Checks what was made, where that is asked for, and answers it.
+    fn check(&self, check: Check) -> io::Result<()> {
+        let Check::Made(made, more) = check else { return self.write(|_| {}, false) };
+        let Made { id, mut outcome, unchecked, took } = made;
+        if let (Ok(signature), Some((key, content))) = (&outcome, unchecked)
+            && let Some(verifier) = self.device.verifier(key)
+            && !verifier.verifies(&content, signature)
+        {
+            let message = "the device has another key there than before".to_owned();
+            outcome = Err(Failure { class: Class::Gone, message });
         }
-        lock(&self.socket)?.write_all(&frames)?;
+        let last = outcome.as_ref().err().filter(|failure| failure.ends_process()).cloned();
+        let answer = Answer::new(id, outcome).after(took);
+        self.write(|held| wire::put(held, &answer), more && last.is_none())?;
         match last {
             Some(failure) => self.die(&failure),
             None => Ok(()),
@@ -261,9 +276,19 @@ impl Shared<'_> {
 
     /// Says something at once.
     fn say(&self, answer: &Answer) -> io::Result<()> {
-        let mut frame = Vec::new();
-        wire::put(&mut frame, answer);
-        lock(&self.socket)?.write_all(&frame)
+        self.write(|held| wire::put(held, answer), false)
+    }
+
+    /// Writes what was held back and what is put behind it, unless more is to come.
+    fn write(&self, put: impl FnOnce(&mut Vec<u8>), more: bool) -> io::Result<()> {
+        let mut writer = lock(&self.writer)?;
+        let Writer { socket, held } = &mut *writer;
+        put(held);
+        if !more && !held.is_empty() {
+            socket.write_all(held)?;
+            held.clear();
+        }
+        Ok(())
     }
 
     fn next(&self) -> io::Result<Next> {
@@ -300,19 +325,16 @@ mod tests {
 
     #[test]
     fn answers_wait_only_for_what_is_here_and_as_quick() {
-        let content = || Content::Digest(vec![7; 32]);
-        let made = |id, took| Made { id, outcome: Ok(vec![1]), unchecked: Some((3, content())), took };
-        let mut held = Held::default();
-        assert!(!held.is_like(&Asked::Sign(3, content())) && !held.may_wait(8));
-        held.push(made(0, Duration::from_micros(100)));
-        assert!(held.may_wait(2), "two more are here");
-        assert!(!held.may_wait(1), "the last one answers for both");
-        assert!(!held.may_wait(0));
-        assert!(held.is_like(&Asked::Sign(3, content())));
-        assert!(!held.is_like(&Asked::Sign(4, content())), "another key may be slow");
-        held.push(made(1, TOGETHER));
-        assert!(!held.may_wait(8), "the next would come too late");
-        assert_eq!(held.take().len(), 2);
-        assert!(held.made.is_empty() && held.since.is_none());
+        let (mut held, quick) = (Held::default(), Duration::from_micros(100));
+        assert!(held.may_wait(Some(3), quick, 2), "two more are here");
+        assert!(!held.may_wait(Some(3), quick, 1), "the last one answers for both");
+        assert!(!held.may_wait(Some(3), quick, 0) && held.count == 0);
+        assert!(!held.may_wait(None, quick, 8), "an operator's task");
+        assert!(held.may_wait(Some(3), quick, 8) && held.key == Some(3));
+        assert!(!held.may_wait(Some(3), TOGETHER, 8), "the next would come too late");
+        for _ in 1..TOGETHER_COUNT {
+            assert!(held.may_wait(Some(3), Duration::ZERO, 64));
+        }
+        assert!(!held.may_wait(Some(3), Duration::ZERO, 64), "enough");
     }
 }
