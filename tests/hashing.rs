@@ -1,9 +1,12 @@
 //! How models are hashed: every algorithm and serialization beside other tools, on any kernel, and how it is shown.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
+use omsign_fixtures::built;
 use omsign_tests::hashed::{VERIFY, inspect, run, shell, sign, verify, world};
 use omsign_tests::peer::{reference, succeeded};
 use omsign_tests::world::World;
@@ -144,5 +147,18 @@ fn progress_is_shown_to_people_only() -> anyhow::Result<()> {
             "{how}: {errors}"
         );
     }
+    // Of what takes longer, a line every few seconds.
+    fs::OpenOptions::new().write(true).open(world.path("model/w"))?.set_len(1 << 40)?;
+    let mut long = Command::new(built("omsign")?);
+    world
+        .without_surprises(long.args(["digest", "model", "--progress", "plain"]).current_dir(world.path("")));
+    let mut running = long.stderr(Stdio::piped()).spawn()?;
+    let mut line = String::new();
+    BufReader::new(running.stderr.take().context("stderr")?).read_line(&mut line)?;
+    running.kill()?;
+    running.wait()?;
+    ensure!(line.contains("of 1.0 TB, ") && line.contains("/s, ") && line.ends_with(" s left\n"), "{line}");
+    let errors = world.omsign_fails(2, &["digest", "model", "--jobs", "513"])?;
+    ensure!(errors.contains("expected a number from 1 to 512"), "{errors}");
     Ok(())
 }

@@ -16,9 +16,9 @@ use rustix::process::Signal;
 
 const SOON: Duration = Duration::from_secs(4);
 
-/// Logins beyond one for each process that loads the module.
-fn logins(proxy: &FaultProxy) -> anyhow::Result<i64> {
-    Ok(i64::try_from(proxy.calls("C_Login"))? - i64::try_from(proxy.calls("C_Initialize"))?)
+/// Logins that the token refused.
+fn refused(proxy: &FaultProxy) -> anyhow::Result<i64> {
+    Ok(i64::try_from(proxy.refused("C_Login"))?)
 }
 
 fn unlock(lab: &Lab) -> anyhow::Result<()> {
@@ -58,7 +58,7 @@ fn softhsm() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device"))?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
-    sleeps(&mut lab, Sees::Nothing, &|| logins(&counted), || Ok(()))
+    sleeps(&mut lab, Sees::Nothing, &|| refused(&counted), || Ok(()))
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn kryoptic() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device")?)?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
-    let spent = || logins(&counted);
+    let spent = || refused(&counted);
     let away = lab.world.path("away");
     let remove = |lab: &Lab| {
         std::fs::rename(token.store(), &away)?;

@@ -147,8 +147,8 @@ pub(crate) enum KeyCommand {
         /// SHA-256 of the TPM's attestation key, hexadecimal
         #[arg(long)]
         attestation_key: Option<String>,
-        /// What `key challenge --secret` kept
-        #[arg(long, value_name = "FILE")]
+        /// What `key challenge --secret` kept; the maker's certificates, issuers in between too, go into --roots
+        #[arg(long, value_name = "FILE", requires = "roots")]
         challenge_secret: Option<PathBuf>,
         /// Prints one JSON object
         #[arg(long)]

@@ -9,7 +9,8 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::Config;
 use omsign_agent::init::{Init, Secret};
-use omsign_agent::key_life::attestation::{Attestation, ChallengeFile, Findings, Kept, Trust};
+use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
+use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
 use omsign_agent::key_life::{Asking, Command, NEXT, Output, TokenKeys};
 use omsign_agent::operator;
 use sha2::{Digest as _, Sha256};
@@ -30,7 +31,9 @@ pub(crate) fn key(
     {
         let roots = roots.map(|path| read(&path)).transpose()?.unwrap_or_default().into_bytes();
         let nonce = nonce.map(|text| nonce_of(&text)).transpose()?;
-        let challenge = challenge_secret.map(|path| anyhow::Ok(Kept::parse(&read(&path)?)?)).transpose()?;
+        let challenge = challenge_secret
+            .map(|path| anyhow::Ok(Kept::parse(&Zeroizing::new(read(&path)?))?))
+            .transpose()?;
         let trust = Trust { roots, nonce, attestation_key, challenge };
         return findings_of(Attestation::parse(&read(&file)?)?.verify(&trust), json).map(Some);
     }
@@ -38,11 +41,16 @@ pub(crate) fn key(
         let (challenge, kept) = Attestation::parse(&read(&file)?)?.challenge()?;
         let kept = Zeroizing::new(serde_json::to_string(&kept)?);
         let mut options = OpenOptions::new();
-        let kept_in = options.write(true).create_new(true).mode(0o600).open(&secret);
-        let written = kept_in.and_then(|mut file| file.write_all(kept.as_bytes()));
-        written.with_context(|| format!("cannot write {}", secret.display()))?;
-        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&challenge)?)?;
-        return Ok(Some(ExitCode::SUCCESS));
+        let cannot = || format!("cannot write {}", secret.display());
+        let mut file = options.write(true).create_new(true).mode(0o600).open(&secret).with_context(cannot)?;
+        let written = file.write_all(kept.as_bytes()).and_then(|()| file.sync_all()).with_context(cannot);
+        let text = serde_json::to_string_pretty(&challenge)?;
+        let said = written.and_then(|()| Ok(writeln!(std::io::stdout(), "{text}")?));
+        if said.is_err() {
+            // Half of the two is of no use.
+            let _ = std::fs::remove_file(&secret);
+        }
+        return said.map(|()| Some(ExitCode::SUCCESS));
     }
     let Some(config) = load() else { return Ok(None) };
     if let KeyCommand::Rotate { name, template, object, finish, certificate_chain } = command {

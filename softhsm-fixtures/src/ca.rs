@@ -85,6 +85,15 @@ impl Ca {
         Ok((signed(builder, &self.key)?, key))
     }
 
+    /// Certifies a TPM's endorsement key (TCG EK Credential Profile, 3.2).
+    pub fn endorsement(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509> {
+        let mut builder = started(subject(name)?.as_ref(), self.certificate.subject_name(), key)?;
+        builder.append_extension(BasicConstraints::new().critical().build()?)?;
+        builder.append_extension(KeyUsage::new().critical().key_agreement().key_encipherment().build()?)?;
+        builder.append_extension(ExtendedKeyUsage::new().other("2.23.133.8.1").build()?)?;
+        signed(builder, &self.key)
+    }
+
     fn leaf(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509Builder> {
         let mut builder = started(subject(name)?.as_ref(), self.certificate.subject_name(), key)?;
         builder.append_extension(BasicConstraints::new().critical().build()?)?;

@@ -41,6 +41,11 @@ impl FaultProxy {
         log.lines().filter(|line| *line == function).count()
     }
 
+    /// How often the module itself refused a call.
+    pub fn refused(&self, function: &str) -> usize {
+        self.calls(&format!("{function} failed"))
+    }
+
     /// Sessions that were opened and not closed since a process last loaded the module.
     pub fn sessions(&self) -> usize {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();

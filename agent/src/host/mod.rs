@@ -6,8 +6,10 @@ pub(crate) mod task;
 pub(crate) mod wire;
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -73,13 +75,13 @@ pub fn run() -> io::Result<()> {
             writer: Mutex::new(Writer { socket, held: Vec::new() }),
             // Others could take the requests that one thread counts on.
             holds: signers.len() == 1,
+            over: AtomicBool::new(false),
         };
-        let is_checked = (0..spec.keys.len()).any(|key| device.verifier(key).is_some());
         std::thread::scope(|scope| {
-            let checks = (shared.holds && is_checked).then(|| {
+            let checks = shared.holds.then(|| {
                 let (checks, inbox) = mpsc::sync_channel(UNCHECKED);
                 // It ends with the thread that signs, or when the agent closes its end.
-                scope.spawn(|| drop(inbox.into_iter().try_for_each(|check| shared.check(check))));
+                scope.spawn(|| drop(shared.attend(inbox)));
                 checks
             });
             for signer in signers {
@@ -100,6 +102,8 @@ struct Shared<'a> {
     writer: Mutex<Writer>,
     /// Whether answers may be held back.
     holds: bool,
+    /// A key is another than before: nothing more is begun.
+    over: AtomicBool,
 }
 
 /// Our other end of it.
@@ -109,12 +113,14 @@ struct Writer {
     held: Vec<u8>,
 }
 
-/// For the thread that checks what another signs.
+/// For the thread that checks what another signs, and sees to it that nothing is held back for long.
 enum Check {
     /// Something to check and to answer, and whether more is to come before that is written.
     Made(Made, bool),
     /// It may be long until more comes.
     NoMore,
+    /// Something was held back.
+    Held,
 }
 
 /// Our end of the line to the agent.
@@ -179,11 +185,12 @@ struct Held {
 
 impl Held {
     /// Whether one more answer may wait for the next, with so many requests here, if that takes as long.
-    fn may_wait(&mut self, key: Option<usize>, took: Duration, waiting: usize) -> bool {
-        let since = *self.since.get_or_insert_with(Instant::now);
+    fn may_wait(&mut self, key: Option<usize>, took: Duration, waiting: usize, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
         (self.count, self.key) = (self.count + 1, key);
-        let waits =
-            key.is_some() && self.count < waiting.min(TOGETHER_COUNT) && since.elapsed() + took < TOGETHER;
+        let waits = key.is_some()
+            && self.count < waiting.min(TOGETHER_COUNT)
+            && now.duration_since(since) + took < TOGETHER;
         if !waits {
             *self = Self::default();
         }
@@ -211,6 +218,9 @@ impl Shared<'_> {
                 // The agent closed its end: nothing waits for us any more.
                 Err(_) => return,
             };
+            if self.over.load(Ordering::SeqCst) {
+                return;
+            }
             let (started, id) = (Instant::now(), request.id);
             // The agent is of the same build: anything else is no request of its.
             let Ok(asked) = request.asked() else { return };
@@ -239,13 +249,18 @@ impl Shared<'_> {
             let took = started.elapsed();
             // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
             let ends = outcome.as_ref().is_err_and(Failure::ends_process);
-            let more = self.holds && !ends && held.may_wait(key, took, waiting);
+            let first = held.count == 0;
+            let more = self.holds && !ends && held.may_wait(key, took, waiting, Instant::now());
+            let is_checked = key.is_some_and(|key| self.device.verifier(key).is_some());
             let made = Made { id, outcome, unchecked: key.zip(content), took };
             let went_on = match &checks {
                 // The device does not wait for it. Whatever came before is answered first.
-                Some(checks) if waiting > 0 || ends => {
+                Some(checks) if ends || waiting > 0 && is_checked => {
                     checks.send(Check::Made(made, more)).map_err(io::Error::other)
                 }
+                Some(checks) if more && first => self
+                    .check(Check::Made(made, more))
+                    .and_then(|()| checks.send(Check::Held).map_err(io::Error::other)),
                 _ => self.check(Check::Made(made, more)),
             };
             if went_on.is_err() || ends {
@@ -254,16 +269,44 @@ impl Shared<'_> {
         }
     }
 
+    /// The other thread.
+    fn attend(&self, inbox: Receiver<Check>) -> io::Result<()> {
+        let mut holds = false;
+        loop {
+            let check = match holds {
+                true => inbox.recv_timeout(TOGETHER),
+                false => inbox.recv().map_err(RecvTimeoutError::from),
+            };
+            let check = match check {
+                Ok(check) => check,
+                // The next takes longer than the last: it may never end.
+                Err(RecvTimeoutError::Timeout) => Check::NoMore,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            holds = matches!(check, Check::Made(_, true) | Check::Held);
+            self.check(check)?;
+        }
+    }
+
     /// Checks what was made, where that is asked for, and answers it.
     fn check(&self, check: Check) -> io::Result<()> {
-        let Check::Made(made, more) = check else { return self.write(|_| {}, false) };
-        let Made { id, mut outcome, unchecked, took } = made;
+        let (made, more) = match check {
+            Check::Made(made, more) => (made, more),
+            Check::NoMore => return self.write(|_| {}, false),
+            Check::Held => return Ok(()),
+        };
+        let Made { id, outcome, unchecked, took } = made;
         if let (Ok(signature), Some((key, content))) = (&outcome, unchecked)
             && let Some(verifier) = self.device.verifier(key)
             && !verifier.verifies(&content, signature)
         {
             let message = "the device has another key there than before".to_owned();
-            outcome = Err(Failure { class: Class::Gone, message });
+            tracing::warn!(reason = %message, "the token cannot go on; this process ends");
+            let answer = Answer::new(id, Err(Failure { class: Class::Gone, message })).after(took);
+            // The device may be in the middle of the next one, or of what an operator asked for: that is let end.
+            self.over.store(true, Ordering::SeqCst);
+            self.write(|held| wire::put(held, &answer), false)?;
+            return lock(&self.writer)?.socket.shutdown(Shutdown::Read);
         }
         let last = outcome.as_ref().err().filter(|failure| failure.ends_process()).cloned();
         let answer = Answer::new(id, outcome).after(took);
@@ -325,16 +368,16 @@ mod tests {
 
     #[test]
     fn answers_wait_only_for_what_is_here_and_as_quick() {
-        let (mut held, quick) = (Held::default(), Duration::from_micros(100));
-        assert!(held.may_wait(Some(3), quick, 2), "two more are here");
-        assert!(!held.may_wait(Some(3), quick, 1), "the last one answers for both");
-        assert!(!held.may_wait(Some(3), quick, 0) && held.count == 0);
-        assert!(!held.may_wait(None, quick, 8), "an operator's task");
-        assert!(held.may_wait(Some(3), quick, 8) && held.key == Some(3));
-        assert!(!held.may_wait(Some(3), TOGETHER, 8), "the next would come too late");
+        let (mut held, quick, now) = (Held::default(), Duration::from_micros(100), Instant::now());
+        assert!(held.may_wait(Some(3), quick, 2, now), "two more are here");
+        assert!(!held.may_wait(Some(3), quick, 1, now), "the last one answers for both");
+        assert!(!held.may_wait(Some(3), quick, 0, now) && held.count == 0);
+        assert!(!held.may_wait(None, quick, 8, now), "an operator's task");
+        assert!(held.may_wait(Some(3), quick, 8, now) && held.key == Some(3));
+        assert!(!held.may_wait(Some(3), TOGETHER, 8, now), "the next would come too late");
         for _ in 1..TOGETHER_COUNT {
-            assert!(held.may_wait(Some(3), Duration::ZERO, 64));
+            assert!(held.may_wait(Some(3), Duration::ZERO, 64, now));
         }
-        assert!(!held.may_wait(Some(3), Duration::ZERO, 64), "enough");
+        assert!(!held.may_wait(Some(3), Duration::ZERO, 64, now), "enough");
     }
 }

@@ -8,8 +8,8 @@ use sha2::{Digest as _, Sha256};
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use crate::backend::{tpm_attestation, tpm_credential};
-pub use crate::host::task::Challenge;
+use super::challenge::{self, ChallengeFile, Kept, is_endorsement};
+use crate::backend::tpm_attestation;
 use crate::host::task::Evidence;
 use crate::host::wire::PublicKey;
 
@@ -19,10 +19,8 @@ const YUBICO: [&str; 2] =
     [include_str!("yubico/piv-root.pem"), include_str!("yubico/attestation-root-1.pem")];
 const YUBICO_INTERMEDIATES: &str = include_str!("yubico/intermediates.pem");
 
-/// The only forms so far: of what a device says, of what it is asked, and of what is kept to compare.
+/// The only form so far.
 const FORM: &str = "omsign-attestation-1";
-const CHALLENGE: &str = "omsign-challenge-1";
-const KEPT: &str = "omsign-challenge-secret-1";
 
 /// A file about one key.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,35 +36,6 @@ pub struct Attestation {
     public_key: Vec<u8>,
     /// What the device says.
     evidence: Evidence,
-}
-
-/// A file with what only one TPM can read.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct ChallengeFile {
-    /// `omsign-challenge-1`
-    form: String,
-    #[serde(flatten)]
-    challenge: Challenge,
-}
-
-/// A file with what whoever made a challenge keeps: what is to be read, and by which keys.
-#[derive(Serialize, Deserialize)]
-pub struct Kept {
-    /// `omsign-challenge-secret-1`
-    form: String,
-    #[serde(with = "hex")]
-    secret: [u8; 32],
-    /// TPMT_PUBLIC.
-    #[serde(with = "hex")]
-    attestation_key: Vec<u8>,
-    #[serde(with = "hex")]
-    endorsement_certificate: Vec<u8>,
-}
-
-impl std::fmt::Debug for Kept {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Kept(…)")
-    }
 }
 
 /// What somebody knows who wants proof.
@@ -101,9 +70,6 @@ pub enum AttestationError {
     /// It is not one of ours.
     #[error("the file is not an attestation that `omsign-agent key attest` wrote: {0}")]
     Form(String),
-    /// It is not one of ours.
-    #[error("the file is not one that `omsign-agent key challenge` wrote: {0}")]
-    Challenge(String),
     /// Roots that cannot be read.
     #[error("the roots are not PEM certificates: {0}")]
     Roots(openssl::error::ErrorStack),
@@ -136,24 +102,14 @@ impl Attestation {
     /// A challenge to the TPM whose endorsement certificate the file has: only if it also has the file's attestation key
     /// can it be answered.
     pub fn challenge(&self) -> Result<(ChallengeFile, Kept), AttestationError> {
-        let wrong = |what: &str| AttestationError::Wrong(what.to_owned());
-        let Evidence::Tpm { attestation_key, endorsement_certificate, .. } = &self.evidence else {
-            return Err(wrong("it is not about a key of a TPM, and only those are challenged"));
-        };
-        if endorsement_certificate.is_empty() {
-            return Err(wrong("its TPM has no endorsement certificate"));
+        match &self.evidence {
+            Evidence::Tpm { attestation_key, endorsement_certificate, .. } => {
+                challenge::make(attestation_key, endorsement_certificate).map_err(AttestationError::Wrong)
+            }
+            _ => Err(AttestationError::Wrong(
+                "it is not about a key of a TPM, and only those are challenged".into(),
+            )),
         }
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).map_err(|error| wrong(&format!("there is no randomness: {error}")))?;
-        let challenge = tpm_credential::make(endorsement_certificate, attestation_key, &secret);
-        let challenge = challenge.map_err(AttestationError::Wrong)?;
-        let kept = Kept {
-            form: KEPT.to_owned(),
-            secret,
-            attestation_key: attestation_key.clone(),
-            endorsement_certificate: endorsement_certificate.clone(),
-        };
-        Ok((ChallengeFile { form: CHALLENGE.to_owned(), challenge }, kept))
     }
 
     /// What of it holds.
@@ -277,8 +233,16 @@ impl Attestation {
             let malformed = |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
             let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
             path(&certificate, Vec::new(), &self.roots(trust, "")?)?;
+            if !is_endorsement(endorsement_certificate) {
+                // What another key reads, anybody may have.
+                let message = "its endorsement certificate is one of another purpose, and may be anybody's";
+                return Err(AttestationError::Wrong(message.into()));
+            }
         }
-        match (trust.challenge.is_some() && made, wanted) {
+        match (trust.challenge.is_some(), wanted) {
+            (true, _) if !made => findings
+                .unproven
+                .push("whose TPM answered the challenge: give its maker's certificates with --roots".to_owned()),
             (true, _) => findings
                 .proven
                 .push(format!("certified by attestation key {by}, which is in the TPM that its maker certified")),
@@ -299,44 +263,6 @@ impl Attestation {
     fn roots(&self, trust: &Trust, known: &str) -> Result<Vec<X509>, AttestationError> {
         let pem = if trust.roots.is_empty() { known.as_bytes() } else { &trust.roots };
         X509::stack_from_pem(pem).map_err(AttestationError::Roots)
-    }
-}
-
-impl ChallengeFile {
-    /// Reads a file.
-    pub fn parse(text: &str) -> Result<Challenge, AttestationError> {
-        let parsed: Self =
-            serde_json::from_str(text).map_err(|error| AttestationError::Challenge(error.to_string()))?;
-        match parsed.form == CHALLENGE {
-            true => Ok(parsed.challenge),
-            false => Err(AttestationError::Challenge("its form is another".to_owned())),
-        }
-    }
-}
-
-impl Kept {
-    /// Reads a file. The error says nothing of what is in it.
-    pub fn parse(text: &str) -> Result<Self, AttestationError> {
-        match serde_json::from_str::<Self>(text) {
-            Ok(parsed) if parsed.form == KEPT => Ok(parsed),
-            _ => Err(AttestationError::Challenge("it is not what was kept with --secret".to_owned())),
-        }
-    }
-
-    /// Whether it was read, by the keys that it was made for.
-    fn answered(&self, attestation_key: &[u8], certificate: &[u8], answer: &[u8]) -> Result<(), String> {
-        if self.attestation_key != attestation_key || self.endorsement_certificate != certificate {
-            return Err("the challenge was made for other keys than these".into());
-        }
-        if answer.is_empty() {
-            return Err(
-                "it answers no challenge; ask for `omsign-agent key attest NAME --challenge FILE`".into()
-            );
-        }
-        if self.secret != answer {
-            return Err("the answer to the challenge is wrong".into());
-        }
-        Ok(())
     }
 }
 

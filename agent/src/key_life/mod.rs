@@ -3,6 +3,7 @@
 
 pub mod attestation;
 mod certificate;
+pub mod challenge;
 mod command;
 
 use std::collections::BTreeMap;

@@ -6,7 +6,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use omsign::hash::Algorithm;
+use omsign::hash::{Algorithm, MOST_JOBS};
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part, Selection};
 
 pub(crate) use self::verify::{
@@ -127,11 +127,17 @@ impl Files {
     }
 }
 
+/// More of them would have no buffers.
+fn jobs(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok().filter(|number: &NonZeroUsize| number.get() <= MOST_JOBS);
+    number.ok_or_else(|| format!("expected a number from 1 to {MOST_JOBS}"))
+}
+
 /// How the hashing is done: the result is the same.
 #[derive(Debug, Args)]
 pub(crate) struct Work {
-    /// Threads that hash [default: one for each core]
-    #[arg(long, short, value_name = "N")]
+    /// Threads that hash, 512 at most [default: one for each core]
+    #[arg(long, short, value_name = "N", value_parser = jobs)]
     pub(crate) jobs: Option<NonZeroUsize>,
     /// Remembers digests, and believes those of files whose size, times and inode are as they were
     #[arg(long)]

@@ -21,6 +21,7 @@ use rayon::prelude::*;
 use self::blake::{Blake2b, Blake3, subtree_bytes};
 use self::cache::{Cache, CacheUse, Remembered};
 pub use self::digest::{Algorithm, Digest};
+pub use self::schedule::MOST_JOBS;
 use self::schedule::{Hashed, OnFailure, Unit};
 use self::sha256::Sha256;
 pub(crate) use self::source::Stamp;

@@ -227,7 +227,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
 }
 
 /// More threads than any machine has cores do nothing but wait for each other.
-const MOST_JOBS: usize = 512;
+pub const MOST_JOBS: usize = 512;
 
 /// A pool of as many threads as asked for, or as there are cores for this process.
 pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, HashError> {

@@ -2,7 +2,8 @@
 //! it passes on to a file, and fails or delays calls as a control file says.
 //!
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
-//! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name.
+//! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed`, when the module
+//!   behind refuses it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
 //!   a module without slots; a line that ends in `once` counts for the first call of each process, one that ends in
@@ -112,13 +113,17 @@ fn newer(library: &Pkcs11) -> Option<Newer> {
     }
 }
 
-/// Logs the call, waits as told, and returns the error that it shall fail with, if any.
-fn intercept(function: &str) -> Option<CK_RV> {
+fn log(line: &str) {
     if let Some(path) = std::env::var_os("OMSIGN_PROXY_LOG") {
         let file = OpenOptions::new().create(true).append(true).open(path);
         // One write per line: several processes may log.
-        let _ = file.and_then(|mut file| file.write_all(format!("{function}\n").as_bytes()));
+        let _ = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
     }
+}
+
+/// Logs the call, waits as told, and returns the error that it shall fail with, if any.
+fn intercept(function: &str) -> Option<CK_RV> {
+    log(function);
     let faults = std::fs::read_to_string(std::env::var_os("OMSIGN_PROXY_FAULTS")?).ok()?;
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
@@ -150,7 +155,13 @@ macro_rules! functions {
                 }
                 match module().and_then(|module| module.list.$name) {
                     // SAFETY: the arguments are the caller's, for the same function of the module behind.
-                    Some(function) => unsafe { function($($argument),*) },
+                    Some(function) => {
+                        let rv = unsafe { function($($argument),*) };
+                        if rv != CKR_OK {
+                            log(concat!(stringify!($name), " failed"));
+                        }
+                        rv
+                    }
                     None => CKR_FUNCTION_NOT_SUPPORTED,
                 }
             }

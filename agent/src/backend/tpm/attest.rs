@@ -20,11 +20,11 @@ use tss_esapi::traits::{Marshall as _, UnMarshall as _};
 
 use super::super::refused;
 use super::credential::{activate, name};
-use super::errors::{classify, describe};
+use super::errors::classify;
 use super::keys::{encoded, padded};
 use crate::algorithm::{Algorithm, Curve};
 use crate::host::task::{Asking, Challenge, Evidence};
-use crate::host::wire::Failure;
+use crate::host::wire::{Class, Failure};
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
 
@@ -76,12 +76,21 @@ fn endorsement(
         };
     };
     let Some(challenge) = challenge else { return Ok((certificate, Vec::new())) };
-    let failed = |what: &str, error: tss_esapi::Error| refused(format!("{what}: {}", describe(&error)));
+    // The endorsement hierarchy's value, if it has one, is not ours to know; it must not lock our own keys.
+    let failed = |what: &str, error: tss_esapi::Error| match classify(what, &error) {
+        failure if failure.class == Class::Locked => refused(failure.message),
+        failure => failure,
+    };
     let key = create_ek_object_2(context, which, None)
-        .map_err(|error| failed("the endorsement key cannot be made", error))?;
+        .map_err(|error| failed("make the endorsement key", error))?;
     let answer = activate(context, attestation_key, key, challenge);
     context.flush_context(key.into()).map_err(|error| classify("let go of the endorsement key", &error))?;
-    let answer = answer.map_err(|error| failed("the challenge is for another TPM, or was changed", error))?;
+    let answer = answer.map_err(|error| match failed("answer the challenge", error) {
+        failure if failure.class == Class::Refused => {
+            refused(format!("the challenge is for another TPM, or was changed: {}", failure.message))
+        }
+        failure => failure,
+    })?;
     Ok((certificate, answer))
 }
 

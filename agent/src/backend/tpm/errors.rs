@@ -26,6 +26,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
                 | Code::Key
                 | Code::Integrity
                 | Code::Curve
+                | Code::EccPoint
                 | Code::Ticket
                 | Code::Policy
                 | Code::PolicyFail
@@ -54,8 +55,10 @@ pub(super) fn owners(what: &str, error: &Error) -> Failure {
     let failure = classify(what, error);
     match failure.class {
         Class::Locked => {
-            let message =
-                format!("{} of the owner hierarchy; owner_auth = … is missing, or wrong", failure.message);
+            let message = format!(
+                "{} of the owner hierarchy; owner_auth = … is missing, cannot be read (the log says why), or is wrong",
+                failure.message
+            );
             Failure { class: Class::Refused, message }
         }
         _ => failure,
