@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::sign_request::Content;
-use omsign_tests::agent::{Agent, SOON};
+use omsign_proto::v1::sign_response::Event;
+use omsign_tests::agent::{Agent, SOON, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, token_section};
+use rustix::process::Signal;
 use tonic::Code;
 
 #[test]
@@ -66,6 +68,44 @@ fn the_same_request_gets_the_same_answer() -> anyhow::Result<()> {
         ensure!(sign(&mut again, request("k", 5, &[7; 32]), SOON).await? == first);
         ensure!(sign(&mut again, request("k", 6, &[7; 32]), SOON).await? != first);
         ensure!(world.audit()?.len() == 2, "one entry for each signature, none for the repetition");
+        Ok(())
+    })
+}
+
+/// Answers are given together while more requests are there, unless the next one hangs.
+#[test]
+fn an_answer_does_not_wait_for_one_that_hangs() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    let section = proxy.before(&token_section("t", &token, "timeout = \"20s\""))?;
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        // So that it is known to be quick, and is given several at once.
+        for id in 0..40 {
+            sign(&mut client, request("k", id, &[7; 32]), SOON).await?;
+        }
+        proxy.set("C_Sign 0 600000 later\n")?;
+        let hosts = agent.hosts()?;
+        let host = hosts.first().context("a process")?;
+        signal(*host, Signal::STOP)?;
+        let mut waiting = tokio::task::JoinSet::new();
+        for id in 100..108 {
+            // It begins with an event that says that the token is busy.
+            let mut events = client.sign(request("k", id, &[7; 32])).await?.into_inner();
+            waiting.spawn(async move {
+                while let Ok(Some(event)) = events.message().await {
+                    if matches!(event.event, Some(Event::Signed(_))) {
+                        return true;
+                    }
+                }
+                false
+            });
+        }
+        signal(*host, Signal::CONT)?;
+        let first = tokio::time::timeout(Duration::from_secs(5), waiting.join_next()).await;
+        ensure!(first?.context("one of eight")??, "the first one was not signed");
         Ok(())
     })
 }
