@@ -10,7 +10,7 @@ use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::agent::{Agent, eventually, freeze, signal};
 use omsign_tests::lab::{Lab, Sees};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section};
@@ -166,7 +166,7 @@ fn tpm() -> anyhow::Result<()> {
     let mut lab = Lab::new(world, &section, "handle = \"0x81000010\"", 32, None)?;
     let tries = |chip: &SwTpm| Ok(i64::from(chip.failed_tries()?));
     let pause = |chip: &SwTpm| {
-        signal(chip.swtpm()?, Signal::STOP)?;
+        freeze(chip.swtpm()?)?;
         let pid = chip.swtpm()?;
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(500));
@@ -179,7 +179,7 @@ fn tpm() -> anyhow::Result<()> {
         "hangs",
         (Sees::Unavailable, HANG),
         &|| Ok(0),
-        |_| signal(chip.swtpm()?, Signal::STOP),
+        |_| freeze(chip.swtpm()?),
         |_| signal(chip.swtpm()?, Signal::CONT),
     )?;
     // That it lost power while a guarded key was in use counts as a try, for the TPM (TPM 2.0, part 1, 19.8.6).

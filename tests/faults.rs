@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::agent::{Agent, eventually, freeze, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
@@ -246,7 +246,7 @@ fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
         let before = agent.hosts()?;
         // Which process is whose shows in what it has open.
         let victim = owner(&before, &stuck)?;
-        signal(victim, Signal::STOP)?;
+        freeze(victim)?;
         let started = Instant::now();
         let (mut a, mut b) = (client.clone(), client.clone());
         let (patient, hasty) = tokio::join!(

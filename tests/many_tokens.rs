@@ -6,12 +6,11 @@ use anyhow::ensure;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
-use omsign_tests::agent::{Agent, eventually, refused, signal};
+use omsign_tests::agent::{Agent, eventually, freeze, refused};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key, key_section, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
-use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -91,7 +90,7 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
         let before = right.calls("C_Sign");
         let hosts = agent.hosts()?;
         let host = hosts.first().copied().unwrap_or_default();
-        signal(host, Signal::STOP)?;
+        freeze(host)?;
         let started = Instant::now();
         sign_all(&world, 2000, 64).await?;
         ensure!(started.elapsed() < SECOND * 10, "{:?}", started.elapsed());

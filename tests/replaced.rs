@@ -9,7 +9,7 @@ use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
-use omsign_tests::agent::signal;
+use omsign_tests::agent::{freeze, signal};
 use omsign_tests::lab::{Lab, Sees, Tries};
 use omsign_tests::world::World;
 use rustix::process::Signal;
@@ -35,7 +35,7 @@ fn sleeps(
     let all = |lab: &Lab| anyhow::Ok([vec![lab.agent.pid()], lab.agent.hosts()?].concat());
     let sleep = |lab: &Lab| {
         let processes = all(lab)?;
-        processes.iter().try_for_each(|pid| signal(*pid, Signal::STOP))?;
+        processes.iter().try_for_each(|pid| freeze(*pid))?;
         meanwhile()?;
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_secs(3));

@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
-use omsign_tests::agent::{Agent, SOON, signal};
+use omsign_tests::agent::{Agent, SOON, freeze, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
@@ -89,7 +89,7 @@ fn an_answer_does_not_wait_for_one_that_hangs() -> anyhow::Result<()> {
         proxy.set("C_Sign 0 600000 later\n")?;
         let hosts = agent.hosts()?;
         let host = hosts.first().context("a process")?;
-        signal(*host, Signal::STOP)?;
+        freeze(*host)?;
         let mut waiting = tokio::task::JoinSet::new();
         for id in 100..108 {
             // It begins with an event that says that the token is busy.

@@ -174,6 +174,21 @@ pub fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
     kill_process(pid, signal).context("kill")
 }
 
+/// Stops a process, all of it: its threads stop one by one, when each is next scheduled.
+pub fn freeze(pid: u32) -> anyhow::Result<()> {
+    signal(pid, Signal::STOP)?;
+    eventually("a standstill", || {
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+            // The state follows the name in parentheses (proc_pid_stat(5)).
+            if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
+}
+
 fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
     let mut found = Vec::new();
     for thread in Path::new(&format!("/proc/{pid}/task")).read_dir()? {
