@@ -214,7 +214,8 @@ fn house(world: &World, quick: bool) -> anyhow::Result<Vec<Row>> {
     let count = listed.matches("\"object\"").count();
     ensure!(count == objects / 2 + 1, "{count} keys listed");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let signing = runtime.block_on(load(world, &agent, ("bench", 32), 8, Duration::from_secs(1)))?.per_second;
+    let signing =
+        runtime.block_on(load(world, &agent, ("bench", 32), CLIENTS, Duration::from_secs(1)))?.per_second;
     let idle = Duration::from_secs(if quick { 2 } else { 30 });
     let cpu = agent.cpu_seconds()?;
     std::thread::sleep(idle);
