@@ -36,8 +36,9 @@ fn a_unix_user_without_a_rule_is_denied() -> anyhow::Result<()> {
     ensure!(errors.contains("hint: ask the agent's operator") && !errors.contains("key.k.allow"), "{errors}");
     ensure!(world.omsign_ok(&["keys"])?.is_empty(), "a key that may not be used is not listed");
     // Its token is: this user may unlock it.
-    let status = world.omsign_ok(&["agent", "status"])?;
-    ensure!(status.contains("token t: ready") && !status.contains("key k"), "{status}");
+    let status = || world.omsign_ok(&["agent", "status"]);
+    eventually("an open token", || Ok(status()?.contains("token t: ready")))?;
+    ensure!(!status()?.contains("key k"), "{}", status()?);
     let audit = world.audit()?;
     let looked = audit.last().context("an entry")?;
     ensure!(looked["action"] == "look" && looked["outcome"] == "denied" && looked["key"] == "k", "{looked}");

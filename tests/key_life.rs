@@ -137,8 +137,10 @@ fn of_tpm_keys() -> anyhow::Result<()> {
     refuses(&world, &["generate", "file", "--touch-policy", "always"], "are for a YubiKey's keys")?;
     let _agent = Agent::start(&world, &config)?;
     whole_life(&world, "handle", &["--type", "rsa2048"], false)?;
-    // A file that tpm2-openssl reads.
+    // A file that tpm2-openssl reads, once the agent has opened it: where no resource manager stands between the
+    // two, whoever opens a TPM clears it of what others loaded.
     does(&world, &["generate", "file", "--type", "p256"])?;
+    world.omsign_ok(&["sign", "model", "--key", "file", "--signature", "s.sig"])?;
     let made = text(&world.path("made.pem"));
     chip.tool("openssl", |tool| {
         tool.args(["pkey", "-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2"]);
