@@ -42,6 +42,8 @@ pub struct Profile {
     pub environment_if_set: Vec<String>,
     /// The most PKCS#11 sessions that are of use, or allowed. One of them is the agent's anchor.
     pub max_sessions: Option<usize>,
+    /// How many threads may sign at once, each in its session, where more are of no use or do harm.
+    pub threads: Option<usize>,
     /// How long the device may be left alone before it forgets the login: it is asked for a random byte before that.
     #[serde(deserialize_with = "duration")]
     pub keep_alive: Option<Duration>,
@@ -83,6 +85,7 @@ impl Default for Profile {
             environment: Vec::new(),
             environment_if_set: Vec::new(),
             max_sessions: None,
+            threads: None,
             keep_alive: None,
             shows_public_before_login: true,
             only_writing_sessions: false,

@@ -20,6 +20,9 @@ use super::tlv::{parse, tlv, value};
 /// The firmware version that it claims.
 pub(super) const VERSION: [u8; 3] = [5, 7, 1];
 
+/// In bytes: the most data of one command, all its parts together (yubico-piv-tool, lib/internal.h, CB_BUF_MAX).
+const LONGEST: usize = 3072;
+
 const PIV: &[u8] = &[0xa0, 0, 0, 3, 8];
 const MANAGEMENT: &[u8] = &[0xa0, 0, 0, 5, 0x27, 0x47, 0x11, 0x17];
 
@@ -119,12 +122,15 @@ impl Card {
     fn transport(&mut self, apdu: &[u8]) -> Result<(Vec<u8>, u16), u16> {
         let [class, instruction, p1, p2, body @ ..] = apdu else { return Err(WRONG_LENGTH) };
         let (data, most) = split(body).ok_or(WRONG_LENGTH)?;
-        if class & 0x10 != 0 {
-            self.session.chained.extend_from_slice(data);
-            return Ok((Vec::new(), OK));
-        }
         let mut whole = std::mem::take(&mut self.session.chained);
         whole.extend_from_slice(data);
+        if whole.len() > LONGEST {
+            return Err(WRONG_LENGTH);
+        }
+        if class & 0x10 != 0 {
+            self.session.chained = whole;
+            return Ok((Vec::new(), OK));
+        }
         if *instruction != 0xc0 {
             self.session.rest = self.execute(*instruction, *p1, *p2, &whole)?;
         }

@@ -13,9 +13,6 @@ use crate::host::wire::{Failure, PublicKey};
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
 
-/// The most that fits into one command to the card, with what goes around it.
-const LONGEST_MESSAGE: usize = 1000;
-
 /// A key that can be used.
 pub(super) struct Key {
     pub(super) slot: SlotId,
@@ -27,20 +24,11 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// What the card is given: it does not pad RSA itself, and its commands are short.
+    /// What the card is given: it does not pad RSA itself.
     pub(super) fn input(&self, content: &Content) -> Result<Vec<u8>, Failure> {
         let bytes = self.algorithm.bytes(content).map_err(refused)?;
         match self.algorithm {
-            Algorithm::Ecdsa(_) => Ok(bytes.to_vec()),
-            // The crate cannot encode this one length.
-            Algorithm::Ed25519 if bytes.len() == 255 => Err(refused(
-                "the statement has a length that cannot be sent to the card; use a P-256 key".into(),
-            )),
-            Algorithm::Ed25519 if bytes.len() > LONGEST_MESSAGE => Err(refused(format!(
-                "the statement has {} bytes, and an Ed25519 key on a card takes {LONGEST_MESSAGE}; use a P-256 key",
-                bytes.len()
-            ))),
-            Algorithm::Ed25519 => Ok(bytes.to_vec()),
+            Algorithm::Ecdsa(_) | Algorithm::Ed25519 => Ok(bytes.to_vec()),
             Algorithm::RsaPkcs1 => {
                 let size = match self.algorithm_id {
                     AlgorithmId::Rsa2048 => 256,

@@ -1,15 +1,13 @@
 //! What operators do with the slots of a card.
 
-use std::ffi::CString;
-
 use x509_cert::der::Encode as _;
 use yubikey::certificate::CertInfo;
 use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
 use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
-use super::super::{gone, refused};
+use super::super::refused;
 use super::errors::classify;
-use super::{Card, is_factorys, keys, touch_me};
+use super::{Card, is_factorys, keys, line, touch_me};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{self, Asking, Done, Evidence, Listed, Task, Template};
@@ -177,37 +175,19 @@ fn delete(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
         )));
     }
     manage(card)?;
-    let status = command(card.yubikey.name(), &[0, MOVE_KEY, 0xff, slot.into()])
-        .map_err(|error| gone(format!("delete the key: {error}")))?;
-    match status {
-        [0x90, 0x00] => {}
+    let sent = line::command(card.yubikey, [0, MOVE_KEY, 0xff, slot.into()], &[]);
+    match sent.map_err(|error| classify("delete the key", &error))?.1 {
+        line::DONE => {}
         // Another program used the card in between.
-        [0x69, 0x82] => return Err(refused("the card did not let us delete the key; try again".into())),
-        [first, second] => {
-            return Err(refused(format!(
-                "the card answered {first:02x}{second:02x} when it was to delete the key"
-            )));
+        line::NOT_ALLOWED => return Err(refused("the card did not let us delete the key; try again".into())),
+        status => {
+            return Err(refused(format!("the card answered {status:04x} when it was to delete the key")));
         }
     }
     let deleted = Certificate::delete(card.yubikey, slot);
     deleted
         .map(|()| Done::Nothing)
         .map_err(|error| classify("delete its certificate; the key is deleted", &error))
-}
-
-/// Sends a short command that the crate does not have, over a line of its own; returns the card's status. What was shown
-/// to the card over the crate's line counts for this one.
-fn command(reader: &str, command: &[u8]) -> Result<[u8; 2], pcsc::Error> {
-    let context = pcsc::Context::establish(pcsc::Scope::System)?;
-    let reader = CString::new(reader).map_err(|_| pcsc::Error::UnknownReader)?;
-    let mut line = context.connect(&reader, pcsc::ShareMode::Shared, pcsc::Protocols::T1)?;
-    let transaction = line.transaction()?;
-    let mut answer = [0; pcsc::MAX_BUFFER_SIZE];
-    let status = transaction.transmit(command, &mut answer).map(|answer| answer.last_chunk().copied());
-    let _ = transaction.end(pcsc::Disposition::LeaveCard);
-    // Dropped, it would reset the card.
-    let _ = line.disconnect(pcsc::Disposition::LeaveCard);
-    status?.ok_or(pcsc::Error::CommDataLost)
 }
 
 fn pin_policy(template: &Template) -> PinPolicy {

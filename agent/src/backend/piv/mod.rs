@@ -5,6 +5,7 @@
 mod errors;
 mod keys;
 mod life;
+mod line;
 mod survey;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,7 @@ use self::keys::Key;
 use self::survey::is_factorys;
 pub(super) use self::survey::{prepare, survey};
 use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
-use crate::algorithm::Content;
+use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
 use crate::secret::Pin;
@@ -218,6 +219,12 @@ impl Card<'_> {
             yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }
             | yubikey::Error::AuthenticationError
             | yubikey::Error::GenericError => {}
+            yubikey::Error::SizeError => {
+                let length = input.len();
+                return Err(refused(format!(
+                    "the statement has {length} bytes, more than the card takes for an Ed25519 key; use a P-256 key"
+                )));
+            }
             error => return Err(classify("sign", &error)),
         }
         if key.pin == PinPolicy::Never {
@@ -239,6 +246,9 @@ impl Card<'_> {
     fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
             self.verify()?;
+        }
+        if key.algorithm == Algorithm::Ed25519 {
+            return line::sign_message(self.yubikey, key.slot, input);
         }
         piv::sign_data(self.yubikey, input, key.algorithm_id, key.slot).map(|signature| signature.to_vec())
     }

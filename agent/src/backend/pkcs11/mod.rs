@@ -73,7 +73,7 @@ pub(super) fn open(
     if limit == 0 {
         return Err(refused("the token allows one session at a time; two are needed".into()));
     }
-    let sessions = spec.token.sessions.min(limit);
+    let sessions = spec.token.sessions.min(limit).min(profile.threads.unwrap_or(usize::MAX));
     let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
