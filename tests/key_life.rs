@@ -169,7 +169,10 @@ fn of_a_yubikey_key() -> anyhow::Result<()> {
     let world = World::new()?;
     let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     yubikey.change_pin()?;
-    let config = world.listen() + &yubikey.section("card") + &key_on("k", "card", "slot = \"9c\"");
+    let config = world.listen()
+        + &yubikey.section("card")
+        + &key_on("k", "card", "slot = \"9c\"")
+        + &key_on("ed", "card", "slot = \"9d\"");
     world.write("agent.toml", &config)?;
     world.model()?;
     // The factory's management key is refused, not used.
@@ -178,10 +181,19 @@ fn of_a_yubikey_key() -> anyhow::Result<()> {
     refuses(&world, &["generate", "k", "--type", "p521"], "a YubiKey has no such keys; use p256 or p384")?;
     whole_life(&world, "k", &["--type", "p256", "--pin-policy", "once"], true)?;
     // Its slot is free again.
-    does(&world, &["generate", "k", "--type", "p256", "--pin-policy", "once"])?;
+    let public = does(&world, &["generate", "k", "--type", "p256", "--pin-policy", "once"])?;
     world.write("own.pem", does(&world, &["self-sign", "k", "--subject", "CN=k"])?)?;
     does(&world, &["import-certificate", "k", "own.pem"])?;
     let listed = does(&world, &["list"])?;
+    // Older firmware says plainly what it does not do.
+    yubikey.set_firmware([5, 4, 3]);
+    let key = fingerprint(&public)?;
+    let answers = format!("k\n{}\n", key.get(..8).context("a fingerprint")?);
+    let delete = answering(&world, &["delete", "k"], &answers)?;
+    let errors = String::from_utf8_lossy(&delete.stderr).into_owned();
+    ensure!(errors.contains("its firmware 5.4.3 cannot delete keys, 5.7 can"), "{errors}");
+    refuses(&world, &["generate", "ed", "--type", "ed25519"], "the card's firmware has no such keys")?;
+    yubikey.set_firmware([5, 7, 1]);
     // Other programs use the card in between, and nobody notices.
     let agent = Agent::start(&world, &config)?;
     for command in [&["list"][..], &["csr", "k", "--subject", "CN=a"], &["attest", "k"]] {

@@ -17,8 +17,8 @@ use super::objects::{self, ADMIN, PRINTED};
 use super::secret::Secret;
 use super::tlv::{parse, tlv, value};
 
-/// The firmware version that it claims.
-pub(super) const VERSION: [u8; 3] = [5, 7, 1];
+/// The firmware version that it claims, unless another was set. From 5.7 on cards delete keys, and make more kinds.
+const VERSION: [u8; 3] = [5, 7, 1];
 
 /// In bytes: the most data of one command, all its parts together (yubico-piv-tool, lib/internal.h, CB_BUF_MAX).
 const LONGEST: usize = 3072;
@@ -37,6 +37,7 @@ type Answer = Result<Vec<u8>, u16>;
 /// The card.
 pub(super) struct Card {
     serial: u32,
+    pub(super) version: [u8; 3],
     slots: BTreeMap<u8, Slot>,
     objects: BTreeMap<Vec<u8>, Vec<u8>>,
     pin: Secret,
@@ -64,7 +65,7 @@ struct Session {
 
 impl Card {
     pub(super) fn new(serial: u32) -> Result<Self, ErrorStack> {
-        let attestation = keys::generate(0x11).ok_or_else(ErrorStack::get)?;
+        let attestation = keys::generate(0x11, true).ok_or_else(ErrorStack::get)?;
         let mut objects = BTreeMap::new();
         let certificate = keys::attestation_ca(&attestation)?;
         let certificate = [tlv(&[0x70], &certificate), tlv(&[0x71], &[0]), tlv(&[0xfe], &[])].concat();
@@ -72,6 +73,7 @@ impl Card {
         objects.insert(vec![0x5f, 0xc1, 2], objects::card_holder()?);
         Ok(Self {
             serial,
+            version: VERSION,
             slots: BTreeMap::new(),
             objects,
             pin: Secret { value: FACTORY_PIN, left: 3 },
@@ -150,7 +152,7 @@ impl Card {
             return Err(UNKNOWN);
         }
         match instruction {
-            0xfd => Ok(VERSION.to_vec()),
+            0xfd => Ok(self.version.to_vec()),
             0xf8 => Ok(self.serial.to_be_bytes().to_vec()),
             0x20 => self.verify(p1, p2, data),
             0x24 => self.change(p2, data),
@@ -164,9 +166,9 @@ impl Card {
             0xf7 => self.metadata(p2),
             0xf9 => {
                 let slot = self.slots.get(&p1).filter(|slot| !slot.imported).ok_or(NO_REFERENCE)?;
-                keys::attest(p1, slot, self.serial, &self.attestation).map_err(|_| FAILED)
+                keys::attest(p1, slot, self.serial, self.version, &self.attestation).map_err(|_| FAILED)
             }
-            0xf6 => self.move_key(p1, p2),
+            0xf6 if self.is_new() => self.move_key(p1, p2),
             0xff => self.set_management_key(data),
             0xfa => self.set_tries(p1, p2),
             0xfb => self.factory_reset(),
@@ -180,11 +182,9 @@ impl Card {
             let fields = [tlv(&[0x4f], &[0, 0, 0x10, 0, 1, 0]), tlv(&[0x79], &tlv(&[0x4f], PIV))].concat();
             return Ok(tlv(&[0x61], &fields));
         }
-        if application == MANAGEMENT {
-            Ok(b"Virtual mgr - FW version 5.7.1".to_vec())
-        } else {
-            Err(NOT_FOUND)
-        }
+        let [major, minor, patch] = self.version;
+        let banner = format!("Virtual mgr - FW version {major}.{minor}.{patch}");
+        if application == MANAGEMENT { Ok(banner.into_bytes()) } else { Err(NOT_FOUND) }
     }
 
     fn verify(&mut self, p1: u8, p2: u8, data: &[u8]) -> Answer {
@@ -253,7 +253,7 @@ impl Card {
         let outer = parse(data).ok_or(WRONG_DATA)?;
         let fields = outer.first().and_then(|(_, fields)| parse(fields)).ok_or(WRONG_DATA)?;
         let algorithm = value(&fields, 0x80).and_then(|field| field.first()).ok_or(WRONG_DATA)?;
-        let key = keys::generate(*algorithm).ok_or(WRONG_DATA)?;
+        let key = keys::generate(*algorithm, self.is_new()).ok_or(WRONG_DATA)?;
         let public = keys::public(&key).map_err(|_| FAILED)?;
         self.slots.insert(number, Slot::new(number, key, &fields, false));
         Ok(tlv(&[0x7f, 0x49], &public))
@@ -372,6 +372,10 @@ impl Card {
         *self = Self::new(self.serial).map_err(|_| FAILED)?;
         self.session.selected = true;
         Ok(Vec::new())
+    }
+
+    fn is_new(&self) -> bool {
+        self.version >= VERSION
     }
 
     fn managed(&self) -> Result<(), u16> {

@@ -48,9 +48,10 @@ pub(super) fn algorithm(key: &PKey<Private>) -> u8 {
     }
 }
 
-/// Makes a key; none for a number that is not known.
-pub(super) fn generate(algorithm: u8) -> Option<PKey<Private>> {
+/// Makes a key; none for a number that is not known, to older firmware or at all.
+pub(super) fn generate(algorithm: u8, new_firmware: bool) -> Option<PKey<Private>> {
     match algorithm {
+        0x05 | 0x16 | 0xe0 if !new_firmware => None,
         0x06 => PKey::from_rsa(Rsa::generate(1024).ok()?).ok(),
         0x07 => PKey::from_rsa(Rsa::generate(2048).ok()?).ok(),
         0x05 => PKey::from_rsa(Rsa::generate(3072).ok()?).ok(),
@@ -143,13 +144,14 @@ pub(super) fn attest(
     number: u8,
     slot: &Slot,
     serial: u32,
+    version: [u8; 3],
     by: &PKey<Private>,
 ) -> Result<Vec<u8>, ErrorStack> {
     let subject = format!("YubiKey PIV Attestation {number:02x}");
     let mut builder = certificate(&subject, "Virtual PIV Attestation", &slot.key)?;
     let integer = [&[2, 4][..], &serial.to_be_bytes()].concat();
     let extensions: [(&str, &[u8]); 4] = [
-        ("1.3.6.1.4.1.41482.3.3", &super::card::VERSION),
+        ("1.3.6.1.4.1.41482.3.3", &version),
         ("1.3.6.1.4.1.41482.3.7", &integer),
         ("1.3.6.1.4.1.41482.3.8", &[slot.pin_policy, slot.touch_policy]),
         ("1.3.6.1.4.1.41482.3.9", &[1]),

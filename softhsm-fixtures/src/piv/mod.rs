@@ -181,6 +181,11 @@ impl VirtualPiv {
         self.inside.card().protect_management_key().context("OpenSSL")
     }
 
+    /// Makes its firmware another one: before 5.7 a card makes fewer kinds of keys and deletes none.
+    pub fn set_firmware(&self, version: [u8; 3]) {
+        self.inside.card().version = version;
+    }
+
     /// How many wrong PINs the card would still take.
     pub fn pin_tries(&self) -> anyhow::Result<u8> {
         let status = String::from_utf8(self.tool(&["-a", "status"])?)?;
