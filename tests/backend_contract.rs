@@ -9,7 +9,7 @@ use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::{Abrmd, SwTpm};
 use omsign_tests::agent::Agent;
 use omsign_tests::device::{
-    Device, Expected, card, card_through, kryoptic, soft_hsm, tpm, tpm_through_pkcs11,
+    Device, Expected, card, card_through, kryoptic, soft_hsm, soft_hsm_with_rsa, tpm, tpm_through_pkcs11,
 };
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key, text};
@@ -72,6 +72,12 @@ fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
 fn softhsm() -> anyhow::Result<()> {
     let world = World::new()?;
     holds(&world, &soft_hsm(&world)?)
+}
+
+#[test]
+fn softhsm_with_large_rsa_keys() -> anyhow::Result<()> {
+    let world = World::new()?;
+    holds(&world, &soft_hsm_with_rsa(&world)?)
 }
 
 #[test]

@@ -9,6 +9,7 @@ use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 
+use crate::operator::does;
 use crate::world::{World, key, key_section, token_section};
 
 /// A key to try: its section, and its public half as the device's own tools give it.
@@ -54,18 +55,64 @@ pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
             format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display());
         expected.push(Expected { name, algorithm, public: token.public_key(name), uri });
     }
-    let mut keys: String = expected.iter().map(|key| key_section(key.name, "device", key.name)).collect();
-    // The same key with the other padding.
-    keys += &key_section("pss", "device", "rsa").replace("[[key", "padding = \"pss\"\n[[key");
-    let (public, uri) = (token.public_key("rsa"), String::new());
-    expected.push(Expected { name: "pss", algorithm: "rsa-pss-sha256", public, uri });
-    Ok(Device {
+    let keys: String = expected.iter().map(|key| key_section(key.name, "device", key.name)).collect();
+    let mut device = Device {
         token: token_section("device", &token, ""),
         keys,
         expected,
         environment: vec![("SOFTHSM2_CONF", token.config())],
         secret: PIN,
-    })
+    };
+    device.pads_otherwise("pss", "rsa")?;
+    Ok(device)
+}
+
+/// A SoftHSM token with the larger RSA keys, made by omsign.
+pub fn soft_hsm_with_rsa(world: &World) -> anyhow::Result<Device> {
+    let token = SoftHsm::create(&world.path("soft"), "soft")?;
+    let pin = token.pin_file();
+    let mut device = Device {
+        token: token_section("device", &token, ""),
+        keys: String::new(),
+        expected: Vec::new(),
+        environment: vec![("SOFTHSM2_CONF", token.config())],
+        secret: PIN,
+    };
+    let kinds = [("rsa3072", "rsa3072", "rsa-pkcs1-sha256"), ("rsa4096", "rsa4096", "rsa-pkcs1-sha256")];
+    device.makes(world, &kinds, |name| {
+        format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display())
+    })?;
+    device.pads_otherwise("pss3072", "rsa3072")?;
+    device.pads_otherwise("pss4096", "rsa4096")?;
+    Ok(device)
+}
+
+impl Device {
+    /// Has omsign make a key of each kind: name, `--type` and algorithm.
+    fn makes(
+        &mut self,
+        world: &World,
+        kinds: &[(&'static str, &str, &'static str)],
+        uri: impl Fn(&str) -> String,
+    ) -> anyhow::Result<()> {
+        self.keys.extend(kinds.iter().map(|(name, ..)| key_section(name, "device", name)));
+        world.write("agent.toml", world.listen() + &self.token + &self.keys)?;
+        for (name, kind, algorithm) in kinds {
+            let made = does(world, &["generate", name, "--type", kind])?;
+            let public = world.write(&format!("{name}.pub.pem"), made)?;
+            self.expected.push(Expected { name, algorithm, public, uri: uri(name) });
+        }
+        Ok(())
+    }
+
+    /// The RSA key that is there, with the other padding.
+    fn pads_otherwise(&mut self, name: &'static str, key: &str) -> anyhow::Result<()> {
+        let same = self.expected.iter().find(|other| other.name == key).context("the key")?;
+        let (public, uri) = (same.public.clone(), String::new());
+        self.keys += &key_section(name, "device", key).replace("[[key", "padding = \"pss\"\n[[key");
+        self.expected.push(Expected { name, algorithm: "rsa-pss-sha256", public, uri });
+        Ok(())
+    }
 }
 
 /// A kryoptic token with a key of each kind that omsign makes on it, ML-DSA among them.
@@ -81,27 +128,19 @@ pub fn kryoptic(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
         ("mldsa65", "ml-dsa-65", "ml-dsa-65"),
         ("mldsa87", "ml-dsa-87", "ml-dsa-87"),
     ];
-    let section = token.section("device")?;
-    let keys: String = kinds.iter().map(|(name, _, _)| key_section(name, "device", name)).collect();
-    world.write("agent.toml", world.listen() + &section + &keys)?;
-    let mut expected = Vec::new();
-    for (name, kind, algorithm) in kinds {
-        let mut generate = Command::new(omsign_fixtures::built("omsign-agent")?);
-        generate.args(["key", "generate", name, "--type", kind, "--config"]).arg(world.path("agent.toml"));
-        world.without_surprises(&mut generate);
-        let output = generate.output()?;
-        ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-        let public = world.write(&format!("{name}.pub.pem"), &output.stdout)?;
-        let uri = format!(
-            "pkcs11:token={};object={name}?module-path={}&pin-source=file:{}",
-            token.label(),
-            module.display(),
-            pin.display()
-        );
-        expected.push(Expected { name, algorithm, public, uri });
-    }
-    let environment = vec![("KRYOPTIC_CONF", token.config())];
-    Ok(Device { token: section, keys, expected, environment, secret: omsign_fixtures::kryoptic::PIN })
+    let mut device = Device {
+        token: token.section("device")?,
+        keys: String::new(),
+        expected: Vec::new(),
+        environment: vec![("KRYOPTIC_CONF", token.config())],
+        secret: omsign_fixtures::kryoptic::PIN,
+    };
+    let (label, module, pin) = (token.label(), module.display(), pin.display());
+    device.makes(world, &kinds, |name| {
+        format!("pkcs11:token={label};object={name}?module-path={module}&pin-source=file:{pin}")
+    })?;
+    device.pads_otherwise("pss", "rsa")?;
+    Ok(device)
 }
 
 /// A software TPM with a persistent key and a key file.
