@@ -272,6 +272,11 @@ fn on_two_tokens() -> anyhow::Result<()> {
     ensure!(output.status.code() == Some(2) && said.contains("label \"k\""), "{said}");
     ensure!(said.contains("b: it is locked: the PIN file"), "{said}");
     world.write("agent.toml", &config)?;
+    // A certificate goes to both.
+    world.write("own.pem", does(&world, &["self-sign", "k", "--subject", "CN=k"])?)?;
+    does(&world, &["import-certificate", "k", "own.pem"])?;
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.matches("with its certificate").count() == 2, "{listed}");
     let start = fingerprint(&std::fs::read_to_string(first.public_key("k"))?)?;
     let start = start.get(..8).context("a fingerprint")?;
     let output = answering(&world, &["delete", "k"], &format!("k\n{start}\n"))?;

@@ -76,6 +76,37 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
     leaves(&world, &["rotate", "k", "--finish"], "give the next key's with --certificate-chain")
 }
 
+/// What fails on the way leaves the configuration as it was, for the agent that runs, too.
+#[test]
+fn a_rotation_that_fails() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
+    let _agent = Agent::start(&world, &config)?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "s.sig"])?;
+    // Not made.
+    proxy.set("C_GenerateKeyPair 30 0\n")?;
+    leaves(&world, &["rotate", "k"], "CKR_DEVICE_ERROR")?;
+    proxy.set("")?;
+    leaves(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
+    refuses(&world, &["csr", "k/next", "--subject", "CN=k"], "[key.k] has no `next`")?;
+    // Made, and then the first look at it fails (CKR_DATA_LEN_RANGE): it is named, and can take its place.
+    proxy.set("C_Sign 21 0 once\n")?;
+    refuses(
+        &world,
+        &["rotate", "k", "--type", "p384"],
+        "but label \"k-2\" is there: `omsign-agent key list`",
+    )?;
+    ensure!(does(&world, &["list"])?.contains("k/next "));
+    does(&world, &["rotate", "k", "--finish"])?;
+    // It works when the cause has ended.
+    let next = does(&world, &["rotate", "k", "--type", "p384"])?;
+    ensure!(does(&world, &["rotate", "k", "--finish"])? == next);
+    Ok(())
+}
+
 #[test]
 fn of_tpms_and_yubikeys() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -120,7 +120,8 @@ impl Command {
         };
         let found = config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
         let tokens = found.map(|key| key.tokens.as_slice()).unwrap_or_default();
-        let everywhere = matches!(self, Self::Delete { .. } | Self::Public { .. });
+        let everywhere =
+            matches!(self, Self::Delete { .. } | Self::Public { .. } | Self::ImportCertificate { .. });
         let all = if everywhere { tokens.len() } else { 1 };
         tokens.iter().take(all).map(String::as_str).collect()
     }

@@ -20,7 +20,7 @@ use self::attestation::Attestation;
 pub use self::certificate::Subject;
 pub use self::command::{Command, NEXT, Named, Output, TokenKeys};
 use crate::audit::{self, Audit, AuditError, Entry};
-use crate::config::Config;
+use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Template, TouchPolicy};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{KeySpec, PublicKey};
@@ -114,16 +114,7 @@ impl Operator<'_> {
                 Ok(Output::Pem(pem(&made.spki)?))
             }
             Command::Public { key } => {
-                let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone()), say).await?;
-                for token in command.tokens(self.config).into_iter().skip(1) {
-                    let other = self.place_on(key, Some(token))?;
-                    if other.public(Task::Find(other.spec.clone()), say).await? != public {
-                        return Err(
-                            other.failed(TokenError::Refused("it holds another key than the others".into()))
-                        );
-                    }
-                }
+                let (_, public) = self.everywhere(command, key, say).await?;
                 Ok(Output::Pem(pem(&public.spki)?))
             }
             Command::Csr { key, subject } => {
@@ -141,14 +132,19 @@ impl Operator<'_> {
                 Ok(Output::Pem(unsigned.signed(&signature)?))
             }
             Command::ImportCertificate { key, certificate } => {
-                let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let (places, public) = self.everywhere(command, key, say).await?;
                 let certificate = certificate::of(&public.spki, certificate)?;
-                place.ask(Task::Store(place.spec.clone(), certificate), say).await?;
+                for place in &places {
+                    place.ask(Task::Store(place.spec.clone(), certificate.clone()), say).await?;
+                }
                 Ok(Output::Done)
             }
             Command::Attest { key, asking } => {
                 let place = self.place(key)?;
+                let device = self.config.tokens.get(&place.token.name).map(|token| &token.device);
+                if asking.challenge.is_some() && !matches!(device, Some(Device::Tpm(_))) {
+                    return Err(place.failed(TokenError::Refused("only a TPM answers a challenge".into())));
+                }
                 let public = place.public(Task::Find(place.spec.clone()), say).await?;
                 match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
@@ -159,16 +155,10 @@ impl Operator<'_> {
             }
             Command::Reload => Ok(Output::Done),
             Command::Delete { key, public } => {
-                let places =
-                    command.tokens(self.config).into_iter().map(|token| self.place_on(key, Some(token)));
-                let places: Vec<_> = places.collect::<Result<_, _>>()?;
-                // All of them are there, and what was confirmed, before the first is gone.
-                for place in &places {
-                    let found = place.public(Task::Find(place.spec.clone()), say).await?;
-                    if pem(&found.spki)? != *public {
-                        return Err(place
-                            .failed(TokenError::Refused("it holds another key than was confirmed".into())));
-                    }
+                let (places, found) = self.everywhere(command, key, say).await?;
+                if pem(&found.spki)? != *public {
+                    let why = "it holds another key than was confirmed";
+                    return Err(self.place(key)?.failed(TokenError::Refused(why.into())));
                 }
                 for place in &places {
                     place.ask(Task::Delete(place.spec.clone()), say).await?;
@@ -224,6 +214,27 @@ impl Operator<'_> {
             false => key.spec(name),
         };
         Ok(Place { name, token, spec })
+    }
+
+    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one.
+    async fn everywhere<'b>(
+        &'b self,
+        command: &Command,
+        key: &'b str,
+        say: Say<'_>,
+    ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
+        let first = self.place(key)?;
+        let public = first.public(Task::Find(first.spec.clone()), say).await?;
+        let mut places = vec![first];
+        for token in command.tokens(self.config).into_iter().skip(1) {
+            let other = self.place_on(key, Some(token))?;
+            if other.public(Task::Find(other.spec.clone()), say).await? != public {
+                let why = "it holds another key than the others";
+                return Err(other.failed(TokenError::Refused(why.into())));
+            }
+            places.push(other);
+        }
+        Ok((places, public))
     }
 
     async fn record(

@@ -67,6 +67,7 @@ macro_rules! wrap {
         list.C_CloseSession = Some(C_CloseSession);
         list.C_Login = Some(C_Login);
         list.C_FindObjectsInit = Some(private_only);
+        list.C_GenerateKeyPair = Some(C_GenerateKeyPair);
         list.C_SignInit = Some(C_SignInit);
         list.C_Sign = Some(C_Sign);
         list
@@ -178,6 +179,9 @@ functions! {
     C_CloseSession(session: CK_SESSION_HANDLE);
     C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: CK_UTF8CHAR_PTR, length: CK_ULONG);
     C_FindObjectsInit(session: CK_SESSION_HANDLE, template: CK_ATTRIBUTE_PTR, count: CK_ULONG);
+    C_GenerateKeyPair(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, public: CK_ATTRIBUTE_PTR,
+        public_count: CK_ULONG, private: CK_ATTRIBUTE_PTR, private_count: CK_ULONG,
+        public_key: CK_OBJECT_HANDLE_PTR, private_key: CK_OBJECT_HANDLE_PTR);
     C_SignInit(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, key: CK_OBJECT_HANDLE);
     C_Sign(session: CK_SESSION_HANDLE, data: CK_BYTE_PTR, length: CK_ULONG, signature: CK_BYTE_PTR,
         signature_length: CK_ULONG_PTR);

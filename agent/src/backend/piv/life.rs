@@ -10,7 +10,7 @@ use super::errors::classify;
 use super::{Card, is_factorys, keys, line, touch_me};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
-use crate::host::task::{self, Asking, Done, Evidence, Listed, Task, Template};
+use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
 use crate::host::wire::{Failure, KeySpec};
 
 /// The key that signs attestations, made in the factory (Yubico, "PIV attestation").
@@ -40,9 +40,6 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) ->
             manage(card)?;
             let written = certificate.write(card.yubikey, slot, CertInfo::Uncompressed);
             written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
-        }
-        Task::Attest(_, Asking { challenge: Some(_), .. }) => {
-            Err(refused("only a TPM answers a challenge".into()))
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
         Task::Delete(key) => delete(card, slot(key)?),

@@ -12,7 +12,7 @@ use super::errors::classify;
 use super::objects::{Details, Found, Kind, find, find_key, find_private, read, sign};
 use super::{OpenToken, generate};
 use crate::config::{Object, ObjectSelector, Profile};
-use crate::host::task::{Asking, Done, Evidence, Listed, Task};
+use crate::host::task::{Done, Evidence, Listed, Task};
 use crate::host::wire::{Failure, KeySpec};
 
 pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
@@ -36,9 +36,6 @@ pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
             signed.map(Done::Signature).map_err(|malformed| refused(malformed.to_string()))
         }
         Task::Store(key, certificate) => store(&session, selector(key)?, certificate),
-        Task::Attest(_, Asking { challenge: Some(_), .. }) => {
-            Err(refused("only a TPM answers a challenge".into()))
-        }
         Task::Attest(key, _) => attest(&session, &token.profile, selector(key)?).map(Done::Attested),
         Task::Delete(key) => delete(&session, selector(key)?),
     }
