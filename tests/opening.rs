@@ -5,19 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
+use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::device::card_through;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
-
-fn pkcs11_tool(token: &SoftHsm, arguments: &[&str]) -> anyhow::Result<()> {
-    let mut tool = Command::new("pkcs11-tool");
-    tool.args(["--module", MODULE, "--token-label", &token.label, "--login", "--pin", PIN]).args(arguments);
-    let output = tool.env("SOFTHSM2_CONF", token.config()).output().context("pkcs11-tool (apt: opensc)")?;
-    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
 
 /// A signature that no announced key verifies would be found by its readers only: each key signs a challenge first.
 #[test]
@@ -26,10 +18,10 @@ fn a_public_half_of_another_key_is_no_public_half() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     token.generate("other", KeyType::P256, Objects::Pair)?;
     let other = text(&world.path("other.der"));
-    pkcs11_tool(&token, &["--read-object", "--type", "pubkey", "--label", "other", "--output-file", &other])?;
-    pkcs11_tool(&token, &["--delete-object", "--type", "pubkey", "--label", "k"])?;
+    token.tool(&["--read-object", "--type", "pubkey", "--label", "other", "--output-file", &other])?;
+    token.tool(&["--delete-object", "--type", "pubkey", "--label", "k"])?;
     let as_k = ["--write-object", &other, "--type", "pubkey", "--label", "k", "--id", &hex::encode("k")];
-    pkcs11_tool(&token, &as_k)?;
+    token.tool(&as_k)?;
     let keys = key_section("k", "t", "k") + &key_section("other", "t", "other");
     let _agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &keys))?;
     world.model()?;
@@ -44,9 +36,9 @@ fn a_public_half_with_the_label_only() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     let half = text(&world.path("k.der"));
-    pkcs11_tool(&token, &["--read-object", "--type", "pubkey", "--label", "k", "--output-file", &half])?;
-    pkcs11_tool(&token, &["--delete-object", "--type", "pubkey", "--label", "k"])?;
-    pkcs11_tool(&token, &["--write-object", &half, "--type", "pubkey", "--label", "k", "--id", "77"])?;
+    token.tool(&["--read-object", "--type", "pubkey", "--label", "k", "--output-file", &half])?;
+    token.tool(&["--delete-object", "--type", "pubkey", "--label", "k"])?;
+    token.tool(&["--write-object", &half, "--type", "pubkey", "--label", "k", "--id", "77"])?;
     let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
     let _agent = Agent::start(&world, &config)?;
     world.model()?;
@@ -141,17 +133,14 @@ fn a_certificate_that_is_swapped_on_the_token() -> anyhow::Result<()> {
     world.omsign_ok(&sign)?;
     let file = |name: &str| text(&world.path(&format!("{name}.der")));
     let read = |name: &str| {
-        pkcs11_tool(
-            &token,
-            &["--read-object", "--type", "cert", "--label", name, "--output-file", &file(name)],
-        )
+        token.tool(&["--read-object", "--type", "cert", "--label", name, "--output-file", &file(name)])
     };
     read("k")?;
     read("other")?;
     let becomes = |name: &str| {
-        pkcs11_tool(&token, &["--delete-object", "--type", "cert", "--label", "k"])?;
+        token.tool(&["--delete-object", "--type", "cert", "--label", "k"])?;
         let id = hex::encode("k");
-        pkcs11_tool(&token, &["--write-object", &file(name), "--type", "cert", "--label", "k", "--id", &id])
+        token.tool(&["--write-object", &file(name), "--type", "cert", "--label", "k", "--id", &id])
     };
     becomes("other")?;
     for host in agent.hosts()? {

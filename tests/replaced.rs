@@ -2,19 +2,26 @@
 //! Each time what callers see, that others are served, that it heals, and that no try of a PIN is spent beyond one.
 
 use std::cell::Cell;
+use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context as _;
+use omsign_fixtures::ca::Ca;
 use omsign_fixtures::fault_proxy::FaultProxy;
-use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::kryoptic::{self, Kryoptic};
 use omsign_fixtures::piv::{self, VirtualPiv};
-use omsign_fixtures::softhsm::KeyType;
+use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{freeze, signal};
 use omsign_tests::lab::{Lab, Sees, Tries};
-use omsign_tests::world::World;
+use omsign_tests::world::{World, text};
+use openssl::pkey::PKey;
 use rustix::process::Signal;
 
 const SOON: Duration = Duration::from_secs(4);
+
+/// How `pkcs11-tool` gets to what is on kryoptic's token.
+const LOGIN: [&str; 5] = ["--token-label", "k", "--login", "--pin", kryoptic::PIN];
 
 /// Logins that the token refused.
 fn refused(proxy: &FaultProxy) -> anyhow::Result<i64> {
@@ -50,6 +57,29 @@ fn sleeps(
     Ok(())
 }
 
+/// A certificate is all that tells of the key's public half, and is swapped for another's.
+fn certificate_swapped(
+    lab: &mut Lab,
+    public: &Path,
+    id: &str,
+    tool: &dyn Fn(&[&str]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (ca, key) = (Ca::create("Token CA")?, PKey::public_key_from_pem(&std::fs::read(public)?)?);
+    let own = text(&lab.world.write("own.der", ca.code_signing("k", &key)?.to_der()?)?);
+    let others = text(&lab.world.write("others.der", ca.certificate.to_der()?)?);
+    let holds = |file: &str| tool(&["--write-object", file, "--type", "cert", "--label", "k", "--id", id]);
+    let loses = |class: &str| tool(&["--delete-object", "--type", class, "--label", "k"]);
+    holds(&own)?;
+    loses("pubkey")?;
+    lab.kill_host()?;
+    let spent = lab.proxy.clone();
+    let spent = || spent.as_ref().map_or(Ok(0), refused);
+    let swap = |lab: &Lab| loses("cert").and_then(|()| holds(&others)).and_then(|()| lab.kill_host());
+    lab.trial("certificate swapped", (Sees::Locked, SOON), &spent, swap, |_| {
+        loses("cert").and_then(|()| holds(&own))
+    })
+}
+
 #[test]
 fn softhsm() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -58,7 +88,18 @@ fn softhsm() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device"))?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
-    sleeps(&mut lab, Sees::Nothing, &|| refused(&counted), || Ok(()))
+    sleeps(&mut lab, Sees::Nothing, &|| refused(&counted), || Ok(()))?;
+    let away = lab.world.path("away");
+    let anew = |lab: &Lab| {
+        std::fs::rename(token.tokens(), &away)?;
+        std::fs::create_dir(token.tokens())?;
+        token.initialise().and_then(|()| lab.kill_host())
+    };
+    let make = |_: &Lab| token.generate("k", KeyType::P256, Objects::Pair);
+    lab.trial("token initialised anew", (Sees::Locked, SOON), &|| refused(&counted), anew, make)?;
+    certificate_swapped(&mut lab, &token.public_key("k"), &hex::encode("k"), &|arguments| {
+        token.tool(arguments)
+    })
 }
 
 #[test]
@@ -89,15 +130,22 @@ fn kryoptic() -> anyhow::Result<()> {
         lab.kill_host()
     };
     lab.trial("key made again", (Sees::Either, SOON), &spent, another, |_| Ok(()))?;
+    let tool = |arguments: &[&str]| token.tool(&[&LOGIN[..], arguments].concat());
+    let shown = tool(&["--list-objects", "--type", "pubkey"])?;
+    let id = shown.lines().find_map(|line| line.trim().strip_prefix("ID:")).context("an id")?.trim();
+    certificate_swapped(&mut lab, &token.public_key("k"), id, &|arguments| tool(arguments).map(drop))?;
 
-    // Somebody else's wrong PINs: ours is not spent on top of them.
-    let lock = |lab: &Lab| {
-        for _ in 0..12 {
+    // Somebody else's wrong PINs: ours is not spent on top of them. It takes ten.
+    let wrong_pins = |count: usize| {
+        for _ in 0..count {
             let wrong = ["--login", "--pin", "not-the-pin-6", "--token-label", "k", "--list-objects"];
             anyhow::ensure!(token.tool(&wrong).is_err(), "a wrong PIN was taken");
         }
-        lab.kill_host()
+        Ok(())
     };
+    let low = |lab: &Lab| wrong_pins(9).and_then(|()| lab.kill_host());
+    lab.trial("one try of the PIN left", (Sees::Locked, SOON), &spent, low, unlock)?;
+    let lock = |lab: &Lab| wrong_pins(12).and_then(|()| lab.kill_host());
     let before = counted.calls("C_Login");
     lab.trial("PIN locked", (Sees::Locked, SOON), &spent, lock, |lab| {
         anyhow::ensure!(counted.calls("C_Login") == before, "a locked PIN was offered");

@@ -97,9 +97,14 @@ impl Kryoptic {
         let mut agent = Command::new(built("omsign-agent")?);
         let made = agent.args(["key", "generate", name, "--type", "p384", "--config"]).arg(file).output()?;
         ensure!(made.status.success(), "key generate: {}", String::from_utf8_lossy(&made.stderr));
-        let public = self.directory.join(format!("{name}.pub.pem"));
+        let public = self.public_key(name);
         std::fs::write(&public, made.stdout)?;
         Ok(public)
+    }
+
+    /// The public half of a key, PEM.
+    pub fn public_key(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.pub.pem"))
     }
 
     /// Runs `pkcs11-tool` on it.

@@ -78,12 +78,27 @@ impl SoftHsm {
         );
         std::fs::write(token.config(), config).context("softhsm2.conf")?;
         write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
-        let mut init = Command::new("softhsm2-util");
-        init.args(["--init-token", "--free", "--label", label, "--so-pin", "so-pin-2406", "--pin", PIN]);
-        let made =
-            init.env("SOFTHSM2_CONF", token.config()).output().context("softhsm2-util (apt: softhsm2)")?;
-        ensure!(made.status.success(), "softhsm2-util: {}", String::from_utf8_lossy(&made.stderr));
+        token.initialise()?;
         Ok(token)
+    }
+
+    /// Makes a token of this label, empty, where none is.
+    pub fn initialise(&self) -> anyhow::Result<()> {
+        let mut init = Command::new("softhsm2-util");
+        init.args([
+            "--init-token",
+            "--free",
+            "--label",
+            &self.label,
+            "--so-pin",
+            "so-pin-2406",
+            "--pin",
+            PIN,
+        ]);
+        let made =
+            init.env("SOFTHSM2_CONF", self.config()).output().context("softhsm2-util (apt: softhsm2)")?;
+        ensure!(made.status.success(), "softhsm2-util: {}", String::from_utf8_lossy(&made.stderr));
+        Ok(())
     }
 
     /// Makes a key. Its public half is left in [`SoftHsm::public_key`].
@@ -103,6 +118,17 @@ impl SoftHsm {
         let done =
             delete.env("SOFTHSM2_CONF", self.config()).output().context("omsign-fixtures delete-key")?;
         ensure!(done.status.success(), "delete-key: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(())
+    }
+
+    /// Runs `pkcs11-tool` on it, logged in.
+    pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let mut tool = Command::new("pkcs11-tool");
+        tool.args(["--module", MODULE, "--token-label", &self.label, "--login", "--pin", PIN])
+            .args(arguments);
+        let output =
+            tool.env("SOFTHSM2_CONF", self.config()).output().context("pkcs11-tool (apt: opensc)")?;
+        ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 

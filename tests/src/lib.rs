@@ -9,6 +9,7 @@ pub mod forge;
 pub mod hashed;
 pub mod keyless;
 pub mod lab;
+pub mod mishaps;
 pub mod operator;
 pub mod peer;
 pub mod pki;

@@ -1,0 +1,336 @@
+//! What goes wrong in the soak: everything that may happen to a token, a TPM, a card, the disk and the machine.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::ca::Ca;
+use omsign_fixtures::fault_proxy::FaultProxy;
+use omsign_fixtures::piv::{self, Faults, VirtualPiv};
+use omsign_fixtures::softhsm::{PIN, SoftHsm};
+use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::write_private;
+use rustix::process::Signal;
+
+use crate::agent::{Agent, eventually, freeze, signal};
+use crate::random::Random;
+use crate::world::{World, text};
+
+/// What PKCS#11 modules answer and do (PKCS#11 v3.1, 5.1), by the function that it happens in.
+const MODULE: [&str; 16] = [
+    "C_Sign 32 0",         // CKR_DEVICE_REMOVED
+    "C_Sign 30 0",         // CKR_DEVICE_ERROR
+    "C_Sign 31 0",         // CKR_DEVICE_MEMORY
+    "C_Sign 2 0",          // CKR_HOST_MEMORY
+    "C_Sign 5 0",          // CKR_GENERAL_ERROR
+    "C_Sign 6 0",          // CKR_FUNCTION_FAILED
+    "C_Sign b3 0",         // CKR_SESSION_HANDLE_INVALID
+    "C_SignInit 60 0",     // CKR_KEY_HANDLE_INVALID
+    "C_SignInit 90 0",     // CKR_OPERATION_ACTIVE
+    "C_SignInit 101 0",    // CKR_USER_NOT_LOGGED_IN
+    "C_OpenSession b1 0",  // CKR_SESSION_COUNT
+    "C_GetTokenInfo e0 0", // CKR_TOKEN_NOT_PRESENT
+    "C_Sign 0 500",        // slow
+    "C_Sign 0 60000",      // hangs
+    "C_Sign segv 0",
+    "C_FindObjectsInit abort 0",
+];
+
+type Mishap = fn(&mut Mishaps, Duration) -> anyhow::Result<()>;
+
+/// What else happens, and what it is called.
+const OTHERS: [(&str, Mishap); 19] = [
+    ("a process is killed", |all, _| all.one_process_gets(Signal::KILL)),
+    ("a process is stopped", |all, _| all.one_process_gets(Signal::STOP)),
+    ("the TPM is switched off and on", Mishaps::tpm_off),
+    ("the TPM is reset", Mishaps::tpm_reset),
+    ("the TPM stands still", Mishaps::tpm_still),
+    ("the TPM is in lockout", Mishaps::tpm_lockout),
+    ("the card is pulled", Mishaps::card_pulled),
+    ("the card is pulled in the middle of a command", |all, pause| {
+        all.card_does(pause, Faults { pull: true, ..Faults::default() })
+    }),
+    ("the card answers nonsense", |all, pause| {
+        all.card_does(pause, Faults { status: Some(0x6f00), ..Faults::default() })
+    }),
+    ("the card is slow", |all, pause| {
+        all.card_does(pause, Faults { delay: Duration::from_millis(300), ..Faults::default() })
+    }),
+    ("one try of the card's PIN is left", |all, pause| all.card_pin(pause, 2)),
+    ("the card's PIN is blocked", |all, pause| all.card_pin(pause, 3)),
+    ("pcscd ends and comes back", Mishaps::pcscd_ends),
+    ("a key is deleted", Mishaps::key_deleted),
+    ("a token is initialised anew", Mishaps::token_anew),
+    ("a certificate is swapped", Mishaps::certificate_swapped),
+    ("the PIN is wrong", Mishaps::pin_wrong),
+    ("the audit log's disk is full", Mishaps::disk_full),
+    ("the machine sleeps", Mishaps::machine_sleeps),
+];
+
+/// Three devices and the agent that uses them.
+pub struct Mishaps {
+    /// Its directory.
+    pub world: World,
+    /// It, with the tokens `hsm`, `tpm` and `card`, and its audit log in the file system `disk`.
+    pub agent: Agent,
+    /// The token `hsm`. A certificate is all that tells of the public half of its key `hsm`.
+    pub soft: SoftHsm,
+    /// In front of it.
+    pub proxy: FaultProxy,
+    /// The token `tpm`.
+    pub chip: SwTpm,
+    /// The token `card`.
+    pub card: VirtualPiv,
+    /// Chooses.
+    pub random: Random,
+    /// Odd while the disk is full.
+    pub full: Arc<AtomicU64>,
+    /// Wrong PINs that the card was given, and not by the agent.
+    pub others_pins: usize,
+    /// Where the certificates are that the token has and is given.
+    pub certificates: [PathBuf; 2],
+}
+
+impl Mishaps {
+    /// Has one happen, and ends it after a pause; another pause later it is over. Returns its name.
+    pub fn happen(&mut self) -> anyhow::Result<&'static str> {
+        let pause = Duration::from_millis(100 + self.random.below(700) as u64);
+        let number = self.random.below(MODULE.len() + OTHERS.len());
+        let name = match (MODULE.get(number), OTHERS.get(number.saturating_sub(MODULE.len()))) {
+            (None, Some((name, mishap))) => mishap(self, pause).with_context(|| *name).map(|()| *name)?,
+            (fault, _) => self.module_does(fault.context("a fault")?, pause)?,
+        };
+        std::thread::sleep(pause);
+        Ok(name)
+    }
+
+    /// The token processes that something may happen to, those of one token or all.
+    fn hosts(&self, token: &str) -> anyhow::Result<Vec<u32>> {
+        let mut hosts = self.agent.hosts()?;
+        hosts.retain(|host| {
+            let name = std::fs::read_to_string(format!("/proc/{host}/cmdline")).unwrap_or_default();
+            name.contains(&format!("token {token}")) && !name.contains("token calm")
+        });
+        Ok(hosts)
+    }
+
+    fn kill(&self, token: &str) -> anyhow::Result<()> {
+        for host in self.hosts(token)? {
+            // It may have ended by itself.
+            let _ = signal(host, Signal::KILL);
+        }
+        Ok(())
+    }
+
+    fn one_process_gets(&mut self, what: Signal) -> anyhow::Result<()> {
+        let hosts = self.hosts("")?;
+        if let Some(host) = hosts.get(self.random.below(hosts.len().max(1))) {
+            // It may have ended by itself.
+            let _ = signal(*host, what);
+        }
+        Ok(())
+    }
+
+    fn module_does(&self, fault: &'static str, pause: Duration) -> anyhow::Result<&'static str> {
+        self.proxy.set(fault)?;
+        // What fails when a token is opened fails when its process has to be replaced.
+        if !fault.starts_with("C_Sign") {
+            self.kill("hsm")?;
+            let function = fault.split(' ').next().unwrap_or_default();
+            let called = self.proxy.calls(function);
+            eventually("the call that fails", || Ok(self.proxy.calls(function) > called))?;
+        }
+        std::thread::sleep(pause);
+        self.proxy.set("")?;
+        Ok(fault)
+    }
+
+    /// It counts a cut while a guarded key is in use as a wrong value, and lets nobody in after a few.
+    fn forgive(&self, allowed: u32) -> anyhow::Result<()> {
+        let counted = self.chip.failed_tries()?;
+        ensure!(
+            counted <= allowed,
+            "the TPM was given {counted} wrong values, of which {allowed} are others'"
+        );
+        self.chip.tool("tpm2_dictionarylockout", |tool| {
+            tool.arg("-c");
+        })
+    }
+
+    fn tpm_off(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.chip.kill()?;
+        std::thread::sleep(pause);
+        ensure!(self.chip.start()?, "the TPM's port is taken");
+        self.forgive(1)
+    }
+
+    fn tpm_reset(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.chip.reset()?;
+        std::thread::sleep(pause);
+        // Whoever is first starts it.
+        let _ = self.chip.tool("tpm2_startup", |tool| {
+            tool.arg("-c");
+        });
+        self.forgive(1)
+    }
+
+    fn tpm_still(&mut self, pause: Duration) -> anyhow::Result<()> {
+        signal(self.chip.swtpm()?, Signal::STOP)?;
+        std::thread::sleep(pause);
+        signal(self.chip.swtpm()?, Signal::CONT)
+    }
+
+    fn tpm_lockout(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let (digest, unread) = (self.world.write("digest", [7; 32])?, self.world.path("unread"));
+        for _ in 0..4 {
+            let wrong = self.chip.tool("tpm2_sign", |tool| {
+                tool.args(["-Q", "-c", "0x81000010", "-p", "wrong", "-g", "sha256", "-d", "-o"]);
+                tool.arg(&unread).arg(&digest);
+            });
+            ensure!(wrong.is_err(), "a wrong value was taken");
+        }
+        std::thread::sleep(pause);
+        self.forgive(4)
+    }
+
+    fn card_pulled(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.card.unplug();
+        std::thread::sleep(pause);
+        self.card.plug();
+        Ok(())
+    }
+
+    fn card_does(&mut self, pause: Duration, faults: Faults) -> anyhow::Result<()> {
+        self.card.set(faults);
+        std::thread::sleep(pause);
+        self.card.set(Faults::default());
+        Ok(())
+    }
+
+    /// Somebody else enters wrong PINs. Three block it until somebody comes with the PUK.
+    fn card_pin(&mut self, pause: Duration, wrong: usize) -> anyhow::Result<()> {
+        for _ in 0..wrong {
+            let before = self.card.wrong_pins();
+            ensure!(
+                self.card.tool(&["-a", "verify-pin", "-P", "87654321"]).is_err(),
+                "a wrong PIN was taken"
+            );
+            self.others_pins += usize::from(self.card.wrong_pins() > before);
+        }
+        self.kill("card")?;
+        std::thread::sleep(pause);
+        if wrong > 2 {
+            self.card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
+        }
+        Ok(())
+    }
+
+    fn pcscd_ends(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.card.kill_service()?;
+        std::thread::sleep(pause);
+        self.card.start_service()
+    }
+
+    /// Takes the objects of the token away: for whoever looks, its keys are deleted.
+    fn key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let mut objects = Vec::new();
+        for directory in std::fs::read_dir(self.soft.tokens())? {
+            for file in std::fs::read_dir(directory?.path())? {
+                let file = file?.path();
+                // The token itself has its PINs in one.
+                let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                if name.ends_with(".object") && name != "token.object" {
+                    objects.push(file);
+                }
+            }
+        }
+        ensure!(!objects.is_empty(), "no key to delete");
+        let away = |file: &Path| file.with_extension("away");
+        objects.iter().try_for_each(|file| std::fs::rename(file, away(file)))?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        Ok(objects.iter().try_for_each(|file| std::fs::rename(away(file), file))?)
+    }
+
+    /// One of the same name without keys takes its place.
+    fn token_anew(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let away = self.world.path("away");
+        std::fs::rename(self.soft.tokens(), &away)?;
+        std::fs::create_dir(self.soft.tokens())?;
+        self.soft.initialise()?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        std::fs::rename(self.soft.tokens(), self.world.path("anew"))?;
+        std::fs::rename(&away, self.soft.tokens())?;
+        Ok(std::fs::remove_dir_all(self.world.path("anew"))?)
+    }
+
+    fn certificate_swapped(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let becomes = |file: &Path| {
+            let id = hex::encode("hsm");
+            self.soft.tool(&["--delete-object", "--type", "cert", "--label", "hsm"])?;
+            let write = ["--write-object", &text(file), "--type", "cert", "--label", "hsm", "--id", &id];
+            self.soft.tool(&write)
+        };
+        let [own, others] = &self.certificates;
+        becomes(others)?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        becomes(own)
+    }
+
+    /// What the token has, and another that says nothing of its key.
+    pub fn certificates(world: &World, soft: &SoftHsm) -> anyhow::Result<[PathBuf; 2]> {
+        let own = world.path("own.der");
+        soft.tool(&["--read-object", "--type", "cert", "--label", "hsm", "--output-file", &text(&own)])?;
+        Ok([own, world.write("others.der", Ca::create("Others")?.certificate.to_der()?)?])
+    }
+
+    /// For a token that is open: one that is locked already is offered none.
+    fn pin_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
+        let status = self.world.omsign_ok(&["agent", "status"])?;
+        if !status.contains("token hsm: ready") {
+            return Ok(());
+        }
+        let logins = self.proxy.calls("C_Login");
+        write_private(&self.soft.pin_file(), b"wrong-pin-5714\n")?;
+        self.kill("hsm")?;
+        eventually("the PIN's refusal", || Ok(self.proxy.calls("C_Login") > logins))?;
+        write_private(&self.soft.pin_file(), format!("{PIN}\n").as_bytes())
+    }
+
+    fn disk_full(&mut self, pause: Duration) -> anyhow::Result<()> {
+        // As the agent sees it.
+        let disk = format!("/proc/{}/root{}", self.agent.pid(), text(&self.world.path("disk")));
+        self.full.fetch_add(1, Ordering::SeqCst);
+        // Or hours of it would fill the disk for good.
+        std::fs::OpenOptions::new().write(true).open(format!("{disk}/audit/audit.jsonl"))?.set_len(0)?;
+        let filler = format!("{disk}/filler");
+        let mut file = std::fs::File::create(&filler)?;
+        let block = vec![0; 1 << 16];
+        while file.write(&block).is_ok() {}
+        std::thread::sleep(pause);
+        // Its space is free when nobody has it open.
+        drop(file);
+        std::fs::remove_file(filler)?;
+        self.full.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn machine_sleeps(&mut self, pause: Duration) -> anyhow::Result<()> {
+        freeze(self.agent.pid())?;
+        let hosts = self.agent.hosts()?;
+        for host in &hosts {
+            // It may have ended by itself.
+            let _ = freeze(*host);
+        }
+        std::thread::sleep(pause);
+        for process in hosts.iter().chain([&self.agent.pid()]) {
+            let _ = signal(*process, Signal::CONT);
+        }
+        Ok(())
+    }
+}
