@@ -14,9 +14,9 @@ use crate::config;
 use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
 use crate::replay::{Step, Tell};
 
-/// How much work a session may have before it: more than the event loop takes to come round to it under load, so
-/// that it never waits for the next request.
-const AHEAD: Duration = Duration::from_millis(3);
+/// How much work a session may have before it: more than the event loop takes to come round to it under load, or while
+/// the disk is written to, so that it never waits for the next request.
+const AHEAD: Duration = Duration::from_millis(10);
 
 /// The same in requests: two, or it would wait, and no more than this. Callers may give up on what is with a
 /// process, and a slow device should not work for nobody.
