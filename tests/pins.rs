@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use anyhow::ensure;
-use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::kryoptic::{Kryoptic, SO_PIN};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
@@ -51,7 +52,55 @@ fn a_token_that_blocks_its_pin() -> anyhow::Result<()> {
     ensure!(errors.contains("its user PIN is blocked; reset it"), "{errors}");
     let errors = world.omsign_fails(2, &["agent", "unlock", "t"])?;
     ensure!(errors.contains("its user PIN is blocked"), "{errors}");
-    ensure!(!agent.log()?.contains(omsign_fixtures::kryoptic::PIN));
+    // The security officer has it set anew, in the agent that runs.
+    let unblock = |answers: &str, expected: &str| {
+        let output = unblocking(&world, "t", answers)?;
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success() == (expected == "done") && errors.contains(expected), "{errors}");
+        anyhow::Ok(())
+    };
+    let officer = format!("{SO_PIN}\n");
+    unblock("not-the-officer\n", "it refused the security officer's PIN")?;
+    unblock(&officer, "done")?;
+    world.omsign_ok(&sign)?;
+    unblock(&officer, "it is not locked")?;
+    let agent_log = agent.log()?;
+    ensure!(agent.stop()?.success());
+    // Without an agent, and to a PIN that is typed.
+    for _ in 0..10 {
+        ensure!(wrong().is_err());
+    }
+    unblock(&officer, "done")?;
+    world.write(
+        "agent.toml",
+        config.replace(&format!("{{ file = \"{}\" }}", token.pin_file().display()), "\"prompt\""),
+    )?;
+    unblock(&format!("{SO_PIN}\nnew-pin-3141\nnew-pin-2718\n"), "those are not the same PIN")?;
+    unblock(&format!("{SO_PIN}\nnew-pin-3141\nnew-pin-3141\n"), "done")?;
+    token.tool(&["--login", "--token-label", "kry", "--pin", "new-pin-3141", "--list-objects"])?;
+    // Each was recorded, before and after, and no secret is anywhere.
+    let audit = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
+    let recorded = |outcome: &str| audit.matches(&format!(r#""outcome":"{outcome}""#)).count();
+    ensure!(audit.matches(r#""action":"unblock""#).count() == 10 && recorded("begun") == 5, "{audit}");
+    for secret in [omsign_fixtures::kryoptic::PIN, SO_PIN, "new-pin-3141", "not-the-officer"] {
+        ensure!(!audit.contains(secret) && !agent_log.contains(secret));
+    }
+    Ok(())
+}
+
+/// What cannot set a PIN anew says what can.
+#[test]
+fn a_tpm_ends_its_lockout_otherwise() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = "\n[token.chip]\nbackend = \"tpm\"\ntcti = \"device:/dev/tpmrm-of-nobody\"\n";
+    world.write("agent.toml", world.listen() + chip + &key("c", "chip", "handle = \"0x81000010\""))?;
+    for (token, expected) in
+        [("chip", "tpm2_dictionarylockout --clear-lockout"), ("none", "there is no [token.none]")]
+    {
+        let output = unblocking(&world, token, "")?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2) && errors.contains(expected), "{errors}");
+    }
     Ok(())
 }
 

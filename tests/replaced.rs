@@ -9,11 +9,12 @@ use anyhow::Context as _;
 use omsign_fixtures::ca::Ca;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::{self, Kryoptic};
-use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{freeze, signal};
 use omsign_tests::lab::{Lab, Sees, Tries};
+use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, text};
 use openssl::pkey::PKey;
 use rustix::process::Signal;
@@ -149,8 +150,9 @@ fn kryoptic() -> anyhow::Result<()> {
     let before = counted.calls("C_Login");
     lab.trial("PIN locked", (Sees::Locked, SOON), &spent, lock, |lab| {
         anyhow::ensure!(counted.calls("C_Login") == before, "a locked PIN was offered");
-        token.set_pin()?;
-        unlock(lab)
+        let set = unblocking(&lab.world, "device", &format!("{}\n", kryoptic::SO_PIN))?;
+        anyhow::ensure!(set.status.success(), "{set:?}");
+        Ok(())
     })
 }
 
@@ -218,8 +220,9 @@ fn piv() -> anyhow::Result<()> {
     lab.trial("one try of the PIN left", (Sees::Locked, SOON), &spent, low, unlock)?;
     let blocked = |lab: &Lab| wrong_pins(3).and_then(|()| lab.kill_host());
     lab.trial("PIN blocked", (Sees::Locked, SOON), &spent, blocked, |lab| {
-        card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
-        unlock(lab)
+        let set = unblocking(&lab.world, "device", "12345678\n")?;
+        anyhow::ensure!(set.status.success(), "{set:?}");
+        Ok(())
     })?;
     lab.trial(
         "key made again by others",

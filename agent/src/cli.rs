@@ -58,6 +58,16 @@ pub(crate) enum Command {
         #[command(flatten)]
         file: ConfigFile,
     },
+    /// Sets a PIN anew that was blocked, with the security officer's PIN or a card's PUK, and opens the token
+    ///
+    /// It becomes what the configuration says (pin = …), or what is typed. Secrets are asked for on the terminal, or
+    /// read from standard input, a line each.
+    Unblock {
+        /// The token's name in the configuration
+        token: String,
+        #[command(flatten)]
+        file: ConfigFile,
+    },
     /// The process that owns one token; started by the agent
     #[command(hide = true)]
     TokenHost,

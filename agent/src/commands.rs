@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
-use omsign_agent::config::Config;
+use omsign_agent::config::{Config, Device, PinSource};
 use omsign_agent::init::{Init, Secret};
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
 use omsign_agent::key_life::{Asking, Command, NEXT, Output, TokenKeys};
-use omsign_agent::operator;
+use omsign_agent::operator::{self, Unblock};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -137,6 +137,34 @@ pub(crate) fn init(init: &Init) -> anyhow::Result<()> {
     eprintln!("  omsign sign MODEL --key {name}{agent}");
     eprintln!("and, to sign with a certificate, have the request certified for code signing, then write");
     eprintln!("certificate_chain into [key.{name}]");
+    Ok(())
+}
+
+/// Asks for what it takes to set a token's PIN anew, and has it done.
+pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
+    let configured = config.tokens.get(&token);
+    let configured =
+        configured.with_context(|| format!("there is no [token.{token}] in the configuration"))?;
+    let officer = match &configured.device {
+        Device::Pkcs11 { .. } => "security officer's PIN",
+        Device::Piv { .. } => "PUK",
+        Device::Tpm(_) => bail!(
+            "a TPM ends its lockout with time, or with `tpm2_dictionarylockout --clear-lockout`; then run \
+             `omsign agent unlock {token}`"
+        ),
+    };
+    let officer = answered(&format!("{officer} of token {token}"), Secret::Yes)?;
+    let mut pin = Zeroizing::new(String::new());
+    if configured.pin == PinSource::Prompt {
+        pin = answered("new PIN", Secret::Yes)?;
+        ensure!(
+            !pin.is_empty() && answered("the same once more", Secret::Yes)? == pin,
+            "those are not the same PIN"
+        );
+    }
+    let unblock = Unblock { token, officer: officer.to_string(), pin: pin.to_string() };
+    runtime()?.block_on(operator::unblock(config, unblock))?;
+    eprintln!("done");
     Ok(())
 }
 

@@ -77,6 +77,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             };
             return Ok(outcome);
         }
+        Command::Unblock { token, file } => {
+            secret::harden_process();
+            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            commands::unblock(&config, token)?;
+        }
         Command::Init { device, directory, name, key_type, subject } => {
             secret::harden_process();
             let apart = directory.is_some();

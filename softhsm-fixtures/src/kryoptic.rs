@@ -10,7 +10,8 @@ use crate::{built, write_private};
 /// The user PIN of every token made here. Long enough to be searched for in logs.
 pub const PIN: &str = "kry-pin-77120";
 
-const SO_PIN: &str = "so-pin-31415";
+/// Its security officer's PIN.
+pub const SO_PIN: &str = "so-pin-31415";
 
 /// A token.
 #[derive(Clone, Debug)]

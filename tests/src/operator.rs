@@ -32,6 +32,14 @@ pub fn key(world: &World, arguments: &[&str]) -> anyhow::Result<Output> {
     answering(world, arguments, "")
 }
 
+/// Runs `omsign-agent unblock` for a token, and types these lines.
+pub fn unblocking(world: &World, token: &str, answers: &str) -> anyhow::Result<Output> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.args(["unblock", token, "--config"]).arg(world.path("agent.toml"));
+    world.without_surprises(command.current_dir(world.path("")));
+    typing(&mut command, answers)
+}
+
 /// It does it; returns what it printed.
 pub fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
     let output = key(world, arguments)?;

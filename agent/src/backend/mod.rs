@@ -66,6 +66,24 @@ pub(crate) fn open(
     }
 }
 
+/// Sets a PIN anew, to the one given or else the configured one: whatever became of the old one.
+pub(crate) fn unblock(
+    spec: &OpenSpec,
+    given: Option<&Pin>,
+    officer: &Fresh,
+    say: Say<'_>,
+) -> Result<(), Failure> {
+    let configured = if given.is_none() { Some(read_pin(&spec.token.pin).map_err(locked)?) } else { None };
+    let pin = given.or(configured.as_ref()).ok_or_else(|| locked("it waits for its PIN".into()))?;
+    match &spec.token.device {
+        config::Device::Pkcs11 { module, select, .. } => pkcs11::unblock(module, select, pin, officer, say),
+        config::Device::Piv { serial } => piv::unblock(*serial, pin, officer, say),
+        config::Device::Tpm(_) => Err(locked(
+            "a TPM ends its lockout with time, or with `tpm2_dictionarylockout --clear-lockout`; then unlock it".into(),
+        )),
+    }
+}
+
 /// Looks at a device without logging in, for `doctor`.
 pub(crate) fn survey(token: &config::Token) -> Result<Survey, Failure> {
     match &token.device {

@@ -62,7 +62,11 @@ pub fn run() -> io::Result<()> {
         }
         Purpose::Open => {
             let say = |opening| wire::say(&mut &socket, &opening);
-            match backend::open(&spec, pin, &say) {
+            let set = open
+                .fresh
+                .take()
+                .map_or(Ok(()), |officer| backend::unblock(&spec, pin.as_ref(), &officer, &say));
+            match set.and_then(|()| backend::open(&spec, pin, &say)) {
                 Ok((device, opened)) => (Ok(Opening::Opened(opened)), Some(device)),
                 Err(failure) => (Err(failure), None),
             }

@@ -27,7 +27,8 @@ pub(crate) struct Open {
     /// A PIN that an operator typed; it goes before the configured source.
     #[prost(string, optional, tag = "2")]
     pub(crate) pin: Option<String>,
-    /// What a device that comes from the factory gets, to be [`Purpose::Prepare`]d.
+    /// What a device that comes from the factory gets, to be [`Purpose::Prepare`]d; or, before one is opened, the secret
+    /// with which its PIN is set anew.
     #[prost(message, optional, tag = "3")]
     pub(crate) fresh: Option<Fresh>,
 }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::Place;
 use super::touch::TouchCommand;
 use crate::config;
 use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
@@ -75,6 +75,24 @@ pub(super) struct Held {
     pub(super) turn: OwnedSemaphorePermit,
     /// Held, not read.
     pub(super) _place: Arc<Place>,
+}
+
+/// A place in the token's queue, given back when dropped.
+pub(super) struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    /// Takes one, if fewer than so many are taken; else says how many are.
+    pub(super) fn take(taken: &Arc<AtomicUsize>, most: usize) -> Result<Self, usize> {
+        let waiting = taken.fetch_add(1, Ordering::Relaxed);
+        let place = Self(Arc::clone(taken));
+        if waiting >= most { Err(waiting) } else { Ok(place) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Pending {

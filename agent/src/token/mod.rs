@@ -13,8 +13,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-use self::line::{Held, Host};
-pub(crate) use self::process::{prepare, survey};
+use self::line::{Held, Host, Place};
+pub(crate) use self::process::{Login, prepare, survey};
 use crate::algorithm::Content;
 use crate::config;
 use crate::host::task::{Done, Task};
@@ -105,7 +105,7 @@ type Unlocked = oneshot::Sender<Result<(), TokenError>>;
 
 /// What the supervisor can be told.
 enum Command {
-    Unlock(Option<Pin>, Unlocked),
+    Unlock(Login, Unlocked),
     /// Keys were made or deleted.
     LookAgain,
     Stop(oneshot::Sender<()>),
@@ -240,9 +240,14 @@ impl Token {
 
     /// Logs in again: with this PIN, or with the configured source read anew.
     pub async fn unlock(&self, pin: Option<Pin>, deadline: Instant) -> Result<(), TokenError> {
+        self.log_in(Login { pin, officer: None }, deadline).await
+    }
+
+    /// The same, perhaps with its PIN set anew before.
+    pub(crate) async fn log_in(&self, login: Login, deadline: Instant) -> Result<(), TokenError> {
         let (done, outcome) = oneshot::channel();
         let stopping = || TokenError::Unavailable("the agent is stopping".into());
-        let sent = timeout_at(deadline, self.commands.send(Command::Unlock(pin, done)));
+        let sent = timeout_at(deadline, self.commands.send(Command::Unlock(login, done)));
         sent.await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?;
         timeout_at(deadline, outcome).await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?
     }
@@ -371,18 +376,7 @@ impl Token {
     }
 
     fn queue(&self) -> Result<Place, TokenError> {
-        let waiting = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let place = Place(Arc::clone(&self.waiting));
-        if waiting >= self.config.queue { Err(TokenError::Full { waiting }) } else { Ok(place) }
-    }
-}
-
-/// A place in the queue, given back when dropped.
-struct Place(Arc<AtomicUsize>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        Place::take(&self.waiting, self.config.queue).map_err(|waiting| TokenError::Full { waiting })
     }
 }
 

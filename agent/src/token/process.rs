@@ -30,16 +30,25 @@ pub(super) enum End {
     /// A PIN was refused in the middle of its life: somebody changed it.
     Locked(String),
     /// An operator wants it opened again, since some keys were not usable.
-    Reopen(Option<Pin>, Unlocked),
+    Reopen(Login, Unlocked),
     /// The same, by itself: they may be there by now.
     LookAgain,
     Stop(oneshot::Sender<()>),
 }
 
+/// What an operator has a token opened with.
+#[derive(Default)]
+pub(crate) struct Login {
+    /// In place of what the configured source holds.
+    pub(crate) pin: Option<Pin>,
+    /// First the PIN is set anew with this secret.
+    pub(crate) officer: Option<Fresh>,
+}
+
 /// What to start.
 pub(super) struct Launch<'a> {
     pub(super) token: &'a Token,
-    pub(super) pin: Option<Pin>,
+    pub(super) login: Login,
     pub(super) by_operator: bool,
 }
 
@@ -62,7 +71,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         by_operator: launch.by_operator,
         purpose: Purpose::Open,
     };
-    let (child, socket, opening) = start(&token.name, &spec, launch.pin, None).await?;
+    let (child, socket, opening) = start(&token.name, &spec, launch.login.pin, launch.login.officer).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
@@ -227,9 +236,9 @@ impl Process {
         let told = async {
             loop {
                 match commands.recv().await {
-                    Some(Command::Unlock(pin, done)) if missing => {
+                    Some(Command::Unlock(login, done)) if missing => {
                         drain(host).await;
-                        return End::Reopen(pin, done);
+                        return End::Reopen(login, done);
                     }
                     Some(Command::Unlock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));

@@ -8,9 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::process::{End, Launch, launch};
-use super::{Command, Status, Token, TokenError, Unlocked};
+use super::{Command, Login, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
-use crate::secret::Pin;
 
 /// The first pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -25,18 +24,18 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
-    let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
+    let mut begun: (Login, Option<Unlocked>) = Default::default();
     loop {
         token.state.send_replace(Status::Starting);
-        let (pin, mut unlocked) = std::mem::take(&mut login);
-        let from_source = pin.is_none();
+        let (login, mut unlocked) = std::mem::take(&mut begun);
+        let from_source = login.pin.is_none();
         if from_source && unlocked.is_some() {
             token.refuse_source(None);
         }
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some() }).await,
+            None => launch(Launch { token: &token, login, by_operator: unlocked.is_some() }).await,
         };
         let failure = match opening {
             Ok((host, mut process)) => {
@@ -73,8 +72,8 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         let _ = stopped.send(());
                         return;
                     }
-                    End::Reopen(pin, unlocked) => {
-                        login = (pin, Some(unlocked));
+                    End::Reopen(login, unlocked) => {
+                        begun = (login, Some(unlocked));
                         continue;
                     }
                     End::LookAgain => continue,
@@ -121,7 +120,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         };
         match command_or_wake(&mut commands, wake).await {
             None | Some(Command::LookAgain) => {}
-            Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
+            Some(Command::Unlock(login, unlocked)) => begun = (login, Some(unlocked)),
             Some(Command::Stop(stopped)) => {
                 let _ = stopped.send(());
                 return;

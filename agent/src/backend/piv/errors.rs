@@ -7,13 +7,14 @@ use crate::host::wire::{Class, Failure};
 /// Programs that are known to keep a card to themselves, by the name of their process.
 const HOLDERS: [&str; 4] = ["scdaemon", "ykman", "yubico-authenticator", "yubikey-agent"];
 
+/// What to do then.
+pub(super) const PIN_BLOCKED: &str =
+    "its PIN is blocked; unblock it with the PUK: omsign-agent unblock, or ykman piv access unblock-pin";
+
 /// The class of a failure to do `what`.
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let (class, why) = match error {
-        Error::WrongPin { tries: 0 } | Error::PinLocked => (
-            Class::Locked,
-            "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin".to_owned(),
-        ),
+        Error::WrongPin { tries: 0 } | Error::PinLocked => (Class::Locked, PIN_BLOCKED.to_owned()),
         Error::WrongPin { tries } => (Class::Locked, format!("it refused the PIN; {tries} tries are left")),
         Error::SizeError
         | Error::ParseError

@@ -17,7 +17,7 @@ use self::errors::classify;
 pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::is_factorys;
-pub(super) use self::survey::{prepare, survey};
+pub(super) use self::survey::{prepare, survey, unblock};
 use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
@@ -124,24 +124,13 @@ fn verified(
     let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
     let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
     if tries == 0 {
-        return Err(locked(
-            "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin".into(),
-        ));
+        return Err(locked(errors::PIN_BLOCKED.into()));
     }
     if tries == 1 && !spec.by_operator {
         let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
         return Err(locked(message.into()));
     }
-    if pin.expose().as_bytes() == FACTORY_PIN {
-        return Err(locked(
-            "its PIN is the one from the factory, which everybody knows; change it with `omsign-agent init yubikey` or \
-             `ykman piv access change-pin`"
-                .into(),
-        ));
-    }
-    if pin.expose().len() > LONGEST_PIN {
-        return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
-    }
+    is_fit(&pin)?;
     // The agent has to know before the card does.
     say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| {
@@ -153,6 +142,21 @@ fn verified(
     })?;
     say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     Ok(Some(pin))
+}
+
+/// A PIN that a card can have, and that not everybody knows.
+fn is_fit(pin: &Pin) -> Result<(), Failure> {
+    if pin.expose().as_bytes() == FACTORY_PIN {
+        return Err(locked(
+            "its PIN is the one from the factory, which everybody knows; change it with `omsign-agent init yubikey` or \
+             `ykman piv access change-pin`"
+                .into(),
+        ));
+    }
+    if pin.expose().len() > LONGEST_PIN {
+        return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
+    }
+    Ok(())
 }
 
 impl Held {

@@ -2,16 +2,16 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use cryptoki::context::Function;
+use cryptoki::context::{Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
-use cryptoki::slot::TokenInfo;
+use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
 use super::super::{Say, gone, locked};
 use super::errors::classify;
 use crate::config::Profile;
-use crate::host::wire::{Failure, OpenSpec, Opening};
+use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
@@ -31,7 +31,8 @@ pub(super) fn log_in(
         return Err(locked("its user PIN was never set; initialize it with the vendor's tool".into()));
     }
     if info.user_pin_locked() {
-        return Err(locked("its user PIN is blocked; reset it with the security officer's PIN".into()));
+        let how = "reset it with the security officer's PIN: omsign-agent unblock";
+        return Err(locked(format!("its user PIN is blocked; {how}")));
     }
     if info.user_pin_final_try() && !spec.by_operator {
         let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
@@ -62,6 +63,33 @@ pub(super) fn log_in(
     }
     say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     Ok(Some(pin))
+}
+
+/// The security officer logs in, sets the user's PIN, and logs out.
+pub(super) fn set_pin(
+    pkcs11: &Pkcs11,
+    slot: Slot,
+    info: &TokenInfo,
+    pin: &Pin,
+    officer: &Fresh,
+    say: Say<'_>,
+) -> Result<(), Failure> {
+    if info.so_pin_locked() {
+        return Err(locked(
+            "its security officer's PIN is blocked, too: only a token that is made anew helps".into(),
+        ));
+    }
+    let session = pkcs11.open_rw_session(slot).map_err(|error| classify("open a session", &error))?;
+    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+    let shown = session.login(UserType::So, Some(&AuthPin::new(officer.puk.as_str().into())));
+    shown.map_err(|error| match error {
+        Error::Pkcs11(RvError::PinIncorrect, _) => locked("it refused the security officer's PIN".into()),
+        error => locked(classify("log in as the security officer", &error).message),
+    })?;
+    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    let set = session.init_pin(&AuthPin::new(pin.expose().into()));
+    set.and_then(|()| session.logout())
+        .map_err(|error| locked(classify("set the user's PIN", &error).message))
 }
 
 /// The PIN for keys that ask for it before every signature (CKA_ALWAYS_AUTHENTICATE). It was accepted once;

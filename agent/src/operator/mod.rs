@@ -1,6 +1,8 @@
 //! The operators' socket: commands over keys for an agent that runs, and so owns the devices. Local only; who may is
 //! decided by the kernel's peer credentials and `[[operator]]`. Both ends are one program, so the form may change.
 
+mod unblock;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -12,7 +14,10 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
+use zeroize::Zeroizing;
 
+use self::unblock::set_pin;
+pub use self::unblock::{Unblock, unblock};
 use crate::agent::Agent;
 use crate::audit::{self, Audit, Entry};
 use crate::config::{Config, UnixListen};
@@ -73,7 +78,14 @@ pub enum OperatorError {
 #[derive(Serialize, Deserialize)]
 struct Ask {
     version: String,
-    command: Command,
+    asked: Asked,
+}
+
+/// What an operator wants.
+#[derive(Serialize, Deserialize)]
+enum Asked {
+    Command(Command),
+    Unblock(Unblock),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -145,7 +157,7 @@ async fn converse(
     agent: &Arc<Agent>,
     reload: mpsc::Sender<Reloaded>,
 ) -> io::Result<()> {
-    let frame = timeout(PATIENCE, wire::read_async(&mut stream)).await??;
+    let frame = Zeroizing::new(timeout(PATIENCE, wire::read_async(&mut stream)).await??);
     let (say, mut said) = mpsc::unbounded_channel();
     let asked: Result<Ask, _> = serde_json::from_slice(&frame);
     let own = env!("CARGO_PKG_VERSION");
@@ -153,9 +165,9 @@ async fn converse(
     // Finished and recorded even when the operator hangs up: what a device has begun, it does.
     let work = async move {
         match asked {
-            Ok(Ask { version, command }) if version == own => {
+            Ok(Ask { version, asked }) if version == own => {
                 let say = |message: &str| drop(say.send(message.to_owned()));
-                attend(&agent, identity, &command, &reload, &say).await.map_err(|error| error.to_string())
+                attend(&agent, identity, asked, &reload, &say).await.map_err(|error| error.to_string())
             }
             _ => Err(format!("it is version {own}, and this program another; restart the agent")),
         }
@@ -174,9 +186,16 @@ async fn converse(
 /// Records that somebody is no operator.
 async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
     tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
-    let entry = Entry {
+    let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..about(identity) };
+    agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
+    Err(OperatorError::NotOperator)
+}
+
+/// An entry of what somebody did to no key.
+fn about(identity: &Identity) -> Entry<'_> {
+    Entry {
         time: audit::now(),
-        action: "operate",
+        action: "",
         request_id: "",
         identity,
         rule: None,
@@ -185,24 +204,30 @@ async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorErro
         algorithm: None,
         digest: "",
         claimed_context: "",
-        outcome: "denied",
-        reason: "operator",
-    };
-    agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
-    Err(OperatorError::NotOperator)
+        outcome: "",
+        reason: "",
+    }
 }
 
 /// Does what an operator asks of a running agent, if they are one.
 async fn attend(
     agent: &Agent,
     identity: Identity,
-    command: &Command,
+    asked: Asked,
     reload: &mpsc::Sender<Reloaded>,
     say: Say<'_>,
 ) -> Result<Output, OperatorError> {
     let setup = agent.setup();
     // The rules may have changed since it was met.
     let rule = allowed(&setup.config.operators, &identity).ok_or(OperatorError::NotOperator)?;
+    let command = match &asked {
+        Asked::Command(command) => command,
+        Asked::Unblock(unblock) => {
+            let token = setup.tokens.get(&unblock.token);
+            let token = token.ok_or_else(|| KeyLifeError::NoToken(unblock.token.clone()))?;
+            return set_pin(token, unblock, &agent.audit, &identity, &rule.name).await;
+        }
+    };
     if matches!(command, Command::Reload) {
         let (done, reloaded) = oneshot::channel();
         let sent = reload.send(done).await.is_ok();
@@ -219,10 +244,20 @@ async fn attend(
 
 /// Does what whoever runs this asks for: in the agent, if one runs, else with a process of its own for the device.
 pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
+    if let Some(stream) = running(config).await? {
+        return tell(stream, Asked::Command(command), say).await;
+    }
+    let ask =
+        |token: &str| rpassword::prompt_password(format!("PIN for token {token}: ")).ok().and_then(Pin::new);
+    alone(config, &command, say, &ask).await
+}
+
+/// The operators' socket of the agent that runs, if one does.
+async fn running(config: &Config) -> Result<Option<UnixStream>, OperatorError> {
     let closed = || OperatorError::Agent("you may not use its operators' socket, or it has none".into());
     if let Some(path) = &config.listen.operator {
         match UnixStream::connect(path).await {
-            Ok(stream) => return tell(stream, command, say).await,
+            Ok(stream) => return Ok(Some(stream)),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(closed()),
             Err(_) => {}
         }
@@ -232,14 +267,12 @@ pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Outp
     {
         return Err(closed());
     }
-    let ask =
-        |token: &str| rpassword::prompt_password(format!("PIN for token {token}: ")).ok().and_then(Pin::new);
-    alone(config, &command, say, &ask).await
+    Ok(None)
 }
 
-async fn tell(mut stream: UnixStream, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
+async fn tell(mut stream: UnixStream, asked: Asked, say: Say<'_>) -> Result<Output, OperatorError> {
     let lost = |error: io::Error| OperatorError::Agent(format!("it does not answer: {error}"));
-    let ask = Ask { version: env!("CARGO_PKG_VERSION").to_owned(), command };
+    let ask = Ask { version: env!("CARGO_PKG_VERSION").to_owned(), asked };
     // Strangers are answered before they ask; what was said before it hung up can still be read.
     let _ = send(&mut stream, &ask).await;
     loop {
@@ -259,11 +292,7 @@ pub async fn alone(
     say: Say<'_>,
     ask: &dyn Fn(&str) -> Option<Pin>,
 ) -> Result<Output, OperatorError> {
-    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let identity = Identity::from_unix(uid, gid, None);
-    let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
-    // Whoever holds the log owns the devices: an agent wherever it listens, or another command.
-    let audit = Audit::open(&config.audit, audit::FILE).map_err(OperatorError::Log)?;
+    let (identity, rule, audit) = owner(config)?;
     let (mut tokens, mut failed) = (BTreeMap::new(), None);
     for name in command.tokens(config) {
         let Some(configured) = config.tokens.get(name) else { continue };
@@ -273,7 +302,6 @@ pub async fn alone(
         }
         tokens.insert(name.to_owned(), token);
     }
-    let rule = rule.name.as_str();
     let operator = Operator { config, tokens: &tokens, audit: &audit, identity: &identity, rule };
     let done = match failed {
         // A list says itself what is with each token.
@@ -288,6 +316,15 @@ pub async fn alone(
     done
 }
 
+/// Whoever runs this, as an operator who holds the log: an agent wherever it listens, or another command, would.
+fn owner(config: &Config) -> Result<(Identity, &str, Audit), OperatorError> {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let identity = Identity::from_unix(uid, gid, None);
+    let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
+    let audit = Audit::open(&config.audit, audit::FILE).map_err(OperatorError::Log)?;
+    Ok((identity, &rule.name, audit))
+}
+
 /// Waits for a token's device; asks for the PIN if it has to.
 async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), OperatorError> {
     let name = &token.name;
@@ -297,20 +334,31 @@ async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), Op
         let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
+    match settled(token).await? {
+        State::Locked(reason) | State::Down(reason) => Err(failed(reason)),
+        State::Ready | State::Starting => Ok(()),
+    }
+}
+
+/// What became of a token that is started.
+async fn settled(token: &Token) -> Result<State, OperatorError> {
     loop {
         let change = token.watch();
         match token.state() {
-            State::Ready => return Ok(()),
             State::Starting => {
-                timeout(OPEN, change).await.map_err(|_| failed("it does not open".into()))?;
+                let failed =
+                    |_| OperatorError::Token { token: token.name.clone(), reason: "it does not open".into() };
+                timeout(OPEN, change).await.map_err(failed)?;
             }
-            State::Locked(reason) | State::Down(reason) => return Err(failed(reason)),
+            settled => return Ok(settled),
         }
     }
 }
 
 async fn send(stream: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
-    let mut frame = Vec::new();
-    wire::put_bytes(&mut frame, &serde_json::to_vec(message)?);
+    // It may hold secrets.
+    let message = Zeroizing::new(serde_json::to_vec(message)?);
+    let mut frame = Zeroizing::new(Vec::with_capacity(message.len() + 4));
+    wire::put_bytes(&mut frame, &message);
     stream.write_all(&frame).await
 }
