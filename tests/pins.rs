@@ -61,6 +61,10 @@ fn a_token_that_blocks_its_pin() -> anyhow::Result<()> {
     };
     let officer = format!("{SO_PIN}\n");
     unblock("not-the-officer\n", "it refused the security officer's PIN")?;
+    unblock("\n", "none was given")?;
+    // Callers are told of their PIN, not of somebody's mistakes.
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("its user PIN is blocked; reset it"), "{errors}");
     unblock(&officer, "done")?;
     world.omsign_ok(&sign)?;
     unblock(&officer, "it is not locked")?;
@@ -81,7 +85,7 @@ fn a_token_that_blocks_its_pin() -> anyhow::Result<()> {
     // Each was recorded, before and after, and no secret is anywhere.
     let audit = std::fs::read_to_string(world.path("audit/audit.jsonl"))?;
     let recorded = |outcome: &str| audit.matches(&format!(r#""outcome":"{outcome}""#)).count();
-    ensure!(audit.matches(r#""action":"unblock""#).count() == 10 && recorded("begun") == 5, "{audit}");
+    ensure!(audit.matches(r#""action":"unblock""#).count() == 12 && recorded("begun") == 6, "{audit}");
     for secret in [omsign_fixtures::kryoptic::PIN, SO_PIN, "new-pin-3141", "not-the-officer"] {
         ensure!(!audit.contains(secret) && !agent_log.contains(secret));
     }

@@ -145,22 +145,19 @@ pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
     let configured = config.tokens.get(&token);
     let configured =
         configured.with_context(|| format!("there is no [token.{token}] in the configuration"))?;
-    let officer = match &configured.device {
-        Device::Pkcs11 { .. } => "security officer's PIN",
-        Device::Piv { .. } => "PUK",
-        Device::Tpm(_) => bail!(
-            "a TPM ends its lockout with time, or with `tpm2_dictionarylockout --clear-lockout`; then run \
-             `omsign agent unlock {token}`"
-        ),
-    };
-    let officer = answered(&format!("{officer} of token {token}"), Secret::Yes)?;
-    let mut pin = Zeroizing::new(String::new());
+    let (mut officer, mut pin) = (Zeroizing::new(String::new()), Zeroizing::new(String::new()));
+    match &configured.device {
+        Device::Pkcs11 { .. } => {
+            officer = answered(&format!("security officer's PIN of token {token}"), Secret::Yes)?;
+        }
+        Device::Piv { .. } => officer = answered(&format!("PUK of token {token}"), Secret::Yes)?,
+        // It has none, and the agent says what to do.
+        Device::Tpm(_) => {}
+    }
     if configured.pin == PinSource::Prompt {
         pin = answered("new PIN", Secret::Yes)?;
-        ensure!(
-            !pin.is_empty() && answered("the same once more", Secret::Yes)? == pin,
-            "those are not the same PIN"
-        );
+        ensure!(!pin.is_empty(), "that is no PIN");
+        ensure!(answered("the same once more", Secret::Yes)? == pin, "those are not the same PIN");
     }
     let unblock = Unblock { token, officer: officer.to_string(), pin: pin.to_string() };
     runtime()?.block_on(operator::unblock(config, unblock))?;

@@ -11,7 +11,7 @@ use omsign_fixtures::ca::Ca;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::softhsm::{PIN, SoftHsm};
-use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use rustix::process::Signal;
 
@@ -185,15 +185,16 @@ impl Mishaps {
 
     fn tpm_lockout(&mut self, pause: Duration) -> anyhow::Result<()> {
         let (digest, unread) = (self.world.write("digest", [7; 32])?, self.world.path("unread"));
-        for _ in 0..4 {
-            let wrong = self.chip.tool("tpm2_sign", |tool| {
-                tool.args(["-Q", "-c", "0x81000010", "-p", "wrong", "-g", "sha256", "-d", "-o"]);
+        // Three wrong values are all that it counts; then it takes no right one either.
+        for value in ["wrong", "wrong", "wrong", AUTH] {
+            let refused = self.chip.tool("tpm2_sign", |tool| {
+                tool.args(["-Q", "-c", "0x81000010", "-p", value, "-g", "sha256", "-d", "-o"]);
                 tool.arg(&unread).arg(&digest);
             });
-            ensure!(wrong.is_err(), "a wrong value was taken");
+            ensure!(refused.is_err(), "a value was taken");
         }
         std::thread::sleep(pause);
-        self.forgive(4)
+        self.forgive(3)
     }
 
     fn card_pulled(&mut self, pause: Duration) -> anyhow::Result<()> {
@@ -212,17 +213,14 @@ impl Mishaps {
 
     /// Somebody else enters wrong PINs. Three block it until somebody comes with the PUK.
     fn card_pin(&mut self, pause: Duration, wrong: usize) -> anyhow::Result<()> {
-        for _ in 0..wrong {
-            let before = self.card.wrong_pins();
-            ensure!(
-                self.card.tool(&["-a", "verify-pin", "-P", "87654321"]).is_err(),
-                "a wrong PIN was taken"
-            );
-            self.others_pins += usize::from(self.card.wrong_pins() > before);
-        }
+        self.card.enter_wrong_pins(wrong);
+        self.others_pins += wrong;
         self.kill("card")?;
         std::thread::sleep(pause);
-        if wrong > 2 {
+        // It may have been low before.
+        let left = usize::from(self.card.pin_tries()?);
+        ensure!(left <= 3 - wrong, "{left} tries are left after {wrong} wrong PINs");
+        if left == 0 {
             self.card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
         }
         Ok(())

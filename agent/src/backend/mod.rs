@@ -66,22 +66,26 @@ pub(crate) fn open(
     }
 }
 
-/// Sets a PIN anew, to the one given or else the configured one: whatever became of the old one.
-pub(crate) fn unblock(
-    spec: &OpenSpec,
-    given: Option<&Pin>,
-    officer: &Fresh,
-    say: Say<'_>,
-) -> Result<(), Failure> {
-    let configured = if given.is_none() { Some(read_pin(&spec.token.pin).map_err(locked)?) } else { None };
-    let pin = given.or(configured.as_ref()).ok_or_else(|| locked("it waits for its PIN".into()))?;
-    match &spec.token.device {
-        config::Device::Pkcs11 { module, select, .. } => pkcs11::unblock(module, select, pin, officer, say),
-        config::Device::Piv { serial } => piv::unblock(*serial, pin, officer, say),
-        config::Device::Tpm(_) => Err(locked(
-            "a TPM ends its lockout with time, or with `tpm2_dictionarylockout --clear-lockout`; then unlock it".into(),
+/// Sets a PIN anew, whatever became of the old one.
+pub(crate) fn unblock(token: &config::Token, fresh: &Fresh) -> Result<(), Failure> {
+    match &token.device {
+        config::Device::Pkcs11 { module, select, .. } => {
+            pkcs11::unblock(module, select, &new_pin(token, fresh)?, fresh)
+        }
+        config::Device::Piv { serial } => piv::unblock(*serial, &new_pin(token, fresh)?, fresh),
+        config::Device::Tpm(_) => Err(refused(
+            "a TPM ends its lockout with time, or with `tpm2_dictionarylockout --clear-lockout`; then unlock it"
+                .into(),
         )),
     }
+}
+
+/// The one given, or else the configured one. A device would count what is empty as a wrong one.
+fn new_pin(token: &config::Token, fresh: &Fresh) -> Result<Pin, Failure> {
+    if fresh.puk.is_empty() {
+        return Err(refused("it takes the security officer's PIN, or a card's PUK; none was given".into()));
+    }
+    Pin::new(fresh.pin.clone()).map_or_else(|| read_pin(&token.pin).map_err(refused), Ok)
 }
 
 /// Looks at a device without logging in, for `doctor`.

@@ -60,13 +60,13 @@ pub fn run() -> io::Result<()> {
             let fresh = open.fresh.take().unwrap_or_default();
             (backend::prepare(&spec.token, pin, &fresh).map(|()| Opening::Prepared), None)
         }
+        Purpose::Unblock => {
+            let fresh = open.fresh.take().unwrap_or_default();
+            (backend::unblock(&spec.token, &fresh).map(|()| Opening::Prepared), None)
+        }
         Purpose::Open => {
             let say = |opening| wire::say(&mut &socket, &opening);
-            let set = open
-                .fresh
-                .take()
-                .map_or(Ok(()), |officer| backend::unblock(&spec, pin.as_ref(), &officer, &say));
-            match set.and_then(|()| backend::open(&spec, pin, &say)) {
+            match backend::open(&spec, pin, &say) {
                 Ok((device, opened)) => (Ok(Opening::Opened(opened)), Some(device)),
                 Err(failure) => (Err(failure), None),
             }
@@ -283,7 +283,8 @@ impl Shared<'_> {
         let (mut holds, mut slept) = (false, Duration::ZERO);
         loop {
             let check = match holds {
-                true => inbox.recv_timeout(TOGETHER - slept),
+                // The first of them may have waited for us to wake up, too.
+                true => inbox.recv_timeout(TOGETHER.saturating_sub(2 * slept)),
                 false => inbox.recv().map_err(RecvTimeoutError::from),
             };
             let mut next = match check {

@@ -27,13 +27,13 @@ pub(crate) struct Open {
     /// A PIN that an operator typed; it goes before the configured source.
     #[prost(string, optional, tag = "2")]
     pub(crate) pin: Option<String>,
-    /// What a device that comes from the factory gets, to be [`Purpose::Prepare`]d; or, before one is opened, the secret
-    /// with which its PIN is set anew.
+    /// What a device gets, to be [`Purpose::Prepare`]d or [`Purpose::Unblock`]ed.
     #[prost(message, optional, tag = "3")]
     pub(crate) fresh: Option<Fresh>,
 }
 
-/// Secrets that a device is given in place of the factory's, each where it is to be changed.
+/// Secrets that a device is given in place of the factory's, each where it is to be changed; or a PIN in place of a
+/// blocked one, and what lets us.
 #[derive(Clone, PartialEq, prost::Message, zeroize::ZeroizeOnDrop)]
 #[prost(skip_debug)]
 pub(crate) struct Fresh {
@@ -57,6 +57,8 @@ pub(crate) enum Purpose {
     Survey,
     /// To give the device secrets of its own.
     Prepare,
+    /// To set its PIN anew.
+    Unblock,
 }
 
 /// A secret that is still the factory's, and so everybody's.

@@ -16,7 +16,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use zeroize::Zeroizing;
 
-use self::unblock::set_pin;
 pub use self::unblock::{Unblock, unblock};
 use crate::agent::Agent;
 use crate::audit::{self, Audit, Entry};
@@ -225,7 +224,7 @@ async fn attend(
         Asked::Unblock(unblock) => {
             let token = setup.tokens.get(&unblock.token);
             let token = token.ok_or_else(|| KeyLifeError::NoToken(unblock.token.clone()))?;
-            return set_pin(token, unblock, &agent.audit, &identity, &rule.name).await;
+            return unblock.on(token, &agent.audit, &identity, &rule.name).await;
         }
     };
     if matches!(command, Command::Reload) {
@@ -316,7 +315,8 @@ pub async fn alone(
     done
 }
 
-/// Whoever runs this, as an operator who holds the log: an agent wherever it listens, or another command, would.
+/// Who runs this, the rule that lets them, and the log. Whoever holds that owns the devices: an agent wherever it
+/// listens, or another command.
 fn owner(config: &Config) -> Result<(Identity, &str, Audit), OperatorError> {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let identity = Identity::from_unix(uid, gid, None);
@@ -334,31 +334,23 @@ async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), Op
         let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
-    match settled(token).await? {
-        State::Locked(reason) | State::Down(reason) => Err(failed(reason)),
-        State::Ready | State::Starting => Ok(()),
-    }
-}
-
-/// What became of a token that is started.
-async fn settled(token: &Token) -> Result<State, OperatorError> {
     loop {
         let change = token.watch();
         match token.state() {
+            State::Ready => return Ok(()),
             State::Starting => {
-                let failed =
-                    |_| OperatorError::Token { token: token.name.clone(), reason: "it does not open".into() };
-                timeout(OPEN, change).await.map_err(failed)?;
+                timeout(OPEN, change).await.map_err(|_| failed("it does not open".into()))?;
             }
-            settled => return Ok(settled),
+            State::Locked(reason) | State::Down(reason) => return Err(failed(reason)),
         }
     }
 }
 
 async fn send(stream: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
-    // It may hold secrets.
-    let message = Zeroizing::new(serde_json::to_vec(message)?);
-    let mut frame = Zeroizing::new(Vec::with_capacity(message.len() + 4));
-    wire::put_bytes(&mut frame, &message);
+    // It may hold secrets, which a vector that grows would leave behind.
+    let mut text = Zeroizing::new(Vec::with_capacity(4096));
+    serde_json::to_writer(&mut *text, message)?;
+    let mut frame = Zeroizing::new(Vec::with_capacity(text.len() + 4));
+    wire::put_bytes(&mut frame, &text);
     stream.write_all(&frame).await
 }

@@ -1,17 +1,18 @@
-//! `omsign-agent unblock`: a PIN that was blocked is set anew, by whoever holds the secret that is for that.
+//! `omsign-agent unblock`: a PIN that was blocked is set anew, by whoever holds the secret that is for that. In the agent
+//! while the token is locked, when no process has its device; without one, in a process of its own.
 
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use zeroize::ZeroizeOnDrop;
 
-use super::{Asked, OPEN, OperatorError, about, owner, running, settled, tell};
+use super::{Asked, OPEN, OperatorError, about, owner, running, tell};
 use crate::audit::{Audit, Entry};
 use crate::config::Config;
 use crate::host::wire::Fresh;
 use crate::identity::Identity;
 use crate::key_life::{KeyLifeError, Output};
 use crate::secret::Pin;
-use crate::token::{Login, Token};
+use crate::token::{self, Token, TokenError};
 
 /// A token whose PIN is set anew, and what that takes.
 #[derive(Serialize, Deserialize, ZeroizeOnDrop)]
@@ -25,32 +26,48 @@ pub struct Unblock {
     pub pin: String,
 }
 
-/// Has a token's PIN set anew and the token opened with it; recorded before and after.
-pub(super) async fn set_pin(
-    token: &Token,
-    unblock: &Unblock,
-    audit: &Audit,
-    identity: &Identity,
-    rule: &str,
-) -> Result<Output, OperatorError> {
-    let failed = |reason: String| OperatorError::Token { token: token.name.clone(), reason };
-    let entry = |outcome, reason| Entry {
-        action: "unblock",
-        rule: Some(rule),
-        token: &token.name,
-        outcome,
-        reason,
-        ..about(identity)
-    };
-    audit.record(&entry("begun", "")).await.map_err(KeyLifeError::from)?;
-    let mut officer = Fresh::default();
-    officer.puk.clone_from(&unblock.officer);
-    let login = Login { pin: Pin::new(unblock.pin.clone()), officer: Some(officer) };
-    let done = token.log_in(login, Instant::now() + OPEN).await;
-    let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
-    let outcome = if reason.is_empty() { "done" } else { "failed" };
-    audit.record(&entry(outcome, &reason)).await.map_err(KeyLifeError::from)?;
-    done.map(|()| Output::Done).map_err(|error| failed(error.to_string()))
+impl Unblock {
+    fn secrets(&self) -> Fresh {
+        let mut fresh = Fresh::default();
+        fresh.puk.clone_from(&self.officer);
+        fresh.pin.clone_from(&self.pin);
+        fresh
+    }
+
+    /// For a token of this agent, which is then opened with it.
+    pub(super) async fn on(
+        &self,
+        token: &Token,
+        audit: &Audit,
+        identity: &Identity,
+        rule: &str,
+    ) -> Result<Output, OperatorError> {
+        let deadline = Instant::now() + OPEN;
+        let work = async {
+            token.unblock(self.secrets(), deadline).await?;
+            token.unlock(Pin::new(self.pin.clone()), deadline).await
+        };
+        self.recorded(work, audit, identity, rule).await
+    }
+
+    /// Has it recorded before and after.
+    async fn recorded(
+        &self,
+        work: impl Future<Output = Result<(), TokenError>>,
+        audit: &Audit,
+        identity: &Identity,
+        rule: &str,
+    ) -> Result<Output, OperatorError> {
+        let (action, rule, key) = ("unblock", Some(rule), self.token.as_str());
+        let entry = |outcome, reason| Entry { action, rule, key, outcome, reason, ..about(identity) };
+        audit.record(&entry("begun", "")).await.map_err(KeyLifeError::from)?;
+        let done = work.await;
+        let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        let outcome = if reason.is_empty() { "done" } else { "failed" };
+        audit.record(&entry(outcome, &reason)).await.map_err(KeyLifeError::from)?;
+        let failed = |_| OperatorError::Token { token: self.token.clone(), reason };
+        done.map(|()| Output::Done).map_err(failed)
+    }
 }
 
 /// Sets a token's PIN anew, whatever became of the old one: in the agent, if one runs, else with a process of its own.
@@ -59,12 +76,10 @@ pub async fn unblock(config: &Config, unblock: Unblock) -> Result<Output, Operat
         return tell(stream, Asked::Unblock(unblock), &|_| {}).await;
     }
     let (identity, rule, audit) = owner(config)?;
-    let configured = config.tokens.get(&unblock.token).cloned();
+    let configured = config.tokens.get(&unblock.token);
     let configured = configured.ok_or_else(|| KeyLifeError::NoToken(unblock.token.clone()))?;
-    let token = Token::start(&unblock.token, configured, Vec::new(), None);
-    settled(&token).await?;
-    let done = set_pin(&token, &unblock, &audit, &identity, rule).await;
-    token.stop().await;
+    let work = token::unblock(&unblock.token, configured, unblock.secrets());
+    let done = unblock.recorded(work, &audit, &identity, rule).await;
     audit.close();
     done
 }

@@ -3,6 +3,7 @@
 
 mod line;
 mod process;
+mod state;
 mod supervise;
 mod touch;
 
@@ -14,11 +15,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
 use self::line::{Held, Host, Place};
-pub(crate) use self::process::{Login, prepare, survey};
+pub(crate) use self::process::{prepare, survey, unblock};
+pub use self::state::State;
+use self::state::Status;
 use crate::algorithm::Content;
 use crate::config;
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Asked, Class, Failure, KeySpec, Opened, PublicKey};
+use crate::host::wire::{Asked, Class, Failure, Fresh, KeySpec, Opened, PublicKey};
 use crate::replay::Tell;
 use crate::secret::Pin;
 
@@ -51,19 +54,6 @@ pub enum TokenError {
     Deadline,
 }
 
-/// What a token is doing.
-#[derive(Clone, Debug)]
-pub enum State {
-    /// Its process is being started and the device opened.
-    Starting,
-    /// Signing.
-    Ready,
-    /// Waits for an operator: no PIN is offered by itself.
-    Locked(String),
-    /// Absent or failing; it is tried again with growing pauses.
-    Down(String),
-}
-
 /// A finished signature.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signed {
@@ -92,20 +82,14 @@ pub struct Token {
     refused_source: Mutex<Option<String>>,
 }
 
-#[derive(Clone)]
-enum Status {
-    Starting,
-    Ready(Arc<Host>),
-    Locked(String),
-    Down(String),
-}
-
 /// Where the outcome of an unlock goes.
 type Unlocked = oneshot::Sender<Result<(), TokenError>>;
 
 /// What the supervisor can be told.
 enum Command {
-    Unlock(Login, Unlocked),
+    Unlock(Option<Pin>, Unlocked),
+    /// Its PIN is to be set anew.
+    Unblock(Fresh, Unlocked),
     /// Keys were made or deleted.
     LookAgain,
     Stop(oneshot::Sender<()>),
@@ -240,14 +224,22 @@ impl Token {
 
     /// Logs in again: with this PIN, or with the configured source read anew.
     pub async fn unlock(&self, pin: Option<Pin>, deadline: Instant) -> Result<(), TokenError> {
-        self.log_in(Login { pin, officer: None }, deadline).await
+        self.command(|done| Command::Unlock(pin, done), deadline).await
     }
 
-    /// The same, perhaps with its PIN set anew before.
-    pub(crate) async fn log_in(&self, login: Login, deadline: Instant) -> Result<(), TokenError> {
+    /// Has the PIN of a token that is locked set anew; it stays locked.
+    pub(crate) async fn unblock(&self, fresh: Fresh, deadline: Instant) -> Result<(), TokenError> {
+        self.command(|done| Command::Unblock(fresh, done), deadline).await
+    }
+
+    async fn command<C: FnOnce(Unlocked) -> Command>(
+        &self,
+        c: C,
+        deadline: Instant,
+    ) -> Result<(), TokenError> {
         let (done, outcome) = oneshot::channel();
         let stopping = || TokenError::Unavailable("the agent is stopping".into());
-        let sent = timeout_at(deadline, self.commands.send(Command::Unlock(login, done)));
+        let sent = timeout_at(deadline, self.commands.send(c(done)));
         sent.await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?;
         timeout_at(deadline, outcome).await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?
     }
@@ -377,16 +369,5 @@ impl Token {
 
     fn queue(&self) -> Result<Place, TokenError> {
         Place::take(&self.waiting, self.config.queue).map_err(|waiting| TokenError::Full { waiting })
-    }
-}
-
-impl From<&Status> for State {
-    fn from(status: &Status) -> Self {
-        match status {
-            Status::Starting => Self::Starting,
-            Status::Ready(_) => Self::Ready,
-            Status::Locked(reason) => Self::Locked(reason.clone()),
-            Status::Down(reason) => Self::Down(reason.clone()),
-        }
     }
 }

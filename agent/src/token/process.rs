@@ -30,25 +30,16 @@ pub(super) enum End {
     /// A PIN was refused in the middle of its life: somebody changed it.
     Locked(String),
     /// An operator wants it opened again, since some keys were not usable.
-    Reopen(Login, Unlocked),
+    Reopen(Option<Pin>, Unlocked),
     /// The same, by itself: they may be there by now.
     LookAgain,
     Stop(oneshot::Sender<()>),
 }
 
-/// What an operator has a token opened with.
-#[derive(Default)]
-pub(crate) struct Login {
-    /// In place of what the configured source holds.
-    pub(crate) pin: Option<Pin>,
-    /// First the PIN is set anew with this secret.
-    pub(crate) officer: Option<Fresh>,
-}
-
 /// What to start.
 pub(super) struct Launch<'a> {
     pub(super) token: &'a Token,
-    pub(super) login: Login,
+    pub(super) pin: Option<Pin>,
     pub(super) by_operator: bool,
 }
 
@@ -71,7 +62,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         by_operator: launch.by_operator,
         purpose: Purpose::Open,
     };
-    let (child, socket, opening) = start(&token.name, &spec, launch.login.pin, launch.login.officer).await?;
+    let (child, socket, opening) = start(&token.name, &spec, launch.pin, None).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
@@ -104,12 +95,26 @@ pub(crate) async fn prepare(
     pin: Option<Pin>,
     fresh: Fresh,
 ) -> Result<(), String> {
-    let (token, purpose) = (token.clone(), Purpose::Prepare);
-    let spec = OpenSpec { token, keys: Vec::new(), by_operator: true, purpose };
-    match start(name, &spec, pin, Some(fresh)).await {
-        Ok((_, _, Opening::Prepared)) => Ok(()),
-        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
-        Ok(_) => Err("its process did what was not asked".into()),
+    give(name, token, pin, fresh, Purpose::Prepare).await.map_err(|failure| failure.message)
+}
+
+/// Has a process of its own set a PIN anew.
+pub(crate) async fn unblock(name: &str, token: &config::Token, fresh: Fresh) -> Result<(), TokenError> {
+    Ok(give(name, token, None, fresh, Purpose::Unblock).await?)
+}
+
+async fn give(
+    name: &str,
+    token: &config::Token,
+    pin: Option<Pin>,
+    fresh: Fresh,
+    purpose: Purpose,
+) -> Result<(), Failure> {
+    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: true, purpose };
+    match start(name, &spec, pin, Some(fresh)).await? {
+        (_, _, Opening::Prepared) => Ok(()),
+        (_, _, Opening::Failed(failure)) => Err(failure),
+        _ => Err(gone("its process did what was not asked".into())),
     }
 }
 
@@ -236,11 +241,11 @@ impl Process {
         let told = async {
             loop {
                 match commands.recv().await {
-                    Some(Command::Unlock(login, done)) if missing => {
+                    Some(Command::Unlock(pin, done)) if missing => {
                         drain(host).await;
-                        return End::Reopen(login, done);
+                        return End::Reopen(pin, done);
                     }
-                    Some(Command::Unlock(_, done)) => {
+                    Some(Command::Unlock(_, done) | Command::Unblock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
                     // What an operator typed is not ours to offer again, and keys that are there need no look.

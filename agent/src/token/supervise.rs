@@ -7,9 +7,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::process::{End, Launch, launch};
-use super::{Command, Login, Status, Token, TokenError, Unlocked};
+use super::process::{End, Launch, launch, unblock};
+use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
+use crate::secret::Pin;
 
 /// The first pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -24,18 +25,18 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
-    let mut begun: (Login, Option<Unlocked>) = Default::default();
+    let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
     loop {
         token.state.send_replace(Status::Starting);
-        let (login, mut unlocked) = std::mem::take(&mut begun);
-        let from_source = login.pin.is_none();
+        let (pin, mut unlocked) = std::mem::take(&mut login);
+        let from_source = pin.is_none();
         if from_source && unlocked.is_some() {
             token.refuse_source(None);
         }
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => launch(Launch { token: &token, login, by_operator: unlocked.is_some() }).await,
+            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some() }).await,
         };
         let failure = match opening {
             Ok((host, mut process)) => {
@@ -72,8 +73,8 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         let _ = stopped.send(());
                         return;
                     }
-                    End::Reopen(login, unlocked) => {
-                        begun = (login, Some(unlocked));
+                    End::Reopen(pin, unlocked) => {
+                        login = (pin, Some(unlocked));
                         continue;
                     }
                     End::LookAgain => continue,
@@ -118,9 +119,9 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             pause = (pause * 2).min(PAUSES.1);
             Some(wake)
         };
-        match command_or_wake(&mut commands, wake).await {
-            None | Some(Command::LookAgain) => {}
-            Some(Command::Unlock(login, unlocked)) => begun = (login, Some(unlocked)),
+        match command_or_wake(&token, &mut commands, wake).await {
+            None | Some(Command::LookAgain | Command::Unblock(..)) => {}
+            Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
             Some(Command::Stop(stopped)) => {
                 let _ = stopped.send(());
                 return;
@@ -129,8 +130,13 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     }
 }
 
-/// The next command, or `None` at the time given. A closed channel counts as a stop nobody waits for.
-async fn command_or_wake(commands: &mut mpsc::Receiver<Command>, wake: Option<Instant>) -> Option<Command> {
+/// The next command, or `None` at the time given. A closed channel counts as a stop nobody waits for. A PIN is set anew
+/// meanwhile: no other process has the device, and what the token waits for stays what it is.
+async fn command_or_wake(
+    token: &Token,
+    commands: &mut mpsc::Receiver<Command>,
+    wake: Option<Instant>,
+) -> Option<Command> {
     let wake = async {
         match wake {
             Some(at) => sleep_until(at).await,
@@ -142,7 +148,10 @@ async fn command_or_wake(commands: &mut mpsc::Receiver<Command>, wake: Option<In
         tokio::select! {
             command = commands.recv() => match command {
                 // Nobody waits for this one any more: no PIN try is spent for them.
-                Some(Command::Unlock(_, unlocked)) if unlocked.is_closed() => {}
+                Some(Command::Unlock(_, done) | Command::Unblock(_, done)) if done.is_closed() => {}
+                Some(Command::Unblock(fresh, done)) => {
+                    answer(&mut Some(done), unblock(&token.name, &token.config, fresh).await);
+                }
                 // It is not open, and will be looked at when it is.
                 Some(Command::LookAgain) => {}
                 Some(command) => return Some(command),

@@ -187,7 +187,7 @@ impl Card {
         if application == MANAGEMENT { Ok(banner.into_bytes()) } else { Err(NOT_FOUND) }
     }
 
-    fn verify(&mut self, p1: u8, p2: u8, data: &[u8]) -> Answer {
+    pub(super) fn verify(&mut self, p1: u8, p2: u8, data: &[u8]) -> Answer {
         if p1 == 0xff {
             self.session.verified = false;
             return Ok(Vec::new());

@@ -193,6 +193,14 @@ impl VirtualPiv {
         line.and_then(|tries| tries.trim().parse().ok()).context("PIN tries")
     }
 
+    /// Somebody enters wrong PINs, one right after the other.
+    pub fn enter_wrong_pins(&self, count: usize) {
+        let mut card = self.inside.card();
+        for _ in 0..count {
+            let _ = card.verify(0, 0x80, b"87654321");
+        }
+    }
+
     /// How many wrong PINs it was ever given.
     pub fn wrong_pins(&self) -> usize {
         self.inside.card().wrong_pins

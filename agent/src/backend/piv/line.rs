@@ -21,7 +21,8 @@ const MORE_FOLLOWS: u8 = 0x10;
 
 /// Status words (ISO 7816-4, 5.6).
 pub(super) const DONE: u16 = 0x9000;
-const TOO_LONG: u16 = 0x6700;
+/// Wrong length, wrong data, no room: the key itself was found, so there is too much of it.
+const TOO_LONG: [u16; 3] = [0x6700, 0x6a80, 0x6a84];
 pub(super) const NOT_ALLOWED: u16 = 0x6982;
 
 /// A line that is let go of without a reset, which would take the verified PIN from the crate's line.
@@ -78,7 +79,7 @@ pub(super) fn sign_message(yubikey: &YubiKey, slot: SlotId, message: &[u8]) -> R
     match command(yubikey, [0, AUTHENTICATE, ED25519, slot.into()], &template)? {
         (answer, DONE) => answer.strip_prefix(&SIGNATURE).map(<[u8]>::to_vec).ok_or(Error::ParseError),
         (_, NOT_ALLOWED) => Err(Error::AuthenticationError),
-        (_, TOO_LONG) => Err(Error::SizeError),
+        (_, status) if TOO_LONG.contains(&status) => Err(Error::SizeError),
         _ => Err(Error::GenericError),
     }
 }

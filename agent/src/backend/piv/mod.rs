@@ -34,6 +34,9 @@ const FACTORY_PIN: &[u8] = b"123456";
 /// In bytes (NIST SP 800-73-4, part 2, 2.4.3).
 const LONGEST_PIN: usize = 8;
 
+/// A new one (Yubico, "PIV").
+const SHORTEST_PIN: usize = 6;
+
 /// An idle card is let go of after this long: connecting takes a few of its commands.
 const LET_GO: Duration = Duration::from_secs(2);
 
@@ -223,7 +226,7 @@ impl Card<'_> {
             yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }
             | yubikey::Error::AuthenticationError
             | yubikey::Error::GenericError => {}
-            yubikey::Error::SizeError => {
+            yubikey::Error::SizeError if key.algorithm == Algorithm::Ed25519 => {
                 let length = input.len();
                 return Err(refused(format!(
                     "the statement has {length} bytes, more than the card takes for an Ed25519 key; use a P-256 key"

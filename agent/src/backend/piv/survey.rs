@@ -4,11 +4,11 @@ use getrandom::SysRng;
 use yubikey::piv::{self, SlotId};
 use yubikey::{MgmKey, YubiKey};
 
-use super::super::{Say, gone, locked};
+use super::super::{locked, refused};
 use super::errors::classify;
-use super::{FACTORY_PIN, connect, is_fit};
+use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, is_fit};
 use crate::config::{Object, PIV_SLOTS};
-use crate::host::wire::{Factory, Failure, Fresh, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Factory, Failure, Fresh, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// See [`FACTORY_PIN`].
@@ -90,25 +90,20 @@ pub(in super::super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) ->
 }
 
 /// Sets the PIN anew with the PUK. One try.
-pub(in super::super) fn unblock(
-    serial: u32,
-    pin: &Pin,
-    officer: &Fresh,
-    say: Say<'_>,
-) -> Result<(), Failure> {
+pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result<(), Failure> {
     is_fit(pin)?;
+    let (puk, pin) = (fresh.puk.as_bytes(), pin.expose().as_bytes());
+    if puk.len() > LONGEST_PIN || pin.len() < SHORTEST_PIN {
+        let message = format!("a PUK has at most {LONGEST_PIN} bytes, and a PIN at least {SHORTEST_PIN}");
+        return Err(refused(message));
+    }
     let mut yubikey = connect(serial)?;
-    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
-    let set = yubikey.unblock_pin(officer.puk.as_bytes(), pin.expose().as_bytes());
+    let set = yubikey.unblock_pin(puk, pin);
     set.map_err(|error| match error {
-        yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => locked(
+        yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => refused(
             "its PUK is blocked, too: only a reset helps, which deletes every key: ykman piv reset".into(),
         ),
-        yubikey::Error::WrongPin { tries } => locked(format!("it refused the PUK; {tries} tries are left")),
+        yubikey::Error::WrongPin { tries } => refused(format!("it refused the PUK; {tries} tries are left")),
         error => classify("set the PIN", &error),
-    })?;
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
-    // Dropped, it would reset the card.
-    let _ = yubikey.disconnect(pcsc::Disposition::LeaveCard);
-    Ok(())
+    })
 }

@@ -2,13 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use cryptoki::context::{Function, Pkcs11};
+use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
-use cryptoki::slot::{Slot, TokenInfo};
+use cryptoki::slot::TokenInfo;
 use cryptoki::types::AuthPin;
 
-use super::super::{Say, gone, locked};
+use super::super::{Say, gone, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
 use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
@@ -65,31 +65,19 @@ pub(super) fn log_in(
     Ok(Some(pin))
 }
 
-/// The security officer logs in, sets the user's PIN, and logs out.
-pub(super) fn set_pin(
-    pkcs11: &Pkcs11,
-    slot: Slot,
-    info: &TokenInfo,
-    pin: &Pin,
-    officer: &Fresh,
-    say: Say<'_>,
-) -> Result<(), Failure> {
+/// The security officer logs in, once, and sets the user's PIN.
+pub(super) fn set_pin(session: &Session, info: &TokenInfo, pin: &Pin, fresh: &Fresh) -> Result<(), Failure> {
     if info.so_pin_locked() {
-        return Err(locked(
-            "its security officer's PIN is blocked, too: only a token that is made anew helps".into(),
-        ));
+        let message = "its security officer's PIN is blocked, too: only a token that is made anew helps";
+        return Err(refused(message.into()));
     }
-    let session = pkcs11.open_rw_session(slot).map_err(|error| classify("open a session", &error))?;
-    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
-    let shown = session.login(UserType::So, Some(&AuthPin::new(officer.puk.as_str().into())));
+    let shown = session.login(UserType::So, Some(&AuthPin::new(fresh.puk.as_str().into())));
     shown.map_err(|error| match error {
-        Error::Pkcs11(RvError::PinIncorrect, _) => locked("it refused the security officer's PIN".into()),
-        error => locked(classify("log in as the security officer", &error).message),
+        Error::Pkcs11(RvError::PinIncorrect, _) => refused("it refused the security officer's PIN".into()),
+        error => classify("log in as the security officer", &error),
     })?;
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     let set = session.init_pin(&AuthPin::new(pin.expose().into()));
-    set.and_then(|()| session.logout())
-        .map_err(|error| locked(classify("set the user's PIN", &error).message))
+    set.map_err(|error| classify("set the user's PIN", &error))
 }
 
 /// The PIN for keys that ask for it before every signature (CKA_ALWAYS_AUTHENTICATE). It was accepted once;

@@ -124,18 +124,17 @@ pub(super) fn prepare(module: &Path, fresh: &Fresh) -> Result<(), Failure> {
     set.map_err(|error| classify("set the user's PIN", &error))
 }
 
-/// Has the security officer set the user's PIN (PKCS#11 v3.1, 5.5.7). One try, and the module is left as it was found.
+/// Has the security officer set the user's PIN (PKCS#11 v3.1, 5.5.7).
 pub(super) fn unblock(
     module: &Path,
     select: &TokenSelector,
     pin: &Pin,
-    officer: &Fresh,
-    say: Say<'_>,
+    fresh: &Fresh,
 ) -> Result<(), Failure> {
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
-    login::set_pin(&pkcs11, slot, &info, pin, officer, say)?;
-    pkcs11.finalize().map_err(|error| classify("close the module", &error))
+    let session = pkcs11.open_rw_session(slot).map_err(|error| classify("open a session", &error))?;
+    login::set_pin(&session, &info, pin, fresh)
 }
 
 /// Looks at a module without logging in.
