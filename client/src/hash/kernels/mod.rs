@@ -49,6 +49,7 @@ impl Kernel {
 
 /// The kernels that this CPU can run.
 pub(super) fn usable() -> Vec<Kernel> {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "there it is the only one"))]
     let mut kernels = vec![Kernel { name: "portable", lanes: 1, run: portable }];
     #[cfg(target_arch = "x86_64")]
     {
