@@ -6,7 +6,7 @@ mod file;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -17,6 +17,9 @@ use crate::identity::Identity;
 
 /// How many lines may wait to be written.
 const BACKLOG: usize = 4096;
+
+/// How long lines that come together take to come: much less than an fsync.
+const GATHER: Duration = Duration::from_micros(100);
 
 /// The log's file. Whoever holds it owns the devices.
 pub const FILE: &str = "audit.jsonl";
@@ -93,7 +96,14 @@ impl Audit {
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
             // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
+            // Lines that come together come one by one: where some did last time, the others are waited for.
+            let mut together = false;
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
+                if together {
+                    std::thread::sleep(GATHER);
+                    batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
+                }
+                together = batch.len() > 1;
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
