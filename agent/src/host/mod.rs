@@ -2,6 +2,7 @@
 //! logs in once, keeps handles, and signs in N threads. Whatever it cannot heal within a session it leaves to
 //! its replacement: it answers "gone" and exits, and the agent starts another.
 
+mod held;
 pub(crate) mod task;
 pub(crate) mod wire;
 
@@ -16,18 +17,12 @@ use std::time::{Duration, Instant};
 use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
+use self::held::{Held, TOGETHER};
 use self::task::Task;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
 use crate::backend::{self, Device, Signer};
 use crate::secret::{Pin, harden_process};
-
-/// Answers are given together while more requests for the same key wait here than answers are held back, until the next
-/// would come later than this: each time the agent is woken, which costs as much as a quick signature.
-const TOGETHER: Duration = Duration::from_millis(2);
-
-/// How many answers may be held back for that.
-const TOGETHER_COUNT: usize = 8;
 
 /// From here on a device is slow enough for the thread that checks to look for signatures by itself. Woken when one is
 /// made, just before the device begins the next, it is in the way of a device that is a program and needs a CPU itself
@@ -181,30 +176,6 @@ enum Next {
     /// A request, and how many more are here.
     Request(Request, usize),
     Idle,
-}
-
-/// What is held back.
-#[derive(Default)]
-struct Held {
-    count: usize,
-    since: Option<Instant>,
-    /// All of it was made with this one.
-    key: Option<usize>,
-}
-
-impl Held {
-    /// Whether one more answer may wait for the next, with so many requests here, if that takes as long.
-    fn may_wait(&mut self, key: Option<usize>, took: Duration, waiting: usize, now: Instant) -> bool {
-        let since = *self.since.get_or_insert(now);
-        (self.count, self.key) = (self.count + 1, key);
-        let waits = key.is_some()
-            && self.count < waiting.min(TOGETHER_COUNT)
-            && now.duration_since(since) + took < TOGETHER;
-        if !waits {
-            *self = Self::default();
-        }
-        waits
-    }
 }
 
 impl Shared<'_> {
@@ -380,24 +351,4 @@ impl Shared<'_> {
 
 fn lock<T>(mutex: &Mutex<T>) -> io::Result<MutexGuard<'_, T>> {
     mutex.lock().map_err(|_| io::Error::other("a thread panicked"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn answers_wait_only_for_what_is_here_and_as_quick() {
-        let (mut held, quick, now) = (Held::default(), Duration::from_micros(100), Instant::now());
-        assert!(held.may_wait(Some(3), quick, 2, now), "two more are here");
-        assert!(!held.may_wait(Some(3), quick, 1, now), "the last one answers for both");
-        assert!(!held.may_wait(Some(3), quick, 0, now) && held.count == 0);
-        assert!(!held.may_wait(None, quick, 8, now), "an operator's task");
-        assert!(held.may_wait(Some(3), quick, 8, now) && held.key == Some(3));
-        assert!(!held.may_wait(Some(3), TOGETHER, 8, now), "the next would come too late");
-        for _ in 1..TOGETHER_COUNT {
-            assert!(held.may_wait(Some(3), Duration::ZERO, 64, now));
-        }
-        assert!(!held.may_wait(Some(3), Duration::ZERO, 64, now), "enough");
-    }
 }
