@@ -2,7 +2,7 @@
 //!
 //! One way for one big file, 160 big files and 100,000 small ones: the work is a list of units, the longest first;
 //! each core takes units until it has its share of streams, advances them together by what they all have in their
-//! buffers, and puts the next unit in the place of one that ends at once.
+//! buffers, and puts the next unit in the place of one that ends at once, as long as that leaves the other cores theirs.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -48,6 +48,10 @@ impl Unit {
     pub(super) fn whole(piece: usize, range: Range<u64>) -> Self {
         Self { piece, range, offset: 0, whole: true }
     }
+
+    fn bytes(&self) -> u64 {
+        self.range.end - self.range.start
+    }
 }
 
 /// The most that all buffers together may hold; each core's share should fit into its own cache.
@@ -89,7 +93,7 @@ pub(super) fn run<'a, S: Streams>(
     hashed: &'a AtomicU64,
 ) -> Hashed {
     let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
-    longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.range.end - unit.range.start));
+    longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.bytes()));
     let jobs = pool.current_num_threads();
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
@@ -112,6 +116,8 @@ pub(super) fn run<'a, S: Streams>(
         input,
         longest_first,
         next: AtomicUsize::new(0),
+        left: AtomicU64::new(units.iter().map(Unit::bytes).sum()),
+        jobs: jobs as u64,
         on_failure,
         stopped: AtomicBool::new(false),
         lanes,
@@ -132,6 +138,9 @@ struct Work<'a, S, I> {
     input: I,
     longest_first: Vec<(usize, &'a Unit)>,
     next: AtomicUsize,
+    /// Bytes that are not hashed yet, also of units that failed.
+    left: AtomicU64,
+    jobs: u64,
     on_failure: OnFailure,
     stopped: AtomicBool,
     lanes: usize,
@@ -150,6 +159,14 @@ struct Lane<'a, S> {
     path: &'a Path,
     state: S,
     feed: Feed,
+    /// Bytes that are not hashed yet.
+    left: u64,
+}
+
+/// Whether a core that has so many bytes before it takes a unit of `next` more, of all that is `left`: half of that unit
+/// fits into its share. Files of one size end together, and the first core that is done would take all that remain.
+fn takes(mine: u64, next: u64, left: u64, jobs: u64) -> bool {
+    mine + next / 2 <= left / jobs.max(1)
 }
 
 impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
@@ -174,7 +191,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 }
                 let Lane { index, unit, state, feed, .. } = lanes.swap_remove(next);
                 let rest = feed.available();
-                self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
+                self.count(rest.len() as u64);
                 let digest = self.streams.finish(state, rest, unit);
                 let mut digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(place) = digests.get_mut(index) {
@@ -184,6 +201,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 buffers.push(feed.into_buffer());
             }
             if lanes.len() < self.lanes
+                && self.has_room(&lanes)
                 && let Some(lane) = self.take(&mut buffers)
             {
                 lanes.push(lane);
@@ -200,9 +218,24 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 data.push(feed.available().get(..step).unwrap_or_default());
             }
             self.streams.update(&mut states, &data);
-            lanes.iter_mut().for_each(|lane| lane.feed.take(step));
-            self.hashed.fetch_add((step * lanes.len()) as u64, Ordering::Relaxed);
+            for lane in &mut lanes {
+                lane.feed.take(step);
+                lane.left -= step as u64;
+            }
+            self.count((step * lanes.len()) as u64);
         }
+    }
+
+    fn count(&self, bytes: u64) {
+        self.hashed.fetch_add(bytes, Ordering::Relaxed);
+        self.left.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether the next unit is for a core with these. Should another core take it first: none behind it is longer.
+    fn has_room(&self, lanes: &[Lane<'_, S::State>]) -> bool {
+        let Some((_, unit)) = self.longest_first.get(self.next.load(Ordering::Relaxed)) else { return false };
+        let mine = lanes.iter().map(|lane| lane.left).sum();
+        lanes.is_empty() || takes(mine, unit.bytes(), self.left.load(Ordering::Relaxed), self.jobs)
     }
 
     /// The next unit that can be opened.
@@ -213,7 +246,10 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
             let (path, stamp) = (self.input)(unit);
             let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
             match Feed::open(path, stamp, &unit.range, buffer, self.ahead) {
-                Ok(feed) => return Some(Lane { index, unit, path, state: self.streams.start(unit), feed }),
+                Ok(feed) => {
+                    let (state, left) = (self.streams.start(unit), unit.bytes());
+                    return Some(Lane { index, unit, path, state, feed, left });
+                }
                 Err(error) => self.fail(unit, error.of(path)),
             }
         }
@@ -313,6 +349,30 @@ mod tests {
         for (piece, digest) in hashed.digests.iter().enumerate() {
             assert_eq!(*digest, Digest::sha256(&piece.to_le_bytes()));
         }
+    }
+
+    /// Cores in lockstep: nobody takes sixteen of the last files and leaves the others idle.
+    #[test]
+    fn what_remains_is_shared() {
+        for (units, jobs, lanes, rounds) in
+            [(160, 8, 16, [16, 4]), (40, 2, 16, [16, 4]), (16, 2, 16, [8, 0]), (5, 2, 4, [3, 0])]
+        {
+            let (mut remaining, mut left) = (units, units);
+            for most in rounds {
+                let mut taken = vec![0; jobs];
+                for mine in &mut taken {
+                    let wants = |mine| mine == 0 || takes(mine * 1000, 1000, left * 1000, jobs as u64);
+                    while *mine < lanes && remaining > 0 && wants(*mine) {
+                        (*mine, remaining) = (*mine + 1, remaining - 1);
+                    }
+                }
+                assert_eq!(taken.iter().max(), Some(&most), "{units} units: {taken:?}");
+                left -= taken.iter().sum::<u64>();
+            }
+            assert_eq!(remaining, 0, "{units} units");
+        }
+        assert!(!takes(2000, 1000, 4060, 2), "two of four big ones, and some small ones");
+        assert!(takes(2000, 1, 4060, 2), "small ones beside them");
     }
 
     /// Of few units, no core takes more than its share.
