@@ -25,8 +25,8 @@ const HEADER: &str = "omsign digests 2";
 /// systems count in steps of up to two seconds.
 const RACY: Duration = Duration::from_secs(2);
 
-/// What was not looked at is kept up to so many entries, or as many as were.
-const SPARE_ENTRIES: usize = 4096;
+/// What was not looked at is kept up to so many entries (10 MB), or as many as were. Others hash a part of the model.
+const SPARE_ENTRIES: usize = 1 << 16;
 
 /// What statfs(2) calls ext4, XFS, Btrfs, F2FS, and overlays of them: the first write to a mapped page sets a file's times
 /// there, and so does the first one after it was written to the disk. On tmpfs nothing ever does; of network file systems,
@@ -123,14 +123,7 @@ impl Cache {
                 _ => {}
             }
         }
-        let entries = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text).unwrap_or_default(),
-            Err(missing) if missing.kind() == io::ErrorKind::NotFound => HashMap::new(),
-            // Not text: as bad as half a file.
-            Err(bad) if bad.kind() == io::ErrorKind::InvalidData => HashMap::new(),
-            Err(source) => return Err(error(&path, source)),
-        };
-        Ok(Self { path, entries, opened: SystemTime::now(), settled: Err(real) })
+        Ok(Self { entries: load(&path)?, path, opened: SystemTime::now(), settled: Err(real) })
     }
 
     /// The remembered digest of a piece.
@@ -140,11 +133,12 @@ impl Cache {
         self.entries.get(&entry(algorithm, stamp, piece)).copied().filter(|_| settled)
     }
 
-    /// Remembers what was hashed, and forgets what took its place. Files that are too young to be told from
-    /// themselves after another write are left out.
+    /// Remembers what was hashed, of so many files of a model, and forgets what took its place. Files that are too young to
+    /// be told from themselves after another write are left out.
     pub(super) fn keep(
         &mut self,
         algorithm: Algorithm,
+        files: usize,
         hashed: impl Iterator<Item = (Stamp, Piece, Digest)>,
     ) -> Result<(), CacheError> {
         let seen: HashMap<_, _> =
@@ -152,6 +146,8 @@ impl Cache {
         let stamps: HashMap<_, _> =
             seen.keys().map(|entry| ((entry.stamp.device, entry.stamp.inode), entry.stamp)).collect();
         let settled = self.settled.clone().map_err(CacheError::Untimed)?;
+        // What others remembered meanwhile, who hash another part of it.
+        self.entries = load(&self.path)?;
         let before = self.entries.len();
         // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
         // looked at.
@@ -159,7 +155,7 @@ impl Cache {
             let now = stamps.get(&(old.stamp.device, old.stamp.inode));
             now.is_none_or(|stamp| *stamp == old.stamp)
         });
-        if self.entries.len() > (2 * seen.len()).max(SPARE_ENTRIES) {
+        if self.entries.len() > (2 * seen.len().max(files)).max(SPARE_ENTRIES) {
             self.entries.retain(|old, _| seen.contains_key(old));
         }
         let kept = self.entries.len();
@@ -215,6 +211,17 @@ fn written(stamp: &Stamp) -> Option<SystemTime> {
     let (seconds, nanoseconds) = stamp.modified.max(stamp.changed);
     let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
     UNIX_EPOCH.checked_add(since)
+}
+
+/// What a cache's file holds.
+fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(parse(&text).unwrap_or_default()),
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
+        // Not text: as bad as half a file.
+        Err(bad) if bad.kind() == io::ErrorKind::InvalidData => Ok(HashMap::new()),
+        Err(source) => Err(CacheError::Io { path: path.to_owned(), source }),
+    }
 }
 
 /// The entries of a cache that is whole.
@@ -298,7 +305,7 @@ impl Remembered {
         // Whoever tries again after a failure need not begin anew.
         let all = pieces.iter().zip(&digests).filter(|(_, digest)| **digest != Digest::NONE);
         let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
-        self.used.problem = self.cache.keep(algorithm, all).err();
+        self.used.problem = self.cache.keep(algorithm, files.sizes().count(), all).err();
         Hashed { digests, failures: made.failures }
     }
 }
@@ -321,14 +328,23 @@ mod tests {
         let digest = Digest::sha256(b"x");
         let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
         let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
-        cache(directory).keep(Algorithm::Sha256, both.into_iter()).expect("kept");
+        cache(directory).keep(Algorithm::Sha256, 2, both.into_iter()).expect("kept");
         let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest)];
-        cache(directory).keep(Algorithm::Sha256, other_range.into_iter()).expect("kept");
+        cache(directory).keep(Algorithm::Sha256, 1, other_range.into_iter()).expect("kept");
         let read = cache(directory);
         assert_eq!(read.get(Algorithm::Sha256, OLD, &piece), Some(digest));
         assert_eq!(read.get(Algorithm::Sha256, young, &piece), None);
         assert_eq!(read.get(Algorithm::Blake3, OLD, &piece), None);
-        assert_eq!(read.get(Algorithm::Sha256, Stamp { changed: (100, 2), ..OLD }, &piece), None);
+        for other in [
+            Stamp { device: 8, ..OLD },
+            Stamp { inode: 8, ..OLD },
+            Stamp { size: 8, ..OLD },
+            Stamp { modified: (-5, 8), ..OLD },
+            Stamp { changed: (100, 2), ..OLD },
+        ] {
+            let read = Cache { settled: Ok(other.device), ..cache(directory) };
+            assert_eq!(read.get(Algorithm::Sha256, other, &piece), None, "{other:?}");
+        }
         assert_eq!(read.get(Algorithm::Sha256, OLD, &Piece { file: 0, range: 0..2 }), None);
         // Every byte of it counts, and so does its end.
         let whole = std::fs::read(&read.path).expect("read");
@@ -342,6 +358,25 @@ mod tests {
         }
         assert_eq!(clear(directory).expect("cleared"), 1);
         assert_eq!(clear(&directory.join("none")).expect("nothing there"), 0);
+    }
+
+    /// Parts of a model that are hashed side by side, on one machine, by processes that began with the same cache.
+    #[test]
+    fn parts_do_not_make_it_forget_each_other() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let files = 2 * SPARE_ENTRIES + 2;
+        let part = |first: usize| {
+            let stamp = move |file: usize| Stamp { inode: file as u64, ..OLD };
+            let one = move |file| (stamp(file), Piece { file, range: 0..3 }, Digest::sha256(b"x"));
+            (first..files).step_by(2).map(one)
+        };
+        let (mut even, mut odd) = (cache(directory.path()), cache(directory.path()));
+        even.keep(Algorithm::Sha256, files, part(0)).expect("kept");
+        odd.keep(Algorithm::Sha256, files, part(1)).expect("kept");
+        assert_eq!(cache(directory.path()).entries.len(), files);
+        // Who looks at few files of many forgets the others in the end: they may be gone.
+        odd.keep(Algorithm::Sha256, 10, part(files - 5)).expect("kept");
+        assert_eq!(cache(directory.path()).entries.len(), 3);
     }
 
     #[test]

@@ -170,8 +170,8 @@ impl Hasher {
         self.pool.install(|| paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect())
     }
 
-    /// A digest of some bytes of every file, at sixteen places at most: two models of the same names and sizes mostly have
-    /// different ones, but not where they differ only between these places.
+    /// A digest of some bytes of every file, at sixteen places at most, and of all of a small one: two models of the same
+    /// names and sizes mostly have different ones, but not where they differ only between these places.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
         let sample = |(path, stamp): (&&Path, &Stamp)| {
             source::sample(path, *stamp).map(|bytes| Digest::sha256(&bytes)).map_err(|error| error.of(path))

@@ -132,16 +132,18 @@ impl Source {
 const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 64;
 
-/// A few bytes of a file, evenly spread, the last ones among them.
+/// A few bytes of a file, evenly spread, the last ones among them; all of it where it is no longer than a page.
 pub(super) fn sample(path: &Path, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
     // One for each page: more would cost no less than reading it.
-    let count = (stamp.size / PAGE_BYTES as u64 + 1).min(SAMPLES);
+    let page = PAGE_BYTES as u64;
+    let count = (stamp.size / page + 1).min(SAMPLES);
+    let bytes_each = if stamp.size <= page { page } else { SAMPLE_BYTES };
     let mut bytes = Vec::new();
     let (mut source, mut buffer) = (Source::open(path, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
     for index in 1..=count {
         // Of so many equal parts the end of each.
         let end = stamp.size / count * index + if index == count { stamp.size % count } else { 0 };
-        (source.position, source.end) = (end.saturating_sub(SAMPLE_BYTES), end);
+        (source.position, source.end) = (end.saturating_sub(bytes_each), end);
         let filled = source.fill(&mut buffer)?;
         bytes.extend_from_slice(buffer.get(0..filled));
     }
