@@ -50,27 +50,28 @@ fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
 
 /// Every private key, with its public half found by CKA_ID: each object is read once, however many there are.
 fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
-    let all = ObjectSelector::default();
-    let mut public = BTreeMap::new();
-    for object in find(session, ObjectClass::PUBLIC_KEY, &all)? {
+    let (mut public, mut certified, mut private) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
+    // One search: some modules look at every object in each.
+    let objects = session.find_objects(&[]).map_err(|error| classify("find objects", &error))?;
+    for object in objects {
         let mut details = details(session, object)?;
-        let kind = details.key_type.and_then(Kind::of);
-        if let Some(kind @ Kind::MlDsa) = kind {
-            details.take_all(read(session, object, kind.public_attributes())?);
+        match details.class {
+            Some(ObjectClass::PUBLIC_KEY) => {
+                let kind = details.key_type.and_then(Kind::of);
+                if let Some(kind @ Kind::MlDsa) = kind {
+                    details.take_all(read(session, object, kind.public_attributes())?);
+                }
+                if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
+                    public.insert(id.clone(), spki);
+                }
+            }
+            Some(ObjectClass::CERTIFICATE) => certified.extend(details.id),
+            Some(ObjectClass::PRIVATE_KEY) => private.push(details),
+            _ => {}
         }
-        if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
-            public.insert(id.clone(), spki);
-        }
-    }
-    let mut certified = BTreeSet::new();
-    for object in find(session, ObjectClass::CERTIFICATE, &all)? {
-        let mut details = Details::default();
-        details.take_all(read(session, object, &[AttributeType::Id])?);
-        certified.extend(details.id);
     }
     let mut listed = Vec::new();
-    for object in find(session, ObjectClass::PRIVATE_KEY, &all)? {
-        let details = details(session, object)?;
+    for details in private {
         let kind = details.key_type.and_then(Kind::of);
         let own = || kind.and_then(|kind| details.spki(kind)).and_then(Result::ok);
         let spki = details.id.as_ref().and_then(|id| public.get(id).cloned()).or_else(own);
@@ -103,6 +104,7 @@ fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
 /// Everything that is listed of a key, in one call.
 fn details(session: &Session, object: ObjectHandle) -> Result<Details, Failure> {
     let wanted = [
+        AttributeType::Class,
         AttributeType::KeyType,
         AttributeType::Sign,
         AttributeType::AlwaysAuthenticate,
