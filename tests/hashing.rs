@@ -95,6 +95,43 @@ fn every_kernel_and_number_of_jobs_finds_the_same() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A thread for each job, while it hashes what takes hours.
+#[test]
+fn as_many_threads_as_jobs() -> anyhow::Result<()> {
+    let world = World::new()?;
+    for file in ["model/a", "model/b", "model/c"] {
+        world.write(file, "")?;
+        fs::OpenOptions::new().write(true).open(world.path(file))?.set_len(1 << 40)?;
+    }
+    let mut threads = Vec::new();
+    for jobs in ["1", "3"] {
+        let mut long = Command::new(built("omsign")?);
+        long.args(["digest", "model", "--progress", "plain", "--jobs", jobs]).current_dir(world.path(""));
+        world.without_surprises(&mut long);
+        let mut running = long.stderr(Stdio::piped()).spawn()?;
+        let mut line = String::new();
+        BufReader::new(running.stderr.take().context("stderr")?).read_line(&mut line)?;
+        threads.push(fs::read_dir(format!("/proc/{}/task", running.id()))?.count());
+        running.kill()?;
+        running.wait()?;
+        ensure!(line.contains("hashed "), "{line}");
+    }
+    ensure!(threads[1] == threads[0] + 2, "{threads:?}");
+    Ok(())
+}
+
+#[test]
+fn shards_are_of_a_billion_bytes_unless_told() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.write("model/w", "")?;
+    fs::OpenOptions::new().write(true).open(world.path("model/w"))?.set_len(1_000_000_001)?;
+    let manifest = world.omsign_ok(&["digest", "model", "--serialization", "shards", "--json"])?;
+    for name in ["\"w:0:1000000000\"", "\"w:1000000000:1000000001\""] {
+        ensure!(manifest.contains(name), "{manifest}");
+    }
+    Ok(())
+}
+
 #[test]
 fn memory_stays_small_whatever_the_model() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -128,12 +165,14 @@ fn progress_is_shown_to_people_only() -> anyhow::Result<()> {
     world.write("model/w", "")?;
     fs::OpenOptions::new().write(true).open(world.path("model/w"))?.set_len(1 << 30)?;
     let digest = world.omsign_ok(&["digest", "model"])?;
-    // On a terminal, a bar, which is taken away again.
-    let terminal = shell(&world, "script -qec 'omsign digest model' /dev/null")?;
-    ensure!(
-        terminal.contains("1.00 GiB") && terminal.contains("left") && terminal.contains(digest.trim()),
-        "{terminal}"
-    );
+    // On a terminal, a bar with bytes, rate and time, which is taken away again; nothing of it on standard output.
+    for how in ["", "--progress bar"] {
+        let terminal = shell(&world, &format!("script -qec 'omsign digest model {how} > digest' /dev/null"))?;
+        for part in ["1.00 GiB", "iB/s", "left"] {
+            ensure!(terminal.contains(part), "{terminal}");
+        }
+        ensure!(fs::read_to_string(world.path("digest"))? == digest && !terminal.contains(digest.trim()));
+    }
     let quiet = shell(&world, "script -qec 'omsign digest model --quiet' /dev/null")?;
     ensure!(quiet.trim_end() == digest.trim_end(), "{quiet}");
     // Elsewhere nothing, or lines on standard error when asked for.

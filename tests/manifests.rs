@@ -26,6 +26,11 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
         shell(&world, "omsign sign --manifest whole.json --private-key k.pem")?;
         ensure!(inspect(&world)? == parts, "{more}");
     }
+    // What the reference calls the only file.
+    shell(
+        &world,
+        "omsign digest model/config.json --json | sed 's/\"name\": *\"config.json\"/\"name\":\".\"/' > dot.json",
+    )?;
     let refuse = |manifests: &[&str], expected: &str| {
         world.omsign_refuses(2, &[&["sign", "--manifest"], manifests, &KEY[..]].concat(), &[expected])
     };
@@ -46,6 +51,7 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
         &["part-1.json", "retrained-2.json", "part-3.json"],
         "different models, or were made with different options",
     )?;
+    refuse(&["dot.json"], "it calls a file \".\": give its name")?;
     refuse(&["part-1.json", "part-3.json"], "part 2 of 3 is in none of the files")?;
     refuse(&["part-1.json", "part-2.json", "part-2.json", "part-3.json"], "are the same part of the model")?;
     shell(&world, "omsign digest model --part 3/3 --json > other.json")?;
@@ -154,6 +160,10 @@ fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     world.write("parallel.sh", block("```sh\nset -eu\n")?)?;
     shell(&world, "sh -eu parallel.sh model 5")?;
     ensure!(inspect(&world)? == expected, "GNU parallel");
+    fs::remove_file(world.path("model.sig"))?;
+    // As on other machines, whose shell takes the command apart once more: ":" is this one.
+    shell(&world, "sh -eu parallel.sh ./model 3 --sshlogin : --jobs 2")?;
+    ensure!(inspect(&world)? == expected, "GNU parallel, by ssh");
     // Whatever the model is called.
     let odd = "it's; $(touch executed) \"x\"";
     fs::rename(world.path("model"), world.path(odd))?;

@@ -57,6 +57,11 @@ pub(crate) fn together(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u
         return Err(ManifestFileError::Malformed { path: first.to_owned(), reason });
     }
     complete(&resources, serialization.method).map_err(wrong)?;
+    // The reference's name for the only file. We write what it is called.
+    if resources.iter().any(|resource| resource.file == ".") {
+        let reason = "it calls a file \".\": give its name".to_owned();
+        return Err(ManifestFileError::Malformed { path: first.to_owned(), reason });
+    }
     possible(&resources, serialization.left_out()).map_err(wrong)?;
     Ok((Manifest { model_name: model, resources, serialization }, bytes))
 }

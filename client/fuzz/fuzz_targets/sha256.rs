@@ -7,12 +7,14 @@ use omsign::hash::fuzzing::agree_with_sha2;
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
     kernel: u8,
-    blocks_at_once: u8,
+    blocks_at_once: Vec<u8>,
     messages: Vec<Vec<u8>>,
 }
 
 fuzz_target!(|input: Input| {
     let Input { kernel, blocks_at_once, mut messages } = input;
     messages.truncate(40);
-    agree_with_sha2(kernel.into(), usize::from(blocks_at_once % 16) + 1, &messages);
+    let mut cuts: Vec<_> = blocks_at_once.into_iter().map(|blocks| usize::from(blocks % 16) + 1).collect();
+    cuts.push(1);
+    agree_with_sha2(kernel.into(), &cuts, &messages);
 });

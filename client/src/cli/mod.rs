@@ -139,7 +139,8 @@ pub(crate) struct Work {
     /// Threads that hash, 512 at most [default: one for each core]
     #[arg(long, short, value_name = "N", value_parser = jobs)]
     pub(crate) jobs: Option<NonZeroUsize>,
-    /// Remembers digests, and believes those of files whose size, times and inode are as they were
+    /// Remembers digests, and believes those of files whose size, times and inode are as they were; on ext4, XFS, Btrfs, F2FS
+    /// and overlays of them
     #[arg(long)]
     pub(crate) digest_cache: bool,
     /// Shows how far it is: a bar, or a line every few seconds [default: a bar on a terminal]
@@ -148,7 +149,7 @@ pub(crate) struct Work {
     /// Shows no progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
-    /// For tests: the kernel that computes SHA-256; empty, the fastest
+    /// For tests: the kernel that computes SHA-256 (portable: the sha2 crate, with whatever it finds); empty, the fastest
     #[arg(long, value_name = "NAME", env = "OMSIGN_HASH_KERNEL", hide = true)]
     pub(crate) hash_kernel: Option<String>,
 }

@@ -50,6 +50,9 @@ pub enum CacheError {
     /// Files there can be written to without anybody knowing.
     #[error("{0} is on a file system that does not say when a mapped file is written to")]
     Untimed(PathBuf),
+    /// What is not on the model's own file system is not remembered.
+    #[error("some of the files are on other file systems than the model's directory, and are not remembered")]
+    Elsewhere,
     /// Whoever writes to it decides what is signed.
     #[error("the digest cache {0} belongs to, or can be written by, somebody else")]
     Others(PathBuf),
@@ -161,12 +164,13 @@ impl Cache {
         let kept = self.entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
         let old = |entry: &Entry| written(&entry.stamp).is_some_and(|written| written < youngest);
+        let elsewhere = seen.keys().any(|entry| entry.stamp.device != settled);
         let lasting = |entry: &Entry| entry.stamp.device == settled && old(entry);
         self.entries.extend(seen.into_iter().filter(|(entry, _)| lasting(entry)));
-        if kept == before && self.entries.len() == kept {
-            return Ok(());
+        if kept != before || self.entries.len() != kept {
+            self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
         }
-        self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })
+        if elsewhere { Err(CacheError::Elsewhere) } else { Ok(()) }
     }
 
     fn write(&self) -> io::Result<()> {
@@ -329,6 +333,9 @@ mod tests {
         let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
         let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
         cache(directory).keep(Algorithm::Sha256, 2, both.into_iter()).expect("kept");
+        let elsewhere = [(Stamp { device: 9, inode: 8, ..OLD }, piece.clone(), digest)];
+        let told = cache(directory).keep(Algorithm::Sha256, 1, elsewhere.into_iter());
+        assert!(matches!(told, Err(CacheError::Elsewhere)) && cache(directory).entries.len() == 1);
         let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest)];
         cache(directory).keep(Algorithm::Sha256, 1, other_range.into_iter()).expect("kept");
         let read = cache(directory);

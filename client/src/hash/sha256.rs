@@ -36,25 +36,30 @@ impl Sha256 {
         let mut kernels = usable();
         let mut names: Vec<_> = kernels.iter().map(|kernel| kernel.name).collect();
         kernels.retain(|kernel| forced.is_none_or(|name| name == kernel.name));
-        let measured = measure(kernels);
-        // A kernel takes as long for few streams as for all that it has lanes for.
-        let best = |streams: usize, wider_brings: f64| {
-            let rate = |&(seconds, kernel): &(f64, Kernel)| {
-                kernel.lanes.min(streams) as f64 / seconds.max(f64::MIN_POSITIVE)
-            };
-            let faster = |best: &(f64, Kernel), next: &(f64, Kernel)| {
-                rate(next) > if next.1.lanes > best.1.lanes { wider_brings } else { 1.0 } * rate(best)
-            };
-            let best = measured.iter().reduce(|best, next| if faster(best, next) { next } else { best });
-            best.map(|&(_, kernel)| kernel)
-        };
-        let Some(fastest) = best(MOST_LANES, FASTER) else {
+        let best = choose(&measure(kernels)).ok_or_else(|| {
             names.dedup();
-            return Err(names);
-        };
-        let choose = |streams| if streams == 0 { Some(fastest) } else { best(streams, 1.0) };
-        Ok(Self { best: std::array::from_fn(|streams| choose(streams).unwrap_or(fastest)) })
+            names
+        })?;
+        Ok(Self { best })
     }
+}
+
+/// The best of the kernels that took so long in all their lanes.
+fn choose(measured: &[(f64, Kernel)]) -> Option<[Kernel; MOST_LANES + 1]> {
+    // A kernel takes as long for few streams as for all that it has lanes for.
+    let best = |streams: usize, wider_brings: f64| {
+        let rate = |&(seconds, kernel): &(f64, Kernel)| {
+            kernel.lanes.min(streams) as f64 / seconds.max(f64::MIN_POSITIVE)
+        };
+        let faster = |best: &(f64, Kernel), next: &(f64, Kernel)| {
+            rate(next) > if next.1.lanes > best.1.lanes { wider_brings } else { 1.0 } * rate(best)
+        };
+        let best = measured.iter().reduce(|best, next| if faster(best, next) { next } else { best });
+        best.map(|&(_, kernel)| kernel)
+    };
+    let fastest = best(MOST_LANES, FASTER)?;
+    let for_streams = |streams| if streams == 0 { Some(fastest) } else { best(streams, 1.0) };
+    Some(std::array::from_fn(|streams| for_streams(streams).unwrap_or(fastest)))
 }
 
 /// With each kernel the shortest time that it took, in all its lanes together. They are measured in turns: a core that
@@ -116,22 +121,22 @@ impl Streams for Sha256 {
     }
 }
 
-/// Checks a kernel of this CPU against the `sha2` crate: messages side by side, fed so many blocks at once at most,
-/// as long as all that are left have some. Panics where they differ.
+/// Checks a kernel of this CPU against the `sha2` crate: messages side by side, fed so many blocks at once at most, in
+/// turns, as long as all that are left have some. Panics where they differ.
 #[cfg(any(test, fuzzing))]
-pub fn agree_with_sha2(kernel: usize, blocks_at_once: usize, messages: &[Vec<u8>]) {
+pub fn agree_with_sha2(kernel: usize, blocks_at_once: &[usize], messages: &[Vec<u8>]) {
     let kernels = usable();
     let kernel = kernels.get(kernel % kernels.len()).expect("one is usable");
     let sha256 = Sha256 { best: [*kernel; MOST_LANES + 1] };
     let unit = Unit::whole(0, 0..0);
     let mut streams: Vec<_> =
         messages.iter().map(|message| (sha256.start(&unit), message.as_slice())).collect();
-    loop {
+    for blocks_at_once in blocks_at_once.iter().cycle() {
         let mut ready: Vec<_> = streams.iter_mut().filter(|(_, rest)| rest.len() >= BLOCK).collect();
         let shortest = ready.iter().map(|(_, rest)| rest.len() / BLOCK).min().unwrap_or(0);
         let (mut states, mut data) = (Vec::new(), Vec::new());
         for (state, rest) in &mut ready {
-            let (now, later) = rest.split_at(shortest.min(blocks_at_once) * BLOCK);
+            let (now, later) = rest.split_at(shortest.min(*blocks_at_once) * BLOCK);
             states.push(state);
             data.push(now);
             *rest = later;
@@ -167,14 +172,43 @@ mod tests {
         eprintln!("kernels of this CPU: {}", names.join(", "));
         for kernel in 0..names.len() {
             for streams in 1..=MOST_LANES + 3 {
-                for length in (0..2).chain(54..=65).chain(118..=130).chain([3 * BLOCK - 9, 10 * BLOCK + 55]) {
+                for length in (0..2).chain(54..=65).chain(118..=130).chain([3 * BLOCK - 9, 40 * BLOCK + 55]) {
                     let byte = |n: usize, i: usize| (i * 31 + n * 17 + i / 251).to_le_bytes()[0];
                     let message = |n: usize| (0..length + n * 7 % 5).map(|i| byte(n, i)).collect();
                     let messages: Vec<Vec<u8>> = (0..streams).map(message).collect();
-                    agree_with_sha2(kernel, 1 + length % 3, &messages);
+                    // Cut here and there, other than the next one.
+                    let cuts = [1 + length % 3, 7, 1 + length * streams % 5, 19];
+                    agree_with_sha2(kernel, &cuts, &messages);
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_fastest_is_chosen_for_each_number_of_streams() {
+        let kernel = |name, lanes| {
+            let mut kernel = usable()[0];
+            (kernel.name, kernel.lanes) = (name, lanes);
+            kernel
+        };
+        let chosen = |times: &[(f64, &'static str, usize)]| {
+            let measured: Vec<_> =
+                times.iter().map(|&(time, name, lanes)| (time, kernel(name, lanes))).collect();
+            choose(&measured).expect("one of them").map(|kernel| (kernel.name, kernel.lanes))
+        };
+        // Alone, two, three or four together, and from nine on the wide one.
+        let best = chosen(&[(1.0, "soft", 1), (0.6, "four", 1), (1.0, "four", 4), (2.1, "wide", 16)]);
+        assert_eq!(best[1..=3], [("four", 1), ("four", 4), ("four", 4)]);
+        assert_eq!(
+            (best[8], best[9], best[16], best[0]),
+            (("four", 4), ("wide", 16), ("wide", 16), ("wide", 16))
+        );
+        // Twice as many lanes that bring little are not worth it where a core chooses how many streams it takes.
+        let best = chosen(&[(1.0, "four", 4), (1.9, "eight", 8)]);
+        assert_eq!((best[0], best[4], best[8]), (("four", 4), ("four", 4), ("eight", 8)));
+        // The order says nothing.
+        assert_eq!(chosen(&[(1.0, "quick", 1), (3.0, "slow", 1)])[1].0, "quick");
+        assert_eq!(chosen(&[(3.0, "slow", 1), (1.0, "quick", 1)])[1].0, "quick");
     }
 
     #[test]

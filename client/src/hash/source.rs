@@ -135,9 +135,8 @@ const SAMPLE_BYTES: u64 = 64;
 /// A few bytes of a file, evenly spread, the last ones among them; all of it where it is no longer than a page.
 pub(super) fn sample(path: &Path, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
     // One for each page: more would cost no less than reading it.
-    let page = PAGE_BYTES as u64;
-    let count = (stamp.size / page + 1).min(SAMPLES);
-    let bytes_each = if stamp.size <= page { page } else { SAMPLE_BYTES };
+    let pages = stamp.size.div_ceil(PAGE_BYTES as u64);
+    let (count, bytes_each) = if pages > 1 { (pages.min(SAMPLES), SAMPLE_BYTES) } else { (1, stamp.size) };
     let mut bytes = Vec::new();
     let (mut source, mut buffer) = (Source::open(path, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
     for index in 1..=count {
@@ -287,4 +286,67 @@ fn read_ahead(mut source: Source, capacity: usize) -> Result<Next, SourceError> 
     });
     reader.map_err(SourceError::Io)?;
     Ok(Next::Ahead { full, emptied })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Change = fn(&Path) -> io::Result<()>;
+
+    fn open(path: &Path) -> io::Result<File> {
+        OpenOptions::new().write(true).open(path)
+    }
+
+    /// Read by whoever hashes, or ahead by a thread; changed when the first buffer was taken.
+    #[test]
+    fn a_file_that_changes_while_it_is_read() {
+        let changes: [Change; 5] = [
+            |path| open(path)?.set_len(1),
+            |path| open(path)?.set_len(LONG_BYTES * 2 - 1),
+            |path| open(path)?.write_all_at(b"other", 0),
+            |path| open(path)?.set_modified(std::time::UNIX_EPOCH),
+            |path| std::fs::rename(path.with_extension("new"), path),
+        ];
+        for (change, ahead) in changes.into_iter().flat_map(|change| [(change, false), (change, true)]) {
+            let directory = tempfile::tempdir().expect("a directory");
+            let path = directory.path().join("file");
+            for path in [&path, &path.with_extension("new")] {
+                File::create(path).and_then(|file| file.set_len(LONG_BYTES * 2)).expect("written");
+            }
+            let stamp = Stamp::of(&path).expect("looked at");
+            let read = |change: Option<Change>| -> Result<u64, SourceError> {
+                let mut feed = Feed::open(&path, stamp, &(0..stamp.size), Buffer::new(PAGE_BYTES), ahead)?;
+                change.map_or(Ok(()), |change| change(&path)).expect("changed");
+                let mut bytes = 0;
+                loop {
+                    let here = feed.available().len();
+                    bytes += here as u64;
+                    feed.take(here);
+                    if feed.ended() {
+                        return Ok(bytes);
+                    }
+                    feed.refill()?;
+                }
+            };
+            assert!(matches!(read(None), Ok(bytes) if bytes == stamp.size));
+            assert!(matches!(read(Some(change)), Err(SourceError::Changed)), "ahead: {ahead}");
+        }
+    }
+
+    #[test]
+    fn a_small_file_is_sampled_whole_and_a_large_one_up_to_its_end() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        let sampled = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).expect("written");
+            sample(&path, Stamp::of(&path).expect("looked at")).expect("sampled")
+        };
+        let small: Vec<u8> = (0..PAGE_BYTES).map(|i| i.to_le_bytes()[0]).collect();
+        assert!(sampled(&small) == small && sampled(b"").is_empty());
+        let mut large = vec![0; 100 * PAGE_BYTES + 1];
+        assert_eq!(sampled(&large).len() as u64, SAMPLES * SAMPLE_BYTES);
+        *large.last_mut().expect("a byte") = 7;
+        assert_eq!(sampled(&large).last(), Some(&7));
+    }
 }
