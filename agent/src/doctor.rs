@@ -208,7 +208,8 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
             if token.notes.is_empty() { String::new() } else { format!("; {}", token.notes.join("; ")) };
         let chosen = if token.selected { "chosen" } else { "not chosen" };
         let message = format!("slot {}: {} ({chosen}){notes}", token.slot, token.device);
-        report.add(Level::Ok, subject, message);
+        let is_everybodys = token.selected && !token.factory.is_empty();
+        report.add(if is_everybodys { Level::Warning } else { Level::Ok }, subject, message);
     }
     match found.tokens.iter().filter(|token| token.selected).count() {
         1 => {}

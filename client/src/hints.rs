@@ -32,6 +32,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Agent(AgentError::NoTerminal) => {
             "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
         }
+        // How it is unblocked is in the reason already.
+        Error::Agent(AgentError::KeyNotReady { locked: true, reason, .. }) if reason.contains("omsign-agent unblock") => {
+            "an operator has to do that, on the agent's machine".into()
+        }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!("an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN is asked for")
         }

@@ -98,13 +98,13 @@ impl Card {
         self.session = Session::default();
     }
 
-    /// Whether the next command uses a key that waits for a finger.
-    pub(super) fn wants_touch(&self, command: &[u8]) -> bool {
+    /// The touch policy of the key that the next command uses (Yubico, "PIV extensions").
+    pub(super) fn touch_policy(&self, command: &[u8]) -> u8 {
         let slot = match command {
             [_, 0x87, _, slot, ..] if *slot != 0x9b => self.slots.get(slot),
             _ => None,
         };
-        slot.is_some_and(|slot| slot.touch_policy > 1)
+        slot.map_or(0, |slot| slot.touch_policy)
     }
 
     /// Runs one command APDU; the answer ends with its status word.

@@ -4,6 +4,7 @@ mod apdu;
 mod card;
 mod keys;
 mod objects;
+mod owner;
 mod secret;
 mod tlv;
 
@@ -17,14 +18,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use openssl::pkey::PKey;
 
 use self::card::Card;
-use crate::ca::{Ca, write_chain};
 use crate::{free_pair, write_private};
 
 /// The PIN that the fixtures give a card. Long enough to be searched for in logs.
 pub const PIN: &str = "90417325";
+
+/// The PUK after [`VirtualPiv::change_puk`].
+pub const PUK: &str = "71828182";
 
 /// The answer to reset of a YubiKey 5.
 const ATR: &[u8] = &[
@@ -34,6 +36,11 @@ const ATR: &[u8] = &[
 
 /// How long the card waits for a finger, as the real one does.
 const TOUCH: Duration = Duration::from_secs(15);
+
+/// Touch policies (Yubico, "PIV extensions"), and how long a touch counts with the second.
+const ALWAYS: u8 = 2;
+const CACHED: u8 = 3;
+const CACHED_FOR: Duration = Duration::from_secs(15);
 
 /// Longest wait for the service to see the card; it looks every 400 ms.
 const SEEN: Duration = Duration::from_secs(10);
@@ -63,6 +70,7 @@ struct State {
     line: Option<TcpStream>,
     faults: Faults,
     touches: usize,
+    last_touch: Option<Instant>,
     /// Somebody is being waited for.
     waiting: bool,
 }
@@ -148,74 +156,6 @@ impl VirtualPiv {
         self.directory.join("user.pin")
     }
 
-    /// Makes a key as an owner does, with Yubico's own tool, and leaves its public half in `SLOT.pub.pem`.
-    pub fn generate(&self, slot: &str, algorithm: &str, policies: &[&str]) -> anyhow::Result<PathBuf> {
-        let public = self.directory.join(format!("{slot}.pub.pem"));
-        let made = self.tool(&[&["-a", "generate", "-s", slot, "-A", algorithm][..], policies].concat())?;
-        std::fs::write(&public, made)?;
-        Ok(public)
-    }
-
-    /// Puts a certificate for this slot's key on the card: without one, OpenSC does not see the key.
-    pub fn certify(&self, slot: &str, public: &Path) -> anyhow::Result<()> {
-        let key = PKey::public_key_from_pem(&std::fs::read(public)?)?;
-        let path = self.directory.join(format!("{slot}.crt.pem"));
-        write_chain(&path, &[&Ca::create("Card CA")?.code_signing(slot, &key)?])?;
-        let path = path.display().to_string();
-        self.tool(&["-a", "import-certificate", "-s", slot, "-i", &path]).map(drop)
-    }
-
-    /// The certificate of the key that signs its attestations, which stands in for Yubico's; PEM.
-    pub fn attestation_root(&self) -> anyhow::Result<Vec<u8>> {
-        self.tool(&["-a", "read-certificate", "-s", "f9"])
-    }
-
-    /// Changes the factory's PIN to [`PIN`].
-    pub fn change_pin(&self) -> anyhow::Result<()> {
-        self.tool(&["-a", "change-pin", "-P", "123456", "-N", PIN]).map(drop)
-    }
-
-    /// Changes the factory's management key to a random one that the card keeps behind its PIN, as `ykman piv access
-    /// change-management-key --generate --protect` does.
-    pub fn protect_management_key(&self) -> anyhow::Result<()> {
-        self.inside.card().protect_management_key().context("OpenSSL")
-    }
-
-    /// Makes its firmware another one: before 5.7 a card makes fewer kinds of keys and deletes none.
-    pub fn set_firmware(&self, version: [u8; 3]) {
-        self.inside.card().version = version;
-    }
-
-    /// How many wrong PINs the card would still take.
-    pub fn pin_tries(&self) -> anyhow::Result<u8> {
-        let status = String::from_utf8(self.tool(&["-a", "status"])?)?;
-        let line = status.lines().find_map(|line| line.strip_prefix("PIN tries left:"));
-        line.and_then(|tries| tries.trim().parse().ok()).context("PIN tries")
-    }
-
-    /// Somebody enters wrong PINs, one right after the other.
-    pub fn enter_wrong_pins(&self, count: usize) {
-        let mut card = self.inside.card();
-        for _ in 0..count {
-            let _ = card.verify(0, 0x80, b"87654321");
-        }
-    }
-
-    /// How many wrong PINs it was ever given.
-    pub fn wrong_pins(&self) -> usize {
-        self.inside.card().wrong_pins
-    }
-
-    /// Runs `yubico-piv-tool` on the card.
-    pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
-        let mut tool = Command::new("yubico-piv-tool");
-        tool.args(["-r", "Yubico"]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
-        let output = tool.stdin(Stdio::null()).output().context("yubico-piv-tool (apt: yubico-piv-tool)")?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "yubico-piv-tool {arguments:?}: {errors}");
-        Ok(output.stdout)
-    }
-
     /// Pulls the card.
     pub fn unplug(&self) {
         let mut state = self.inside.state();
@@ -234,6 +174,7 @@ impl VirtualPiv {
     /// Sets what goes wrong from now on.
     pub fn set(&self, faults: Faults) {
         self.inside.state().faults = faults;
+        self.inside.changed.notify_all();
     }
 
     /// A finger on the contact, for whoever waits for one.
@@ -335,18 +276,36 @@ impl Inside {
             state.faults.pull = false;
             faults
         };
-        std::thread::sleep(faults.delay);
+        self.delayed(faults.delay);
         if faults.pull {
             return None;
         }
         if let Some(status) = faults.status {
             return Some(status.to_be_bytes().to_vec());
         }
-        let wants_touch = self.card().wants_touch(command);
+        let last = self.state().last_touch;
+        let wants_touch = match self.card().touch_policy(command) {
+            ALWAYS => true,
+            CACHED => last.is_none_or(|last| last.elapsed() > CACHED_FOR),
+            _ => false,
+        };
         if wants_touch && !self.touched() {
             return Some(vec![0x69, 0x82]);
         }
         Some(self.card().command(command))
+    }
+
+    /// Waits for so long, or until that is set anew.
+    fn delayed(&self, delay: Duration) {
+        let until = Instant::now() + delay;
+        let mut state = self.state();
+        while state.faults.delay == delay && !state.over {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Waits for a finger that comes after now.
@@ -365,6 +324,9 @@ impl Inside {
             }
         }
         state.waiting = false;
+        if state.touches > before {
+            state.last_touch = Some(Instant::now());
+        }
         state.touches > before
     }
 }

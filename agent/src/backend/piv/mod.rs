@@ -16,7 +16,7 @@ use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey, piv};
 use self::errors::classify;
 pub(crate) use self::errors::holder;
 use self::keys::Key;
-use self::survey::is_factorys;
+use self::survey::{factorys, is_factorys};
 pub(super) use self::survey::{prepare, survey, unblock};
 use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::{Algorithm, Content};
@@ -25,8 +25,9 @@ use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
 use crate::secret::Pin;
 use crate::verifier::Verifier;
 
-/// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
-const CACHED: Duration = Duration::from_secs(15);
+/// How long a touch counts for a key whose touch policy is "cached": a little less than for the card, which saw it first
+/// (Yubico, "PIN and touch policies": 15 s).
+const CACHED: Duration = Duration::from_secs(14);
 
 /// What every YubiKey has when it is new (Yubico, "PIV").
 const FACTORY_PIN: &[u8] = b"123456";
@@ -87,6 +88,9 @@ pub(super) fn open(
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let mut yubikey = connect(serial)?;
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
+    for (_, note) in factorys(&mut yubikey) {
+        tracing::warn!(card = serial, "{note}");
+    }
     let pin = verified(&mut yubikey, spec, pin, say)?;
     let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
@@ -199,11 +203,13 @@ impl Card<'_> {
                 let old = std::mem::replace(self.yubikey, connect(self.known.serial)?);
                 // Dropped, it would reset the card once more.
                 let _ = old.disconnect(pcsc::Disposition::LeaveCard);
-                (self.known.verified, self.known.last_touch) = (false, None);
+                self.known.last_touch = None;
                 self.yubikey.get_pin_retries()
             }
             asked => asked,
         };
+        // To select it again takes the PIN back.
+        self.known.verified = false;
         tries.map_err(|error| classify("select the PIV application", &error))
     }
 
@@ -219,7 +225,10 @@ impl Card<'_> {
             Err(error) => error,
         };
         match error {
-            yubikey::Error::AuthenticationError if started.elapsed() >= PATIENCE => {
+            // Without a touch to wait for, it was another program that had the card.
+            yubikey::Error::AuthenticationError
+                if started.elapsed() >= PATIENCE && self.waits_for_touch(key) =>
+            {
                 return Err(refused("nobody touched it in time".into()));
             }
             // Another program reset the card, as most do when they end, or used it.

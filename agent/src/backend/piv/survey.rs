@@ -14,6 +14,9 @@ use crate::secret::Pin;
 /// See [`FACTORY_PIN`].
 const FACTORY_PUK: &[u8] = b"12345678";
 
+/// Its key reference (NIST SP 800-73-4, part 1, table 4b).
+const PUK: u8 = 0x81;
+
 /// Looks at a card without offering a PIN; serial 0 stands for all cards.
 pub(in super::super) fn survey(serial: u32) -> Result<Survey, Failure> {
     let serials = match serial {
@@ -28,25 +31,33 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
     let mut yubikey = connect(serial)?;
     let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
     let mut notes = vec![format!("{tries} PIN tries left")];
-    let mut factory = Vec::new();
-    for (which, name, reference) in [
-        (Factory::Pin, "PIN", 0x80),
-        (Factory::Puk, "PUK", 0x81),
-        (Factory::ManagementKey, "management key", 0x9b),
-    ] {
-        if is_factorys(&mut yubikey, reference) {
-            factory.push(which);
-            notes.push(format!(
-                "its {name} is the one from the factory; change it with `omsign-agent init yubikey` or `ykman piv access`"
-            ));
-        }
-    }
+    let (factory, of_factory): (Vec<_>, Vec<_>) = factorys(&mut yubikey).into_iter().unzip();
+    notes.extend(of_factory);
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let taken = PIV_SLOTS.into_iter().flatten().filter(|number| {
         SlotId::try_from(*number).is_ok_and(|slot| piv::metadata(&mut yubikey, slot).is_ok())
     });
     let objects = taken.map(Object::PivSlot).collect();
     Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, objects, notes })
+}
+
+/// What of a card everybody knows, and what to do about it.
+pub(super) fn factorys(yubikey: &mut YubiKey) -> Vec<(Factory, String)> {
+    let mut found = Vec::new();
+    for (which, name, reference) in [
+        (Factory::Pin, "PIN", 0x80),
+        (Factory::Puk, "PUK", PUK),
+        (Factory::ManagementKey, "management key", 0x9b),
+    ] {
+        if is_factorys(yubikey, reference) {
+            let how = "change it with `omsign-agent init yubikey` or `ykman piv access`";
+            found.push((
+                which,
+                format!("its {name} is the one from the factory, which everybody knows; {how}"),
+            ));
+        }
+    }
+    found
 }
 
 /// Whether a PIN, PUK or management key is one that everybody knows; no, where the firmware does not tell.
@@ -98,6 +109,11 @@ pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result
         return Err(refused(message));
     }
     let mut yubikey = connect(serial)?;
+    if is_factorys(&mut yubikey, PUK) {
+        let message = "its PUK is the one from the factory, with which everybody can set its PIN: change that first, with \
+                       `ykman piv access change-puk`";
+        return Err(refused(message.into()));
+    }
     let set = yubikey.unblock_pin(puk, pin);
     set.map_err(|error| match error {
         yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => refused(

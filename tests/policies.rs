@@ -1,0 +1,172 @@
+//! What a card asks of people: PIN and touch policies, keys that came from elsewhere, and secrets that everybody knows.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::piv::VirtualPiv;
+use omsign_proto::v1::sign_response::Event;
+use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::client::{connect, request};
+use omsign_tests::operator::{does, refuses, unblocking};
+use omsign_tests::world::{World, key};
+use openssl::ec::{EcGroup, EcKey};
+use openssl::nid::Nid;
+use openssl::pkey::PKey;
+use openssl::rsa::Rsa;
+
+struct Desk {
+    world: World,
+    card: VirtualPiv,
+    runtime: tokio::runtime::Runtime,
+    next_id: u128,
+}
+
+/// An agent that began with these keys, and somebody who can reach the card.
+impl Desk {
+    fn new() -> anyhow::Result<Self> {
+        let world = World::new()?;
+        let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+        card.change_pin()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { world, card, runtime, next_id: 0 })
+    }
+
+    fn agent(&self, slots: &[&str]) -> anyhow::Result<Agent> {
+        let keys = slots.iter().map(|slot| key(slot, "card", &format!("slot = \"{slot}\"")));
+        let config = self.world.listen() + &self.card.section("card") + &keys.collect::<String>();
+        Agent::start(&self.world, &config)
+    }
+
+    /// Has a key sign; whether somebody was asked to touch the card.
+    fn sign(&mut self, key: &'static str) -> anyhow::Result<bool> {
+        self.next_id += 1;
+        let (socket, id, card) = (self.world.path("agent.sock"), self.next_id, &self.card);
+        self.runtime.block_on(async {
+            let mut client = connect(socket).await?;
+            let mut events = client.sign(request(key, id, &[7; 32])).await?.into_inner();
+            let mut event = events.message().await?.context("an event")?.event;
+            let told = matches!(event, Some(Event::Touch(_)));
+            if told {
+                eventually("the card's wait", || Ok(card.waits_for_touch()))?;
+                card.touch();
+                event = events.message().await?.context("an event")?.event;
+            }
+            ensure!(matches!(event, Some(Event::Signed(_))), "{event:?}");
+            Ok(told)
+        })
+    }
+
+    /// Does what needs one touch.
+    fn touching<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        std::thread::scope(|scope| {
+            let work = scope.spawn(work);
+            eventually("the card's wait", || Ok(self.card.waits_for_touch() || work.is_finished()))?;
+            self.card.touch();
+            work.join().map_err(|_| anyhow::anyhow!("a panic"))?
+        })
+    }
+}
+
+/// What operators do takes the PIN back from the card, which then would refuse after the touch.
+#[test]
+fn one_touch_is_enough_after_what_operators_did() -> anyhow::Result<()> {
+    let mut desk = Desk::new()?;
+    desk.card.generate("9a", "ECCP256", &["--touch-policy=always"])?;
+    desk.card.generate("9d", "ECCP256", &["--touch-policy=always", "--pin-policy=always"])?;
+    let agent = desk.agent(&["9a", "9d"])?;
+    for key in ["9a", "9d"] {
+        ensure!(desk.sign(key)?);
+        does(&desk.world, &["list"])?;
+        ensure!(desk.sign(key)?, "{}", agent.log()?);
+        let request = desk.touching(|| does(&desk.world, &["csr", key, "--subject", "CN=Acme Models"]))?;
+        ensure!(request.contains("BEGIN CERTIFICATE REQUEST"), "{request}");
+        desk.touching(|| does(&desk.world, &["self-sign", key, "--subject", "CN=Acme Models"]))?;
+        ensure!(desk.sign(key)?);
+    }
+    // Without an agent, too.
+    drop(agent);
+    desk.touching(|| does(&desk.world, &["csr", "9a", "--subject", "CN=Acme Models"]))?;
+    ensure!(desk.card.pin_tries()? == 3);
+    Ok(())
+}
+
+#[test]
+fn a_cached_touch_counts_for_a_while() -> anyhow::Result<()> {
+    let mut desk = Desk::new()?;
+    desk.card.generate("9a", "ECCP256", &["--touch-policy=cached"])?;
+    let _agent = desk.agent(&["9a"])?;
+    let touched = Instant::now();
+    ensure!(desk.sign("9a")?, "the first one");
+    ensure!(!desk.sign("9a")? && !desk.sign("9a")?, "the touch counts");
+    // It does no longer, and whoever waits is told.
+    eventually("the end of that", || Ok(touched.elapsed() > Duration::from_secs(16)))?;
+    ensure!(desk.sign("9a")?);
+    Ok(())
+}
+
+#[test]
+fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
+    let mut desk = Desk::new()?;
+    desk.card.generate("9a", "ECCP256", &["--pin-policy=never"])?;
+    desk.card.generate("9e", "ECCP256", &[])?;
+    let _agent = desk.agent(&["9a", "9e"])?;
+    for key in ["9a", "9e", "9a"] {
+        ensure!(!desk.sign(key)?);
+        // Other programs reset the card.
+        desk.card.tool(&["-a", "status"])?;
+    }
+    ensure!(does(&desk.world, &["list"])?.contains("PIN policy never, touch policy never"));
+    ensure!(desk.card.wrong_pins() == 0);
+    Ok(())
+}
+
+/// Keys that were made elsewhere sign as well, and are told apart.
+#[test]
+fn imported_keys() -> anyhow::Result<()> {
+    let desk = Desk::new()?;
+    let curve = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
+    for (slot, private) in
+        [("9a", PKey::from_ec_key(EcKey::generate(&curve)?)?), ("9d", PKey::from_rsa(Rsa::generate(2048)?)?)]
+    {
+        desk.card.import(slot, &private)?;
+    }
+    let _agent = desk.agent(&["9a", "9d"])?;
+    desk.world.model()?;
+    let listed = does(&desk.world, &["list"])?;
+    ensure!(listed.matches("imported").count() == 2, "{listed}");
+    for slot in ["9a", "9d"] {
+        let public = desk.world.path(&format!("card/{slot}.pub.pem")).display().to_string();
+        let sign = ["sign", "model", "--key", slot, "--signature", "model.sig", "--allow-nonstandard-key"];
+        desk.world.omsign_ok(&sign)?;
+        desk.world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", &public])?;
+        refuses(&desk.world, &["attest", slot], "attests only keys that it made itself")?;
+    }
+    Ok(())
+}
+
+/// A PUK that everybody has sets a PIN that everybody has: it is said, and not used.
+#[test]
+fn what_everybody_knows_is_said_and_not_used() -> anyhow::Result<()> {
+    let desk = Desk::new()?;
+    desk.card.generate("9c", "ECCP256", &[])?;
+    let agent = desk.agent(&["9c"])?;
+    eventually("what the log says", || {
+        let log = agent.log()?;
+        Ok(log.contains("its PUK is the one from the factory")
+            && log.contains("its management key is the one from the factory"))
+    })?;
+    drop(agent);
+    let (status, report) = desk.world.doctor()?;
+    ensure!(status.success() && report.contains("warning"), "{report}");
+    desk.card.enter_wrong_pins(3);
+    let tries = desk.card.pin_tries()?;
+    ensure!(tries == 0, "{tries}");
+    let refused = unblocking(&desk.world, "card", "12345678\n")?;
+    let errors = String::from_utf8_lossy(&refused.stderr);
+    ensure!(!refused.status.success() && errors.contains("`ykman piv access change-puk`"), "{errors}");
+    ensure!(desk.card.pin_tries()? == 0, "the PIN was set");
+    desk.card.change_puk()?;
+    let set = unblocking(&desk.world, "card", &format!("{}\n", omsign_fixtures::piv::PUK))?;
+    ensure!(set.status.success() && desk.card.pin_tries()? == 3, "{set:?}");
+    Ok(())
+}
