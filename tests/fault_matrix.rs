@@ -2,7 +2,12 @@
 //! served all the while, that it heals, that no try of its PIN was spent, and that no process, thread, descriptor or
 //! session is left. docs/faults.md says in words what is shown here.
 
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use omsign_fixtures::kryoptic::Kryoptic;
@@ -11,15 +16,13 @@ use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually, freeze, signal};
-use omsign_tests::lab::{Lab, Sees};
+use omsign_tests::lab::{HANG, Lab, SOON, Sees};
 use omsign_tests::operator::does;
-use omsign_tests::world::{World, key_section};
+use omsign_tests::world::{World, key, key_section};
 use rustix::process::Signal;
 
-/// What one that hangs may cost: the token's time-out of 2 s, and a busy machine.
-const HANG: Duration = Duration::from_secs(8);
-/// What anything else may.
-const SOON: Duration = Duration::from_secs(4);
+/// What a slow one may cost, which answers in the end.
+const SLOW: Range<Duration> = Duration::from_millis(400)..Duration::from_secs(4);
 
 fn nothing(_: &Lab) -> anyhow::Result<()> {
     Ok(())
@@ -40,14 +43,12 @@ const FATAL: [&str; 12] = ["6", "5", "30", "32", "60", "82", "b0", "b3", "e0", "
 
 /// What any PKCS#11 module may do.
 fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
-    let calls = |lab: &Lab, name: &str| lab.proxy.as_ref().map_or(0, |proxy| proxy.calls(name));
-    // A login for each process that loads the module, and none beyond.
     let counted = lab.proxy.clone().expect("a proxy");
-    let tries =
-        || Ok(i64::try_from(counted.calls("C_Login"))? - i64::try_from(counted.calls("C_Initialize"))?);
+    let tries = || Ok(i64::try_from(counted.tries())?);
+    let three_hangs = Duration::from_secs(5)..Duration::from_secs(16);
     for (row, sees, lines, anew) in [
-        ("slow", (Sees::Nothing, SOON), "C_Sign 0 300\n", false),
-        ("hangs for half a second", (Sees::Nothing, SOON), "C_Sign 0 500 once\n", false),
+        ("slow", (Sees::Nothing, SLOW), "C_Sign 0 300\n", false),
+        ("hangs for half a second", (Sees::Nothing, SLOW), "C_Sign 0 500 once\n", false),
         ("hangs", (Sees::Unavailable, HANG), "C_Sign 0 600000\n", false),
         ("session lost", (Sees::Nothing, SOON), "C_SignInit b3 0 once\n", false),
         ("crashes (SIGSEGV)", (Sees::Unavailable, SOON), "C_Sign segv 0\n", false),
@@ -55,23 +56,22 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
         ("out of sessions", (Sees::Unavailable, SOON), "C_OpenSession b1 0\n", true),
         ("no slots", (Sees::Unavailable, SOON), "C_GetSlotList none 0\n", true),
         ("token not present", (Sees::Unavailable, SOON), "C_GetTokenInfo e0 0\n", true),
-        ("hangs when it is opened", (Sees::Unavailable, HANG * 2), "C_Initialize 0 600000\n", true),
-        ("crashes when it is opened", (Sees::Unavailable, HANG), "C_FindObjectsInit abort 0\n", true),
+        ("hangs when it is opened", (Sees::Unavailable, three_hangs), "C_Initialize 0 600000\n", true),
+        ("crashes when it is opened", (Sees::Unavailable, SOON), "C_FindObjectsInit abort 0\n", true),
     ] {
         let function = lines.split(' ').next().unwrap_or_default();
-        let before = calls(lab, function);
+        let before = counted.injected(function);
         lab.trial(row, sees, &tries, faults(lines, anew), |lab| faults("", false)(lab))?;
-        anyhow::ensure!(
-            calls(lab, function) > before,
-            "{row}: {function} was not called, so that nothing failed"
-        );
+        anyhow::ensure!(counted.injected(function) > before, "{row}: nothing failed in {function}");
     }
     for ckr in FATAL {
         for function in ["C_SignInit", "C_Sign"] {
             let lines = format!("{function} {ckr} 0\n");
             let row = format!("{function} answers {ckr}");
-            let wrong = |lab: &Lab| lab.proxy.as_ref().expect("a proxy").set(&lines);
+            let before = counted.injected(function);
+            let wrong = |_: &Lab| counted.set(&lines);
             lab.trial(&row, (Sees::Unavailable, SOON), &tries, wrong, |lab| faults("", false)(lab))?;
+            anyhow::ensure!(counted.injected(function) > before, "{row}: nothing failed");
         }
     }
     lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)
@@ -83,7 +83,8 @@ fn wrong_pin(lab: &mut Lab, pin_file: &Path) -> anyhow::Result<()> {
     let logins = |lab: &Lab| lab.proxy.as_ref().map_or(0, |proxy| proxy.calls("C_Login"));
     let before = logins(lab);
     let wrong = |lab: &Lab| write_private(pin_file, b"wrong-pin-8142\n").and_then(|()| lab.kill_host());
-    lab.trial("wrong PIN", (Sees::Locked, SOON), &|| Ok(0), wrong, |lab| {
+    let counted = lab.proxy.clone().expect("a proxy");
+    lab.trial("wrong PIN", (Sees::Locked, SOON), &|| Ok(i64::try_from(counted.tries())?), wrong, |lab| {
         for _ in 0..3 {
             let errors = lab.world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
             anyhow::ensure!(errors.contains("it refused the PIN"), "{errors}");
@@ -100,20 +101,22 @@ fn softhsm() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = world.proxy()?;
     let section = proxy.before(&token.section("device"))?;
+    let counted = proxy.clone();
+    let tries = || Ok(i64::try_from(counted.tries())?);
     let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
     rows_of_a_module(&mut lab)?;
     let away = lab.world.path("away");
     lab.trial(
         "removed",
         (Sees::Unavailable, SOON),
-        &|| Ok(0),
+        &tries,
         |_| Ok(std::fs::rename(token.tokens(), &away)?),
         |_| Ok(std::fs::rename(&away, token.tokens())?),
     )?;
     lab.trial(
         "key deleted",
         (Sees::Locked, SOON),
-        &|| Ok(0),
+        &tries,
         |lab| token.delete("k").and_then(|()| lab.kill_host()),
         |_| token.generate("k", KeyType::P256, Objects::Pair),
     )?;
@@ -157,64 +160,130 @@ fn ml_dsa() -> anyhow::Result<()> {
     eventually("it heals", || Ok(world.omsign(&sign)?.status.success()))
 }
 
-#[test]
-fn tpm() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let mut chip = SwTpm::create(&world.path("tpm"))?;
-    chip.guarded_key("k", 0x8100_0010, AUTH)?;
-    let section = chip.section("device");
-    let mut lab = Lab::new(world, &section, "handle = \"0x81000010\"", 32, None)?;
-    let tries = |chip: &SwTpm| Ok(i64::from(chip.failed_tries()?));
-    let pause = |chip: &SwTpm| {
-        freeze(chip.swtpm()?)?;
-        let pid = chip.swtpm()?;
+/// The TPM stands still now and then, until it is told not to.
+fn stutters(pid: u32, over: Arc<AtomicBool>) {
+    std::thread::spawn(move || {
+        while !over.load(Ordering::Relaxed) {
+            let _ = signal(pid, Signal::STOP);
+            std::thread::sleep(Duration::from_millis(450));
+            let _ = signal(pid, Signal::CONT);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+}
+
+/// A key that is guarded, and not ours.
+const OTHERS: u32 = 0x8100_0011;
+
+/// What a TPM may do to a key, which somebody can take away and put back.
+fn rows_of_a_tpm(
+    chip: SwTpm,
+    lab: &mut Lab,
+    take: impl Fn(&SwTpm) -> anyhow::Result<()>,
+    put: impl Fn(&SwTpm) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    chip.guarded_key("others", OTHERS, AUTH)?;
+    let (chip, cuts) = (RefCell::new(chip), Cell::new(0));
+    // It counts a cut while a guarded key is in use as a try (TPM 2.0, part 1, 19.8.6).
+    let tries = || Ok(i64::from(chip.borrow().failed_tries()?) - cuts.get());
+    let forget = || {
+        chip.borrow().tool("tpm2_dictionarylockout", |tool| {
+            tool.arg("-c");
+        })
+    };
+    let swtpm = || chip.borrow().swtpm();
+    let over = Arc::<AtomicBool>::default();
+    let stutter = |_: &Lab| swtpm().map(|pid| stutters(pid, Arc::clone(&over)));
+    lab.trial("slow", (Sees::Nothing, SLOW), &tries, stutter, |_| {
+        over.store(true, Ordering::Relaxed);
+        Ok(())
+    })?;
+    let pause = |_: &Lab| {
+        let pid = swtpm()?;
+        freeze(pid)?;
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(500));
             signal(pid, Signal::CONT)
         });
         Ok(())
     };
-    lab.trial("hangs for half a second", (Sees::Nothing, SOON), &|| tries(&chip), |_| pause(&chip), nothing)?;
-    lab.trial(
-        "hangs",
-        (Sees::Unavailable, HANG),
-        &|| Ok(0),
-        |_| freeze(chip.swtpm()?),
-        |_| signal(chip.swtpm()?, Signal::CONT),
-    )?;
-    // That it lost power while a guarded key was in use counts as a try, for the TPM (TPM 2.0, part 1, 19.8.6).
-    lab.trial("reset without a start", (Sees::Either, SOON), &|| Ok(0), |_| chip.reset(), nothing)?;
-    lab.trial("process killed", (Sees::Either, SOON), &|| tries(&chip), Lab::kill_host, nothing)?;
-    let wrong_value =
-        |lab: &Lab| write_private(&chip.pin_file(), b"wrong-auth-8142\n").and_then(|()| lab.kill_host());
-    lab.trial("wrong authorization value", (Sees::Locked, SOON), &|| tries(&chip), wrong_value, |lab| {
-        write_private(&chip.pin_file(), format!("{AUTH}\n").as_bytes())?;
+    lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, pause, nothing)?;
+    let hang = |_: &Lab| freeze(swtpm()?);
+    lab.trial("hangs", (Sees::Unavailable, HANG), &tries, hang, |_| signal(swtpm()?, Signal::CONT))?;
+    // Three places are all that it has, and a process that is killed leaves what it loaded.
+    let fill = |lab: &Lab| {
+        let primary = |tool: &mut Command| {
+            tool.args(["-Q", "-C", "o", "-G", "ecc"]);
+        };
+        while chip.borrow().tool("tpm2_createprimary", primary).is_ok() {}
+        lab.kill_host()
+    };
+    lab.trial("no room for a key", (Sees::Either, SOON), &tries, fill, nothing)?;
+    let reset = |_: &Lab| {
+        cuts.set(cuts.get() + 1);
+        chip.borrow().reset()
+    };
+    lab.trial("reset without a start", (Sees::Either, SOON), &tries, reset, nothing)?;
+    forget()?;
+    lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)?;
+    let value = chip.borrow().pin_file();
+    let wrong = |lab: &Lab| write_private(&value, b"wrong-auth-8142\n").and_then(|()| lab.kill_host());
+    lab.trial("wrong authorization value", (Sees::Locked, SOON), &tries, wrong, |lab| {
+        write_private(&value, format!("{AUTH}\n").as_bytes())?;
         lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
     })?;
-    lab.trial(
-        "key deleted",
-        (Sees::Locked, SOON),
-        &|| Ok(0),
-        |lab| {
-            chip.tool("tpm2_evictcontrol", |tool| {
-                tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
-            })?;
-            lab.kill_host()
-        },
-        |_| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop),
-    )?;
-    // Power off and on. (What it counted until then, it would be in lockout for.)
-    chip.tool("tpm2_dictionarylockout", |tool| {
-        tool.arg("-c");
-    })?;
-    let chip = std::cell::RefCell::new(&mut chip);
-    lab.trial(
-        "switched off and on",
-        (Sees::Unavailable, SOON),
-        &|| Ok(0),
-        |_| chip.borrow_mut().kill(),
-        |_| chip.borrow_mut().start().map(drop),
-    )
+    // One was ours. It forgives by itself, and the right value costs nothing.
+    let (digest, unread) = (lab.world.write("digest", [7; 32])?, lab.world.path("unread"));
+    let others = || {
+        let wrong = chip.borrow().tool("tpm2_sign", |tool| {
+            tool.args(["-Q", "-c", &format!("{OTHERS:#x}"), "-p", "wrong", "-g", "sha256", "-d", "-o"]);
+            tool.arg(&unread).arg(&digest);
+        });
+        anyhow::ensure!(wrong.is_err() && chip.borrow().failed_tries()? == 2, "a wrong value was taken");
+        Ok(())
+    };
+    others()?;
+    lab.trial("one try left", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)?;
+    let take = |lab: &Lab| take(&chip.borrow()).and_then(|()| lab.kill_host());
+    lab.trial("key deleted", (Sees::Locked, SOON), &tries, take, |_| put(&chip.borrow()))?;
+    forget()?;
+    let off = |_: &Lab| {
+        cuts.set(cuts.get() + 1);
+        chip.borrow_mut().kill()
+    };
+    let on = |_: &Lab| chip.borrow_mut().start().map(drop);
+    lab.trial("switched off and on", (Sees::Unavailable, SOON), &tries, off, on)?;
+    let left = (chip.borrow().handles("transient")?, chip.borrow().handles("loaded-session")?);
+    anyhow::ensure!(left.0 <= 1 && left.1 == 0, "keys and sessions left in the TPM: {left:?}");
+    Ok(())
+}
+
+#[test]
+fn tpm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.guarded_key("k", 0x8100_0010, AUTH)?;
+    let mut lab = Lab::new(world, &chip.section("device"), "handle = \"0x81000010\"", 32, None)?;
+    let take = |chip: &SwTpm| {
+        chip.tool("tpm2_evictcontrol", |tool| {
+            tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
+        })
+    };
+    rows_of_a_tpm(chip, &mut lab, take, |chip| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop))
+}
+
+/// A key that is loaded from a file, as `init tpm` makes it.
+#[test]
+fn tpm_key_file() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let (section, object) = (chip.section("device"), "file = \"k.pem\"");
+    world.write("agent.toml", world.listen() + &section + &key("k", "device", object))?;
+    does(&world, &["generate", "k", "--type", "p256"])?;
+    let (file, away) = (world.path("k.pem"), world.path("away.pem"));
+    let mut lab = Lab::new(world, &section, object, 32, None)?;
+    let take = |_: &SwTpm| Ok(std::fs::rename(&file, &away)?);
+    rows_of_a_tpm(chip, &mut lab, take, |_| Ok(std::fs::rename(&away, &file)?))
 }
 
 #[test]
@@ -234,9 +303,10 @@ fn piv() -> anyhow::Result<()> {
         Ok(())
     };
     let delay = |delay| Faults { delay, ..Faults::default() };
-    let (tenth, long) = (Duration::from_millis(100), Duration::from_secs(3));
+    // A signature takes it two commands.
+    let (slow, long) = (Duration::from_millis(250), Duration::from_secs(600));
     let tries = || Ok(i64::try_from(card.wrong_pins())?);
-    lab.trial("slow", (Sees::Nothing, SOON), &tries, |_| ill(&card, delay(tenth)), |_| well(&card))?;
+    lab.trial("slow", (Sees::Nothing, SLOW), &tries, |_| ill(&card, delay(slow)), |_| well(&card))?;
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, |_| ill(&card, delay(long)), |_| well(&card))?;
     let nonsense = Faults { status: Some(0x6f00), ..Faults::default() };
     lab.trial(
@@ -249,7 +319,7 @@ fn piv() -> anyhow::Result<()> {
     let pull = Faults { pull: true, ..Faults::default() };
     lab.trial(
         "pulled in the middle of a command",
-        (Sees::Unavailable, HANG),
+        (Sees::Unavailable, SOON),
         &tries,
         |_| ill(&card, pull),
         |_| well(&card),

@@ -8,9 +8,11 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::KeyType;
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::eventually;
-use omsign_tests::world::{World, key_section, text, token_section};
+use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::fs::inotify;
 
 #[test]
@@ -215,13 +217,27 @@ fn a_full_disk_while_the_bundle_is_written() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whatever the device is: what was signed is not given away.
 #[test]
 fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
+    full_disk(&world, &(token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.persistent_key("k", "ecc256", 0x8100_0010, AUTH)?;
+    full_disk(&world, &(chip.section("t") + &key("k", "t", "handle = \"0x81000010\"")))?;
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.generate("9c", "ECCP256", &[])?;
+    full_disk(&world, &(card.section("t") + &key("k", "t", "slot = \"9c\"")))
+}
+
+fn full_disk(world: &World, device: &str) -> anyhow::Result<()> {
     world.model()?;
-    let config = world.listen().replace("\"audit\"", "\"disk/audit\"") + &token_section("t", &token, "");
-    world.write("agent.toml", config + &key_section("k", "t", "k"))?;
+    let config = world.listen().replace("\"audit\"", "\"disk/audit\"") + device;
+    world.write("agent.toml", config)?;
     // Started in the namespace that has the small disk; asked from the same shell.
     let script = r#"
         "$AGENT" serve --config agent.toml > /dev/null 2> agent.log &
@@ -238,7 +254,7 @@ fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
     "#;
     let script =
         script.replace("$AGENT", &text(&built("omsign-agent")?)).replace("$OMSIGN", &text(&built("omsign")?));
-    let output = on_a_small_disk(&world, &script)?;
+    let output = on_a_small_disk(world, &script)?;
     let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(out.matches("status 2").count() > 5 && out.contains("1.sig\n2.sig\n"), "{out}{errors}");
     ensure!(errors.contains("the audit log cannot be written: No space left on device"), "{out}{errors}");

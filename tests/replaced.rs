@@ -9,24 +9,21 @@ use anyhow::Context as _;
 use omsign_fixtures::ca::Ca;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::{self, Kryoptic};
-use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{freeze, signal};
-use omsign_tests::lab::{Lab, Sees, Tries};
+use omsign_tests::lab::{Lab, SOON, Sees, Tries};
 use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, text};
 use openssl::pkey::PKey;
 use rustix::process::Signal;
 
-const SOON: Duration = Duration::from_secs(4);
-
 /// How `pkcs11-tool` gets to what is on kryoptic's token.
 const LOGIN: [&str; 5] = ["--token-label", "k", "--login", "--pin", kryoptic::PIN];
 
-/// Logins that the token refused.
-fn refused(proxy: &FaultProxy) -> anyhow::Result<i64> {
-    Ok(i64::try_from(proxy.refused("C_Login"))?)
+fn spent_of(proxy: &FaultProxy) -> anyhow::Result<i64> {
+    Ok(i64::try_from(proxy.tries())?)
 }
 
 fn unlock(lab: &Lab) -> anyhow::Result<()> {
@@ -53,7 +50,13 @@ fn sleeps(
     };
     // Nobody is served meanwhile.
     let others = std::mem::replace(&mut lab.others, Duration::from_secs(10));
-    lab.trial("the machine sleeps", (sees, Duration::from_secs(12)), tries, sleep, |_| Ok(()))?;
+    lab.trial(
+        "the machine sleeps",
+        (sees, Duration::from_secs(2)..Duration::from_secs(12)),
+        tries,
+        sleep,
+        |_| Ok(()),
+    )?;
     lab.others = others;
     Ok(())
 }
@@ -74,7 +77,7 @@ fn certificate_swapped(
     loses("pubkey")?;
     lab.kill_host()?;
     let spent = lab.proxy.clone();
-    let spent = || spent.as_ref().map_or(Ok(0), refused);
+    let spent = || spent.as_ref().map_or(Ok(0), spent_of);
     let swap = |lab: &Lab| loses("cert").and_then(|()| holds(&others)).and_then(|()| lab.kill_host());
     lab.trial("certificate swapped", (Sees::Locked, SOON), &spent, swap, |_| {
         loses("cert").and_then(|()| holds(&own))
@@ -89,7 +92,7 @@ fn softhsm() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device"))?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
-    sleeps(&mut lab, Sees::Nothing, &|| refused(&counted), || Ok(()))?;
+    sleeps(&mut lab, Sees::Nothing, &|| spent_of(&counted), || Ok(()))?;
     let away = lab.world.path("away");
     let anew = |lab: &Lab| {
         std::fs::rename(token.tokens(), &away)?;
@@ -97,7 +100,7 @@ fn softhsm() -> anyhow::Result<()> {
         token.initialise().and_then(|()| lab.kill_host())
     };
     let make = |_: &Lab| token.generate("k", KeyType::P256, Objects::Pair);
-    lab.trial("token initialised anew", (Sees::Locked, SOON), &|| refused(&counted), anew, make)?;
+    lab.trial("token initialised anew", (Sees::Locked, SOON), &|| spent_of(&counted), anew, make)?;
     certificate_swapped(&mut lab, &token.public_key("k"), &hex::encode("k"), &|arguments| {
         token.tool(arguments)
     })
@@ -112,7 +115,7 @@ fn kryoptic() -> anyhow::Result<()> {
     let section = proxy.before(&token.section("device")?)?;
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
-    let spent = || refused(&counted);
+    let spent = || spent_of(&counted);
     let away = lab.world.path("away");
     let remove = |lab: &Lab| {
         std::fs::rename(token.store(), &away)?;
@@ -201,6 +204,7 @@ fn piv() -> anyhow::Result<()> {
     let world = World::new()?;
     let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
+    card.change_puk()?;
     card.generate("9c", "ECCP256", &[])?;
     let mut lab = Lab::new(world, &card.section("device"), "slot = \"9c\"", 32, None)?;
     let others = Cell::new(0);
@@ -220,7 +224,7 @@ fn piv() -> anyhow::Result<()> {
     lab.trial("one try of the PIN left", (Sees::Locked, SOON), &spent, low, unlock)?;
     let blocked = |lab: &Lab| wrong_pins(3).and_then(|()| lab.kill_host());
     lab.trial("PIN blocked", (Sees::Locked, SOON), &spent, blocked, |lab| {
-        let set = unblocking(&lab.world, "device", "12345678\n")?;
+        let set = unblocking(&lab.world, "device", &format!("{}\n", piv::PUK))?;
         anyhow::ensure!(set.status.success(), "{set:?}");
         Ok(())
     })?;
@@ -251,6 +255,7 @@ fn piv() -> anyhow::Result<()> {
     };
     lab.trial("card reset", (Sees::Locked, SOON), &spent, reset, |lab| {
         card.change_pin()?;
+        card.change_puk()?;
         card.generate("9c", "ECCP256", &[])?;
         unlock(lab)
     })

@@ -46,6 +46,20 @@ impl FaultProxy {
         self.calls(&format!("{function} failed"))
     }
 
+    /// How often something was injected into a call.
+    pub fn injected(&self, function: &str) -> usize {
+        self.calls(&format!("{function} injected"))
+    }
+
+    /// Tries of its PIN that the token may have counted: logins that it refused, and those of a process beyond its first.
+    pub fn tries(&self) -> usize {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let processes = log.split("C_Initialize\n");
+        let again =
+            processes.map(|life| life.lines().filter(|line| *line == "C_Login").count().saturating_sub(1));
+        again.sum::<usize>() + self.refused("C_Login")
+    }
+
     /// Sessions that were opened and not closed since a process last loaded the module.
     pub fn sessions(&self) -> usize {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();

@@ -139,6 +139,14 @@ impl SwTpm {
         Ok(u32::from_str_radix(line.context("the lockout counter")?, 16)?)
     }
 
+    /// How many handles it has of a kind: `transient`, `loaded-session`.
+    pub fn handles(&self, kind: &str) -> anyhow::Result<usize> {
+        let mut tool = Command::new("tpm2_getcap");
+        let output = tool.arg(format!("handles-{kind}")).env("TPM2TOOLS_TCTI", self.tcti()).output()?;
+        ensure!(output.status.success(), "tpm2_getcap: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.matches("0x").count())
+    }
+
     /// How it is reached, in tpm2-tss's words.
     pub fn tcti(&self) -> String {
         format!("swtpm:host=127.0.0.1,port={}", self.port)
@@ -184,17 +192,32 @@ impl SwTpm {
             tool.args(["-G", curve, "-a", &attributes, "-p", auth, "-C"]).arg(file("primary"));
             tool.arg("-u").arg(file("public")).arg("-r").arg(file("private"));
         })?;
+        self.keep(name, handle)?;
+        self.step("tpm2_readpublic", |tool| {
+            tool.arg("-c").arg(file("context")).args(["-f", "pem", "-o"]).arg(&public);
+        })?;
+        Ok(public)
+    }
+
+    /// Loads a key that was made before, below the primary key that is always the same, and keeps it.
+    fn keep(&self, name: &str, handle: u32) -> anyhow::Result<()> {
+        let file = |extension: &str| self.directory.join(format!("{name}.{extension}"));
         self.step("tpm2_load", |tool| {
             tool.arg("-C").arg(file("primary")).arg("-u").arg(file("public"));
             tool.arg("-r").arg(file("private")).arg("-c").arg(file("context"));
         })?;
-        self.step("tpm2_readpublic", |tool| {
-            tool.arg("-c").arg(file("context")).args(["-f", "pem", "-o"]).arg(&public);
-        })?;
         self.step("tpm2_evictcontrol", |tool| {
-            tool.args(["-C", "o", "-c"]).arg(file("context")).arg(format!("{handle:#x}"));
+            tool.args(["-Q", "-C", "o", "-c"]).arg(file("context")).arg(format!("{handle:#x}"));
+        })
+    }
+
+    /// Puts a key back that was made here, and that the TPM lost.
+    pub fn put_back(&self, name: &str, handle: u32) -> anyhow::Result<()> {
+        self.step("tpm2_createprimary", |tool| {
+            tool.args(["-Q", "-C", "o", "-G", "ecc", "-c"])
+                .arg(self.directory.join(format!("{name}.primary")));
         })?;
-        Ok(public)
+        self.keep(name, handle)
     }
 
     /// Makes a wrapped key file, as users do: with OpenSSL's tpm2 provider. The algorithm and its option are in

@@ -1,5 +1,6 @@
 //! One device that fails, beside one that does not: what a fault costs its callers, and that nothing is left of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +23,12 @@ const OTHERS: Duration = Duration::from_secs(1);
 /// Descriptors, and threads, that may be on their way out: connections that end, threads that wait for work for ten
 /// seconds. Over all trials of a test, so that a leak in one of them shows.
 const SPARE: usize = 4;
+
+/// At once: in less than the token's time-out, which would have had to end it otherwise.
+pub const SOON: Range<Duration> = Duration::ZERO..Duration::from_millis(1500);
+
+/// What one that hangs may cost: the token's time-out of 2 s, and a busy machine.
+pub const HANG: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(8);
 
 /// What the first caller sees who comes while it lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,11 +109,12 @@ impl Lab {
         Ok(())
     }
 
-    /// Has something go wrong, looks at what it costs, and ends it. `within` is how long the first caller waits at most.
+    /// Has something go wrong, looks at what it costs, and ends it. `within` is how long the first caller waits, at least
+    /// and at most.
     pub fn trial(
         &mut self,
         row: &str,
-        (sees, within): (Sees, Duration),
+        (sees, within): (Sees, Range<Duration>),
         tries: Tries<'_>,
         wrong: impl FnOnce(&Self) -> anyhow::Result<()>,
         right: impl FnOnce(&Self) -> anyhow::Result<()>,
@@ -122,7 +130,7 @@ impl Lab {
     fn seen(
         &mut self,
         row: &str,
-        (sees, within): (Sees, Duration),
+        (sees, within): (Sees, Range<Duration>),
         tries: Tries<'_>,
         wrong: impl FnOnce(&Self) -> anyhow::Result<()>,
         right: impl FnOnce(&Self) -> anyhow::Result<()>,
@@ -142,7 +150,7 @@ impl Lab {
             Sees::Locked => answer == Err(Code::FailedPrecondition),
         };
         ensure!(expected, "callers see {answer:?}, and not {sees:?}");
-        ensure!(waited < within, "the caller waited for {waited:?}");
+        ensure!(within.contains(&waited), "the caller waited for {waited:?}, not {within:?}");
         right(self)?;
         let started = Instant::now();
         while self.sign()?.is_err() {

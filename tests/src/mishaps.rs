@@ -20,7 +20,7 @@ use crate::random::Random;
 use crate::world::{World, text};
 
 /// What PKCS#11 modules answer and do (PKCS#11 v3.1, 5.1), by the function that it happens in.
-const MODULE: [&str; 16] = [
+const MODULE: [&str; 17] = [
     "C_Sign 32 0",         // CKR_DEVICE_REMOVED
     "C_Sign 30 0",         // CKR_DEVICE_ERROR
     "C_Sign 31 0",         // CKR_DEVICE_MEMORY
@@ -33,21 +33,27 @@ const MODULE: [&str; 16] = [
     "C_SignInit 101 0",    // CKR_USER_NOT_LOGGED_IN
     "C_OpenSession b1 0",  // CKR_SESSION_COUNT
     "C_GetTokenInfo e0 0", // CKR_TOKEN_NOT_PRESENT
-    "C_Sign 0 500",        // slow
-    "C_Sign 0 60000",      // hangs
+    "C_GetSlotList none 0",
+    "C_Sign 0 500",   // slow
+    "C_Sign 0 60000", // hangs
     "C_Sign segv 0",
     "C_FindObjectsInit abort 0",
 ];
 
+/// Longer than any token's time-out in the soak.
+const HANG: Duration = Duration::from_millis(1500);
+
 type Mishap = fn(&mut Mishaps, Duration) -> anyhow::Result<()>;
 
 /// What else happens, and what it is called.
-const OTHERS: [(&str, Mishap); 19] = [
+const OTHERS: [(&str, Mishap); 23] = [
     ("a process is killed", |all, _| all.one_process_gets(Signal::KILL)),
     ("a process is stopped", |all, _| all.one_process_gets(Signal::STOP)),
     ("the TPM is switched off and on", Mishaps::tpm_off),
     ("the TPM is reset", Mishaps::tpm_reset),
     ("the TPM stands still", Mishaps::tpm_still),
+    ("the TPM hangs", |all, _| all.tpm_still(HANG)),
+    ("the TPM loses its key", Mishaps::tpm_key_deleted),
     ("the TPM is in lockout", Mishaps::tpm_lockout),
     ("the card is pulled", Mishaps::card_pulled),
     ("the card is pulled in the middle of a command", |all, pause| {
@@ -59,6 +65,8 @@ const OTHERS: [(&str, Mishap); 19] = [
     ("the card is slow", |all, pause| {
         all.card_does(pause, Faults { delay: Duration::from_millis(300), ..Faults::default() })
     }),
+    ("the card hangs", |all, _| all.card_does(HANG, Faults { delay: HANG, ..Faults::default() })),
+    ("another program uses the card", |all, _| all.card.tool(&["-a", "status"]).map(drop)),
     ("one try of the card's PIN is left", |all, pause| all.card_pin(pause, 2)),
     ("the card's PIN is blocked", |all, pause| all.card_pin(pause, 3)),
     ("pcscd ends and comes back", Mishaps::pcscd_ends),
@@ -138,10 +146,10 @@ impl Mishaps {
         self.proxy.set(fault)?;
         // What fails when a token is opened fails when its process has to be replaced.
         if !fault.starts_with("C_Sign") {
-            self.kill("hsm")?;
             let function = fault.split(' ').next().unwrap_or_default();
-            let called = self.proxy.calls(function);
-            eventually("the call that fails", || Ok(self.proxy.calls(function) > called))?;
+            let injected = self.proxy.injected(function);
+            self.kill("hsm")?;
+            eventually("the call that fails", || Ok(self.proxy.injected(function) > injected))?;
         }
         std::thread::sleep(pause);
         self.proxy.set("")?;
@@ -181,6 +189,17 @@ impl Mishaps {
         signal(self.chip.swtpm()?, Signal::STOP)?;
         std::thread::sleep(pause);
         signal(self.chip.swtpm()?, Signal::CONT)
+    }
+
+    /// It comes from the same seed: the same key, put back.
+    fn tpm_key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.chip.tool("tpm2_evictcontrol", |tool| {
+            tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
+        })?;
+        self.kill("tpm")?;
+        std::thread::sleep(pause);
+        // Whoever opens a simulator clears it of what others have loaded, and the agent may look for the key just now.
+        eventually("its key", || Ok(self.chip.put_back("tpm", 0x8100_0010).is_ok()))
     }
 
     fn tpm_lockout(&mut self, pause: Duration) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 //!
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed`, when the module
-//!   behind refuses it.
+//!   behind refuses it, or `C_Login injected` when the control file has something for it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
 //!   a module without slots; a line that ends in `once` counts for the first call of each process, one that ends in
@@ -134,6 +134,7 @@ fn intercept(function: &str) -> Option<CK_RV> {
         Some("later") if INJECTED.fetch_add(1, Ordering::Relaxed) < 2 => return None,
         _ => {}
     }
+    log(&format!("{function} injected"));
     std::thread::sleep(Duration::from_millis(delay));
     match answer {
         "abort" => std::process::abort(),
@@ -207,6 +208,7 @@ unsafe extern "C" fn perhaps_no_slots(
 ) -> CK_RV {
     let faults = std::env::var_os("OMSIGN_PROXY_FAULTS").and_then(|path| std::fs::read_to_string(path).ok());
     if !count.is_null() && faults.is_some_and(|faults| faults.contains("C_GetSlotList none")) {
+        log("C_GetSlotList injected");
         // SAFETY: checked for null above; it points to the caller's number (PKCS#11 2.40, 5.5).
         unsafe { *count = 0 };
         return CKR_OK;
