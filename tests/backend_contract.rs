@@ -9,7 +9,8 @@ use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::{Abrmd, SwTpm};
 use omsign_tests::agent::Agent;
 use omsign_tests::device::{
-    Device, Expected, card, card_through, kryoptic, soft_hsm, soft_hsm_with_rsa, tpm, tpm_through_pkcs11,
+    Device, Expected, RemoteToken, card, card_through, kryoptic, soft_hsm, soft_hsm_with_rsa, tpm,
+    tpm_through_pkcs11,
 };
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key, text};
@@ -78,6 +79,26 @@ fn softhsm() -> anyhow::Result<()> {
 fn softhsm_with_large_rsa_keys() -> anyhow::Result<()> {
     let world = World::new()?;
     holds(&world, &soft_hsm_with_rsa(&world)?)
+}
+
+/// Through the module that injects faults, while it injects none.
+#[test]
+fn fault_proxy() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (mut device, proxy) = (soft_hsm(&world)?, world.proxy()?);
+    device.token = proxy.before(&device.token)?;
+    holds(&world, &device)?;
+    ensure!(proxy.calls("C_Sign") > 0 && proxy.tries() == 0);
+    Ok(())
+}
+
+/// A token of another process, as of another machine, through p11-kit.
+#[test]
+fn p11_kit() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let mut device = soft_hsm(&world)?;
+    let _server = RemoteToken::of(&world, &mut device)?;
+    holds(&world, &device)
 }
 
 #[test]
@@ -184,7 +205,7 @@ fn ykcs11() -> anyhow::Result<()> {
 fn opensc() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = VirtualPiv::create(&world.path("card"), 11_223_344)?;
-    holds(&world, &card_through(&stand_in, "opensc-pkcs11.so", &["9a", "9e"])?)
+    holds(&world, &card_through(&stand_in, "opensc-pkcs11.so", &["9a", "9c", "9e"])?)
 }
 
 /// With a key that omsign made: one, since without a resource manager the module has no room for more.

@@ -161,6 +161,14 @@ impl KeyEntry {
         differs
     }
 
+    /// Compares its tokens when all were opened: that one holds another key is said then, and not when somebody asks.
+    pub(crate) fn check(&self) {
+        if self.places.iter().all(|place| place.token.key(place.index).is_some()) {
+            let different = self.places.iter().filter(|place| self.differs(place)).count();
+            tracing::debug!(key = %self.name, different, "its tokens are open");
+        }
+    }
+
     /// A caller that comes while the tokens start wants the key, not the news that they start.
     pub(crate) async fn settled(&self, deadline: Instant) {
         let deadline = deadline.min(Instant::now() + SETTLE);

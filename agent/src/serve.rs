@@ -201,7 +201,7 @@ async fn run(
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
     for token in agent.setup().tokens.values() {
-        tokio::spawn(report(Arc::clone(token), reporter.clone()));
+        tokio::spawn(report(Arc::clone(token), Arc::clone(&agent), reporter.clone()));
     }
     if let Some(reload) = reload {
         tokio::spawn(reload.run(Arc::clone(&agent), reporter.clone()));
@@ -286,7 +286,7 @@ impl Reload {
     }
 
     /// A configuration with mistakes changes nothing.
-    async fn once(&self, agent: &Agent, reporter: &HealthReporter) -> Result<(), String> {
+    async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<(), String> {
         let path = self.path.clone();
         // The user database may be a slow directory server.
         let loaded = tokio::task::spawn_blocking(move || Config::load(&path)).await;
@@ -317,14 +317,15 @@ impl Reload {
             });
         }
         for token in new {
-            tokio::spawn(report(token, reporter.clone()));
+            tokio::spawn(report(token, Arc::clone(agent), reporter.clone()));
         }
         Ok(())
     }
 }
 
-/// Tells the health service what a token is doing, each time that changes.
-async fn report(token: Arc<Token>, reporter: HealthReporter) {
+/// Tells the health service what a token is doing, each time that changes, and operators when one was opened that holds
+/// another key than the others.
+async fn report(token: Arc<Token>, agent: Arc<Agent>, reporter: HealthReporter) {
     let name = format!("token.{}", token.name);
     loop {
         let change = token.watch();
@@ -333,7 +334,10 @@ async fn report(token: Arc<Token>, reporter: HealthReporter) {
             return;
         }
         let status = match token.state() {
-            State::Ready => ServingStatus::Serving,
+            State::Ready => {
+                agent.setup().keys.values().filter(|key| key.is_on(&token.name)).for_each(|key| key.check());
+                ServingStatus::Serving
+            }
             State::Starting | State::Locked(_) | State::Down(_) => ServingStatus::NotServing,
         };
         reporter.set_service_status(&name, status).await;

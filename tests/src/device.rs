@@ -1,7 +1,8 @@
 //! One device of each kind, with keys, in the words of the configuration.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::kryoptic::Kryoptic;
@@ -9,6 +10,7 @@ use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 
+use crate::agent::eventually;
 use crate::operator::does;
 use crate::world::{World, key, key_section, token_section};
 
@@ -88,6 +90,13 @@ pub fn soft_hsm_with_rsa(world: &World) -> anyhow::Result<Device> {
 }
 
 impl Device {
+    /// Forgets a key that cannot be used by the way that is tried.
+    fn loses(&mut self, name: &str) {
+        self.expected.retain(|key| key.name != name);
+        let sections = self.keys.split("\n[key.").filter(|section| !section.starts_with(&format!("{name}]")));
+        self.keys = sections.collect::<Vec<_>>().join("\n[key.");
+    }
+
     /// Has omsign make a key of each kind: name, `--type` and algorithm.
     fn makes(
         &mut self,
@@ -274,4 +283,38 @@ pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> 
 /// Where Debian keeps a PKCS#11 module.
 pub fn debian_module(name: &str) -> String {
     format!("/usr/lib/{}-linux-gnu/{name}", std::env::consts::ARCH)
+}
+
+/// `p11-kit server` with a token of ours. It ends with us.
+pub struct RemoteToken(Child);
+
+impl RemoteToken {
+    /// Puts the server and p11-kit's client module before the module of a SoftHSM device.
+    pub fn of(world: &World, device: &mut Device) -> anyhow::Result<Self> {
+        let config = device.environment.first().context("a configuration")?.1.clone();
+        let (socket, client) = (world.path("p11-kit.sock"), debian_module("pkcs11/p11-kit-client.so"));
+        let mut server = Command::new("setpriv");
+        server.args(["--pdeathsig", "KILL", "p11-kit", "server", "--foreground", "--name"]).arg(&socket);
+        server.args(["--provider", MODULE, "pkcs11:"]).env("SOFTHSM2_CONF", config);
+        server.stdin(Stdio::null()).stdout(Stdio::null());
+        let server = Self(server.spawn().context("p11-kit (apt: p11-kit, p11-kit-modules)")?);
+        eventually("p11-kit's socket", || Ok(socket.exists()))?;
+        let address = format!("unix:path={}", socket.display());
+        // Its protocol does not know CKM_EDDSA, as the profile says.
+        device.loses("ed25519");
+        device.token = device.token.replace(MODULE, &client);
+        writeln!(device.token, "env.P11_KIT_SERVER_ADDRESS = \"{address}\"")?;
+        for key in &mut device.expected {
+            key.uri = key.uri.replace(MODULE, &client);
+        }
+        device.environment.push(("P11_KIT_SERVER_ADDRESS", address.into()));
+        Ok(server)
+    }
+}
+
+impl Drop for RemoteToken {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -1,5 +1,6 @@
 //! What a CKR means for the one who asked: decided here, once.
 
+use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 
 use crate::host::wire::{Class, Failure};
@@ -36,6 +37,8 @@ pub(super) fn recovery(error: &Error) -> Recovery {
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let message = format!("cannot {what}: {}", describe(error));
     let class = match error {
+        // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
+        Error::Pkcs11(RvError::OperationNotInitialized, Function::Login) => Class::Refused,
         Error::Pkcs11(code, _) => match code {
             RvError::PinIncorrect
             | RvError::PinInvalid
@@ -86,7 +89,6 @@ pub(super) fn describe(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cryptoki::context::Function;
 
     #[test]
     fn four_classes() {
@@ -98,6 +100,9 @@ mod tests {
         assert_eq!(class(RvError::PinLocked), Class::Locked);
         assert_eq!(class(RvError::DataLenRange), Class::Refused);
         assert_eq!(class(RvError::SessionCount), Class::Busy);
+        assert_eq!(class(RvError::OperationNotInitialized), Class::Gone);
+        let no_login = Error::Pkcs11(RvError::OperationNotInitialized, Function::Login);
+        assert_eq!(classify("sign", &no_login).class, Class::Refused);
     }
 
     #[test]
