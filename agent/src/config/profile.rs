@@ -53,6 +53,8 @@ pub struct Profile {
     pub only_writing_sessions: bool,
     /// The form of its PIN, where that is not just a PIN.
     pub pin: String,
+    /// Its own configuration may hold the PIN.
+    pub may_hold_pin: bool,
     /// Length of the CKA_ID of a new key, in bytes.
     pub id_bytes: usize,
     /// The kinds of keys that it makes; empty where that is not known.
@@ -90,6 +92,7 @@ impl Default for Profile {
             shows_public_before_login: true,
             only_writing_sessions: false,
             pin: String::new(),
+            may_hold_pin: false,
             id_bytes: 16,
             keys: Vec::new(),
             made_by: String::new(),

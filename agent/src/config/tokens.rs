@@ -59,7 +59,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     let env = environment(reader, &mut section);
     if let (Some(Device::Pkcs11 { profile, .. }), Some(PinSource::None)) = (&device, &pin)
         && !profile.shows_public_before_login
-        && profile.pin.is_empty()
+        && !profile.may_hold_pin
     {
         let message = "this module shows nothing without a login; write where its PIN comes from".into();
         reader.mistake(section.position("pin"), &section.path_of("pin"), message);

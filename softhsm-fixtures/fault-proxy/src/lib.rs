@@ -10,6 +10,7 @@
 //!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
 //!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
+//! * `OMSIGN_PROXY_WRITING_ONLY`: sessions that only read are refused.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
 //! It offers what the module behind it does: PKCS#11 2.40, and 3.0 or 3.2 as its default interface.
@@ -63,13 +64,14 @@ macro_rules! wrap {
         list.C_Initialize = Some(C_Initialize);
         list.C_GetSlotList = Some(perhaps_no_slots);
         list.C_GetTokenInfo = Some(with_fewer_sessions);
-        list.C_OpenSession = Some(C_OpenSession);
+        list.C_OpenSession = Some(perhaps_only_writing);
         list.C_CloseSession = Some(C_CloseSession);
         list.C_Login = Some(C_Login);
         list.C_FindObjectsInit = Some(private_only);
         list.C_GenerateKeyPair = Some(C_GenerateKeyPair);
         list.C_SignInit = Some(C_SignInit);
         list.C_Sign = Some(C_Sign);
+        list.C_GenerateRandom = Some(C_GenerateRandom);
         list
     }};
 }
@@ -186,6 +188,22 @@ functions! {
     C_SignInit(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, key: CK_OBJECT_HANDLE);
     C_Sign(session: CK_SESSION_HANDLE, data: CK_BYTE_PTR, length: CK_ULONG, signature: CK_BYTE_PTR,
         signature_length: CK_ULONG_PTR);
+    C_GenerateRandom(session: CK_SESSION_HANDLE, data: CK_BYTE_PTR, length: CK_ULONG);
+}
+
+/// `C_OpenSession` of a module that has no sessions that only read.
+unsafe extern "C" fn perhaps_only_writing(
+    slot: CK_SLOT_ID,
+    flags: CK_FLAGS,
+    application: CK_VOID_PTR,
+    notify: CK_NOTIFY,
+    session: CK_SESSION_HANDLE_PTR,
+) -> CK_RV {
+    if flags & CKF_RW_SESSION == 0 && std::env::var_os("OMSIGN_PROXY_WRITING_ONLY").is_some() {
+        return CKR_SESSION_READ_WRITE_SO_EXISTS;
+    }
+    // SAFETY: the arguments are the caller's, for the same function.
+    unsafe { C_OpenSession(slot, flags, application, notify, session) }
 }
 
 /// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind.

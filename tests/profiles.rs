@@ -1,0 +1,110 @@
+//! What a profile says of a module is what the agent does: each said of SoftHSM, behind the proxy that counts.
+
+use std::process::Command;
+
+use anyhow::ensure;
+use omsign_fixtures::built;
+use omsign_fixtures::fault_proxy::FaultProxy;
+use omsign_fixtures::softhsm::{KeyType, SoftHsm};
+use omsign_fixtures::write_private;
+use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::operator::{does, refuses};
+use omsign_tests::world::{World, key_section, token_section};
+
+/// A token with a key, and another to make; its section says this profile.
+fn as_if(world: &World, profile: &str, more: &str) -> anyhow::Result<(SoftHsm, FaultProxy, String)> {
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, &format!("profile = \"{profile}\"\n{more}")))?;
+    let config = world.listen() + &section + &key_section("k", "t", "k") + &key_section("new", "t", "new");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    Ok((token, proxy, config))
+}
+
+fn signs(world: &World) -> anyhow::Result<()> {
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "model.sig"])?;
+    world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", "t/k.pub.pem"]).map(drop)
+}
+
+/// What is wrong with the configuration.
+fn checked(world: &World) -> anyhow::Result<String> {
+    let mut check = Command::new(built("omsign-agent")?);
+    world.without_surprises(check.args(["check-config", "--config"]).arg(world.path("agent.toml")));
+    Ok(String::from_utf8(check.output()?.stderr)?)
+}
+
+/// It forgets a login that nobody uses for 30 s, signs in one thread, and has numbers of two bytes for its keys.
+#[test]
+fn yubihsm2() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy, config) = as_if(&world, "yubihsm2", "sessions = 4\n")?;
+    let agent = Agent::start(&world, &config)?;
+    signs(&world)?;
+    ensure!(proxy.sessions() == 2, "the anchor and one thread, not {}", proxy.sessions());
+    refuses(
+        &world,
+        &["generate", "new", "--type", "ml-dsa-65"],
+        "this device makes keys of type p256, p384",
+    )?;
+    does(&world, &["generate", "new", "--type", "p256"])?;
+    let listed: serde_json::Value = serde_json::from_str(&does(&world, &["list", "--json"])?)?;
+    let keys = listed["tokens"][0]["keys"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let new = keys.iter().find(|key| key["names"][0] == "new").and_then(|key| key["object"].as_str());
+    let id = new.and_then(|object| object.split("id \"").nth(1)).unwrap_or_default();
+    ensure!(id.chars().take_while(char::is_ascii_hexdigit).count() == 4, "{new:?}");
+    let attested = does(&world, &["attest", "k"])?;
+    ensure!(attested.contains("yubihsm-shell --action=sign-attestation-certificate"), "{attested}");
+    let asked = proxy.calls("C_GenerateRandom");
+    eventually("what keeps the login alive", || Ok(proxy.calls("C_GenerateRandom") > asked))?;
+    drop(agent);
+    // Its PIN has a form of its own.
+    write_private(&token.pin_file(), b"password\n")?;
+    let agent = Agent::start(&world, &config)?;
+    eventually("the refusal", || Ok(agent.log()?.contains("4 hexadecimal digits, and its password")))?;
+    drop(agent);
+    let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
+    ensure!(config.contains(&file), "{config}");
+    world.write("agent.toml", config.replace(&file, "pin = \"none\""))?;
+    ensure!(checked(&world)?.contains("this module shows nothing without a login"), "{}", checked(&world)?);
+    Ok(())
+}
+
+/// Before release 5.5 it refused sessions that only read.
+#[test]
+fn cloudhsm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_, _, config) = as_if(&world, "cloudhsm", "env.OMSIGN_PROXY_WRITING_ONLY = \"1\"\n")?;
+    let agent = Agent::start(&world, &config)?;
+    signs(&world)?;
+    does(&world, &["generate", "new", "--type", "p384"])?;
+    drop(agent);
+    // Of another module the same is a fault.
+    let config = config.replace("profile = \"cloudhsm\"", "profile = \"softhsm\"");
+    let agent = Agent::start(&world, &config)?;
+    eventually("the refusal", || Ok(agent.log()?.contains("cannot open a session")))
+}
+
+/// Users make no keys there, and the module's own configuration may hold the PIN.
+#[test]
+fn nethsm_and_cards() -> anyhow::Result<()> {
+    for (profile, by) in [
+        ("nethsm", "nitropy nethsm generate-key"),
+        ("opensc", "the card's own tools: ykman"),
+        ("ykcs11", "omsign-agent with backend = \"piv\""),
+    ] {
+        let world = World::new()?;
+        let (token, _, config) = as_if(&world, profile, "")?;
+        let make = ["generate", "new", "--type", "p256"];
+        refuses(&world, &make, &format!("this device's users cannot make keys; use {by}"))?;
+        let agent = Agent::start(&world, &config)?;
+        refuses(&world, &make, by)?;
+        signs(&world)?;
+        drop(agent);
+        let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
+        world.write("agent.toml", config.replace(&file, "pin = \"none\""))?;
+        let checked = checked(&world)?;
+        ensure!(checked.is_empty(), "{checked}");
+    }
+    Ok(())
+}
