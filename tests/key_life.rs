@@ -122,6 +122,26 @@ fn of_a_softhsm_key() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// With a module of PKCS#11 3.2, and a kind of key that only it makes.
+#[test]
+fn of_kryoptics_keys() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "kry")?;
+    let config = world.listen() + &token.section("kry")? + &key_section("k", "kry", "k");
+    world.write("agent.toml", &config)?;
+    world.model()?;
+    whole_life(&world, "k", &["--type", "p256"], true)?;
+    let _agent = Agent::start(&world, &config)?;
+    whole_life(&world, "k", &["--type", "p384"], true)?;
+    does(&world, &["generate", "k", "--type", "ml-dsa-44"])?;
+    let attested = does(&world, &["attest", "k"])?;
+    ensure!(
+        attested.contains("CKA_NEVER_EXTRACTABLE") || attested.contains("never_extractable"),
+        "{attested}"
+    );
+    Ok(())
+}
+
 #[test]
 fn of_tpm_keys() -> anyhow::Result<()> {
     let world = World::new()?;

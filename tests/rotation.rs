@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::ca::{Ca, write_chain};
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
@@ -108,15 +109,18 @@ fn a_rotation_that_fails() -> anyhow::Result<()> {
 }
 
 #[test]
-fn of_tpms_and_yubikeys() -> anyhow::Result<()> {
+fn of_tpms_yubikeys_and_kryoptic() -> anyhow::Result<()> {
     let world = World::new()?;
     let (chip, yubikey) =
         (SwTpm::create(&world.path("tpm"))?, VirtualPiv::create(&world.path("card"), 11_223_344)?);
     yubikey.change_pin()?;
     yubikey.protect_management_key()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "kry")?;
     let config = world.listen()
         + &chip.section("tpm")
         + &yubikey.section("card")
+        + &token.section("kry")?
+        + &key_section("label", "kry", "label")
         + &key_on("handle", "tpm", "handle = \"0x81000020\"")
         + &key_on("file", "tpm", "file = \"made.pem\"")
         + &key_on("slot", "card", "slot = \"9c\"");
@@ -125,6 +129,7 @@ fn of_tpms_and_yubikeys() -> anyhow::Result<()> {
         ("handle", None, "handle 0x81000021"),
         ("file", None, "made-2.pem"),
         ("slot", Some("slot=82"), "slot 82"),
+        ("label", None, "label \"label-2\""),
     ] {
         does(&world, &["generate", name, "--type", "p256"])?;
         if name == "slot" {
