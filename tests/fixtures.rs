@@ -25,6 +25,7 @@ fn with(kinds: &str, script: &str) -> anyhow::Result<Output> {
 fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
     let script = r#"
         echo "$OMSIGN_FIXTURES"
+        omsign-agent check-config --config "$OMSIGN_FIXTURES_CONFIG"
         omsign-agent serve 2>"$OMSIGN_FIXTURES/log" & agent=$!
         while [ ! -S "$OMSIGN_AGENT" ]; do kill -0 $agent; done
         cd "$OMSIGN_FIXTURES"
@@ -84,8 +85,7 @@ fn one_that_is_told_to_end_cleans_up() -> anyhow::Result<()> {
 #[test]
 fn several_side_by_side() -> anyhow::Result<()> {
     let script = "tpm2_getrandom 4 >/dev/null 2>&1 && yubico-piv-tool -r Yubico -a version";
-    let started: Vec<_> =
-        (0..3).map(|_| std::thread::spawn(move || with("swtpm,piv,softhsm", script))).collect();
+    let started: Vec<_> = (0..3).map(|_| std::thread::spawn(move || with(ALL, script))).collect();
     for one in started {
         let output = one.join().map_err(|_| anyhow::anyhow!("a panic"))??;
         ensure!(output.status.success(), "{output:?}");

@@ -1,9 +1,10 @@
 //! What a card asks of people: PIN and touch policies, keys that came from elsewhere, and secrets that everybody knows.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, request};
@@ -120,6 +121,45 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Yubico's own program, beside an agent that signs; and what our hints say to do with it.
+#[test]
+fn ykman_shares_the_card() -> anyhow::Result<()> {
+    let mut desk = Desk::new()?;
+    desk.card.generate("9c", "ECCP256", &[])?;
+    let agent = desk.agent(&["9c"])?;
+    let socket = desk.card.socket();
+    let ykman = |arguments: &[&str]| {
+        let mut ykman = Command::new("ykman");
+        ykman.args(["--device", "11223344", "piv"]).args(arguments).env("PCSCLITE_CSOCK_NAME", &socket);
+        let output = ykman.output().context("ykman (apt: yubikey-manager)")?;
+        let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+        ensure!(output.status.success(), "ykman piv {arguments:?}: {said}");
+        Ok(said)
+    };
+    desk.sign("9c")?;
+    let hosts = agent.hosts()?;
+    for _ in 0..3 {
+        desk.sign("9c")?;
+        let said = ykman(&["info"])?;
+        ensure!(said.contains("PIN tries remaining: 3/3"), "{said}");
+        desk.sign("9c")?;
+    }
+    ensure!(agent.hosts()? == hosts, "its process was replaced: {}", agent.log()?);
+    ykman(&["access", "change-puk", "--puk", "12345678", "--new-puk", piv::PUK])?;
+    let factorys = "010203040506070801020304050607080102030405060708";
+    let protect =
+        ["access", "change-management-key", "--generate", "--protect", "--algorithm", "aes192", "--force"];
+    ykman(&[&protect[..], &["--pin", piv::PIN, "--management-key", factorys]].concat())?;
+    // What the card asks for before it stores anything is behind its PIN now.
+    let own = does(&desk.world, &["self-sign", "9c", "--subject", "CN=Acme Models"])?;
+    desk.world.write("own.pem", own)?;
+    does(&desk.world, &["import-certificate", "9c", "own.pem"])?;
+    ensure!(ykman(&["info"])?.contains("CN=Acme Models"), "{}", ykman(&["info"])?);
+    desk.sign("9c")?;
+    ensure!(desk.card.wrong_pins() == 0);
+    Ok(())
+}
+
 /// Keys that were made elsewhere sign as well, and are told apart.
 #[test]
 fn imported_keys() -> anyhow::Result<()> {
@@ -166,7 +206,7 @@ fn what_everybody_knows_is_said_and_not_used() -> anyhow::Result<()> {
     ensure!(!refused.status.success() && errors.contains("`ykman piv access change-puk`"), "{errors}");
     ensure!(desk.card.pin_tries()? == 0, "the PIN was set");
     desk.card.change_puk()?;
-    let set = unblocking(&desk.world, "card", &format!("{}\n", omsign_fixtures::piv::PUK))?;
+    let set = unblocking(&desk.world, "card", &format!("{}\n", piv::PUK))?;
     ensure!(set.status.success() && desk.card.pin_tries()? == 3, "{set:?}");
     Ok(())
 }

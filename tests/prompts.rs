@@ -4,7 +4,9 @@ use std::process::Command;
 
 use anyhow::ensure;
 use omsign_fixtures::built;
+use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::terminal::Terminal;
 use omsign_tests::world::{World, key_section, token_section};
@@ -149,6 +151,36 @@ fn without_an_agent_the_client_asks() -> anyhow::Result<()> {
     let said = Terminal::new(&[("PIN: ", PIN)])?.runs(&sign, 0)?;
     ensure!(said.contains("signed ") && !said.contains(PIN), "{said}");
     ensure!(world.path("model.sig").exists());
+    Ok(())
+}
+
+/// Of any device; and it says when the card wants a finger.
+#[test]
+fn without_an_agent_the_client_asks_for_a_tpm_and_a_card() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.guarded_key("k", 0x8100_0010, AUTH)?;
+    let uri = format!("tpm:handle=0x81000010?tcti={}", chip.tcti());
+    let sign = omsign(&world, &["sign", "model", "--key-uri", &uri])?;
+    let said = Terminal::new(&[("PIN: ", AUTH)])?.runs(&sign, 0)?;
+    ensure!(said.contains("signed ") && !said.contains(AUTH), "{said}");
+    std::fs::remove_file(world.path("model.sig"))?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.generate("9a", "ECCP256", &["--touch-policy=always"])?;
+    let mut sign = omsign(&world, &["sign", "model", "--key-uri", "piv:serial=11223344;slot=9a"])?;
+    sign.env("PCSCLITE_CSOCK_NAME", card.socket());
+    let terminal = Terminal::new(&[("PIN: ", piv::PIN)])?;
+    let said = std::thread::scope(|scope| {
+        let signing = scope.spawn(|| terminal.runs(&sign, 0));
+        eventually("the card's wait", || Ok(card.waits_for_touch() || signing.is_finished()))?;
+        terminal.shows("touch your YubiKey (serial 11223344)")?;
+        card.touch();
+        signing.join().map_err(|_| anyhow::anyhow!("a panic"))?
+    })?;
+    ensure!(said.contains("signed ") && !said.contains(piv::PIN), "{said}");
+    ensure!(world.path("model.sig").exists() && card.wrong_pins() == 0);
     Ok(())
 }
 

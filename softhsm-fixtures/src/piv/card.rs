@@ -13,6 +13,7 @@ use super::apdu::{
     WRONG_LENGTH, halves, split, template,
 };
 use super::keys::{self, Slot};
+use super::management;
 use super::objects::{self, ADMIN, PRINTED};
 use super::secret::Secret;
 use super::tlv::{parse, tlv, value};
@@ -24,9 +25,6 @@ const VERSION: [u8; 3] = [5, 7, 1];
 const LONGEST: usize = 3072;
 
 const PIV: &[u8] = &[0xa0, 0, 0, 3, 8];
-const MANAGEMENT: &[u8] = &[0xa0, 0, 0, 5, 0x27, 0x47, 0x11, 0x17];
-
-/// Factory values, as on every YubiKey.
 const FACTORY_PIN: [u8; 8] = *b"123456\xff\xff";
 const FACTORY_PUK: [u8; 8] = *b"12345678";
 const FACTORY_MANAGEMENT_KEY: [u8; 24] =
@@ -53,6 +51,8 @@ pub(super) struct Card {
 #[derive(Default)]
 struct Session {
     selected: bool,
+    /// The management application is.
+    manager: bool,
     /// The PIN was verified.
     verified: bool,
     /// And no key was used since.
@@ -149,7 +149,8 @@ impl Card {
             return self.select(data);
         }
         if !self.session.selected {
-            return Err(UNKNOWN);
+            let asked = self.session.manager && instruction == 0x1d;
+            return asked.then(|| management::configuration(self.serial, self.version)).ok_or(UNKNOWN);
         }
         match instruction {
             0xfd => Ok(self.version.to_vec()),
@@ -182,9 +183,8 @@ impl Card {
             let fields = [tlv(&[0x4f], &[0, 0, 0x10, 0, 1, 0]), tlv(&[0x79], &tlv(&[0x4f], PIV))].concat();
             return Ok(tlv(&[0x61], &fields));
         }
-        let [major, minor, patch] = self.version;
-        let banner = format!("Virtual mgr - FW version {major}.{minor}.{patch}");
-        if application == MANAGEMENT { Ok(banner.into_bytes()) } else { Err(NOT_FOUND) }
+        self.session.manager = application == management::APPLICATION;
+        if self.session.manager { Ok(management::banner(self.version)) } else { Err(NOT_FOUND) }
     }
 
     pub(super) fn verify(&mut self, p1: u8, p2: u8, data: &[u8]) -> Answer {

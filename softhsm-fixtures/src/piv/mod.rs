@@ -3,6 +3,7 @@
 mod apdu;
 mod card;
 mod keys;
+mod management;
 mod objects;
 mod owner;
 mod secret;
