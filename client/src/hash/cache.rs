@@ -51,7 +51,7 @@ pub enum CacheError {
     #[error("{0} is on a file system that does not say when a mapped file is written to")]
     Untimed(PathBuf),
     /// What is not on the model's own file system is not remembered.
-    #[error("some of the files are on other file systems than the model's directory, and are not remembered")]
+    #[error("of files on other file systems than the model's directory")]
     Elsewhere,
     /// Whoever writes to it decides what is signed.
     #[error("the digest cache {0} belongs to, or can be written by, somebody else")]
@@ -268,7 +268,7 @@ pub struct CacheUse {
     pub digests: usize,
     /// Bytes that were not read.
     pub bytes: u64,
-    /// Why it could not be written: the digests are right all the same.
+    /// What is not remembered, and why: the digests are right all the same.
     pub problem: Option<CacheError>,
 }
 

@@ -7,6 +7,7 @@ mod digest;
 mod kernels;
 mod schedule;
 mod sha256;
+mod share;
 mod source;
 
 use std::io;

@@ -2,7 +2,7 @@
 //!
 //! One way for one big file, 160 big files and 100,000 small ones: the work is a list of units, the longest first;
 //! each core takes units until it has its share of streams, advances them together by what they all have in their
-//! buffers, and puts the next unit in the place of one that ends at once, as long as that leaves the other cores theirs.
+//! buffers, and puts the next unit in the place of one that ends at once, as long as that leaves the others theirs.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::HashError;
 use super::digest::Digest;
+use super::share::Share;
 use super::source::{self, Buffer, Feed, PAGE_BYTES, Stamp};
 
 /// A hash algorithm, as streams that are advanced side by side.
@@ -116,8 +117,7 @@ pub(super) fn run<'a, S: Streams>(
         input,
         longest_first,
         next: AtomicUsize::new(0),
-        left: AtomicU64::new(units.iter().map(Unit::bytes).sum()),
-        jobs: jobs as u64,
+        share: Share::new(units.iter().fold(0, |sum, unit| sum.saturating_add(unit.bytes())), jobs, lanes),
         on_failure,
         stopped: AtomicBool::new(false),
         lanes,
@@ -127,7 +127,7 @@ pub(super) fn run<'a, S: Streams>(
         failures: Mutex::default(),
         hashed,
     };
-    pool.broadcast(|_| work.core());
+    pool.broadcast(|core| work.core(core.index()));
     let digests = work.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
     let failures = work.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     Hashed { digests, failures }
@@ -138,9 +138,7 @@ struct Work<'a, S, I> {
     input: I,
     longest_first: Vec<(usize, &'a Unit)>,
     next: AtomicUsize,
-    /// Bytes that are not hashed yet, also of units that failed.
-    left: AtomicU64,
-    jobs: u64,
+    share: Share,
     on_failure: OnFailure,
     stopped: AtomicBool,
     lanes: usize,
@@ -163,18 +161,17 @@ struct Lane<'a, S> {
     left: u64,
 }
 
-/// Whether a core that has so many bytes before it takes a unit of `next` more, of all that is `left`: half of that unit
-/// fits into its share. Files of one size end together, and the first core that is done would take all that remain.
-fn takes(mine: u64, next: u64, left: u64, jobs: u64) -> bool {
-    mine + next / 2 <= left / jobs.max(1)
+fn left<S>(lanes: &[Lane<'_, S>]) -> u64 {
+    lanes.iter().fold(0, |sum, lane| sum.saturating_add(lane.left))
 }
 
 impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
     /// One core's work: until nothing is left.
-    fn core(&self) {
+    fn core(&self, core: usize) {
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
         let mut buffers: Vec<Buffer> = Vec::new();
         while !self.stopped.load(Ordering::Relaxed) {
+            self.share.holds(core, left(&lanes));
             let mut next = 0;
             while let Some(lane) = lanes.get_mut(next) {
                 if lane.feed.available().is_empty()
@@ -191,7 +188,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 }
                 let Lane { index, unit, state, feed, .. } = lanes.swap_remove(next);
                 let rest = feed.available();
-                self.count(rest.len() as u64);
+                self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
                 let digest = self.streams.finish(state, rest, unit);
                 let mut digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(place) = digests.get_mut(index) {
@@ -201,7 +198,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 buffers.push(feed.into_buffer());
             }
             if lanes.len() < self.lanes
-                && self.has_room(&lanes)
+                && self.takes(&lanes)
                 && let Some(lane) = self.take(&mut buffers)
             {
                 lanes.push(lane);
@@ -222,20 +219,14 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                 lane.feed.take(step);
                 lane.left -= step as u64;
             }
-            self.count((step * lanes.len()) as u64);
+            self.hashed.fetch_add((step * lanes.len()) as u64, Ordering::Relaxed);
         }
     }
 
-    fn count(&self, bytes: u64) {
-        self.hashed.fetch_add(bytes, Ordering::Relaxed);
-        self.left.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
     /// Whether the next unit is for a core with these. Should another core take it first: none behind it is longer.
-    fn has_room(&self, lanes: &[Lane<'_, S::State>]) -> bool {
+    fn takes(&self, lanes: &[Lane<'_, S::State>]) -> bool {
         let Some((_, unit)) = self.longest_first.get(self.next.load(Ordering::Relaxed)) else { return false };
-        let mine = lanes.iter().map(|lane| lane.left).sum();
-        lanes.is_empty() || takes(mine, unit.bytes(), self.left.load(Ordering::Relaxed), self.jobs)
+        lanes.is_empty() || self.share.takes(left(lanes), unit.bytes())
     }
 
     /// The next unit that can be opened.
@@ -243,6 +234,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
         while !self.stopped.load(Ordering::Relaxed) {
             let next = self.next.fetch_add(1, Ordering::Relaxed);
             let &(index, unit) = self.longest_first.get(next)?;
+            self.share.taken(unit.bytes());
             let (path, stamp) = (self.input)(unit);
             let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
             match Feed::open(path, stamp, &unit.range, buffer, self.ahead) {
@@ -349,30 +341,6 @@ mod tests {
         for (piece, digest) in hashed.digests.iter().enumerate() {
             assert_eq!(*digest, Digest::sha256(&piece.to_le_bytes()));
         }
-    }
-
-    /// Cores in lockstep: nobody takes sixteen of the last files and leaves the others idle.
-    #[test]
-    fn what_remains_is_shared() {
-        for (units, jobs, lanes, rounds) in
-            [(160, 8, 16, [16, 4]), (40, 2, 16, [16, 4]), (16, 2, 16, [8, 0]), (5, 2, 4, [3, 0])]
-        {
-            let (mut remaining, mut left) = (units, units);
-            for most in rounds {
-                let mut taken = vec![0; jobs];
-                for mine in &mut taken {
-                    let wants = |mine| mine == 0 || takes(mine * 1000, 1000, left * 1000, jobs as u64);
-                    while *mine < lanes && remaining > 0 && wants(*mine) {
-                        (*mine, remaining) = (*mine + 1, remaining - 1);
-                    }
-                }
-                assert_eq!(taken.iter().max(), Some(&most), "{units} units: {taken:?}");
-                left -= taken.iter().sum::<u64>();
-            }
-            assert_eq!(remaining, 0, "{units} units");
-        }
-        assert!(!takes(2000, 1000, 4060, 2), "two of four big ones, and some small ones");
-        assert!(takes(2000, 1, 4060, 2), "small ones beside them");
     }
 
     /// Of few units, no core takes more than its share.

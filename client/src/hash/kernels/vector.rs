@@ -31,8 +31,7 @@ macro_rules! kernel {
             #[target_feature(enable = $features)]
             fn round([a, b, c, d, e, f, g, h]: [$vector; 8], w: $vector, k: u32) -> [$vector; 8] {
                 // Each round waits for the e and a of the one before: what does not is added first. The compiler, left
-                // to itself, adds some of it last, which makes a round a quarter longer where an addition takes two
-                // cycles (Zen 5).
+                // to itself, adds some of it last: five operations that wait for each other, and not four.
                 let ready = kept(add(h, add(splat(k), w)));
                 let (chosen, most) = (choose(e, f, g), majority(a, b, c));
                 let sum1 = xor3(rotr::<6>(e), rotr::<11>(e), rotr::<25>(e));
