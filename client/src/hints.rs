@@ -32,12 +32,11 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Agent(AgentError::NoTerminal) => {
             "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
         }
-        // How it is unblocked is in the reason already.
-        Error::Agent(AgentError::KeyNotReady { locked: true, reason, .. }) if reason.contains("omsign-agent unblock") => {
-            "an operator has to do that, on the agent's machine".into()
-        }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
-            format!("an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN is asked for")
+            format!(
+                "an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN is asked for; first \
+                 `omsign-agent unblock {token}` where the PIN is blocked"
+            )
         }
         Error::Agent(AgentError::KeyNotReady { .. }) => {
             "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()

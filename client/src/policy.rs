@@ -355,6 +355,6 @@ impl Edit {
             std::fs::create_dir_all(directory).map_err(error)?;
         }
         let mode = std::fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o777);
-        replace(&path, text.as_bytes(), mode).map_err(error)
+        replace(&path, mode, |file| file.write_all(text.as_bytes())).map_err(error)
     }
 }

@@ -7,7 +7,11 @@ use std::path::Path;
 
 /// Writes a temporary file beside it, syncs it and renames it. On failure nothing is left, and what was there before is
 /// untouched. `mode` is that of a new file.
-pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+pub(crate) fn replace(
+    path: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+) -> io::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -16,7 +20,10 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
     // Its message would name a file that nobody asked for.
     let mut file = builder.tempfile_in(directory).map_err(|error| io::Error::from(error.kind()))?;
-    file.write_all(bytes)?;
+    let mut buffered = io::BufWriter::new(&mut file);
+    write(&mut buffered)?;
+    buffered.flush()?;
+    drop(buffered);
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
     File::open(directory)?.sync_all()

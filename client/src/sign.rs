@@ -87,22 +87,25 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     chain.dedup_by(|next, certificate| next.to_der().ok() == certificate.to_der().ok());
     check_chain(&chain, &public_key)?;
 
-    let (manifest, bytes) = match &request.subject {
+    // Of many files a manifest is as large as its statement: it goes when that is made.
+    let stated = |manifest: &Manifest| {
+        let context = format!("{}: {} files", manifest.model_name, manifest.files());
+        (statement::encode(manifest), context, manifest.files(), manifest.root_digest().to_string())
+    };
+    let ((payload, context, files, root_digest), bytes) = match &request.subject {
         Subject::Model(selection, hasher) => {
             let serialization = selection.serialization()?;
             let model = serialization.walk(selection.model)?;
             let plan = Plan::new(&model, serialization.clone(), hasher)?;
             let (manifest, bytes) = plan.hash(hasher)?;
             plan.check_unchanged(&serialization.walk(selection.model)?, hasher)?;
-            (manifest, Some(bytes))
+            (stated(&manifest), Some(bytes))
         }
-        Subject::Manifest(manifest, bytes) => (manifest.clone(), *bytes),
+        Subject::Manifest(manifest, bytes) => (stated(manifest), *bytes),
     };
-    let payload = statement::encode(&manifest);
     let pae = Pae::of(&payload);
     let signature = match signer {
         Signer::Agent { agent, key, waiting } => {
-            let context = format!("{}: {} files", manifest.model_name, manifest.files());
             let content = match public_key.algorithm.digest(&pae) {
                 Some(digest) => Content::Digest(digest),
                 None => Content::Statement(payload.clone()),
@@ -122,7 +125,6 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
     Bundle { material, timestamps: Vec::new(), payload, signature }.write(request.bundle)?;
-    let (files, root_digest) = (manifest.files(), manifest.root_digest().to_string());
     Ok(Signed { files, bytes, root_digest, public_key, method })
 }
 

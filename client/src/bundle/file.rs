@@ -50,6 +50,6 @@ impl Bundle {
     /// Writes the bundle as a whole, or not at all.
     pub fn write(&self, path: &Path) -> Result<(), BundleError> {
         let io = |source| BundleError::Write { path: path.to_owned(), source };
-        replace(path, &self.to_json(), 0o644).map_err(io)
+        replace(path, 0o644, |file| self.write_json(file)).map_err(io)
     }
 }

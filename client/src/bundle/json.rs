@@ -1,6 +1,7 @@
 //! A bundle as JSON has it (the schemas of OMS v1.0, and `sigstore_bundle.proto`).
 
 use std::borrow::Cow;
+use std::io;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -142,6 +143,13 @@ impl Bundle {
 
     /// The bundle as JSON, on one line.
     pub fn to_json(&self) -> Vec<u8> {
+        let mut json = Vec::new();
+        self.write_json(&mut json).expect("memory takes everything");
+        json
+    }
+
+    /// The same, to where it goes: it may have tens of megabytes.
+    pub(super) fn write_json(&self, to: &mut dyn io::Write) -> io::Result<()> {
         let certificate = |der: &Vec<u8>| Object(CertificateJson { raw_bytes: STANDARD.encode(der) });
         let entries = match &self.material {
             Material::Keyless { log, .. } => log.0.as_str(),
@@ -178,9 +186,8 @@ impl Bundle {
                 signatures: vec![Object(signature)].into(),
             }),
         };
-        let mut json = serde_json::to_vec(&bundle).expect("strings and lists always serialize");
-        json.push(b'\n');
-        json
+        serde_json::to_writer(&mut *to, &bundle)?;
+        to.write_all(b"\n")
     }
 }
 
