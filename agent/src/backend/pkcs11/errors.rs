@@ -39,6 +39,8 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let class = match error {
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
         Error::Pkcs11(RvError::OperationNotInitialized, Function::Login) => Class::Refused,
+        // A kind of key or an attribute that cryptoki does not know.
+        Error::NotSupported => Class::Refused,
         Error::Pkcs11(code, _) => match code {
             RvError::PinIncorrect
             | RvError::PinInvalid
@@ -103,6 +105,7 @@ mod tests {
         assert_eq!(class(RvError::OperationNotInitialized), Class::Gone);
         let no_login = Error::Pkcs11(RvError::OperationNotInitialized, Function::Login);
         assert_eq!(classify("sign", &no_login).class, Class::Refused);
+        assert_eq!(classify("read attributes", &Error::NotSupported).class, Class::Refused);
     }
 
     #[test]

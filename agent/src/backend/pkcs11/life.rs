@@ -50,31 +50,34 @@ fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
 
 /// Every private key, with its public half found by CKA_ID: each object is read once, however many there are.
 fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
-    let (mut public, mut certified, mut private) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
-    // One search: some modules look at every object in each.
-    let objects = session.find_objects(&[]).map_err(|error| classify("find objects", &error))?;
-    for object in objects {
-        let mut details = details(session, object)?;
-        match details.class {
-            Some(ObjectClass::PUBLIC_KEY) => {
-                let kind = details.key_type.and_then(Kind::of);
-                if let Some(kind @ Kind::MlDsa) = kind {
-                    details.take_all(read(session, object, kind.public_attributes())?);
-                }
-                if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
-                    public.insert(id.clone(), spki);
-                }
-            }
-            Some(ObjectClass::CERTIFICATE) => certified.extend(details.id),
-            Some(ObjectClass::PRIVATE_KEY) => private.push(details),
-            _ => {}
+    let all = ObjectSelector::default();
+    let mut public = BTreeMap::new();
+    for object in find(session, ObjectClass::PUBLIC_KEY, &all)? {
+        let mut details = details(session, object, &PUBLIC)?;
+        let kind = details.key_type.and_then(Kind::of);
+        if let Some(kind @ Kind::MlDsa) = kind {
+            details.take_all(read(session, object, kind.public_attributes())?);
+        }
+        if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
+            public.insert(id.clone(), spki);
         }
     }
+    let mut certified = BTreeSet::new();
+    for object in find(session, ObjectClass::CERTIFICATE, &all)? {
+        certified.extend(details(session, object, &[AttributeType::Id])?.id);
+    }
     let mut listed = Vec::new();
-    for details in private {
-        let kind = details.key_type.and_then(Kind::of);
-        let own = || kind.and_then(|kind| details.spki(kind)).and_then(Result::ok);
-        let spki = details.id.as_ref().and_then(|id| public.get(id).cloned()).or_else(own);
+    for object in find(session, ObjectClass::PRIVATE_KEY, &all)? {
+        let mut details = details(session, object, &PRIVATE)?;
+        let mut spki = details.id.as_ref().and_then(|id| public.get(id).cloned());
+        if let Some(kind) = details.key_type.and_then(Kind::of)
+            && spki.is_none()
+            && !matches!(kind, Kind::MlDsa)
+        {
+            // Many tokens show it on the private object, too.
+            details.take_all(read(session, object, kind.public_attributes())?);
+            spki = details.spki(kind).and_then(Result::ok);
+        }
         let algorithm = spki.as_ref().and_then(|spki| spki.algorithm(Default::default()).ok());
         let algorithm = match (algorithm, details.key_type) {
             (Some(algorithm), _) => algorithm.name().to_owned(),
@@ -101,22 +104,35 @@ fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
     Ok(listed)
 }
 
-/// Everything that is listed of a key, in one call.
-fn details(session: &Session, object: ObjectHandle) -> Result<Details, Failure> {
-    let wanted = [
-        AttributeType::Class,
-        AttributeType::KeyType,
-        AttributeType::Sign,
-        AttributeType::AlwaysAuthenticate,
-        AttributeType::Id,
-        AttributeType::Label,
-        AttributeType::EcParams,
-        AttributeType::EcPoint,
-        AttributeType::Modulus,
-        AttributeType::PublicExponent,
-    ];
+/// What is listed of a private key. Each attribute costs some modules a look into a file.
+const PRIVATE: [AttributeType; 5] = [
+    AttributeType::KeyType,
+    AttributeType::Sign,
+    AttributeType::AlwaysAuthenticate,
+    AttributeType::Id,
+    AttributeType::Label,
+];
+
+/// What is listed of a public one.
+const PUBLIC: [AttributeType; 6] = [
+    AttributeType::KeyType,
+    AttributeType::Id,
+    AttributeType::EcParams,
+    AttributeType::EcPoint,
+    AttributeType::Modulus,
+    AttributeType::PublicExponent,
+];
+
+/// What is known of an object, in one call; of one whose kind cryptoki does not know, what it is called.
+fn details(session: &Session, object: ObjectHandle, wanted: &[AttributeType]) -> Result<Details, Failure> {
+    let attributes = match session.get_attributes(object, wanted) {
+        Err(cryptoki::error::Error::NotSupported) => {
+            read(session, object, &[AttributeType::Id, AttributeType::Label])?
+        }
+        attributes => attributes.map_err(|error| classify("read attributes", &error))?,
+    };
     let mut details = Details::default();
-    details.take_all(read(session, object, &wanted)?);
+    details.take_all(attributes);
     Ok(details)
 }
 
@@ -126,7 +142,7 @@ fn family(
     private: ObjectHandle,
     wanted: &ObjectSelector,
 ) -> Result<ObjectSelector, Failure> {
-    let Some(id) = details(session, private)?.id else { return Ok(wanted.clone()) };
+    let Some(id) = details(session, private, &[AttributeType::Id])?.id else { return Ok(wanted.clone()) };
     let by_id = ObjectSelector { label: None, id: Some(id) };
     match find(session, ObjectClass::PRIVATE_KEY, &by_id)?.as_slice() {
         [_] => Ok(by_id),
@@ -137,7 +153,7 @@ fn family(
 /// Puts a certificate beside its key; one that was there before goes once the new one is stored.
 fn store(session: &Session, wanted: &ObjectSelector, der: &[u8]) -> Result<Done, Failure> {
     let private = find_private(session, wanted)?;
-    let details = details(session, private)?;
+    let details = details(session, private, &[AttributeType::Id, AttributeType::Label])?;
     let family = family(session, private, wanted)?;
     let before = find(session, ObjectClass::CERTIFICATE, &family)?;
     let malformed = |error| refused(format!("the certificate is malformed: {error}"));
@@ -183,7 +199,7 @@ fn attest(session: &Session, profile: &Profile, wanted: &ObjectSelector) -> Resu
         return Ok(Evidence::Pkcs11 { attributes, attested_by: profile.attested_by.clone() });
     };
     let unknown = || refused("the key has no CKA_ID, by which its attestation is found".into());
-    let id = details(session, private)?.id.ok_or_else(unknown)?;
+    let id = details(session, private, &[AttributeType::Id])?.id.ok_or_else(unknown)?;
     let of_key = find(session, ObjectClass::CERTIFICATE, &ObjectSelector { label: None, id: Some(id) })?;
     let of_key = of_key.into_iter().map(|object| labelled(session, object)).collect::<Result<Vec<_>, _>>()?;
     let of_key = of_key.into_iter().find(|(label, _)| label.starts_with(labels.key.as_bytes()));

@@ -129,7 +129,6 @@ pub(super) fn read(
 /// What is known of an object.
 #[derive(Default)]
 pub(super) struct Details {
-    pub(super) class: Option<ObjectClass>,
     pub(super) key_type: Option<KeyType>,
     pub(super) sign: Option<bool>,
     pub(super) always_authenticate: Option<bool>,
@@ -182,7 +181,6 @@ impl Details {
 
     fn take(&mut self, attribute: Attribute) {
         match attribute {
-            Attribute::Class(value) => self.class = Some(value),
             Attribute::KeyType(value) => self.key_type = Some(value),
             Attribute::Sign(value) => self.sign = Some(value),
             Attribute::AlwaysAuthenticate(value) => self.always_authenticate = Some(value),
