@@ -79,7 +79,7 @@ pub(super) fn find(
     let key = Key { slot, algorithm, verifier: Verifier::new(&spki, algorithm), algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
         let content = algorithm.content(&challenge()?);
-        let signature = card.sign(&key, &key.input(&content)?)?;
+        let signature = card.sign(&key, &key.input(&content)?, &|_| {})?;
         if !key.verifier.verifies(&content, &signature) {
             return Err(refused(format!("slot {number:02x} makes signatures that do not verify")));
         }

@@ -7,7 +7,7 @@ use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
 use super::super::refused;
 use super::errors::classify;
-use super::{Card, is_factorys, keys, line, touch_me};
+use super::{Card, is_factorys, keys, line};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
@@ -28,10 +28,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) ->
         Task::Sign(key, message) => {
             let (key, public) = keys::find(card, &key.object, key.padding)?;
             let input = key.input(&public.algorithm.content(message))?;
-            if card.waits_for_touch(&key) {
-                touch(&touch_me(card.known.serial));
-            }
-            card.sign(&key, &input).map(Done::Signature)
+            card.sign(&key, &input, touch).map(Done::Signature)
         }
         Task::Store(key, certificate) => {
             let slot = slot(key)?;

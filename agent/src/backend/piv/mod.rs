@@ -25,9 +25,8 @@ use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
 use crate::secret::Pin;
 use crate::verifier::Verifier;
 
-/// How long a touch counts for a key whose touch policy is "cached": a little less than for the card, which saw it first
-/// (Yubico, "PIN and touch policies": 15 s).
-const CACHED: Duration = Duration::from_secs(14);
+/// How long a touch counts for a key whose touch policy is "cached" (Yubico, "PIN and touch policies").
+const CACHED: Duration = Duration::from_secs(15);
 
 /// What every YubiKey has when it is new (Yubico, "PIV").
 const FACTORY_PIN: &[u8] = b"123456";
@@ -46,7 +45,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A card whose PIN was accepted.
 struct OpenPiv {
-    serial: u32,
     held: Mutex<Held>,
     /// In the order of the configuration; none where the key cannot be used.
     keys: Vec<Option<Key>>,
@@ -65,6 +63,7 @@ struct Known {
     pin: Option<Pin>,
     /// Since the card was connected; pcscd switches one off that nobody uses.
     verified: bool,
+    /// When the card began to wait for the last one.
     last_touch: Option<Instant>,
 }
 
@@ -100,7 +99,7 @@ pub(super) fn open(
     let touch = touch.map(|(index, _)| (index, touch_me(serial))).collect();
     let opened = Opened { device, sessions: 1, keys: public, touch };
     let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
-    Ok((Box::new(OpenPiv { serial, held: Mutex::new(held), keys }), opened))
+    Ok((Box::new(OpenPiv { held: Mutex::new(held), keys }), opened))
 }
 
 fn connect(serial: u32) -> Result<YubiKey, Failure> {
@@ -213,22 +212,20 @@ impl Card<'_> {
         tries.map_err(|error| classify("select the PIV application", &error))
     }
 
-    /// Signs; does again what other programs undid, once.
-    fn sign(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, Failure> {
+    /// Signs; does again what other programs undid, once. `touch` is told each time that the card waits for a finger.
+    fn sign(&mut self, key: &Key, input: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         // A card may wait for a finger before it asks for the PIN.
         if key.pin == PinPolicy::Once && !self.known.verified {
             self.verify_again()?;
         }
-        let started = Instant::now();
-        let error = match self.attempt(key, input) {
+        let (started, waits) = (Instant::now(), self.waits_for_touch(key));
+        let error = match self.attempt(key, input, touch) {
             Ok(signature) => return Ok(signature),
             Err(error) => error,
         };
         match error {
             // Without a touch to wait for, it was another program that had the card.
-            yubikey::Error::AuthenticationError
-                if started.elapsed() >= PATIENCE && self.waits_for_touch(key) =>
-            {
+            yubikey::Error::AuthenticationError if waits && started.elapsed() >= PATIENCE => {
                 return Err(refused("nobody touched it in time".into()));
             }
             // Another program reset the card, as most do when they end, or used it.
@@ -248,7 +245,7 @@ impl Card<'_> {
         } else {
             self.verify_again()?;
         }
-        self.attempt(key, input).map_err(|error| classify("sign", &error))
+        self.attempt(key, input, touch).map_err(|error| classify("sign", &error))
     }
 
     /// Shows the card the PIN that it accepted before, if it has one and still takes wrong ones.
@@ -259,14 +256,21 @@ impl Card<'_> {
         self.verify().map_err(|error| classify("verify the PIN", &error))
     }
 
-    fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
+    fn attempt(&mut self, key: &Key, input: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
             self.verify()?;
         }
-        if key.algorithm == Algorithm::Ed25519 {
-            return line::sign_message(self.yubikey, key.slot, input);
+        let waiting = self.waits_for_touch(key).then(Instant::now);
+        if waiting.is_some() {
+            touch(&touch_me(self.known.serial));
         }
-        piv::sign_data(self.yubikey, input, key.algorithm_id, key.slot).map(|signature| signature.to_vec())
+        let signature = if key.algorithm == Algorithm::Ed25519 {
+            line::sign_message(self.yubikey, key.slot, input)?
+        } else {
+            piv::sign_data(self.yubikey, input, key.algorithm_id, key.slot)?.to_vec()
+        };
+        self.known.last_touch = waiting.or(self.known.last_touch);
+        Ok(signature)
     }
 
     /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
@@ -368,15 +372,7 @@ impl Signer for Thread<'_> {
         let key = self.0.key(key)?;
         let input = key.input(content)?;
         let mut held = self.0.held();
-        let mut card = held.card()?;
-        let waits = card.waits_for_touch(key);
-        if waits {
-            touch(&touch_me(self.0.serial));
-        }
-        let signature = card.sign(key, &input)?;
-        if waits {
-            card.known.last_touch = Some(Instant::now());
-        }
+        let signature = held.card()?.sign(key, &input, touch)?;
         held.used();
         Ok(signature)
     }

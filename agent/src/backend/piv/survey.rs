@@ -109,7 +109,8 @@ pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result
         return Err(refused(message));
     }
     let mut yubikey = connect(serial)?;
-    if is_factorys(&mut yubikey, PUK) {
+    // Firmware before 5.3 does not tell.
+    if puk == FACTORY_PUK || is_factorys(&mut yubikey, PUK) {
         let message = "its PUK is the one from the factory, with which everybody can set its PIN: change that first, with \
                        `ykman piv access change-puk`";
         return Err(refused(message.into()));
