@@ -16,7 +16,7 @@ use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually, freeze, signal};
-use omsign_tests::lab::{HANG, Lab, SOON, Sees};
+use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key, key_section};
 use rustix::process::Signal;
@@ -52,14 +52,14 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
         ("slow", (Sees::Nothing, SLOW), "C_Sign 0 300\n", false),
         ("hangs for half a second", (Sees::Nothing, SLOW), "C_Sign 0 500 once\n", false),
         ("hangs", (Sees::Unavailable, HANG), "C_Sign 0 600000\n", false),
-        ("session lost", (Sees::Nothing, SOON), "C_SignInit b3 0 once\n", false),
-        ("crashes (SIGSEGV)", (Sees::Unavailable, SOON), "C_Sign segv 0\n", false),
-        ("crashes (abort)", (Sees::Unavailable, SOON), "C_Sign abort 0\n", false),
-        ("out of sessions", (Sees::Unavailable, SOON), "C_OpenSession b1 0\n", true),
-        ("no slots", (Sees::Unavailable, SOON), "C_GetSlotList none 0\n", true),
-        ("token not present", (Sees::Unavailable, SOON), "C_GetTokenInfo e0 0\n", true),
+        ("session lost", (Sees::Nothing, AT_ONCE), "C_SignInit b3 0 once\n", false),
+        ("crashes (SIGSEGV)", (Sees::Unavailable, AT_ONCE), "C_Sign segv 0\n", false),
+        ("crashes (abort)", (Sees::Unavailable, AT_ONCE), "C_Sign abort 0\n", false),
+        ("out of sessions", (Sees::Unavailable, AT_ONCE), "C_OpenSession b1 0\n", true),
+        ("no slots", (Sees::Unavailable, AT_ONCE), "C_GetSlotList none 0\n", true),
+        ("token not present", (Sees::Unavailable, AT_ONCE), "C_GetTokenInfo e0 0\n", true),
         ("hangs when it is opened", (Sees::Unavailable, three_hangs), "C_Initialize 0 600000\n", true),
-        ("crashes when it is opened", (Sees::Unavailable, SOON), "C_FindObjectsInit abort 0\n", true),
+        ("crashes when it is opened", (Sees::Unavailable, AT_ONCE), "C_FindObjectsInit abort 0\n", true),
     ] {
         let function = lines.split(' ').next().unwrap_or_default();
         let before = counted.injected(function);
@@ -72,11 +72,11 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
             let row = format!("{function} answers {ckr}");
             let before = counted.injected(function);
             let wrong = |_: &Lab| counted.set(&lines);
-            lab.trial(&row, (Sees::Unavailable, SOON), &tries, wrong, |lab| faults("", false)(lab))?;
+            lab.trial(&row, (Sees::Unavailable, AT_ONCE), &tries, wrong, |lab| faults("", false)(lab))?;
             anyhow::ensure!(counted.injected(function) > before, "{row}: nothing failed");
         }
     }
-    lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)
+    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)
 }
 
 /// A PIN that is wrong is offered once, whoever asks, and however often.
@@ -86,7 +86,7 @@ fn wrong_pin(lab: &mut Lab, pin_file: &Path) -> anyhow::Result<()> {
     let before = logins(lab);
     let wrong = |lab: &Lab| write_private(pin_file, b"wrong-pin-8142\n").and_then(|()| lab.kill_host());
     let counted = lab.proxy.clone().expect("a proxy");
-    lab.trial("wrong PIN", (Sees::Locked, SOON), &|| Ok(i64::try_from(counted.tries())?), wrong, |lab| {
+    lab.trial("wrong PIN", (Sees::Locked, AT_ONCE), &|| Ok(i64::try_from(counted.tries())?), wrong, |lab| {
         for _ in 0..3 {
             let errors = lab.world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
             anyhow::ensure!(errors.contains("it refused the PIN"), "{errors}");
@@ -110,14 +110,14 @@ fn softhsm() -> anyhow::Result<()> {
     let away = lab.world.path("away");
     lab.trial(
         "removed",
-        (Sees::Unavailable, SOON),
+        (Sees::Unavailable, AT_ONCE),
         &tries,
         |_| Ok(std::fs::rename(token.tokens(), &away)?),
         |_| Ok(std::fs::rename(&away, token.tokens())?),
     )?;
     lab.trial(
         "key deleted",
-        (Sees::Locked, SOON),
+        (Sees::Locked, AT_ONCE),
         &tries,
         |lab| token.delete("k").and_then(|()| lab.kill_host()),
         |_| token.generate("k", KeyType::P256, Objects::Pair),
@@ -162,16 +162,21 @@ fn ml_dsa() -> anyhow::Result<()> {
     eventually("it heals", || Ok(world.omsign(&sign)?.status.success()))
 }
 
-/// The TPM stands still now and then, until it is told not to.
-fn stutters(pid: u32, over: Arc<AtomicBool>) {
+/// The TPM stands still for half a second at a time, with pauses, until it is told not to.
+fn stutters(pid: u32, over: Arc<AtomicBool>) -> anyhow::Result<()> {
+    freeze(pid)?;
     std::thread::spawn(move || {
-        while !over.load(Ordering::Relaxed) {
-            let _ = signal(pid, Signal::STOP);
-            std::thread::sleep(Duration::from_millis(450));
+        loop {
+            std::thread::sleep(Duration::from_millis(600));
             let _ = signal(pid, Signal::CONT);
-            std::thread::sleep(Duration::from_millis(1));
+            if over.load(Ordering::Relaxed) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            let _ = signal(pid, Signal::STOP);
         }
     });
+    Ok(())
 }
 
 /// A key that is guarded, and not ours.
@@ -195,7 +200,7 @@ fn rows_of_a_tpm(
     };
     let swtpm = || chip.borrow().swtpm();
     let over = Arc::<AtomicBool>::default();
-    let stutter = |_: &Lab| swtpm().map(|pid| stutters(pid, Arc::clone(&over)));
+    let stutter = |_: &Lab| stutters(swtpm()?, Arc::clone(&over));
     lab.trial("slow", (Sees::Nothing, SLOW), &tries, stutter, |_| {
         over.store(true, Ordering::Relaxed);
         Ok(())
@@ -204,7 +209,7 @@ fn rows_of_a_tpm(
         let pid = swtpm()?;
         freeze(pid)?;
         std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(Duration::from_millis(600));
             signal(pid, Signal::CONT)
         });
         Ok(())
@@ -218,19 +223,21 @@ fn rows_of_a_tpm(
             tool.args(["-Q", "-C", "o", "-G", "ecc"]);
         };
         while chip.borrow().tool("tpm2_createprimary", primary).is_ok() {}
+        let loaded = chip.borrow().handles("transient")?;
+        anyhow::ensure!(loaded == 3, "{loaded} keys are loaded");
         lab.kill_host()
     };
-    lab.trial("no room for a key", (Sees::Either, SOON), &tries, fill, nothing)?;
+    lab.trial("no room for a key", (Sees::Nothing, AT_ONCE), &tries, fill, nothing)?;
     let reset = |_: &Lab| {
         cuts.set(cuts.get() + 1);
         chip.borrow().reset()
     };
-    lab.trial("reset without a start", (Sees::Either, SOON), &tries, reset, nothing)?;
+    lab.trial("reset without a start", (Sees::Either, AT_ONCE), &tries, reset, nothing)?;
     forget()?;
-    lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)?;
+    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)?;
     let value = chip.borrow().pin_file();
     let wrong = |lab: &Lab| write_private(&value, b"wrong-auth-8142\n").and_then(|()| lab.kill_host());
-    lab.trial("wrong authorization value", (Sees::Locked, SOON), &tries, wrong, |lab| {
+    lab.trial("wrong authorization value", (Sees::Locked, AT_ONCE), &tries, wrong, |lab| {
         write_private(&value, format!("{AUTH}\n").as_bytes())?;
         lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
     })?;
@@ -245,16 +252,16 @@ fn rows_of_a_tpm(
         Ok(())
     };
     others()?;
-    lab.trial("one try left", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)?;
+    lab.trial("one try left", (Sees::Nothing, AT_ONCE), &tries, Lab::kill_host, nothing)?;
     let take = |lab: &Lab| take(&chip.borrow()).and_then(|()| lab.kill_host());
-    lab.trial("key deleted", (Sees::Locked, SOON), &tries, take, |_| put(&chip.borrow()))?;
+    lab.trial("key deleted", (Sees::Locked, AT_ONCE), &tries, take, |_| put(&chip.borrow()))?;
     forget()?;
     let off = |_: &Lab| {
         cuts.set(cuts.get() + 1);
         chip.borrow_mut().kill()
     };
     let on = |_: &Lab| chip.borrow_mut().start().map(drop);
-    lab.trial("switched off and on", (Sees::Unavailable, SOON), &tries, off, on)?;
+    lab.trial("switched off and on", (Sees::Unavailable, AT_ONCE), &tries, off, on)?;
     let left = (chip.borrow().handles("transient")?, chip.borrow().handles("loaded-session")?);
     anyhow::ensure!(left.0 <= 1 && left.1 == 0, "keys and sessions left in the TPM: {left:?}");
     Ok(())
@@ -313,7 +320,7 @@ fn piv() -> anyhow::Result<()> {
     let nonsense = Faults { status: Some(0x6f00), ..Faults::default() };
     lab.trial(
         "answers nonsense",
-        (Sees::Unavailable, SOON),
+        (Sees::Unavailable, AT_ONCE),
         &tries,
         |_| ill(&card, nonsense),
         |_| well(&card),
@@ -321,14 +328,14 @@ fn piv() -> anyhow::Result<()> {
     let pull = Faults { pull: true, ..Faults::default() };
     lab.trial(
         "pulled in the middle of a command",
-        (Sees::Unavailable, SOON),
+        (Sees::Unavailable, AT_ONCE),
         &tries,
         |_| ill(&card, pull),
         |_| well(&card),
     )?;
     lab.trial(
         "pulled",
-        (Sees::Unavailable, SOON),
+        (Sees::Unavailable, AT_ONCE),
         &tries,
         |_| {
             card.unplug();
@@ -341,22 +348,22 @@ fn piv() -> anyhow::Result<()> {
     )?;
     lab.trial(
         "another application selected",
-        (Sees::Nothing, SOON),
+        (Sees::Nothing, AT_ONCE),
         &tries,
         |_| card.tool(&["-a", "status"]).map(drop),
         nothing,
     )?;
-    lab.trial("process killed", (Sees::Either, SOON), &tries, Lab::kill_host, nothing)?;
+    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)?;
     lab.trial(
         "key deleted and made again",
-        (Sees::Either, SOON),
+        (Sees::Either, AT_ONCE),
         &tries,
         |_| card.generate("9c", "ECCP256", &[]).map(drop),
         nothing,
     )?;
     lab.trial(
         "wrong PIN",
-        (Sees::Locked, SOON),
+        (Sees::Locked, AT_ONCE),
         &tries,
         |lab| write_private(&card.pin_file(), b"81428142\n").and_then(|()| lab.kill_host()),
         |lab| {
@@ -367,7 +374,7 @@ fn piv() -> anyhow::Result<()> {
     let card = std::cell::RefCell::new(&mut card);
     lab.trial(
         "pcscd ends and comes back",
-        (Sees::Unavailable, SOON),
+        (Sees::Unavailable, AT_ONCE),
         &|| Ok(i64::try_from(card.borrow().wrong_pins())?),
         |_| card.borrow_mut().kill_service(),
         |_| card.borrow_mut().start_service(),

@@ -161,9 +161,9 @@ fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     shell(&world, "sh -eu parallel.sh model 5")?;
     ensure!(inspect(&world)? == expected, "GNU parallel");
     fs::remove_file(world.path("model.sig"))?;
-    // As on other machines, whose shell takes the command apart once more: ":" is this one.
+    // With options for it, and a path from here; ":" is this machine, without ssh.
     shell(&world, "sh -eu parallel.sh ./model 3 --sshlogin : --jobs 2")?;
-    ensure!(inspect(&world)? == expected, "GNU parallel, by ssh");
+    ensure!(inspect(&world)? == expected, "GNU parallel, with its options");
     // Whatever the model is called.
     let odd = "it's; $(touch executed) \"x\"";
     fs::rename(world.path("model"), world.path(odd))?;

@@ -96,8 +96,8 @@ fn a_cached_touch_counts_for_a_while() -> anyhow::Result<()> {
     let mut desk = Desk::new()?;
     desk.card.generate("9a", "ECCP256", &["--touch-policy=cached"])?;
     let _agent = desk.agent(&["9a"])?;
-    let touched = Instant::now();
     ensure!(desk.sign("9a")?, "the first one");
+    let touched = Instant::now();
     ensure!(!desk.sign("9a")? && !desk.sign("9a")?, "the touch counts");
     // It does no longer, and whoever waits is told.
     eventually("the end of that", || Ok(touched.elapsed() > Duration::from_secs(16)))?;
@@ -197,7 +197,8 @@ fn what_everybody_knows_is_said_and_not_used() -> anyhow::Result<()> {
     })?;
     drop(agent);
     let (status, report) = desk.world.doctor()?;
-    ensure!(status.success() && report.contains("warning"), "{report}");
+    ensure!(status.success() && report.contains("its PUK is the one from the factory"), "{report}");
+    ensure!(report.lines().any(|line| line.starts_with("warning") && line.contains("PUK")), "{report}");
     desk.card.enter_wrong_pins(3);
     let tries = desk.card.pin_tries()?;
     ensure!(tries == 0, "{tries}");

@@ -1,4 +1,4 @@
-//! Every fault at random, on three devices at once, under 64 clients. `OMSIGN_SOAK_SECONDS` (default 45) and
+//! Every fault at random, on three devices at once, under 64 clients. `OMSIGN_SOAK_SECONDS` (default 120) and
 //! `OMSIGN_SOAK_SEED` (default: printed) choose how long and which.
 
 use std::path::PathBuf;

@@ -304,6 +304,8 @@ impl Reload {
             }
         }
         let (closed, new) = agent.reload(config);
+        // A certificate may say now whose key it is.
+        agent.setup().keys.values().for_each(|key| key.check());
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
         for token in new.iter().filter(|token| token.wants_prompt()) {
             let name = &token.name;

@@ -43,7 +43,8 @@ impl FaultProxy {
 
     /// How often the module itself refused a call.
     pub fn refused(&self, function: &str) -> usize {
-        self.calls(&format!("{function} failed"))
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        log.lines().filter(|line| line.starts_with(&format!("{function} failed"))).count()
     }
 
     /// How often something was injected into a call.
@@ -51,13 +52,14 @@ impl FaultProxy {
         self.calls(&format!("{function} injected"))
     }
 
-    /// Tries of its PIN that the token may have counted: logins that it refused, and those of a process beyond its first.
+    /// Tries of its PIN that the token may have counted: logins that it refused for the PIN's sake (CKR_PIN_…), and those
+    /// of a process beyond its first.
     pub fn tries(&self) -> usize {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let processes = log.split("C_Initialize\n");
         let again =
             processes.map(|life| life.lines().filter(|line| *line == "C_Login").count().saturating_sub(1));
-        again.sum::<usize>() + self.refused("C_Login")
+        again.sum::<usize>() + log.lines().filter(|line| line.starts_with("C_Login failed a")).count()
     }
 
     /// Sessions that were opened and not closed since a process last loaded the module.

@@ -180,8 +180,9 @@ pub fn freeze(pid: u32) -> anyhow::Result<()> {
     eventually("a standstill", || {
         for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
             let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
-            // The state follows the name in parentheses (proc_pid_stat(5)).
-            if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')) {
+            // The state follows the name in parentheses (proc_pid_stat(5)). One that has ended moves no more, and nobody
+            // takes note of that while its parent stands still.
+            if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 'Z', 'X'])) {
                 return Ok(false);
             }
         }

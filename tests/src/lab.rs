@@ -25,7 +25,7 @@ const OTHERS: Duration = Duration::from_secs(1);
 const SPARE: usize = 4;
 
 /// At once: in less than the token's time-out, which would have had to end it otherwise.
-pub const SOON: Range<Duration> = Duration::ZERO..Duration::from_millis(1500);
+pub const AT_ONCE: Range<Duration> = Duration::ZERO..Duration::from_millis(1500);
 
 /// What one that hangs may cost: the token's time-out of 2 s, and a busy machine.
 pub const HANG: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(8);
@@ -159,7 +159,8 @@ impl Lab {
         let healed = started.elapsed();
         let served = calm.end(self)?;
         let spent = tries()? - tried;
-        ensure!(spent <= i64::from(sees == Sees::Locked), "{spent} tries of its secret were spent");
+        let allowed = 0..=i64::from(sees == Sees::Locked);
+        ensure!(allowed.contains(&spent), "{spent} tries of its secret were spent");
         eventually("what it held before", || {
             let now = self.agent.held()?;
             Ok(now.0 <= self.held.0 + SPARE && now.1 <= self.held.1 + SPARE)

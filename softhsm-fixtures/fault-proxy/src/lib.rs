@@ -2,7 +2,7 @@
 //! it passes on to a file, and fails or delays calls as a control file says.
 //!
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
-//! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed`, when the module
+//! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed a0`, when the module
 //!   behind refuses it, or `C_Login injected` when the control file has something for it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
@@ -162,7 +162,7 @@ macro_rules! functions {
                     Some(function) => {
                         let rv = unsafe { function($($argument),*) };
                         if rv != CKR_OK {
-                            log(concat!(stringify!($name), " failed"));
+                            log(&format!("{} failed {rv:x}", stringify!($name)));
                         }
                         rv
                     }
