@@ -34,8 +34,8 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!(
-                "an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN is asked for; first \
-                 `omsign-agent unblock {token}` where the PIN is blocked"
+                "when its cause is mended, an operator can run `omsign agent unlock {token}`, with --ask-pin where its PIN \
+                 is asked for"
             )
         }
         Error::Agent(AgentError::KeyNotReady { .. }) => {

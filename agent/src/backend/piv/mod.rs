@@ -40,6 +40,9 @@ const SHORTEST_PIN: usize = 6;
 /// An idle card is let go of after this long: connecting takes a few of its commands.
 const LET_GO: Duration = Duration::from_secs(2);
 
+/// A signature that needs no finger takes less, on curves; on the largest RSA keys, a few times this.
+const QUICK: Duration = Duration::from_millis(500);
+
 /// A card that refuses after this long waited for a finger; without one it refuses at once.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -212,14 +215,17 @@ impl Card<'_> {
         tries.map_err(|error| classify("select the PIV application", &error))
     }
 
-    /// Signs; does again what other programs undid, once. `touch` is told each time that the card waits for a finger.
+    /// Signs; does again what other programs undid, once. `touch` is told when the card waits for a finger.
     fn sign(&mut self, key: &Key, input: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
         // A card may wait for a finger before it asks for the PIN.
         if key.pin == PinPolicy::Once && !self.known.verified {
             self.verify_again()?;
         }
         let (started, waits) = (Instant::now(), self.waits_for_touch(key));
-        let error = match self.attempt(key, input, touch) {
+        if waits {
+            touch(&touch_me(self.known.serial));
+        }
+        let error = match self.attempt(key, input) {
             Ok(signature) => return Ok(signature),
             Err(error) => error,
         };
@@ -245,7 +251,11 @@ impl Card<'_> {
         } else {
             self.verify_again()?;
         }
-        self.attempt(key, input, touch).map_err(|error| classify("sign", &error))
+        // What it knew of a touch may be gone.
+        if !waits && self.waits_for_touch(key) {
+            touch(&touch_me(self.known.serial));
+        }
+        self.attempt(key, input).map_err(|error| classify("sign", &error))
     }
 
     /// Shows the card the PIN that it accepted before, if it has one and still takes wrong ones.
@@ -256,20 +266,22 @@ impl Card<'_> {
         self.verify().map_err(|error| classify("verify the PIN", &error))
     }
 
-    fn attempt(&mut self, key: &Key, input: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, yubikey::Error> {
+    fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
             self.verify()?;
         }
-        let waiting = self.waits_for_touch(key).then(Instant::now);
-        if waiting.is_some() {
-            touch(&touch_me(self.known.serial));
-        }
+        let started = Instant::now();
         let signature = if key.algorithm == Algorithm::Ed25519 {
             line::sign_message(self.yubikey, key.slot, input)?
         } else {
             piv::sign_data(self.yubikey, input, key.algorithm_id, key.slot)?.to_vec()
         };
-        self.known.last_touch = waiting.or(self.known.last_touch);
+        // One that was quick waited for nobody: a touch before it still counted, for how long only the card knows.
+        let is_rsa = matches!(key.algorithm, Algorithm::RsaPkcs1 | Algorithm::RsaPss);
+        let quick = if is_rsa { PATIENCE } else { QUICK };
+        if key.touch != TouchPolicy::Never && started.elapsed() >= quick {
+            self.known.last_touch = Some(started);
+        }
         Ok(signature)
     }
 
