@@ -24,6 +24,11 @@ use rustix::process::Signal;
 /// What a slow one may cost, which answers in the end.
 const SLOW: Range<Duration> = Duration::from_millis(400)..Duration::from_secs(4);
 
+/// What one may cost that hangs when it is opened, which takes several operations.
+fn three_hangs() -> Range<Duration> {
+    Duration::from_secs(5)..Duration::from_secs(16)
+}
+
 fn nothing(_: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
@@ -47,7 +52,6 @@ const FATAL: [&str; 15] =
 fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
     let counted = lab.proxy.clone().expect("a proxy");
     let tries = || Ok(i64::try_from(counted.tries())?);
-    let three_hangs = Duration::from_secs(5)..Duration::from_secs(16);
     for (row, sees, lines, anew) in [
         ("slow", (Sees::Nothing, SLOW), "C_Sign 0 300\n", false),
         ("hangs for half a second", (Sees::Nothing, SLOW), "C_Sign 0 500 once\n", false),
@@ -58,7 +62,7 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
         ("out of sessions", (Sees::Unavailable, AT_ONCE), "C_OpenSession b1 0\n", true),
         ("no slots", (Sees::Unavailable, AT_ONCE), "C_GetSlotList none 0\n", true),
         ("token not present", (Sees::Unavailable, AT_ONCE), "C_GetTokenInfo e0 0\n", true),
-        ("hangs when it is opened", (Sees::Unavailable, three_hangs), "C_Initialize 0 600000\n", true),
+        ("hangs when it is opened", (Sees::Unavailable, three_hangs()), "C_Initialize 0 600000\n", true),
         ("crashes when it is opened", (Sees::Unavailable, AT_ONCE), "C_FindObjectsInit abort 0\n", true),
     ] {
         let function = lines.split(' ').next().unwrap_or_default();
@@ -217,6 +221,10 @@ fn rows_of_a_tpm(
     lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, pause, nothing)?;
     let hang = |_: &Lab| freeze(swtpm()?);
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, hang, |_| signal(swtpm()?, Signal::CONT))?;
+    let hang_anew = |lab: &Lab| hang(lab).and_then(|()| lab.kill_host());
+    lab.trial("hangs when it is opened", (Sees::Unavailable, three_hangs()), &tries, hang_anew, |_| {
+        signal(swtpm()?, Signal::CONT)
+    })?;
     // Three places are all that it has, and a process that is killed leaves what it loaded.
     let fill = |lab: &Lab| {
         let primary = |tool: &mut Command| {
@@ -317,6 +325,9 @@ fn piv() -> anyhow::Result<()> {
     let tries = || Ok(i64::try_from(card.wrong_pins())?);
     lab.trial("slow", (Sees::Nothing, SLOW), &tries, |_| ill(&card, delay(slow)), |_| well(&card))?;
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, |_| ill(&card, delay(long)), |_| well(&card))?;
+    let anew = |lab: &Lab| ill(&card, delay(long)).and_then(|()| lab.kill_host());
+    let opening = (Sees::Unavailable, three_hangs());
+    lab.trial("hangs when it is opened", opening, &tries, anew, |_| well(&card))?;
     let nonsense = Faults { status: Some(0x6f00), ..Faults::default() };
     lab.trial(
         "answers nonsense",

@@ -103,6 +103,9 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
         // One is gone for good.
         std::fs::rename(first.tokens(), world.path("away"))?;
         sign_all(&world, 3000, 64).await?;
+        // Whatever failed on the way, each was recorded once.
+        let signed = world.audit()?.iter().filter(|entry| entry["outcome"] == "signed").count();
+        ensure!(signed == 200 + 200 + 64 + 64, "{signed} signatures are recorded");
         // Both are.
         std::fs::rename(second.tokens(), world.path("away too"))?;
         let mut client = connect(world.path("agent.sock")).await?;

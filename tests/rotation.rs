@@ -124,7 +124,8 @@ fn of_tpms_yubikeys_and_kryoptic() -> anyhow::Result<()> {
         + &key_on("handle", "tpm", "handle = \"0x81000020\"")
         + &key_on("file", "tpm", "file = \"made.pem\"")
         + &key_on("slot", "card", "slot = \"9c\"");
-    world.write("agent.toml", &config)?;
+    world.model()?;
+    let agent = Agent::start(&world, &config)?;
     for (name, next, place) in [
         ("handle", None, "handle 0x81000021"),
         ("file", None, "made-2.pem"),
@@ -138,9 +139,26 @@ fn of_tpms_yubikeys_and_kryoptic() -> anyhow::Result<()> {
         let object: Vec<_> = next.map(|next| ["--object", next]).into_iter().flatten().collect();
         let made = does(&world, &[&["rotate", name, "--type", "p256"][..], &object].concat())?;
         ensure!(does(&world, &["list"])?.contains(place), "{name}");
-        ensure!(does(&world, &["rotate", name, "--finish"])? == made, "{name}");
+        // The one before signs until the next one takes its name, without a restart.
+        let before = world.omsign_ok(&["keys", "export", name])?;
+        signs_with(&world, name, &before)?;
+        ensure!(made != before && does(&world, &["rotate", name, "--finish"])? == made, "{name}");
+        signal(agent.pid(), Signal::HUP)?;
+        eventually("the next key", || Ok(world.omsign_ok(&["keys", "export", name])? == made))?;
+        signs_with(&world, name, &made)?;
+        let keys: serde_json::Value = serde_json::from_str(&world.omsign_ok(&["keys", "--json"])?)?;
+        let listed = keys["keys"].as_array().context("keys")?.iter().find(|key| key["name"] == name);
+        ensure!(listed.context("the key")?["previous"] == 1, "{name}: {keys}");
     }
+    ensure!(agent.stop()?.success());
     Ok(())
+}
+
+fn signs_with(world: &World, key: &str, public: &str) -> anyhow::Result<()> {
+    world.write("public.pem", public)?;
+    world.omsign_ok(&["sign", "model", "--key", key, "--signature", "model.sig"])?;
+    let verify = ["verify", "model", "--signature", "model.sig", "--public-key", "public.pem"];
+    world.omsign_ok(&verify).map(drop)
 }
 
 #[test]

@@ -41,12 +41,6 @@ impl FaultProxy {
         log.lines().filter(|line| *line == function).count()
     }
 
-    /// How often the module itself refused a call.
-    pub fn refused(&self, function: &str) -> usize {
-        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-        log.lines().filter(|line| line.starts_with(&format!("{function} failed"))).count()
-    }
-
     /// How often something was injected into a call.
     pub fn injected(&self, function: &str) -> usize {
         self.calls(&format!("{function} injected"))

@@ -55,3 +55,19 @@ pub fn refuses(world: &World, arguments: &[&str], expected: &str) -> anyhow::Res
     ensure!(errors.contains(expected) && !errors.contains("panicked"), "{arguments:?}: {errors}");
     Ok(())
 }
+
+/// The token says of a private key that it was made there, and never leaves it.
+pub fn never_leaves(world: &World, key: &str) -> anyhow::Result<()> {
+    let attested: serde_json::Value = serde_json::from_str(&does(world, &["attest", key])?)?;
+    let attested = attested.to_string();
+    for (attribute, value) in [
+        ("CKA_LOCAL", true),
+        ("CKA_SENSITIVE", true),
+        ("CKA_ALWAYS_SENSITIVE", true),
+        ("CKA_EXTRACTABLE", false),
+        ("CKA_NEVER_EXTRACTABLE", true),
+    ] {
+        ensure!(attested.contains(&format!(r#"["{attribute}","{value}"]"#)), "{attribute}: {attested}");
+    }
+    Ok(())
+}
