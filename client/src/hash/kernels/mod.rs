@@ -1,7 +1,7 @@
 //! SHA-256's compression function over several streams at once, for the CPU at hand: what [`super::sha256`] runs on.
 //!
-//! The tape-sha256 crate (0.2) has such kernels, too, with tests against known answers. Side by side it takes whole messages
-//! from memory only; files need states that can be kept between two pieces of each. One author, months old, few users.
+//! The tape-sha256 crate (0.2) has such kernels, too. Side by side it takes whole messages from memory only; files need
+//! states that can be kept between two pieces of each.
 //!
 //! The only `unsafe` of the workspace outside the fixtures. Two promises are all there is to it: a kernel runs only
 //! where its CPU features were detected, since [`usable`] alone makes one, and reads and writes of vectors go through
