@@ -86,14 +86,14 @@ impl Agent {
         let setup = self.setup();
         let key = setup.key(&authorised.key)?;
         let signed = key.sign(&authorised.content, tell, deadline).await;
-        let (outcome, reason, token) = match &signed {
-            Ok((_, place)) => ("signed", String::new(), &place.token.name),
-            Err(failed) => ("failed", failed.error.to_string(), &failed.token),
+        let (outcome, reason, token, busy) = match &signed {
+            Ok((_, place)) => ("signed", String::new(), &place.token.name, place.token.busy()),
+            Err(failed) => ("failed", failed.error.to_string(), &failed.token, Duration::ZERO),
         };
         let algorithm = key.public().map(|public| public.algorithm.name());
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + RECORD);
-        let entry = Entry { token, ..authorised.entry(outcome, &reason, algorithm) };
+        let entry = Entry { token, busy, ..authorised.entry(outcome, &reason, algorithm) };
         let written = self.record(&entry, deadline).await;
         let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;
@@ -157,6 +157,7 @@ impl Authorised {
             claimed_context: &self.context,
             outcome,
             reason,
+            busy: Duration::ZERO,
         }
     }
 }
@@ -184,6 +185,7 @@ impl UnlockEntry {
             claimed_context: "",
             outcome,
             reason,
+            busy: Duration::ZERO,
         }
     }
 }

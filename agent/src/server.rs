@@ -261,6 +261,7 @@ impl Service {
             claimed_context: "",
             outcome: "denied",
             reason,
+            busy: Duration::ZERO,
         };
         self.0.record(&entry, deadline).await
     }

@@ -18,8 +18,12 @@ use crate::identity::Identity;
 /// How many lines may wait to be written.
 const BACKLOG: usize = 4096;
 
-/// How long lines that come together take to come: much less than an fsync.
-const GATHER: Duration = Duration::from_micros(100);
+/// A line waits for others a quarter of the time for which their device is busy, and no longer than this. Each fsync has
+/// a cost on the CPU and wakes whoever waits for it, so the fewer there are, the less they are in the way of the device.
+const GATHER: Duration = Duration::from_millis(4);
+
+/// Sleeping for less than this takes this long.
+const SHORTEST: Duration = Duration::from_micros(50);
 
 /// The log's file. Whoever holds it owns the devices.
 pub const FILE: &str = "audit.jsonl";
@@ -57,6 +61,9 @@ pub struct Entry<'a> {
     /// Why it failed.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub reason: &'a str,
+    /// How long the device is busy with what others asked for: before that, more lines come. Not recorded.
+    #[serde(skip)]
+    pub busy: Duration,
 }
 
 /// The audit log cannot be written: nothing may be released. Trying again helps once the disk has space.
@@ -66,6 +73,8 @@ pub struct AuditError(String);
 
 struct Line {
     text: Vec<u8>,
+    /// How long it may wait for others.
+    may_wait: Duration,
     durable: oneshot::Sender<Result<(), AuditError>>,
 }
 
@@ -96,14 +105,12 @@ impl Audit {
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
             // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
-            // Lines that come together come one by one: where some did last time, the others are waited for.
-            let mut together = false;
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
-                if together {
-                    std::thread::sleep(GATHER);
+                let gather = batch.iter().map(|line| line.may_wait).min().unwrap_or_default();
+                if gather >= SHORTEST {
+                    std::thread::sleep(gather);
                     batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
                 }
-                together = batch.len() > 1;
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
@@ -140,7 +147,8 @@ impl Audit {
             Writer::Direct(file) => append(&mut *file.lock().map_err(|_| stopped())?, &text, &self.failing),
             Writer::Thread(lines, _) => {
                 let (durable, done) = oneshot::channel();
-                lines.send(Line { text, durable }).await.map_err(|_| stopped())?;
+                let may_wait = (entry.busy / 4).min(GATHER);
+                lines.send(Line { text, may_wait, durable }).await.map_err(|_| stopped())?;
                 done.await.map_err(|_| stopped())?
             }
         }

@@ -258,6 +258,7 @@ impl Operator<'_> {
             claimed_context: "",
             outcome,
             reason,
+            busy: Duration::ZERO,
         };
         self.audit.record(&entry).await
     }

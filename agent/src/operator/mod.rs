@@ -205,6 +205,7 @@ fn about(identity: &Identity) -> Entry<'_> {
         claimed_context: "",
         outcome: "",
         reason: "",
+        busy: Duration::ZERO,
     }
 }
 

@@ -177,6 +177,11 @@ impl Host {
         wanted
     }
 
+    /// How long it takes for one request among many.
+    pub(super) fn takes(&self) -> Duration {
+        self.pending().took / u32::try_from(self.opened.sessions.max(1)).unwrap_or(u32::MAX)
+    }
+
     /// Whether no request is with it.
     pub(super) fn is_idle(&self) -> bool {
         self.pending().waiting.is_empty()

@@ -329,6 +329,15 @@ impl Token {
         self.config.device.backend()
     }
 
+    /// How long it takes for the requests that wait.
+    pub(crate) fn busy(&self) -> Duration {
+        let waiting = u32::try_from(self.waiting.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        match &*self.state.borrow() {
+            Status::Ready(host) => host.takes().saturating_mul(waiting),
+            _ => Duration::ZERO,
+        }
+    }
+
     /// Whether it waits for a PIN that only a person can give.
     pub fn wants_prompt(&self) -> bool {
         self.config.pin == config::PinSource::Prompt
