@@ -85,6 +85,54 @@ fn cloudhsm() -> anyhow::Result<()> {
     eventually("the refusal", || Ok(agent.log()?.contains("cannot open a session")))
 }
 
+/// It has numbers of its own for some mechanisms, and needs them in FIPS mode.
+#[test]
+fn luna() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_, proxy, config) = as_if(&world, "luna", "env.OMSIGN_PROXY_LUNA = \"1\"\n")?;
+    let config = config + &key_section("edwards", "t", "edwards") + &key_section("more", "t", "more");
+    world.write("agent.toml", &config)?;
+    does(&world, &["generate", "new", "--type", "rsa2048"])?;
+    does(&world, &["generate", "edwards", "--type", "ed25519"])?;
+    let agent = Agent::start(&world, &config)?;
+    signs(&world)?;
+    for key in ["new", "edwards"] {
+        let export = world.omsign_ok(&["keys", "export", key])?;
+        world.write("exported.pem", &export)?;
+        let sign = ["sign", "model", "--key", key, "--signature", "own.sig", "--allow-nonstandard-key"];
+        world.omsign_ok(&sign)?;
+        world.omsign_ok(&["verify", "model", "--signature", "own.sig", "--public-key", "exported.pem"])?;
+    }
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.contains("ed25519") && listed.contains("rsa"), "{listed}");
+    let attested = does(&world, &["attest", "k"])?;
+    ensure!(attested.contains("cmu getpkc"), "{attested}");
+    drop(agent);
+    // Of another module it is a device that makes no such keys.
+    ensure!(proxy.calls("C_GenerateKeyPair") == 2, "each was made at once");
+    world.write("agent.toml", config.replace("profile = \"luna\"", "profile = \"softhsm\""))?;
+    refuses(&world, &["generate", "more", "--type", "rsa2048"], "CKR_MECHANISM_INVALID")
+}
+
+/// Their own tools attest keys, and doctor says what their modules need.
+#[test]
+fn nshield_and_utimaco() -> anyhow::Result<()> {
+    let world = World::new()?;
+    as_if(&world, "nshield", "")?;
+    let attested = does(&world, &["attest", "k"])?;
+    ensure!(attested.contains("nfkmattest bundle pkcs11 IDENT"), "{attested}");
+    let world = World::new()?;
+    as_if(&world, "utimaco", "")?;
+    let told = "this module is told by CS_PKCS11_R3_CFG where its configuration is";
+    let (_, said) = world.doctor()?;
+    ensure!(said.contains(told), "{said}");
+    let world = World::new()?;
+    as_if(&world, "utimaco", "env.CS_PKCS11_R3_CFG = \"/etc/utimaco/cs_pkcs11_R3.cfg\"\n")?;
+    let (_, said) = world.doctor()?;
+    ensure!(!said.contains(told), "{said}");
+    Ok(())
+}
+
 /// Users make no keys there, and the module's own configuration may hold the PIN.
 #[test]
 fn nethsm_and_cards() -> anyhow::Result<()> {

@@ -55,6 +55,8 @@ pub struct Profile {
     pub pin: String,
     /// Its own configuration may hold the PIN.
     pub may_hold_pin: bool,
+    /// Its vendor's own numbers.
+    pub instead: Instead,
     /// Length of the CKA_ID of a new key, in bytes.
     pub id_bytes: usize,
     /// The kinds of keys that it makes; empty where that is not known.
@@ -65,6 +67,24 @@ pub struct Profile {
     pub attestation: Option<Attestation>,
     /// How the device attests them otherwise.
     pub attested_by: String,
+}
+
+/// A vendor's own numbers for mechanisms, each used where a token does not know PKCS#11's, and for kinds of keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Instead {
+    /// To make RSA keys.
+    #[serde(rename = "CKM_RSA_PKCS_KEY_PAIR_GEN")]
+    pub rsa_key_pair_gen: Option<u64>,
+    /// To make keys on Edwards curves.
+    #[serde(rename = "CKM_EC_EDWARDS_KEY_PAIR_GEN")]
+    pub edwards_key_pair_gen: Option<u64>,
+    /// To sign with them.
+    #[serde(rename = "CKM_EDDSA")]
+    pub eddsa: Option<u64>,
+    /// What they are.
+    #[serde(rename = "CKK_EC_EDWARDS")]
+    pub edwards: Option<u64>,
 }
 
 /// Certificates by their labels.
@@ -93,6 +113,7 @@ impl Default for Profile {
             only_writing_sessions: false,
             pin: String::new(),
             may_hold_pin: false,
+            instead: Instead::default(),
             id_bytes: 16,
             keys: Vec::new(),
             made_by: String::new(),

@@ -7,6 +7,7 @@ use cryptoki::session::Session;
 use super::super::{gone, refused};
 use super::errors::classify;
 use super::objects::find;
+use super::ways::Ways;
 use crate::algorithm::KeyType;
 use crate::config::{Object, Profile};
 use crate::host::task::Template;
@@ -16,6 +17,7 @@ use crate::host::wire::{Failure, KeySpec};
 pub(super) fn generate(
     session: &Session,
     profile: &Profile,
+    ways: &Ways,
     key: &KeySpec,
     template: &Template,
 ) -> Result<(), Failure> {
@@ -59,14 +61,14 @@ pub(super) fn generate(
         }
         Made::Edwards(params) => {
             public.push(Attribute::EcParams(params.to_vec()));
-            Mechanism::EccEdwardsKeyPairGen
+            ways.edwards_key_pair_gen()
         }
         Made::Rsa(bits) => {
             public.extend([Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
             // Modules let RSA keys decrypt unless they are told not to.
             public.extend([Attribute::Encrypt(false), Attribute::Wrap(false)]);
             private.extend([Attribute::Decrypt(false), Attribute::Unwrap(false)]);
-            Mechanism::RsaPkcsKeyPairGen
+            ways.rsa_key_pair_gen()
         }
         Made::MlDsa(set) => {
             public.push(Attribute::ParameterSet(set.into()));

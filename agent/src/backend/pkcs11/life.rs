@@ -10,6 +10,7 @@ use x509_cert::der::{Decode as _, Encode as _};
 use super::super::refused;
 use super::errors::classify;
 use super::objects::{Details, Found, Kind, find, find_key, find_private, read, sign};
+use super::ways::Ways;
 use super::{OpenToken, generate};
 use crate::config::{Object, ObjectSelector, Profile};
 use crate::host::task::{Done, Evidence, Listed, Task};
@@ -18,11 +19,11 @@ use crate::host::wire::{Failure, KeySpec};
 pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
     let session = token.pkcs11.open_rw_session(token.slot);
     let session = session.map_err(|error| classify("open a session to write", &error))?;
-    let found = |key: &KeySpec| find_key(&session, selector(key)?, key.padding, &token.again);
+    let found = |key: &KeySpec| find_key(&session, selector(key)?, key.padding, &token.ways);
     match task {
-        Task::List(_) => list(&session).map(Done::Listed),
+        Task::List(_) => list(&session, &token.ways).map(Done::Listed),
         Task::Generate(key, template) => {
-            generate::generate(&session, &token.profile, key, template)?;
+            generate::generate(&session, &token.profile, &token.ways, key, template)?;
             found(key).map(|found| Done::Key(found.public))
         }
         Task::Find(key) => found(key).map(|found| Done::Key(found.public)),
@@ -30,8 +31,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
             let Found { handle, public, always } = found(key)?;
             let content = public.algorithm.content(message);
             let bytes = public.algorithm.bytes(&content).map_err(refused)?;
-            let again = always.then_some(&token.again);
-            let signed = sign(&session, handle, public.algorithm, bytes, again);
+            let signed = sign(&session, handle, public.algorithm, bytes, &token.ways, always);
             let signed = signed.map_err(|error| classify("sign", &error))?;
             signed.map(Done::Signature).map_err(|malformed| refused(malformed.to_string()))
         }
@@ -49,12 +49,12 @@ fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
 }
 
 /// Every private key, with its public half found by CKA_ID: each object is read once, however many there are.
-fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
+fn list(session: &Session, ways: &Ways) -> Result<Vec<Listed>, Failure> {
     let all = ObjectSelector::default();
     let mut public = BTreeMap::new();
     for object in find(session, ObjectClass::PUBLIC_KEY, &all)? {
         let mut details = details(session, object, &PUBLIC)?;
-        let kind = details.key_type.and_then(Kind::of);
+        let kind = details.key_type.and_then(|key_type| Kind::of(key_type, ways));
         if let Some(kind @ Kind::MlDsa) = kind {
             details.take_all(read(session, object, kind.public_attributes())?);
         }
@@ -70,7 +70,7 @@ fn list(session: &Session) -> Result<Vec<Listed>, Failure> {
     for object in find(session, ObjectClass::PRIVATE_KEY, &all)? {
         let mut details = details(session, object, &PRIVATE)?;
         let mut spki = details.id.as_ref().and_then(|id| public.get(id).cloned());
-        if let Some(kind) = details.key_type.and_then(Kind::of)
+        if let Some(kind) = details.key_type.and_then(|key_type| Kind::of(key_type, ways))
             && spki.is_none()
             && !matches!(kind, Kind::MlDsa)
         {

@@ -5,6 +5,7 @@ mod generate;
 mod life;
 mod login;
 mod objects;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,12 +15,13 @@ use std::time::Duration;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Info as LibraryInfo, Pkcs11};
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
-use cryptoki::slot::{Limit, Slot, TokenInfo};
+use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
 use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
+use self::ways::Ways;
 use super::{Device, PROBE_EVERY, Say, gone, refused};
 use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
@@ -35,7 +37,7 @@ struct OpenToken {
     sessions: usize,
     /// Stays open so that the login outlives the other sessions: closing the last one logs out.
     anchor: Mutex<Session>,
-    again: Again,
+    ways: Ways,
     profile: Profile,
 }
 
@@ -61,20 +63,11 @@ pub(super) fn open(
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
-    // One session is the anchor's, and one for operators' tasks, where the token has that many.
-    let limit = match info.max_session_count() {
-        Limit::Max(limit) => match usize::try_from(limit).unwrap_or(usize::MAX) {
-            few @ 0..=2 => few.saturating_sub(1),
-            many => many - 2,
-        },
-        Limit::Infinite | Limit::Unavailable => usize::MAX,
-    };
-    let limit = profile.max_sessions.map_or(limit, |most| limit.min(most.saturating_sub(1)));
-    if limit == 0 {
-        return Err(refused("the token allows one session at a time; two are needed".into()));
-    }
-    let sessions = spec.token.sessions.min(limit).min(profile.threads.unwrap_or(usize::MAX));
+    let sessions = ways::sessions(spec.token.sessions, info.max_session_count(), profile);
+    let one_only = || refused("the token allows one session at a time; two are needed".into());
+    let sessions = sessions.ok_or_else(one_only)?;
     let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
+    let ways = Ways::new(&pkcs11, slot, profile, again);
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
@@ -82,7 +75,7 @@ pub(super) fn open(
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        match objects::find_key(&anchor, object, *padding, &again) {
+        match objects::find_key(&anchor, object, *padding, &ways) {
             Ok(Found { handle, public: found, always }) => {
                 let (name, object) = (name.clone(), object.clone());
                 keys.push(Some(Key { name, object, handle, public: found.clone(), always }));
@@ -104,7 +97,7 @@ pub(super) fn open(
     }
     let opened = Opened { device: device(&info), sessions, keys: public, touch: BTreeMap::new() };
     let (anchor, profile) = (Mutex::new(anchor), profile.clone());
-    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, again, profile }), opened))
+    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, ways, profile }), opened))
 }
 
 /// Makes a token in a slot that has none yet.
@@ -219,14 +212,13 @@ impl<'a> Signer<'a> {
     }
 
     fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
-        let again = &self.token.again;
+        let ways = &self.token.ways;
         let session = self.renew_session()?;
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
         let found = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
         // A new key may have the name, and another public half than callers were told.
-        let again = key.always.then_some(again);
-        match objects::signs_for(session, found, &key.public, again) {
+        match objects::signs_for(session, found, &key.public, ways, key.always) {
             Ok(true) => {}
             Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
             // A PIN that was refused is not for the next process to offer.
@@ -256,14 +248,14 @@ impl super::Signer for Signer<'_> {
         };
         let algorithm = key.public.algorithm;
         let bytes = algorithm.bytes(content).map_err(refused)?;
-        let again = key.always.then_some(&self.token.again);
+        let ways = &self.token.ways;
         let mut reopened = false;
         loop {
             let Some(handle) = self.handles.get(index).copied().flatten() else {
                 return Err(refused("no such key".to_owned()));
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match objects::sign(session, handle, algorithm, bytes, again) {
+            let error = match objects::sign(session, handle, algorithm, bytes, ways, key.always) {
                 Ok(Ok(signature)) => return Ok(signature),
                 Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,

@@ -2,7 +2,6 @@
 //! belong together.
 
 use cryptoki::mechanism::dsa::{HedgeType, SignAdditionalContext};
-use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{
@@ -14,7 +13,7 @@ use x509_cert::der::{Decode as _, Encode as _};
 
 use super::super::{challenge, refused};
 use super::errors::classify;
-use super::login::Again;
+use super::ways::Ways;
 use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, ParameterSet, digest_info};
 use crate::config::ObjectSelector;
 use crate::host::wire::{Failure, PublicKey};
@@ -34,7 +33,7 @@ pub(super) fn find_key(
     session: &Session,
     wanted: &ObjectSelector,
     padding: Padding,
-    again: &Again,
+    ways: &Ways,
 ) -> Result<Found, Failure> {
     let private = find_private(session, wanted)?;
     let attributes = read(
@@ -44,7 +43,7 @@ pub(super) fn find_key(
     )?;
     let mut details = Details::default();
     details.take_all(attributes);
-    let Some(kind) = details.key_type.and_then(Kind::of) else {
+    let Some(kind) = details.key_type.and_then(|key_type| Kind::of(key_type, ways)) else {
         let found = details.key_type.map_or("unknown".to_owned(), |found| found.to_string());
         let message = format!(
             "the key with {wanted} is of type {found}; omsign signs with CKK_EC, CKK_RSA, CKK_EC_EDWARDS and CKK_ML_DSA"
@@ -54,7 +53,7 @@ pub(super) fn find_key(
     if details.sign == Some(false) {
         return Err(refused(format!("the key with {wanted} may not sign: its CKA_SIGN is false")));
     }
-    let again = (details.always_authenticate == Some(true)).then_some(again);
+    let always = details.always_authenticate == Some(true);
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.
     if !matches!(kind, Kind::MlDsa) {
@@ -68,8 +67,8 @@ pub(super) fn find_key(
             Ok(PublicKey { algorithm, spki })
         });
         match public {
-            Ok(public) => match signs_for(session, private, &public, again)? {
-                true => return Ok(Found { handle: private, public, always: again.is_some() }),
+            Ok(public) => match signs_for(session, private, &public, ways, always)? {
+                true => return Ok(Found { handle: private, public, always }),
                 false => reasons.push("a public half on the token does not belong to it".to_owned()),
             },
             Err(reason) => reasons.push(reason),
@@ -152,10 +151,10 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) fn of(key_type: KeyType) -> Option<Self> {
+    pub(super) fn of(key_type: KeyType, ways: &Ways) -> Option<Self> {
         match key_type {
             KeyType::EC => Some(Self::Ec),
-            KeyType::EC_EDWARDS => Some(Self::Edwards),
+            edwards if ways.is_edwards(edwards) => Some(Self::Edwards),
             KeyType::RSA => Some(Self::Rsa),
             KeyType::ML_DSA => Some(Self::MlDsa),
             _ => None,
@@ -275,12 +274,13 @@ pub(super) fn signs_for(
     session: &Session,
     private: ObjectHandle,
     public: &PublicKey,
-    again: Option<&Again>,
+    ways: &Ways,
+    always: bool,
 ) -> Result<bool, Failure> {
     let algorithm = public.algorithm;
     let content = algorithm.content(&challenge()?);
     let bytes = algorithm.bytes(&content).map_err(refused)?;
-    let signed = sign(session, private, algorithm, bytes, again);
+    let signed = sign(session, private, algorithm, bytes, ways, always);
     // A signature of another curve's width is as wrong as one that does not verify.
     let Ok(signature) = signed.map_err(|error| classify("sign a challenge", &error))? else {
         return Ok(false);
@@ -288,19 +288,20 @@ pub(super) fn signs_for(
     Ok(Verifier::new(&public.spki, algorithm).verifies(&content, &signature))
 }
 
-/// Signs in the algorithm's mechanism. The outer error is the token's, the inner one says that its answer is none.
+/// Signs in the algorithm's mechanism, with the PIN again where the key `always` asks for it. The outer error is the token's, the inner one says that its answer is none.
 pub(super) fn sign(
     session: &Session,
     key: ObjectHandle,
     algorithm: Algorithm,
     bytes: &[u8],
-    again: Option<&Again>,
+    ways: &Ways,
+    always: bool,
 ) -> cryptoki::error::Result<Result<Vec<u8>, MalformedSignature>> {
-    let sign = |mechanism: &Mechanism<'_>, bytes: &[u8]| match again {
-        None => session.sign(mechanism, key, bytes),
-        Some(again) => {
+    let sign = |mechanism: &Mechanism<'_>, bytes: &[u8]| match always {
+        false => session.sign(mechanism, key, bytes),
+        true => {
             session.sign_init(mechanism, key)?;
-            again.log_in(session)?;
+            ways.again.log_in(session)?;
             session.sign_update(bytes)?;
             session.sign_final()
         }
@@ -320,9 +321,6 @@ pub(super) fn sign(
             let plain = SignAdditionalContext::new(HedgeType::Preferred, None);
             Ok(sign(&Mechanism::MlDsa(plain), bytes)?)
         }
-        Algorithm::Ed25519 => {
-            let pure = EddsaParams::new(EddsaSignatureScheme::Pure);
-            Ok(sign(&Mechanism::Eddsa(pure), bytes)?)
-        }
+        Algorithm::Ed25519 => Ok(sign(&ways.eddsa(), bytes)?),
     })
 }
