@@ -53,7 +53,13 @@ impl FaultProxy {
         let processes = log.split("C_Initialize\n");
         let again =
             processes.map(|life| life.lines().filter(|line| *line == "C_Login").count().saturating_sub(1));
-        again.sum::<usize>() + log.lines().filter(|line| line.starts_with("C_Login failed a")).count()
+        again.sum::<usize>() + self.refused_pins()
+    }
+
+    /// Logins that it refused for the PIN's sake.
+    pub fn refused_pins(&self) -> usize {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        log.lines().filter(|line| line.starts_with("C_Login failed a")).count()
     }
 
     /// Sessions that were opened and not closed since a process last loaded the module.

@@ -35,8 +35,14 @@ pub(super) fn recovery(error: &Error) -> Recovery {
 /// The class of a failure to do `what`. Whatever is not known to be somebody's fault counts as gone: starting
 /// over is the one cure that works for all modules.
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
-    let message = format!("cannot {what}: {}", describe(error));
+    let mut message = format!("cannot {what}: {}", describe(error));
     let class = match error {
+        // cryptoki's one call for all begins anew, which takes the login back.
+        Error::Pkcs11(RvError::OperationNotInitialized, Function::SignUpdate) => {
+            message += ": the module takes what it signs in one call only, and omsign cannot log in before that; use a key \
+                        without CKA_ALWAYS_AUTHENTICATE there";
+            Class::Refused
+        }
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
         Error::Pkcs11(RvError::OperationNotInitialized, Function::Login) => Class::Refused,
         // A kind of key or an attribute that cryptoki does not know.
