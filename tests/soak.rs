@@ -1,4 +1,4 @@
-//! Every fault at random, on three devices at once, under 64 clients. `OMSIGN_SOAK_SECONDS` (default 120) and
+//! Every fault at random, on four devices at once, under 64 clients. `OMSIGN_SOAK_SECONDS` (default 120) and
 //! `OMSIGN_SOAK_SEED` (default: printed) choose how long and which.
 
 use std::path::PathBuf;
@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::fault_proxy::FaultProxy;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -19,8 +21,12 @@ use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::{PKey, Public};
 use tonic::Code;
 
-/// The keys: one that nothing happens to, and one on each device that fails.
-const KEYS: [&str; 4] = ["calm", "hsm", "tpm", "card"];
+/// The keys: one that nothing happens to, one that is on a token that fails and on one that does not, and one on each
+/// device that fails.
+const KEYS: [&str; 6] = ["calm", "pair", "hsm", "kry", "tpm", "card"];
+
+/// So many of them never fail, but for a full disk.
+const CALM: usize = 2;
 const CLIENTS: u64 = 64;
 
 /// What the clients saw of each key.
@@ -50,7 +56,10 @@ async fn client(
     while !seen.over.load(Ordering::Relaxed) {
         round += 1;
         let id = u128::from(number) << 64 | u128::from(round);
-        let digest = openssl::sha::sha256(&id.to_be_bytes());
+        let digest = match key.group().degree() {
+            384 => openssl::sha::sha384(&id.to_be_bytes()).to_vec(),
+            _ => openssl::sha::sha256(&id.to_be_bytes()).to_vec(),
+        };
         let full = seen.full.load(Ordering::SeqCst);
         let answer = sign(&mut channel, request(name, id, &digest), Duration::from_secs(4)).await;
         let count = match &answer {
@@ -68,10 +77,10 @@ async fn client(
                         | Code::FailedPrecondition
                 );
                 let was_full = full % 2 == 1 || full != seen.full.load(Ordering::SeqCst);
-                if which == 0 && was_full && status.code() == Code::Unavailable {
+                if which < CALM && was_full && status.code() == Code::Unavailable {
                     continue;
                 }
-                ensure!(expected && which != 0, "{name}: {status:?}");
+                ensure!(expected && which >= CALM, "{name}: {status:?}");
                 if status.message().contains("it is locked") {
                     seen.locked.get(which).context("a flag")?.store(true, Ordering::Relaxed);
                 }
@@ -125,13 +134,18 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let (calm, soft) =
         (world.token("calm", "calm", KeyType::P256)?, SoftHsm::create(&world.path("hsm"), "hsm")?);
     soft.generate("hsm", KeyType::P256, Objects::Certified)?;
-    let proxy = world.proxy()?;
+    let spare = world.twin_of(&soft)?;
+    let kry = Kryoptic::create(&world.path("kryoptic"), "kry")?;
+    let proxies = [world.proxy()?, FaultProxy::create(&world.path("kry-proxy"))?];
+    let [proxy, kry_proxy] = &proxies;
     let mut chip = SwTpm::create(&world.path("tpm"))?;
     let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
     let public = [
         calm.public_key("calm"),
         soft.public_key("hsm"),
+        soft.public_key("hsm"),
+        kry.generate("kry")?,
         chip.guarded_key("tpm", 0x8100_0010, AUTH)?,
         card.generate("9a", "ECCP256", &[])?,
     ];
@@ -148,6 +162,10 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         + &key_section("calm", "calm", "calm")
         + &proxy.before(&token_section("hsm", &soft, "timeout = \"1s\"\nsessions = 2"))?
         + &key_section("hsm", "hsm", "hsm")
+        + &token_section("spare", &spare, "")
+        + &key_section("pair", "hsm", "hsm").replace("token = \"hsm\"", "token = [\"hsm\", \"spare\"]")
+        + &kry_proxy.before(&(kry.section("kry")? + "timeout = \"1s\"\nsessions = 2\n"))?
+        + &key_section("kry", "kry", "kry")
         + &(chip.section("tpm") + "timeout = \"1s\"\n")
         + &key_on("tpm", "tpm", "handle = \"0x81000010\"")
         + &(card.section("card") + "timeout = \"1s\"\n")
@@ -156,7 +174,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     for key in KEYS {
         eventually(key, || signs(&world, key))?;
     }
-    let (before, sessions) = (agent.held()?, proxy.sessions());
+    let (before, sessions) = (agent.held()?, proxies.each_ref().map(FaultProxy::sessions));
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let seen = Arc::new(Seen::default());
@@ -169,7 +187,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let full = Arc::clone(&seen.full);
     let (random, others_pins) = (Random(seed), 0);
     let mut mishaps =
-        Mishaps { world, agent, soft, proxy, chip, card, random, full, others_pins, certificates };
+        Mishaps { world, agent, soft, proxies, chip, card, random, full, others_pins, certificates };
     let (started, mut done, mut unlocked) = (Instant::now(), Vec::new(), 0);
     while started.elapsed() < lasts && !clients.iter().any(|client| client.is_finished()) {
         done.push(mishaps.happen().with_context(|| format!("seed {seed}, after {done:?}"))?);
@@ -191,17 +209,26 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         |counts: &[AtomicU64; KEYS.len()]| counts.each_ref().map(|count| count.load(Ordering::Relaxed));
     let (signed, failed) = (count(&seen.signed), count(&seen.failed));
     eprintln!("{} faults, {unlocked} unlocked; of {KEYS:?} signed {signed:?}, failed {failed:?}", done.len());
-    let [calm_failed, ..] = failed;
-    ensure!(calm_failed == 0 && signed.iter().all(|count| *count > 100), "{signed:?} {failed:?}");
-    ensure!(failed.iter().skip(1).all(|count| *count > 0), "nothing went wrong: {failed:?}");
-    let Mishaps { agent, proxy, chip, card, others_pins, .. } = mishaps;
+    let (calm, others) = failed.split_at(CALM);
+    ensure!(
+        calm.iter().all(|count| *count == 0) && signed.iter().all(|count| *count > 100),
+        "{signed:?} {failed:?}"
+    );
+    ensure!(others.iter().all(|count| *count > 0), "nothing went wrong: {failed:?}");
+    let Mishaps { agent, proxies, chip, card, others_pins, .. } = mishaps;
     let (tries, wrong) = (chip.failed_tries()?, card.wrong_pins() - others_pins);
     ensure!(tries == 0 && wrong == 0, "{tries} wrong authorization values; {wrong} wrong PINs");
     // Every login that was refused was one with the wrong PIN of that mishap, once.
     let wrong = done.iter().filter(|name| **name == "the PIN is wrong").count();
-    ensure!(proxy.tries() <= wrong, "{} tries of the PIN, {wrong} times it was wrong", proxy.tries());
-    eventually("as many sessions as before", || Ok(proxy.sessions() <= sessions))
-        .with_context(|| format!("before {sessions}, now {}", proxy.sessions()))?;
+    let [tries, kry_tries] = proxies.each_ref().map(FaultProxy::tries);
+    ensure!(
+        tries <= wrong && kry_tries == 0,
+        "{tries} tries of the PIN, {wrong} times it was wrong; {kry_tries}"
+    );
+    for (proxy, before) in proxies.iter().zip(sessions) {
+        eventually("as many sessions as before", || Ok(proxy.sessions() <= before))
+            .with_context(|| format!("before {before}, now {}", proxy.sessions()))?;
+    }
     eventually("what it held before", || {
         let now = agent.held()?;
         Ok(now.0 <= before.0 + 8 && now.1 <= before.1 + 2)

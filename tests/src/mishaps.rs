@@ -78,16 +78,16 @@ const OTHERS: [(&str, Mishap); 23] = [
     ("the machine sleeps", Mishaps::machine_sleeps),
 ];
 
-/// Three devices and the agent that uses them.
+/// Four devices and the agent that uses them.
 pub struct Mishaps {
     /// Its directory.
     pub world: World,
-    /// It, with the tokens `hsm`, `tpm` and `card`, and its audit log in the file system `disk`.
+    /// It, with the tokens `hsm`, `kry`, `tpm` and `card`, and its audit log in the file system `disk`.
     pub agent: Agent,
     /// The token `hsm`. A certificate is all that tells of the public half of its key `hsm`.
     pub soft: SoftHsm,
-    /// In front of it.
-    pub proxy: FaultProxy,
+    /// In front of it, and of the token `kry`.
+    pub proxies: [FaultProxy; 2],
     /// The token `tpm`.
     pub chip: SwTpm,
     /// The token `card`.
@@ -120,7 +120,8 @@ impl Mishaps {
         let mut hosts = self.agent.hosts()?;
         hosts.retain(|host| {
             let name = std::fs::read_to_string(format!("/proc/{host}/cmdline")).unwrap_or_default();
-            name.contains(&format!("token {token}")) && !name.contains("token calm")
+            let is_of = |token| name.contains(&format!("token {token}"));
+            is_of(token) && !is_of("calm") && !is_of("spare")
         });
         Ok(hosts)
     }
@@ -142,17 +143,19 @@ impl Mishaps {
         Ok(())
     }
 
-    fn module_does(&self, fault: &'static str, pause: Duration) -> anyhow::Result<&'static str> {
-        self.proxy.set(fault)?;
+    fn module_does(&mut self, fault: &'static str, pause: Duration) -> anyhow::Result<&'static str> {
+        let [hsm, kry] = &self.proxies;
+        let (token, proxy) = if self.random.below(2) == 0 { ("hsm", hsm) } else { ("kry", kry) };
+        proxy.set(fault)?;
         // What fails when a token is opened fails when its process has to be replaced.
         if !fault.starts_with("C_Sign") {
             let function = fault.split(' ').next().unwrap_or_default();
-            let injected = self.proxy.injected(function);
-            self.kill("hsm")?;
-            eventually("the call that fails", || Ok(self.proxy.injected(function) > injected))?;
+            let injected = proxy.injected(function);
+            self.kill(token)?;
+            eventually("the call that fails", || Ok(proxy.injected(function) > injected))?;
         }
         std::thread::sleep(pause);
-        self.proxy.set("")?;
+        proxy.set("")?;
         Ok(fault)
     }
 
@@ -312,10 +315,11 @@ impl Mishaps {
         if !status.contains("token hsm: ready") {
             return Ok(());
         }
-        let logins = self.proxy.calls("C_Login");
+        let [hsm, _] = &self.proxies;
+        let logins = hsm.calls("C_Login");
         write_private(&self.soft.pin_file(), b"wrong-pin-5714\n")?;
         self.kill("hsm")?;
-        eventually("the PIN's refusal", || Ok(self.proxy.calls("C_Login") > logins))?;
+        eventually("the PIN's refusal", || Ok(hsm.calls("C_Login") > logins))?;
         write_private(&self.soft.pin_file(), format!("{PIN}\n").as_bytes())
     }
 
