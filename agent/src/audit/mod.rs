@@ -4,9 +4,9 @@
 mod file;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -22,7 +22,7 @@ const BACKLOG: usize = 4096;
 /// a cost on the CPU and wakes whoever waits for it, so the fewer there are, the less they are in the way of the device.
 const GATHER: Duration = Duration::from_millis(4);
 
-/// Sleeping for less than this takes this long.
+/// To sleep for less than this takes this long.
 const SHORTEST: Duration = Duration::from_micros(50);
 
 /// The log's file. Whoever holds it owns the devices.
@@ -73,8 +73,8 @@ pub struct AuditError(String);
 
 struct Line {
     text: Vec<u8>,
-    /// How long it may wait for others.
-    may_wait: Duration,
+    /// It waits for others no longer than this.
+    until: Instant,
     durable: oneshot::Sender<Result<(), AuditError>>,
 }
 
@@ -87,7 +87,12 @@ pub struct Audit {
 /// How lines get into the file.
 enum Writer {
     /// By a thread that syncs: one fsync for all lines that wait.
-    Thread(mpsc::Sender<Line>, JoinHandle<()>),
+    Thread {
+        lines: mpsc::Sender<Line>,
+        /// Until when it waits for more; it is woken for lines that do not.
+        until: Arc<Mutex<Option<Instant>>>,
+        thread: JoinHandle<()>,
+    },
     /// At once, into the page cache: a thread would cost more than the write.
     Direct(Mutex<AuditFile>),
 }
@@ -101,16 +106,13 @@ impl Audit {
             return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
         }
         let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
-        let state = Arc::clone(&failing);
+        let waits_until = Arc::new(Mutex::new(None));
+        let (state, until) = (Arc::clone(&failing), Arc::clone(&waits_until));
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
             // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
-                let gather = batch.iter().map(|line| line.may_wait).min().unwrap_or_default();
-                if gather >= SHORTEST {
-                    std::thread::sleep(gather);
-                    batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
-                }
+                gather(&mut batch, &mut waiting, &until);
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
@@ -121,7 +123,7 @@ impl Audit {
             }
         };
         let thread = std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { writer: Writer::Thread(lines, thread), failing })
+        Ok(Self { writer: Writer::Thread { lines, until: waits_until, thread }, failing })
     }
 
     /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
@@ -131,7 +133,7 @@ impl Audit {
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
     pub fn close(self) {
-        if let Writer::Thread(lines, thread) = self.writer {
+        if let Writer::Thread { lines, thread, .. } = self.writer {
             drop(lines);
             // A thread that panicked has let go, too.
             let _ = thread.join();
@@ -145,10 +147,13 @@ impl Audit {
         let stopped = || AuditError("its writer stopped".into());
         match &self.writer {
             Writer::Direct(file) => append(&mut *file.lock().map_err(|_| stopped())?, &text, &self.failing),
-            Writer::Thread(lines, _) => {
+            Writer::Thread { lines, until: others, thread } => {
                 let (durable, done) = oneshot::channel();
-                let may_wait = (entry.busy / 4).min(GATHER);
-                lines.send(Line { text, may_wait, durable }).await.map_err(|_| stopped())?;
+                let until = Instant::now() + (entry.busy / 4).min(GATHER);
+                lines.send(Line { text, until, durable }).await.map_err(|_| stopped())?;
+                if others.lock().map_err(|_| stopped())?.is_some_and(|others| until < others) {
+                    thread.thread().unpark();
+                }
                 done.await.map_err(|_| stopped())?
             }
         }
@@ -158,6 +163,24 @@ impl Audit {
     pub fn failing(&self) -> bool {
         self.failing.load(Ordering::Relaxed)
     }
+}
+
+/// Takes in what comes until the first of them waits no longer.
+fn gather(batch: &mut Vec<Line>, waiting: &mut mpsc::Receiver<Line>, until: &Mutex<Option<Instant>>) {
+    let waits = |next| *until.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    while let Some(next) = batch.iter().map(|line| line.until).min()
+        && next.saturating_duration_since(Instant::now()) >= SHORTEST
+    {
+        waits(Some(next));
+        // Whoever sent one before this was seen is not going to wake us.
+        let before = batch.len();
+        batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
+        if batch.len() == before {
+            std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+        }
+    }
+    waits(None);
+    batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
 }
 
 fn append(file: &mut AuditFile, text: &[u8], failing: &AtomicBool) -> Result<(), AuditError> {
@@ -172,4 +195,34 @@ fn append(file: &mut AuditFile, text: &[u8], failing: &AtomicBool) -> Result<(),
 /// Now, as entries give it.
 pub fn now() -> String {
     humantime::format_rfc3339_micros(SystemTime::now()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(wait: Duration) -> Line {
+        let (durable, _) = oneshot::channel();
+        Line { text: Vec::new(), until: Instant::now() + wait, durable }
+    }
+
+    #[test]
+    fn a_line_that_does_not_wait_ends_the_wait_of_others() {
+        let (lines, mut waiting) = mpsc::channel(BACKLOG);
+        let until = Arc::new(Mutex::new(None));
+        let (patient, others) = (line(Duration::from_secs(3600)), Arc::clone(&until));
+        let thread = std::thread::spawn(move || {
+            let mut batch = vec![patient];
+            gather(&mut batch, &mut waiting, &others);
+            batch.len()
+        });
+        while until.lock().expect("no panic").is_none() {
+            std::thread::yield_now();
+        }
+        lines.try_send(line(Duration::from_secs(3600))).expect("room");
+        lines.try_send(line(Duration::ZERO)).expect("room");
+        thread.thread().unpark();
+        assert_eq!(thread.join().expect("no panic"), 3, "all of them in one write");
+        assert!(until.lock().expect("no panic").is_none());
+    }
 }

@@ -33,7 +33,7 @@ pub fn measure(command: &[String]) -> anyhow::Result<Value> {
     let used = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let cpu = [used.user_time(), used.system_time()];
     let cpu: f64 = cpu.iter().map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6).sum();
-    Ok(json!({ "seconds": seconds, "cpu_seconds": cpu, "rss_mb": used.max_rss() as f64 / 1e3 }))
+    Ok(json!({ "seconds": seconds, "cpu_seconds": cpu, "rss_mb": used.max_rss() as f64 * 1024.0 / 1e6 }))
 }
 
 pub(super) fn took(program: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<Took> {
