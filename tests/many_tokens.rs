@@ -1,16 +1,19 @@
 //! One key on two tokens: both sign, and one is enough.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
-use omsign_tests::agent::{Agent, eventually, freeze, refused};
+use omsign_tests::agent::{Agent, eventually, freeze, refused, signal};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::world::{World, key, key_section, token_section};
+use omsign_tests::operator::{does, refuses};
+use omsign_tests::world::{World, key, key_section, text, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
+use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -165,6 +168,59 @@ fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
         Ok(agent.log()?.contains("it holds another key under this name than the other tokens"))
     })?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(sign_all(&world, 1, 64))
+}
+
+/// Without a certificate, the key is the one that both hold.
+#[test]
+fn both_are_made_anew() -> anyhow::Result<()> {
+    let Twins { world, first, second, agent, .. } = &mut twins()?;
+    // The same files in both, with another key in them.
+    for token in [&*first, &*second] {
+        std::fs::rename(token.tokens(), token.directory.join("before"))?;
+    }
+    std::fs::create_dir(first.tokens())?;
+    first.initialise()?;
+    first.generate("k", KeyType::P256, Objects::Pair)?;
+    let copied = Command::new("cp").arg("-r").arg(first.tokens()).arg(second.tokens()).status()?;
+    ensure!(copied.success());
+    for host in agent.hosts()? {
+        // It may have ended by itself.
+        let _ = signal(host, Signal::KILL);
+    }
+    eventually("the new one", || {
+        Ok(agent.log()?.contains("hold another key than before, all the same one"))
+    })?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(sign_all(world, 1, 64))
+}
+
+/// The next key is made on each by hand; then it is named, and takes its place.
+#[test]
+fn both_get_the_next_key() -> anyhow::Result<()> {
+    let Twins { world, first, second, agent, .. } = &twins()?;
+    refuses(world, &["rotate", "k"], "k lives on several tokens: make the next key on each")?;
+    first.generate("k-2", KeyType::P256, Objects::Pair)?;
+    let copy = format!("cp -r {}/. {}", text(&first.tokens()), text(&second.tokens()));
+    ensure!(Command::new("sh").args(["-c", &copy]).status()?.success());
+    let before = std::fs::read_to_string(world.path("agent.toml"))?;
+    let object = "object = { label = \"k\" }\n";
+    ensure!(before.matches(object).count() == 1, "{before}");
+    let named = before.replace(object, &format!("{object}next = {{ label = \"k-2\" }}\n"));
+    world.write("agent.toml", &named)?;
+    let next = does(world, &["rotate", "k", "--finish"])?;
+    ensure!(next.as_bytes() == std::fs::read(first.public_key("k-2"))?, "{next}");
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("the next key", || Ok(world.omsign_ok(&["keys", "export", "k", "--public-key"])? == next))?;
+    // By each of them.
+    for number in 0..4 {
+        let signature = format!("{number}.sig");
+        world.omsign_ok(&["sign", "agent.toml", "--key", "k", "--signature", &signature])?;
+        let public = text(&first.public_key("k-2"));
+        world.omsign_ok(&["verify", "agent.toml", "--signature", &signature, "--public-key", &public])?;
+    }
+    let signed = world.audit()?.into_iter().filter(|entry| entry["outcome"] == "signed");
+    let by: std::collections::BTreeSet<_> = signed.map(|entry| entry["token"].to_string()).collect();
+    ensure!(by.len() == 2, "{by:?}");
+    Ok(())
 }
 
 /// The certificate says whose key it is, whichever token comes first.

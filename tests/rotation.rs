@@ -16,9 +16,15 @@ use rustix::process::Signal;
 
 /// Refuses, and leaves the configuration as it was.
 fn leaves(world: &World, arguments: &[&str], expected: &str) -> anyhow::Result<()> {
-    let before = std::fs::read_to_string(world.path("agent.toml"))?;
+    let kept = || -> anyhow::Result<usize> {
+        let names = std::fs::read_dir(world.path(""))?.map(|file| Ok(file?.file_name()));
+        let names = names.collect::<std::io::Result<Vec<_>>>()?;
+        Ok(names.iter().filter(|name| name.to_string_lossy().contains(".previous-")).count())
+    };
+    let before = (std::fs::read_to_string(world.path("agent.toml"))?, kept()?);
     refuses(world, arguments, expected)?;
-    ensure!(std::fs::read_to_string(world.path("agent.toml"))? == before, "{arguments:?} changed the file");
+    let after = (std::fs::read_to_string(world.path("agent.toml"))?, kept()?);
+    ensure!(after == before, "{arguments:?} changed the file, or left another");
     Ok(())
 }
 

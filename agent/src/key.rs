@@ -1,7 +1,7 @@
 //! A key that callers can name: on which tokens it lives, what it is, and a signature from whichever token can.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use omsign_proto::v1::{self, KeyState};
 use tokio::time::{Instant, timeout_at};
@@ -29,8 +29,10 @@ pub(crate) struct KeyEntry {
     previous: Vec<v1::PreviousKey>,
     /// Where the next signature is tried first: round robin.
     turn: AtomicUsize,
-    /// The public key of its certificate, or the first that was seen: SubjectPublicKeyInfo, DER.
-    identity: OnceLock<Vec<u8>>,
+    /// The public key of its certificate: SubjectPublicKeyInfo, DER.
+    certified: Option<Vec<u8>>,
+    /// Without one, the first that was seen, until all tokens agree on another.
+    seen: Mutex<Option<Vec<u8>>>,
     /// The operator was told of a token that holds another key.
     warned: AtomicBool,
 }
@@ -58,18 +60,15 @@ pub(crate) struct Failed {
 impl KeyEntry {
     pub(crate) fn new(name: Arc<str>, key: &crate::config::Key, places: Vec<Place>) -> Self {
         let (allow, certificate_chain) = (key.allow.clone(), key.certificate_chain.clone());
-        let identity = certificate_chain
-            .first()
-            .and_then(|leaf| SpkiDer::of_certificate(leaf))
-            .map(|spki| OnceLock::from(spki.0));
-        let (turn, identity, warned) =
-            (AtomicUsize::new(0), identity.unwrap_or_default(), AtomicBool::new(false));
+        let leaf = certificate_chain.first();
+        let certified = leaf.and_then(|leaf| SpkiDer::of_certificate(leaf)).map(|spki| spki.0);
+        let (turn, seen, warned) = (AtomicUsize::new(0), Mutex::default(), AtomicBool::new(false));
         let previous = key.previous.iter().map(|previous| v1::PreviousKey {
             public_key: previous.public_key.0.clone(),
             certificate_chain: previous.certificate_chain.clone(),
         });
         let previous = previous.collect();
-        Self { name, allow, places, certificate_chain, previous, turn, identity, warned }
+        Self { name, allow, places, certificate_chain, previous, turn, certified, seen, warned }
     }
 
     /// Signs with the first token that can. A token that fails or takes more than its share of the time costs no
@@ -148,7 +147,15 @@ impl KeyEntry {
     /// Whether a public key is this key's: that of its certificate, or the first that was seen. A token with
     /// another one never signs: verifiers would notice too late.
     fn is_ours(&self, spki: &[u8]) -> bool {
-        self.places.len() == 1 || self.identity.get_or_init(|| spki.to_vec()) == spki
+        self.places.len() == 1
+            || match &self.certified {
+                Some(certified) => certified == spki,
+                None => self.seen().get_or_insert_with(|| spki.to_vec()) == spki,
+            }
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a token shows another key than ours; said to the operator once.
@@ -161,12 +168,24 @@ impl KeyEntry {
         differs
     }
 
-    /// Compares its tokens when all were opened: that one holds another key is said then, and not when somebody asks.
+    /// Compares its tokens when all were opened: that one holds another key is said then, and not when somebody asks. When
+    /// all have the same other one than before, somebody made it anew.
     pub(crate) fn check(&self) {
-        if self.places.iter().all(|place| place.token.key(place.index).is_some()) {
-            // Which is where it is said.
-            let _ = self.places.iter().any(|place| self.differs(place));
+        let shown: Vec<_> = self.places.iter().filter_map(|place| place.token.key(place.index)).collect();
+        if shown.len() < self.places.len() {
+            return;
         }
+        let keys: Option<Vec<_>> =
+            shown.into_iter().map(|key| key.ok().map(|public| public.spki.0)).collect();
+        if let Some([first, others @ ..]) = keys.as_deref()
+            && others.iter().all(|other| other == first)
+            && self.seen().replace(first.clone()).is_some_and(|before| before != *first)
+        {
+            self.warned.store(false, Ordering::Relaxed);
+            tracing::warn!(key = %self.name, "its tokens hold another key than before, all the same one");
+        }
+        // Which is where it is said.
+        let _ = self.places.iter().any(|place| self.differs(place));
     }
 
     /// A caller that comes while the tokens start wants the key, not the news that they start.

@@ -100,9 +100,10 @@ impl Rotation<'_> {
         ask(self.config, Command::Reload)?;
         let (next, present) = (self.public(&format!("{}{NEXT}", self.name))?, self.public(self.name)?);
         let before = self.text()?;
-        let old = match self.written_chain(&before)? {
+        let written = self.written_chain(&before)?;
+        let old = match &written {
             // The file that it has is all that verifiers need.
-            Some(file) => file,
+            Some(file) => file.clone(),
             None => self.keep(&present)?,
         };
         let chain = chain.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
@@ -110,6 +111,9 @@ impl Rotation<'_> {
         // Certificates for another key, or none at all: as it was.
         if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next, &present)) {
             self.write(&before)?;
+            if written.is_none() {
+                std::fs::remove_file(self.directory().join(&old))?;
+            }
             return Err(error);
         }
         eprintln!(
