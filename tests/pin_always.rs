@@ -2,8 +2,8 @@
 //! and what goes wrong in between costs no try.
 
 use anyhow::ensure;
-use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::piv::{PIN, VirtualPiv};
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::card_through;
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
@@ -39,22 +39,54 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
         lab.trial(row, sees, &tries, |_| proxy.set(lines), |_| proxy.set(""))?;
         ensure!(proxy.injected(function) > before, "{row}: nothing failed in {function}");
     }
+    // After a login that was answered, but nobody knows how, and when the PIN is another, nothing is offered any more.
+    let login = |row,
+                 wrong: &dyn Fn() -> anyhow::Result<()>,
+                 right: &dyn Fn() -> anyhow::Result<()>,
+                 lab: &mut Lab| {
+        let logins = proxy.calls("C_Login");
+        lab.trial(
+            row,
+            (Sees::Locked, AT_ONCE),
+            &tries,
+            |_| wrong(),
+            |lab| {
+                for _ in 0..3 {
+                    lab.world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
+                }
+                // That of the look before the row, and one.
+                ensure!(
+                    proxy.calls("C_Login") == logins + 2,
+                    "{row}: {} logins",
+                    proxy.calls("C_Login") - logins
+                );
+                right()?;
+                lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
+            },
+        )
+    };
+    login("a vendor's answer", &|| proxy.set("C_Login 80000001 0\n"), &|| proxy.set(""), &mut lab)?;
+    let change = |from: &str, to: &str| card.tool(&["-a", "change-pin", "-P", from, "-N", to]).map(drop);
+    login("the PIN is changed", &|| change(PIN, "86420975"), &|| change("86420975", PIN), &mut lab)?;
+    ensure!(card.wrong_pins() == 1, "{} wrong PINs", card.wrong_pins());
     Ok(())
 }
 
-/// SoftHSM signs them in one call only, which says so; its other keys are served.
+/// SoftHSM signs them in one call only, which says so; its other key is served.
 #[test]
 fn where_it_cannot_be() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = SoftHsm::create(&world.path("t"), "t")?;
     let make = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "k", "--id", "01"];
     token.tool(&[&make[..], &["--usage-sign", "--always-auth"]].concat())?;
-    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    token.generate("other", KeyType::P256, Objects::Pair)?;
+    let keys = key_section("k", "t", "k") + &key_section("other", "t", "other");
+    let config = world.listen() + &token_section("t", &token, "") + &keys;
     let agent = Agent::start(&world, &config)?;
     eventually("the reason", || {
         Ok(agent.log()?.contains("use a key without CKA_ALWAYS_AUTHENTICATE there"))
     })?;
     let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
     ensure!(said.contains("takes what it signs in one call only"), "{said}");
-    Ok(())
+    world.omsign_ok(&["sign", "agent.toml", "--key", "other"]).map(drop)
 }

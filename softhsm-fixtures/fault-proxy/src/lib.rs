@@ -11,7 +11,7 @@
 //!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_WRITING_ONLY`: sessions that only read are refused.
-//! * `OMSIGN_PROXY_LUNA`: a Luna in FIPS mode, with numbers of its own (see `instead` in the profile).
+//! * `OMSIGN_PROXY_LUNA`: numbers as a Luna has them, those for RSA keys as in FIPS mode (see `instead` in the profile).
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
 //! It offers what the module behind it does: PKCS#11 2.40, and 3.0 or 3.2 as its default interface.

@@ -3,6 +3,7 @@
 use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 
+use super::login::may_have_counted;
 use crate::host::wire::{Class, Failure};
 
 /// What a failed C_Sign asks for.
@@ -45,6 +46,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         }
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
         Error::Pkcs11(RvError::OperationNotInitialized, Function::Login) => Class::Refused,
+        error if may_have_counted(error) => Class::Locked,
         // A kind of key or an attribute that cryptoki does not know.
         Error::NotSupported => Class::Refused,
         Error::Pkcs11(code, _) => match code {

@@ -54,12 +54,8 @@ pub(super) fn log_in(
             };
             return Err(locked(format!("it refused the PIN; correct the PIN{form}, then unlock it")));
         }
-        // The PIN did not get as far as the token.
-        Err(error @ Error::Pkcs11(RvError::DeviceRemoved | RvError::TokenNotPresent, _)) => {
-            return Err(classify("log in", &error));
-        }
-        // Whether this counted as a try only the vendor knows, so there is no second one.
-        Err(error) => return Err(locked(classify("log in", &error).message)),
+        // There is no second try where the first may have counted.
+        Err(error) => return Err(classify("log in", &error)),
     }
     say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     Ok(Some(pin))
@@ -99,9 +95,24 @@ impl Again {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pin) = self.pin.as_ref().filter(|_| !*refused) else { return Err(refusal) };
         let answer = session.login(UserType::ContextSpecific, Some(pin));
-        *refused = matches!(answer, Err(Error::Pkcs11(RvError::PinIncorrect | RvError::PinLocked, _)));
+        *refused = answer.as_ref().is_err_and(may_have_counted);
         answer
     }
+}
+
+/// Whether the token may have counted a try: only the vendor knows, but where the PIN did not get as far as the token, or
+/// none was asked for.
+pub(super) fn may_have_counted(error: &Error) -> bool {
+    let Error::Pkcs11(code, Function::Login) = error else { return false };
+    !matches!(
+        code,
+        RvError::DeviceRemoved
+            | RvError::TokenNotPresent
+            | RvError::SessionHandleInvalid
+            | RvError::SessionClosed
+            | RvError::OperationNotInitialized
+            | RvError::UserAlreadyLoggedIn
+    )
 }
 
 /// What `doctor` tells about a token's PIN and limits.
