@@ -5,11 +5,13 @@ use std::process::{Command, Output};
 use anyhow::ensure;
 use omsign_fixtures::built;
 use omsign_fixtures::piv::{self, VirtualPiv};
-use omsign_fixtures::softhsm::{MODULE, PIN, SoftHsm};
+use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::agent::Agent;
 use omsign_tests::operator::typing;
 use omsign_tests::world::{World, text};
+use openssl::pkey::PKey;
+use openssl::x509::X509Req;
 
 /// Runs it in the world's directory, with these lines to answer with.
 fn init(
@@ -159,5 +161,21 @@ fn pkcs11() -> anyhow::Result<()> {
     let wrong = [&arguments[..], &["--label", "other"]].concat();
     refuses_with(&world, &wrong, &environment, "", "choose one token: --label \"acme\"")?;
     refuses_with(&world, &arguments, &environment, "wrong-pin-5714\n", "it refused the PIN")?;
-    works(&world, &arguments, &environment, &format!("{PIN}\n"), Some(PIN))
+    works(&world, &arguments, &environment, &format!("{PIN}\n"), Some(PIN))?;
+    // Where users make no keys, one is there already.
+    let (other, token) = (World::new()?, SoftHsm::create(&place.path("u"), "nethsm")?);
+    let environment = [("SOFTHSM2_CONF", text(&token.config()))];
+    let arguments = [&arguments[..], &["--profile", "nethsm"]].concat();
+    let (pin, how) = (format!("{PIN}\n"), "made with nitropy nethsm generate-key");
+    refuses_with(&other, &arguments, &environment, &pin, how)?;
+    token.generate("release", KeyType::P384, Objects::Pair)?;
+    let output = init(&other, &arguments, &environment, &pin)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let request = X509Req::from_pem(&std::fs::read(other.path("release.csr"))?)?;
+    let public = std::fs::read(token.public_key("release"))?;
+    ensure!(
+        request.public_key()?.public_eq(PKey::public_key_from_pem(&public)?.as_ref()),
+        "a request for another key"
+    );
+    Ok(())
 }

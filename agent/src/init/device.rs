@@ -64,6 +64,8 @@ pub(super) struct Chosen {
     pub(super) key_type: KeyType,
     /// The PIN, where the configuration does not say where it is.
     pub(super) pin: Option<Zeroizing<String>>,
+    /// What makes its keys, where its users' login cannot: one is there already then.
+    pub(super) made_by: String,
     pub(super) notes: Vec<String>,
 }
 
@@ -117,6 +119,7 @@ impl Init {
             object: format!("{{ label = {} }}", quoted(&self.name)),
             key_type: KeyType::P384,
             pin: None,
+            made_by: String::new(),
             notes: vec!["SoftHSM keeps keys in files: for trials, not for releases".into()],
         })
     }
@@ -136,6 +139,7 @@ impl Init {
             object: format!("{{ file = \"{}.tpm.pem\" }}", self.name),
             key_type: KeyType::P256,
             pin: None,
+            made_by: String::new(),
             notes,
         })
     }
@@ -206,6 +210,7 @@ impl Init {
             object: format!("{{ slot = {} }}", quoted(slot)),
             key_type: KeyType::P256,
             pin: Some(pin),
+            made_by: String::new(),
             notes: vec![
                 "keep the PUK where the PIN is not: it unblocks the PIN after three wrong ones".into(),
             ],
@@ -256,6 +261,7 @@ impl Init {
             object: format!("{{ label = {} }}", quoted(&self.name)),
             key_type: KeyType::P384,
             pin: Some(pin),
+            made_by: known.made_by.clone(),
             notes: token.notes.clone(),
         })
     }

@@ -111,7 +111,8 @@ impl Init {
             .create(&self.directory)
             .map_err(system("make", &self.directory))?;
         let mut left = Left(Vec::new());
-        let Chosen { token, object, key_type, pin, notes } = self.choose(ask, say, &mut left).await?;
+        let Chosen { token, object, key_type, pin, made_by, notes } =
+            self.choose(ask, say, &mut left).await?;
         let uid = rustix::process::geteuid().as_raw();
         let apart = "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n\n";
         let places = if self.apart { apart } else { "" };
@@ -135,10 +136,18 @@ impl Init {
         };
         let template = Template { key_type, no_da, pin_policy: None, touch_policy };
         let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
-        say("making the key");
         let generate = Command::Generate { key: self.name.clone(), template };
-        match operator::alone(&loaded, &generate, say, &typed).await {
-            Ok(_) => left.0.clear(),
+        let made = match made_by.is_empty() {
+            true => {
+                say("making the key");
+                operator::alone(&loaded, &generate, say, &typed).await.map(drop)
+            }
+            false => Ok(()),
+        };
+        match made {
+            // One that is there already may be another than is meant: what is made goes if it is not found.
+            Ok(()) if !made_by.is_empty() => {}
+            Ok(()) => left.0.clear(),
             // The device did not open, or was not asked: nothing was made.
             Err(error @ (OperatorError::Token { .. } | OperatorError::Log(_))) => return Err(error.into()),
             // Whether a key was made only the device knows, and what opens it is here.
@@ -148,7 +157,14 @@ impl Init {
             }
         }
         let csr = Command::Csr { key: self.name.clone(), subject };
-        if let Output::Pem(text) = operator::alone(&loaded, &csr, say, &typed).await? {
+        let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match made_by.as_str() {
+            "" => InitError::Operator(error),
+            by => InitError::Device(format!(
+                "{}; this device's keys are made with {by}, and --name is the label of the one to sign with",
+                error
+            )),
+        });
+        if let Output::Pem(text) = requested? {
             left.write(&request, &text)?;
             left.0.clear();
         }

@@ -105,12 +105,15 @@ pub(super) fn open(
     Ok((Box::new(OpenPiv { held: Mutex::new(held), keys }), opened))
 }
 
+fn in_use(what: &str) -> Failure {
+    Failure { class: Class::Busy, message: format!("{what} is in use by another program{}", holder()) }
+}
+
 fn connect(serial: u32) -> Result<YubiKey, Failure> {
     YubiKey::open_by_serial(Serial(serial)).map_err(|error| match error {
         yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
         yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
-            let message = format!("YubiKey {serial} is in use by another program{}", holder());
-            Failure { class: Class::Busy, message }
+            in_use(&format!("YubiKey {serial}"))
         }
         yubikey::Error::PcscError { inner: Some(inner) } => gone(match inner {
             pcsc::Error::NoService | pcsc::Error::ServiceStopped => {

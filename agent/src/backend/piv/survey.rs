@@ -6,7 +6,7 @@ use yubikey::{MgmKey, YubiKey};
 
 use super::super::{locked, refused};
 use super::errors::classify;
-use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, is_fit};
+use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use, is_fit};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::wire::{Factory, Failure, Fresh, Survey, SurveyedToken};
 use crate::secret::Pin;
@@ -71,8 +71,19 @@ pub(super) fn is_factorys(yubikey: &mut YubiKey, reference: u8) -> bool {
 fn connected() -> Result<Vec<u32>, Failure> {
     let failed = |error: yubikey::Error| classify("list the cards", &error);
     let mut readers = yubikey::reader::Context::open().map_err(failed)?;
-    let opened = readers.iter().map_err(failed)?.filter_map(|reader| reader.open().ok());
-    Ok(opened.map(|yubikey| yubikey.serial().0).collect())
+    let (mut serials, mut held) = (Vec::new(), false);
+    for reader in readers.iter().map_err(failed)? {
+        match reader.open() {
+            Ok(yubikey) => serials.push(yubikey.serial().0),
+            Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) }) => held = true,
+            // No card, or not a YubiKey.
+            Err(_) => {}
+        }
+    }
+    if serials.is_empty() && held {
+        return Err(in_use("the card"));
+    }
+    Ok(serials)
 }
 
 /// Replaces what everybody knows: PIN, PUK, and the management key by a random one that the card keeps behind its PIN.
