@@ -30,6 +30,10 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
         while [ ! -S "$OMSIGN_AGENT" ]; do kill -0 $agent; done
         cd "$OMSIGN_FIXTURES"
         mkdir model; echo weights >model/weights
+        # A TPM keeps no certificates.
+        for key in softhsm kryoptic piv fault; do
+          omsign-agent key list | grep -q "$key.*certificate" || { omsign-agent key list; exit 1; }
+        done
         for key in softhsm kryoptic swtpm piv fault; do
           omsign sign model --key $key --signature $key.sig
           omsign verify model --signature $key.sig --certificate-chain root.pem

@@ -39,8 +39,9 @@ enum Cli {
         #[arg(long, default_value_t = 16)]
         shard_mib: usize,
     },
-    /// Runs a command with stand-ins, each with a key named after it: OMSIGN_AGENT_CONFIG names a configuration for
-    /// `omsign-agent serve`, OMSIGN_AGENT its socket, OMSIGN_FIXTURES a directory with root.pem and NAME.pem
+    /// Runs a command with stand-ins, each with a key and a certificate named after it: OMSIGN_FIXTURES_CONFIG names a
+    /// configuration for `omsign-agent serve`, its default there, OMSIGN_AGENT its socket, OMSIGN_FIXTURES a directory with
+    /// root.pem and NAME.pem; a TPM keeps no certificates
     With {
         /// Any of softhsm, kryoptic, swtpm, piv, fault, with commas between
         #[arg(value_delimiter = ',', required = true)]

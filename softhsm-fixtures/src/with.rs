@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::str::FromStr;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use openssl::pkey::PKey;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::built;
 use crate::ca::{Ca, write_chain};
 use crate::fault_proxy::FaultProxy;
 use crate::kryoptic::Kryoptic;
@@ -66,12 +67,11 @@ struct Running {
     public: PathBuf,
     environment: Vec<(&'static str, PathBuf)>,
     /// Ends when dropped.
-    _device: Device,
+    device: Device,
 }
 
-#[expect(dead_code, reason = "held, not read")]
 enum Device {
-    SwTpm(SwTpm),
+    SwTpm(#[expect(dead_code, reason = "held, not read")] SwTpm),
     Piv(VirtualPiv),
     Files,
 }
@@ -96,6 +96,10 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
         let device = start(*kind, &place.join(name)).with_context(|| name.to_owned())?;
         let public = PKey::public_key_from_pem(&std::fs::read(&device.public)?)?;
         write_chain(&place.join(format!("{name}.pem")), &[&root.code_signing(name, &public)?])?;
+        if let Device::Piv(card) = &device.device {
+            let own = place.join(format!("{name}.pem")).display().to_string();
+            card.tool(&["-a", "import-certificate", "-s", "9c", "-i", &own])?;
+        }
         config += &device.token;
         config += &format!(
             "\n[key.{name}]\ntoken = \"{name}\"\nobject = {{ {} }}\ncertificate_chain = \"{name}.pem\"\n\
@@ -106,6 +110,13 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
     }
     let file = place.join("agent.toml");
     std::fs::write(&file, config).context("agent.toml")?;
+    for kind in kinds.iter().filter(|kind| matches!(kind, Kind::SoftHsm | Kind::Kryoptic | Kind::Fault)) {
+        let name = kind.name();
+        let mut agent = Command::new(built("omsign-agent")?);
+        agent.args(["key", "import-certificate", name]).arg(place.join(format!("{name}.pem")));
+        let kept = agent.arg("--config").arg(&file).output()?;
+        ensure!(kept.status.success(), "{name}: {}", String::from_utf8_lossy(&kept.stderr));
+    }
     let mut child = Command::new(program);
     child.args(arguments).env("OMSIGN_FIXTURES", place).env("OMSIGN_AGENT", place.join("agent.sock"));
     child.env("OMSIGN_FIXTURES_CONFIG", &file).env("OMSIGN_AGENT_CONFIG", &file);
@@ -159,7 +170,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 object: format!("label = \"{name}\""),
                 public: token.public_key(name),
                 environment,
-                _device: Device::Files,
+                device: Device::Files,
             }
         }
         Kind::Kryoptic => {
@@ -170,7 +181,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 object: format!("label = \"{name}\""),
                 public,
                 environment: vec![("KRYOPTIC_CONF", token.config())],
-                _device: Device::Files,
+                device: Device::Files,
             }
         }
         Kind::SwTpm => {
@@ -181,7 +192,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 object: "handle = \"0x81000010\"".into(),
                 public,
                 environment: vec![("TPM2TOOLS_TCTI", tpm.tcti().into())],
-                _device: Device::SwTpm(tpm),
+                device: Device::SwTpm(tpm),
             }
         }
         Kind::Piv => {
@@ -193,7 +204,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 object: "slot = \"9c\"".into(),
                 public,
                 environment: vec![("PCSCLITE_CSOCK_NAME", card.socket())],
-                _device: Device::Piv(card),
+                device: Device::Piv(card),
             }
         }
     })

@@ -20,7 +20,7 @@ use crate::random::Random;
 use crate::world::{World, text};
 
 /// What PKCS#11 modules answer and do (PKCS#11 v3.1, 5.1), by the function that it happens in.
-const MODULE: [&str; 17] = [
+const MODULE: [&str; 27] = [
     "C_Sign 32 0",         // CKR_DEVICE_REMOVED
     "C_Sign 30 0",         // CKR_DEVICE_ERROR
     "C_Sign 31 0",         // CKR_DEVICE_MEMORY
@@ -28,6 +28,13 @@ const MODULE: [&str; 17] = [
     "C_Sign 5 0",          // CKR_GENERAL_ERROR
     "C_Sign 6 0",          // CKR_FUNCTION_FAILED
     "C_Sign b3 0",         // CKR_SESSION_HANDLE_INVALID
+    "C_Sign 82 0",         // CKR_OBJECT_HANDLE_INVALID
+    "C_Sign b0 0",         // CKR_SESSION_CLOSED
+    "C_Sign e1 0",         // CKR_TOKEN_NOT_RECOGNIZED
+    "C_Sign 190 0",        // CKR_CRYPTOKI_NOT_INITIALIZED
+    "C_Sign 200 0",        // CKR_FUNCTION_REJECTED
+    "C_Sign 80000001 0",   // what only a vendor knows
+    "C_SignInit 3 0",      // CKR_SLOT_ID_INVALID
     "C_SignInit 60 0",     // CKR_KEY_HANDLE_INVALID
     "C_SignInit 90 0",     // CKR_OPERATION_ACTIVE
     "C_SignInit 101 0",    // CKR_USER_NOT_LOGGED_IN
@@ -38,6 +45,9 @@ const MODULE: [&str; 17] = [
     "C_Sign 0 60000", // hangs
     "C_Sign segv 0",
     "C_FindObjectsInit abort 0",
+    "C_Initialize 0 60000", // hangs when it is opened
+    "C_Login 0 60000",      // in the login, when it may have counted a try
+    "C_Login 5 0",          // the same
 ];
 
 /// Longer than any token's time-out in the soak.
