@@ -40,6 +40,14 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     ensure!(note.contains(&format!("{files} digests (")) && output.stdout == digest.as_bytes(), "{note}");
     let quiet = world.omsign(&["digest", "model", "--digest-cache", "-q"])?;
     ensure!(quiet.stderr.is_empty(), "{quiet:?}");
+    // They are not even opened; and what is believed is what is signed.
+    for command in ["digest model".to_owned(), format!("sign model {}", KEY.join(" "))] {
+        let watch = "strace --follow-forks --quiet=all --trace=open,openat --output=trace";
+        shell(&world, &format!("{watch} omsign {command} --digest-cache"))?;
+        let trace = fs::read_to_string(world.path("trace"))?;
+        ensure!(trace.contains("model") && !trace.contains("config.json"), "{command}: {trace}");
+        verify(&world, &[])?;
+    }
     // Another algorithm, and shards, are other digests.
     let blake3 = world.omsign_ok(&["digest", "model", "--hash-type", "blake3"])?;
     let cached = ["digest", "model", "--hash-type", "blake3", "--digest-cache"];

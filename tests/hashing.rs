@@ -203,3 +203,16 @@ fn progress_is_shown_to_people_only() -> anyhow::Result<()> {
     ensure!(errors.contains("expected a number from 1 to 512"), "{errors}");
     Ok(())
 }
+
+/// What is read next is asked for before it is needed.
+#[test]
+fn reads_ahead() -> anyhow::Result<()> {
+    let world = World::new()?;
+    std::fs::create_dir(world.path("model"))?;
+    std::fs::write(world.path("model/weights"), vec![7; 40 << 20])?;
+    shell(&world, "strace --follow-forks --quiet=all --trace=fadvise64 --output=trace omsign digest model")?;
+    let trace = std::fs::read_to_string(world.path("trace"))?;
+    let asked = trace.lines().filter(|line| line.contains("POSIX_FADV_WILLNEED")).count();
+    ensure!(asked >= 5, "40 MiB, of which 8 at most are asked for at a time: {trace}");
+    Ok(())
+}

@@ -92,7 +92,11 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
     let mut count = 0;
     for entry in entries {
         let entry = entry.map_err(error)?;
-        std::fs::remove_file(entry.path()).map_err(error)?;
+        match std::fs::remove_file(entry.path()) {
+            // Another omsign has just put its own in place of it.
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
+            removed => removed.map_err(error)?,
+        }
         // The rest of a write that was cut off is not a cache.
         count += usize::from(entry.file_name().len() == 2 * Algorithm::Sha256.digest_bytes());
     }

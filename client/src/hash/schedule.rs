@@ -106,7 +106,8 @@ pub(super) fn run<'a, S: Streams>(
     // Cores that would have nothing to hash read for those that have.
     let ahead = units.len() < jobs;
     let buffer = if ahead {
-        (BUFFERS_BYTES / (units.len().max(1) * source::AHEAD_BUFFERS)).min(LARGEST_AHEAD)
+        let share = BUFFERS_BYTES / (units.len().max(1) * source::AHEAD_BUFFERS);
+        share.saturating_sub(PAGE_BYTES).min(LARGEST_AHEAD)
     } else {
         let share = (BUFFERS_BYTES / jobs / lanes).saturating_sub(PAGE_BYTES);
         share.min(CORE_BYTES / lanes).min(LARGEST_BUFFER)
