@@ -4,9 +4,9 @@
 mod file;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -73,8 +73,8 @@ pub struct AuditError(String);
 
 struct Line {
     text: Vec<u8>,
-    /// It waits for others no longer than this.
-    until: Instant,
+    /// How long it may wait for others, from when it is seen on.
+    may_wait: Duration,
     durable: oneshot::Sender<Result<(), AuditError>>,
 }
 
@@ -89,8 +89,7 @@ enum Writer {
     /// By a thread that syncs: one fsync for all lines that wait.
     Thread {
         lines: mpsc::Sender<Line>,
-        /// Until when it waits for more; it is woken for lines that do not.
-        until: Arc<Mutex<Option<Instant>>>,
+        /// Woken for lines that do not wait.
         thread: JoinHandle<()>,
     },
     /// At once, into the page cache: a thread would cost more than the write.
@@ -106,13 +105,12 @@ impl Audit {
             return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
         }
         let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
-        let waits_until = Arc::new(Mutex::new(None));
-        let (state, until) = (Arc::clone(&failing), Arc::clone(&waits_until));
+        let state = Arc::clone(&failing);
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
             // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
             while waiting.blocking_recv_many(&mut batch, BACKLOG) > 0 {
-                gather(&mut batch, &mut waiting, &until);
+                gather(&mut batch, &mut waiting);
                 text.clear();
                 batch.iter().for_each(|line| text.extend_from_slice(&line.text));
                 let written = append(&mut file, &text, &state);
@@ -123,7 +121,7 @@ impl Audit {
             }
         };
         let thread = std::thread::Builder::new().name("audit".into()).spawn(write)?;
-        Ok(Self { writer: Writer::Thread { lines, until: waits_until, thread }, failing })
+        Ok(Self { writer: Writer::Thread { lines, thread }, failing })
     }
 
     /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
@@ -133,7 +131,7 @@ impl Audit {
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
     pub fn close(self) {
-        if let Writer::Thread { lines, thread, .. } = self.writer {
+        if let Writer::Thread { lines, thread } = self.writer {
             drop(lines);
             // A thread that panicked has let go, too.
             let _ = thread.join();
@@ -147,11 +145,11 @@ impl Audit {
         let stopped = || AuditError("its writer stopped".into());
         match &self.writer {
             Writer::Direct(file) => append(&mut *file.lock().map_err(|_| stopped())?, &text, &self.failing),
-            Writer::Thread { lines, until: others, thread } => {
+            Writer::Thread { lines, thread } => {
                 let (durable, done) = oneshot::channel();
-                let until = Instant::now() + (entry.busy / 4).min(GATHER);
-                lines.send(Line { text, until, durable }).await.map_err(|_| stopped())?;
-                if others.lock().map_err(|_| stopped())?.is_some_and(|others| until < others) {
+                let may_wait = (entry.busy / 4).min(GATHER);
+                lines.send(Line { text, may_wait, durable }).await.map_err(|_| stopped())?;
+                if may_wait < SHORTEST {
                     thread.thread().unpark();
                 }
                 done.await.map_err(|_| stopped())?
@@ -165,22 +163,13 @@ impl Audit {
     }
 }
 
-/// Takes in what comes until the first of them waits no longer.
-fn gather(batch: &mut Vec<Line>, waiting: &mut mpsc::Receiver<Line>, until: &Mutex<Option<Instant>>) {
-    let waits = |next| *until.lock().unwrap_or_else(PoisonError::into_inner) = next;
-    while let Some(next) = batch.iter().map(|line| line.until).min()
-        && next.saturating_duration_since(Instant::now()) >= SHORTEST
-    {
-        waits(Some(next));
-        // Whoever sent one before this was seen is not going to wake us.
-        let before = batch.len();
+/// Waits for more lines as long as all of the batch may, or until one comes that may not.
+fn gather(batch: &mut Vec<Line>, waiting: &mut mpsc::Receiver<Line>) {
+    let may_wait = batch.iter().map(|line| line.may_wait).min().unwrap_or_default();
+    if may_wait >= SHORTEST {
+        std::thread::park_timeout(may_wait);
         batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
-        if batch.len() == before {
-            std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
-        }
     }
-    waits(None);
-    batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()).take(BACKLOG));
 }
 
 fn append(file: &mut AuditFile, text: &[u8], failing: &AtomicBool) -> Result<(), AuditError> {
@@ -201,28 +190,23 @@ pub fn now() -> String {
 mod tests {
     use super::*;
 
-    fn line(wait: Duration) -> Line {
+    fn line(may_wait: Duration) -> Line {
         let (durable, _) = oneshot::channel();
-        Line { text: Vec::new(), until: Instant::now() + wait, durable }
+        Line { text: Vec::new(), may_wait, durable }
     }
 
     #[test]
     fn a_line_that_does_not_wait_ends_the_wait_of_others() {
         let (lines, mut waiting) = mpsc::channel(BACKLOG);
-        let until = Arc::new(Mutex::new(None));
-        let (patient, others) = (line(Duration::from_secs(3600)), Arc::clone(&until));
+        let patient = line(Duration::from_secs(3600));
         let thread = std::thread::spawn(move || {
             let mut batch = vec![patient];
-            gather(&mut batch, &mut waiting, &others);
+            gather(&mut batch, &mut waiting);
             batch.len()
         });
-        while until.lock().expect("no panic").is_none() {
-            std::thread::yield_now();
-        }
         lines.try_send(line(Duration::from_secs(3600))).expect("room");
         lines.try_send(line(Duration::ZERO)).expect("room");
         thread.thread().unpark();
         assert_eq!(thread.join().expect("no panic"), 3, "all of them in one write");
-        assert!(until.lock().expect("no panic").is_none());
     }
 }
