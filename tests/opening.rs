@@ -8,6 +8,7 @@ use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::device::card_through;
+use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 
@@ -258,6 +259,23 @@ fn a_module_that_keeps_dying_is_not_a_busy_loop() -> anyhow::Result<()> {
     eventually("a token that is well again", || {
         Ok(world.omsign(&["sign", "model", "--key", "k"])?.status.success())
     })
+}
+
+/// Keys are looked for three times, each longer than any one operation may take for a signature.
+#[test]
+fn a_slow_token_is_listed() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let sections =
+        proxy.before(&token_section("t", &token, "timeout = \"1s\""))? + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &(world.listen() + &sections))?;
+    world.omsign_ok(&["keys", "export", "k"])?;
+    let hosts = agent.hosts()?;
+    proxy.set("C_FindObjectsInit 0 900\n")?;
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.contains("label \"k\"") && agent.hosts()? == hosts, "{listed}: {}", agent.log()?);
+    Ok(())
 }
 
 /// A second owner is what tokens do not take, wherever the first one listens.

@@ -18,7 +18,6 @@ use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
 use self::held::{Held, TOGETHER};
-use self::task::Task;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
 use crate::backend::{self, Device, Signer};
@@ -219,9 +218,8 @@ impl Shared<'_> {
             let (outcome, content) = match asked {
                 Asked::Sign(key, content) => (signer.sign(key, &content, &touch), Some(content)),
                 Asked::Do(task) => {
-                    // YubiKeys and TPMs need minutes for some RSA keys; nothing else takes long.
-                    if matches!(task, Task::Generate(..)) {
-                        let _ = self.say(&Answer::begun(id));
+                    if let Some(seconds) = task.may_take_s() {
+                        let _ = self.say(&Answer::begun(id, seconds));
                     }
                     (self.device.operate(&task, &touch).map(wire::done), None)
                 }

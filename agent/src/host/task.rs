@@ -26,6 +26,19 @@ pub(crate) enum Task {
     Delete(KeySpec),
 }
 
+impl Task {
+    /// How many seconds a device may take for it that does not hang; none where any operation's time is enough.
+    pub(super) fn may_take_s(&self) -> Option<u32> {
+        match self {
+            // YubiKeys and TPMs need minutes for some RSA keys.
+            Self::Generate(..) => Some(300),
+            // Three calls for each of ten thousand objects in another building.
+            Self::List(_) => Some(60),
+            _ => None,
+        }
+    }
+}
+
 /// How a key is made. What a device does not have is refused, not left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 pub struct Template {

@@ -245,9 +245,9 @@ pub(crate) struct Answer {
     /// Not the answer yet: the device waits for a touch, and this says which.
     #[prost(string, tag = "5")]
     pub(crate) touch: String,
-    /// Not the answer yet: a task has begun that may take minutes.
-    #[prost(bool, tag = "6")]
-    pub(crate) begun: bool,
+    /// Not the answer yet: a task has begun that may take so many seconds.
+    #[prost(uint32, tag = "6")]
+    pub(crate) task_s: u32,
     /// How long the device took, in microseconds.
     #[prost(uint64, tag = "7")]
     pub(crate) took_us: u64,
@@ -274,14 +274,14 @@ impl Answer {
         Self { id, touch, ..Self::default() }
     }
 
-    /// The task `id` has begun.
-    pub(crate) fn begun(id: u64) -> Self {
-        Self { id, begun: true, ..Self::default() }
+    /// The task `id` has begun, and may take so many seconds.
+    pub(crate) fn begun(id: u64, task_s: u32) -> Self {
+        Self { id, task_s, ..Self::default() }
     }
 
     /// Whether a PIN was refused.
     pub(crate) fn locks(&self) -> bool {
-        self.result.is_empty() && self.touch.is_empty() && !self.begun && self.class() == Class::Locked
+        self.result.is_empty() && self.touch.is_empty() && self.task_s == 0 && self.class() == Class::Locked
     }
 
     /// What was asked for, or the failure.

@@ -25,9 +25,6 @@ const AHEAD_REQUESTS: RangeInclusive<u128> = 2..=64;
 /// How long a device waits for a finger; YubiKeys take 15 s.
 const TOUCH: Duration = Duration::from_secs(16);
 
-/// How long a device may take to make a key: YubiKeys and TPMs need minutes for some RSA keys.
-const TASK: Duration = Duration::from_secs(300);
-
 type Outcome = Result<Vec<u8>, Failure>;
 
 /// The line to a token's process.
@@ -195,8 +192,8 @@ impl Host {
     pub(super) fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         pending.last_answer = Some(Instant::now());
-        if answer.begun {
-            pending.allow(answer.id, TASK);
+        if answer.task_s > 0 {
+            pending.allow(answer.id, Duration::from_secs(answer.task_s.into()));
             return;
         }
         if !answer.touch.is_empty() {
