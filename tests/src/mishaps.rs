@@ -136,6 +136,11 @@ impl Mishaps {
         Ok(hosts)
     }
 
+    fn is_ready(&self, token: &str) -> anyhow::Result<bool> {
+        let status = self.world.omsign_ok(&["agent", "status"])?;
+        Ok(status.contains(&format!("token {token}: ready")))
+    }
+
     fn kill(&self, token: &str) -> anyhow::Result<()> {
         for host in self.hosts(token)? {
             // It may have ended by itself.
@@ -156,9 +161,13 @@ impl Mishaps {
     fn module_does(&mut self, fault: &'static str, pause: Duration) -> anyhow::Result<&'static str> {
         let [hsm, kry] = &self.proxies;
         let (token, proxy) = if self.random.below(2) == 0 { ("hsm", hsm) } else { ("kry", kry) };
+        // What fails when a token is opened fails when its process has to be replaced. A locked one has none.
+        let opens = !fault.starts_with("C_Sign");
+        if opens && !self.is_ready(token)? {
+            return Ok("nothing: the token is not open");
+        }
         proxy.set(fault)?;
-        // What fails when a token is opened fails when its process has to be replaced.
-        if !fault.starts_with("C_Sign") {
+        if opens {
             let function = fault.split(' ').next().unwrap_or_default();
             let injected = proxy.injected(function);
             self.kill(token)?;
@@ -321,8 +330,7 @@ impl Mishaps {
 
     /// For a token that is open: one that is locked already is offered none.
     fn pin_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        let status = self.world.omsign_ok(&["agent", "status"])?;
-        if !status.contains("token hsm: ready") {
+        if !self.is_ready("hsm")? {
             return Ok(());
         }
         let [hsm, _] = &self.proxies;

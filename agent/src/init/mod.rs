@@ -137,17 +137,16 @@ impl Init {
         let template = Template { key_type, no_da, pin_policy: None, touch_policy };
         let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
         let generate = Command::Generate { key: self.name.clone(), template };
-        let made = match made_by.is_empty() {
-            true => {
-                say("making the key");
-                operator::alone(&loaded, &generate, say, &typed).await.map(drop)
-            }
-            false => Ok(()),
+        let made = if made_by.is_empty() {
+            say("making the key");
+            operator::alone(&loaded, &generate, say, &typed).await.map(drop)
+        } else {
+            Ok(())
         };
         match made {
-            // One that is there already may be another than is meant: what is made goes if it is not found.
-            Ok(()) if !made_by.is_empty() => {}
-            Ok(()) => left.0.clear(),
+            Ok(()) if made_by.is_empty() => left.0.clear(),
+            // One that is there already may be another than is meant: without it, nothing stays.
+            Ok(()) => {}
             // The device did not open, or was not asked: nothing was made.
             Err(error @ (OperatorError::Token { .. } | OperatorError::Log(_))) => return Err(error.into()),
             // Whether a key was made only the device knows, and what opens it is here.
@@ -157,11 +156,11 @@ impl Init {
             }
         }
         let csr = Command::Csr { key: self.name.clone(), subject };
-        let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match made_by.as_str() {
-            "" => InitError::Operator(error),
-            by => InitError::Device(format!(
-                "{}; this device's keys are made with {by}, and --name is the label of the one to sign with",
-                error
+        let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match error {
+            OperatorError::Token { .. } | OperatorError::Log(_) => InitError::Operator(error),
+            error if made_by.is_empty() => InitError::Operator(error),
+            error => InitError::Device(format!(
+                "{error}; this device's keys are made with {made_by}, and --name is the label of the one to sign with"
             )),
         });
         if let Output::Pem(text) = requested? {
