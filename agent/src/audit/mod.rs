@@ -22,7 +22,7 @@ const BACKLOG: usize = 4096;
 /// a cost on the CPU and wakes whoever waits for it, so the fewer there are, the less they are in the way of the device.
 const GATHER: Duration = Duration::from_millis(4);
 
-/// To sleep for less than this takes this long.
+/// What does not wait for so long does not wait: to sleep for less takes as long.
 const SHORTEST: Duration = Duration::from_micros(50);
 
 /// The log's file. Whoever holds it owns the devices.

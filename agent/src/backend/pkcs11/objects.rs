@@ -288,7 +288,8 @@ pub(super) fn signs_for(
     Ok(Verifier::new(&public.spki, algorithm).verifies(&content, &signature))
 }
 
-/// Signs in the algorithm's mechanism, with the PIN again where the key `always` asks for it. The outer error is the token's, the inner one says that its answer is none.
+/// Signs in the algorithm's mechanism, with the PIN again where the key `always` asks for it. The outer error is the
+/// token's, the inner one says that its answer is none.
 pub(super) fn sign(
     session: &Session,
     key: ObjectHandle,
