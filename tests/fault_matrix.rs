@@ -8,8 +8,10 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects};
@@ -166,21 +168,20 @@ fn ml_dsa() -> anyhow::Result<()> {
     eventually("it heals", || Ok(world.omsign(&sign)?.status.success()))
 }
 
-/// The TPM stands still for half a second at a time, with pauses, until it is told not to.
-fn stutters(pid: u32, over: Arc<AtomicBool>) -> anyhow::Result<()> {
+/// The TPM stands still for half a second, again and again with pauses until that is `over`, and once if it is already.
+fn stutters(pid: u32, over: Arc<AtomicBool>) -> anyhow::Result<JoinHandle<anyhow::Result<()>>> {
     freeze(pid)?;
-    std::thread::spawn(move || {
+    Ok(std::thread::spawn(move || {
         loop {
             std::thread::sleep(Duration::from_millis(600));
-            let _ = signal(pid, Signal::CONT);
+            signal(pid, Signal::CONT)?;
             if over.load(Ordering::Relaxed) {
-                return;
+                return Ok(());
             }
             std::thread::sleep(Duration::from_millis(100));
-            let _ = signal(pid, Signal::STOP);
+            signal(pid, Signal::STOP)?;
         }
-    });
-    Ok(())
+    }))
 }
 
 /// A key that is guarded, and not ours.
@@ -203,22 +204,18 @@ fn rows_of_a_tpm(
         })
     };
     let swtpm = || chip.borrow().swtpm();
-    let over = Arc::<AtomicBool>::default();
-    let stutter = |_: &Lab| stutters(swtpm()?, Arc::clone(&over));
-    lab.trial("slow", (Sees::Nothing, SLOW), &tries, stutter, |_| {
-        over.store(true, Ordering::Relaxed);
-        Ok(())
-    })?;
-    let pause = |_: &Lab| {
-        let pid = swtpm()?;
-        freeze(pid)?;
-        std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(600));
-            signal(pid, Signal::CONT)
-        });
+    let (over, stuttering) = (Arc::<AtomicBool>::default(), Cell::new(None));
+    let stutter = |_: &Lab| {
+        stuttering.set(Some(stutters(swtpm()?, Arc::clone(&over))?));
         Ok(())
     };
-    lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, pause, nothing)?;
+    // Until it has ended, it may still wake the TPM that the next row has frozen.
+    let steady = |_: &Lab| {
+        over.store(true, Ordering::Relaxed);
+        stuttering.take().context("it does not stutter")?.join().expect("it does not panic")
+    };
+    lab.trial("slow", (Sees::Nothing, SLOW), &tries, stutter, steady)?;
+    lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, stutter, steady)?;
     let hang = |_: &Lab| freeze(swtpm()?);
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, hang, |_| signal(swtpm()?, Signal::CONT))?;
     let hang_anew = |lab: &Lab| hang(lab).and_then(|()| lab.kill_host());
