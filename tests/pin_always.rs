@@ -1,13 +1,18 @@
-//! A key that asks for the PIN before every signature (CKA_ALWAYS_AUTHENTICATE), through ykcs11: the agent gives it each time,
-//! and what goes wrong in between costs no try.
+//! Keys that ask for the PIN before every signature (CKA_ALWAYS_AUTHENTICATE): the agent gives it each time, and what goes
+//! wrong in between costs no try.
 
 use anyhow::ensure;
+use omsign_fixtures::kryoptic::{self, Kryoptic};
 use omsign_fixtures::piv::{PIN, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
-use omsign_tests::agent::{Agent, eventually};
-use omsign_tests::device::card_through;
+use omsign_tests::agent::{Agent, SOON, eventually};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::device::{Device, asks_always, card_through};
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::operator::does;
+use omsign_tests::world::{World, key_section, text, token_section};
+use openssl::pkey::PKey;
+use openssl::x509::X509Req;
 
 #[test]
 fn every_signature_has_its_login() -> anyhow::Result<()> {
@@ -40,14 +45,16 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
         ensure!(proxy.injected(function) > before, "{row}: nothing failed in {function}");
     }
     // After a login that was answered, but nobody knows how, and when the PIN is another, nothing is offered any more.
+    let locked = (Sees::Locked, AT_ONCE);
     let login = |row,
+                 sees,
                  wrong: &dyn Fn() -> anyhow::Result<()>,
                  right: &dyn Fn() -> anyhow::Result<()>,
                  lab: &mut Lab| {
         let logins = proxy.calls("C_Login");
         lab.trial(
             row,
-            (Sees::Locked, AT_ONCE),
+            sees,
             &tries,
             |_| wrong(),
             |lab| {
@@ -65,14 +72,101 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
             },
         )
     };
-    login("a vendor's answer", &|| proxy.set("C_Login 80000001 0\n"), &|| proxy.set(""), &mut lab)?;
+    // Nobody knows what became of a PIN that was not answered, and the next process does not find it out.
+    login(
+        "hangs in the login",
+        (Sees::Unavailable, HANG),
+        &|| proxy.set("C_Login 0 600000\n"),
+        &|| proxy.set(""),
+        &mut lab,
+    )?;
+    login(
+        "crashes in the login",
+        (Sees::Unavailable, AT_ONCE),
+        &|| proxy.set("C_Login segv 0\n"),
+        &|| proxy.set(""),
+        &mut lab,
+    )?;
+    login(
+        "a vendor's answer",
+        locked.clone(),
+        &|| proxy.set("C_Login 80000001 0\n"),
+        &|| proxy.set(""),
+        &mut lab,
+    )?;
     let change = |from: &str, to: &str| card.tool(&["-a", "change-pin", "-P", from, "-N", to]).map(drop);
-    login("the PIN is changed", &|| change(PIN, "86420975"), &|| change("86420975", PIN), &mut lab)?;
+    login("the PIN is changed", locked, &|| change(PIN, "86420975"), &|| change("86420975", PIN), &mut lab)?;
     ensure!(card.wrong_pins() == 1, "{} wrong PINs", card.wrong_pins());
     Ok(())
 }
 
-/// SoftHSM signs them in one call only, which says so; its other key is served.
+/// Modules that take a digest in one call only are given the statement, and hash it themselves.
+fn hashes(world: &World, mut device: Device) -> anyhow::Result<()> {
+    device.pads_otherwise("pss", "rsa")?;
+    let proxy = world.proxy()?;
+    world.model()?;
+    let agent = Agent::start(world, &(world.listen() + &proxy.before(&device.token)? + &device.keys))?;
+    let keys = || {
+        let listed: serde_json::Value = serde_json::from_str(&world.omsign_ok(&["keys", "--json"])?)?;
+        anyhow::Ok(listed["keys"].as_array().cloned().unwrap_or_default())
+    };
+    eventually("the keys", || Ok(keys()?.iter().all(|key| key["state"] == "ready")))?;
+    for key in &device.expected {
+        let shown = keys()?.into_iter().find(|shown| shown["name"] == key.name);
+        ensure!(shown.is_some_and(|shown| shown["algorithm"] == key.algorithm), "{}", key.name);
+        std::fs::write(&key.public, world.omsign_ok(&["keys", "export", key.name])?)?;
+        let logins = proxy.calls("C_Login");
+        let (name, signature) = (key.name, format!("{}.sig", key.name));
+        let sign = ["sign", "model", "--key", name, "--signature", &signature, "--allow-nonstandard-key"];
+        world.omsign_ok(&sign)?;
+        ensure!(proxy.calls("C_Login") == logins + 1, "{name}: {}", proxy.calls("C_Login") - logins);
+        let public = text(&key.public);
+        world.omsign_ok(&["verify", "model", "--signature", &signature, "--public-key", &public])?;
+        // What an operator has it sign.
+        let request = X509Req::from_pem(does(world, &["csr", name, "--subject", "CN=k"])?.as_bytes())?;
+        let public = PKey::public_key_from_pem(&std::fs::read(&key.public)?)?;
+        ensure!(request.verify(&public)?, "{name}: its request");
+    }
+    // Other programs that send a digest are told what to send.
+    let refused = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        anyhow::Ok(sign(&mut client, request("rsa", 1, &[7; 32]), SOON).await)
+    })?;
+    ensure!(refused.is_err_and(|status| status.message().contains("send the statement")));
+    ensure!(proxy.refused_pins() == 0 && agent.stop()?.success());
+    Ok(())
+}
+
+#[test]
+fn kryoptic_hashes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("t"), "t")?;
+    let login = ["--token-label", "t", "--login", "--pin", kryoptic::PIN];
+    let device = asks_always(
+        &world,
+        token.section("device")?,
+        &|arguments| token.tool(&[&login[..], arguments].concat()).map(drop),
+        &[
+            ("p256", "EC:prime256v1", "ecdsa-p256-sha256"),
+            ("p384", "EC:secp384r1", "ecdsa-p384-sha384"),
+            ("p521", "EC:secp521r1", "ecdsa-p521-sha512"),
+            ("rsa", "rsa:2048", "rsa-pkcs1-sha256"),
+            ("ed25519", "EC:edwards25519", "ed25519"),
+        ],
+    )?;
+    hashes(&world, device)
+}
+
+#[test]
+fn softhsm_hashes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    let section = token_section("device", &token, "");
+    let kinds = [("rsa", "rsa:2048", "rsa-pkcs1-sha256")];
+    hashes(&world, asks_always(&world, section, &|arguments| token.tool(arguments), &kinds)?)
+}
+
+/// SoftHSM 2.6 does not hash for ECDSA, which the agent says; its other key is served.
 #[test]
 fn where_it_cannot_be() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -87,6 +181,6 @@ fn where_it_cannot_be() -> anyhow::Result<()> {
         Ok(agent.log()?.contains("use a key without CKA_ALWAYS_AUTHENTICATE there"))
     })?;
     let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
-    ensure!(said.contains("takes what it signs in one call only"), "{said}");
+    ensure!(said.contains("takes a digest in one call only"), "{said}");
     world.omsign_ok(&["sign", "agent.toml", "--key", "other"]).map(drop)
 }

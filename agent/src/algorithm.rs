@@ -143,6 +143,11 @@ impl Algorithm {
         }
     }
 
+    /// Whether it signs the message itself, and not a digest of it.
+    pub fn signs_messages(self) -> bool {
+        matches!(self, Self::Ed25519 | Self::MlDsa(_))
+    }
+
     /// What a key signs of a message.
     pub fn content(self, message: &[u8]) -> Content {
         match self {

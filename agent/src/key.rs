@@ -9,8 +9,8 @@ use tokio::time::{Instant, timeout_at};
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
 use crate::breaker::Breaker;
-use crate::host::wire::PublicKey;
 use crate::policy::Rule;
+use crate::public_key::PublicKey;
 use crate::replay::Tell;
 use crate::spki::SpkiDer;
 use crate::token::{Signed, State, Token, TokenError};
@@ -203,10 +203,15 @@ impl KeyEntry {
         }
     }
 
-    /// Its public half, once one of its tokens was open.
+    /// Its public half, once one of its tokens was open. Where one of them hashes, all are given what that one takes.
     pub(crate) fn public(&self) -> Option<PublicKey> {
         let known = |place: &Place| place.token.key(place.index).and_then(Result::ok);
-        self.places.iter().filter_map(known).find(|public| self.is_ours(&public.spki.0))
+        let ours = |public: &PublicKey| self.is_ours(&public.spki.0);
+        self.places
+            .iter()
+            .filter_map(known)
+            .filter(ours)
+            .reduce(|first, other| PublicKey { hashes: first.hashes || other.hashes, ..first })
     }
 
     /// Whether it lives on this token.
@@ -238,6 +243,7 @@ impl KeyEntry {
         let (state, state_detail) = self.state();
         let public = self.public();
         let algorithm = public.as_ref().map(|public| public.algorithm.to_proto()).unwrap_or_default();
+        let needs_statement = public.as_ref().is_some_and(PublicKey::needs_message);
         let devices: Vec<_> = self.places.iter().map(|place| place.token.device()).collect();
         v1::Key {
             name: self.name.to_string(),
@@ -255,6 +261,7 @@ impl KeyEntry {
             public_key: public.map(|public| public.spki.0).unwrap_or_default(),
             certificate_chain: self.certificate_chain.clone(),
             previous: self.previous.clone(),
+            needs_statement,
         }
     }
 }

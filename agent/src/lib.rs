@@ -21,6 +21,7 @@ pub mod operator;
 mod pin;
 mod places;
 pub mod policy;
+mod public_key;
 mod replay;
 pub mod secret;
 pub mod serve;

@@ -137,7 +137,7 @@ impl AgentService for Service {
             context: request.context,
         };
         if let Some(public) = key.public() {
-            public.algorithm.bytes(&authorised.content).map_err(Status::invalid_argument)?;
+            public.bytes(&authorised.content).map_err(Status::invalid_argument)?;
         }
         let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
             Begin::Conflict => {

@@ -69,15 +69,15 @@ pub struct Signed {
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
     Bundle::may_replace(request.bundle)?;
-    let (public_key, own_chain) = match signer {
+    let (public_key, needs_statement, own_chain) = match signer {
         Signer::Agent { agent, key, .. } => {
             let key = agent.ready_key(key)?;
             let chain: Result<Vec<_>, _> =
                 key.certificate_chain.iter().map(|der| X509::from_der(der)).collect();
             let chain = chain.map_err(|_| AgentError::Answer("with a malformed certificate".into()))?;
-            (PublicKey::from_spki(&key.public_key)?, chain)
+            (PublicKey::from_spki(&key.public_key)?, key.needs_statement, chain)
         }
-        Signer::File(key) => (key.public.clone(), Vec::new()),
+        Signer::File(key) => (key.public.clone(), false, Vec::new()),
     };
     if !public_key.algorithm.is_standard() && !request.allow_nonstandard_key {
         return Err(KeyError::Nonstandard(public_key.algorithm.name()).into());
@@ -107,8 +107,8 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     let signature = match signer {
         Signer::Agent { agent, key, waiting } => {
             let content = match public_key.algorithm.digest(&pae) {
-                Some(digest) => Content::Digest(digest),
-                None => Content::Statement(payload.clone()),
+                Some(digest) if !needs_statement => Content::Digest(digest),
+                _ => Content::Statement(payload.clone()),
             };
             agent.sign(key, content, &context, waiting)?
         }

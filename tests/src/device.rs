@@ -115,7 +115,7 @@ impl Device {
     }
 
     /// The RSA key that is there, with the other padding.
-    fn pads_otherwise(&mut self, name: &'static str, key: &str) -> anyhow::Result<()> {
+    pub fn pads_otherwise(&mut self, name: &'static str, key: &str) -> anyhow::Result<()> {
         let same = self.expected.iter().find(|other| other.name == key).context("the key")?;
         let (public, uri) = (same.public.clone(), String::new());
         self.keys += &key_section(name, "device", key).replace("[[key", "padding = \"pss\"\n[[key");
@@ -149,6 +149,27 @@ pub fn kryoptic(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
         format!("pkcs11:token={label};object={name}?module-path={module}&pin-source=file:{pin}")
     })?;
     device.pads_otherwise("pss", "rsa")?;
+    Ok(device)
+}
+
+/// Keys that ask for the PIN before every signature, made by `pkcs11-tool`: kind as it calls it, and algorithm. `tool` runs
+/// it, logged in.
+pub fn asks_always(
+    world: &World,
+    token: String,
+    tool: &dyn Fn(&[&str]) -> anyhow::Result<()>,
+    kinds: &[(&'static str, &'static str, &'static str)],
+) -> anyhow::Result<Device> {
+    let mut device =
+        Device { token, keys: String::new(), expected: Vec::new(), environment: Vec::new(), secret: PIN };
+    for (name, kind, algorithm) in kinds {
+        let make = ["--keypairgen", "--key-type", kind, "--usage-sign", "--always-auth"];
+        tool(&[&make[..], &["--label", name, "--id", &hex::encode(name)]].concat())?;
+        // OpenSC's tool cannot write all of them; a signature tells.
+        let public = world.path(&format!("{name}.pub.pem"));
+        device.keys += &key_section(name, "device", name);
+        device.expected.push(Expected { name, algorithm, public, uri: String::new() });
+    }
     Ok(device)
 }
 

@@ -13,8 +13,9 @@ use std::time::Duration;
 use crate::algorithm::Content;
 use crate::config::{self, PinSource};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, PublicKey, Survey};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, Survey};
 use crate::pin::read_pin;
+use crate::public_key::PublicKey;
 use crate::secret::Pin;
 use crate::verifier::Verifier;
 
@@ -23,6 +24,19 @@ const PROBE_EVERY: Duration = Duration::from_secs(10);
 
 /// Told when a PIN is about to be offered, and when it was accepted.
 pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
+
+/// What it is about while it does what it was asked for.
+pub(crate) enum Doing<'a> {
+    /// It waits for a person, who is told which device.
+    AwaitsTouch(&'a str),
+    /// The PIN is offered now. Whatever happens before `LoggedIn` may have cost a try.
+    LogsIn,
+    /// The PIN was answered.
+    LoggedIn,
+}
+
+/// Told of it.
+pub(crate) type Notify<'a> = &'a dyn Fn(Doing<'_>);
 
 /// An open device: logged in, every key found and checked.
 pub(crate) trait Device: Sync {
@@ -38,17 +52,16 @@ pub(crate) trait Device: Sync {
     }
     /// Whether the device still answers. Asked when it is idle.
     fn probe(&self) -> Result<(), Failure>;
-    /// Does what an operator asks for. `touch` as in [`Signer::sign`].
-    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure>;
+    /// Does what an operator asks for.
+    fn operate(&self, task: &Task, notify: Notify<'_>) -> Result<Done, Failure>;
     /// Lets go of the device.
     fn close(self: Box<Self>);
 }
 
 /// One thread's way to the device's keys.
 pub(crate) trait Signer: Send {
-    /// Signs with the key of this index; the answer is as the bundle wants it. `touch` is told when the device
-    /// waits for a person, and which device.
-    fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure>;
+    /// Signs with the key of this index; the answer is as the bundle wants it.
+    fn sign(&mut self, key: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure>;
 }
 
 /// Opens a device, logs in once, finds every key and has each sign a random challenge.

@@ -20,7 +20,7 @@ use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_sig
 use self::held::{Held, TOGETHER};
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
-use crate::backend::{self, Device, Signer};
+use crate::backend::{self, Device, Doing, Signer};
 use crate::secret::{Pin, harden_process};
 
 /// From here on a device is slow enough for the thread that checks to look for signatures by itself. Woken when one is
@@ -211,17 +211,23 @@ impl Shared<'_> {
                     return;
                 }
             }
-            let touch = |message: &str| {
+            let notify = |doing: Doing<'_>| {
                 // When the agent is gone, the next read says so.
-                let _ = no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())));
+                let _ = match doing {
+                    Doing::AwaitsTouch(message) => {
+                        no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
+                    }
+                    Doing::LogsIn => self.say(&Answer::logs_in(id, true)),
+                    Doing::LoggedIn => self.say(&Answer::logs_in(id, false)),
+                };
             };
             let (outcome, content) = match asked {
-                Asked::Sign(key, content) => (signer.sign(key, &content, &touch), Some(content)),
+                Asked::Sign(key, content) => (signer.sign(key, &content, &notify), Some(content)),
                 Asked::Do(task) => {
                     if let Some(seconds) = task.may_take_s() {
                         let _ = self.say(&Answer::begun(id, seconds));
                     }
-                    (self.device.operate(&task, &touch).map(wire::done), None)
+                    (self.device.operate(&task, &notify).map(wire::done), None)
                 }
             };
             let took = started.elapsed();

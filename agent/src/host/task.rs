@@ -3,9 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::wire::{KeySpec, PublicKey};
+use super::wire::KeySpec;
 use crate::algorithm::KeyType;
 use crate::config::Object;
+use crate::public_key::PublicKey;
 
 /// What to do.
 #[derive(Debug, Serialize, Deserialize)]

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use super::task::{Done, Task};
-use crate::algorithm::{Algorithm, Content, Padding};
+use crate::algorithm::{Content, Padding};
 use crate::config;
-use crate::spki::SpkiDer;
+use crate::public_key::PublicKey;
 
 /// No frame is larger: an answer names at most a few thousand objects.
 const LARGEST_BYTES: u32 = 16 << 20;
@@ -114,13 +114,6 @@ pub(crate) struct Opened {
     pub(crate) keys: Vec<Result<PublicKey, String>>,
     /// Keys whose every signature wants a touch, by index, and what whoever waits is told.
     pub(crate) touch: BTreeMap<usize, String>,
-}
-
-/// A key's public half.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct PublicKey {
-    pub(crate) algorithm: Algorithm,
-    pub(crate) spki: SpkiDer,
 }
 
 /// What a module shows without a login.
@@ -248,6 +241,9 @@ pub(crate) struct Answer {
     /// Not the answer yet: a task has begun that may take so many seconds.
     #[prost(uint32, tag = "6")]
     pub(crate) task_s: u32,
+    /// Not the answer yet: the PIN is offered now, or that was answered.
+    #[prost(bool, optional, tag = "8")]
+    pub(crate) login: Option<bool>,
     /// How long the device took, in microseconds.
     #[prost(uint64, tag = "7")]
     pub(crate) took_us: u64,
@@ -272,6 +268,11 @@ impl Answer {
     /// The request `id` waits for a touch.
     pub(crate) fn touch(id: u64, touch: String) -> Self {
         Self { id, touch, ..Self::default() }
+    }
+
+    /// For the request `id` the PIN is offered now, or that was answered.
+    pub(crate) fn logs_in(id: u64, now: bool) -> Self {
+        Self { id, login: Some(now), ..Self::default() }
     }
 
     /// The task `id` has begun, and may take so many seconds.

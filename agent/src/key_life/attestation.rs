@@ -11,7 +11,7 @@ use x509_cert::der::{Decode as _, Encode as _};
 use super::challenge::{self, ChallengeFile, Kept, is_endorsement};
 use crate::backend::tpm_attestation;
 use crate::host::task::Evidence;
-use crate::host::wire::PublicKey;
+use crate::public_key::PublicKey;
 
 /// Yubico's roots, older and newer, and what the newer one certifies cards with
 /// (developers.yubico.com/PKI, SHA-256 63ece914…07b546 and 62760c6a…586cd5a8).

@@ -21,7 +21,7 @@ use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 use x509_cert::time::Validity;
 
 use crate::algorithm::{Algorithm, Curve};
-use crate::host::wire::PublicKey;
+use crate::public_key::PublicKey;
 use crate::spki::SpkiDer;
 
 /// `id-kp-codeSigning` (RFC 5280, 4.2.1.12).

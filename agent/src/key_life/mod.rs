@@ -23,8 +23,9 @@ use crate::audit::{self, Audit, AuditError, Entry};
 use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Template, TouchPolicy};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{KeySpec, PublicKey};
+use crate::host::wire::KeySpec;
 use crate::identity::Identity;
+use crate::public_key::PublicKey;
 use crate::replay::Step;
 use crate::spki::SpkiDer;
 use crate::token::{Token, TokenError};
@@ -228,7 +229,7 @@ impl Operator<'_> {
         let mut places = vec![first];
         for token in command.tokens(self.config).into_iter().skip(1) {
             let other = self.place_on(key, Some(token))?;
-            if other.public(Task::Find(other.spec.clone()), say).await? != public {
+            if other.public(Task::Find(other.spec.clone()), say).await?.spki != public.spki {
                 let why = "it holds another key than the others";
                 return Err(other.failed(TokenError::Refused(why.into())));
             }

@@ -1,6 +1,6 @@
 //! The line to a token's process: what is with it, who waits for that, and whether it hangs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -49,6 +49,8 @@ struct Pending {
     last_answer: Option<Instant>,
     /// When a request ended that the device was busy with.
     free_since: Option<Instant>,
+    /// Those for which it offers the device a PIN right now.
+    logging_in: BTreeSet<u64>,
     /// Why the process ended. Nothing is sent after that.
     ended: Option<String>,
 }
@@ -184,6 +186,11 @@ impl Host {
         self.pending().waiting.is_empty()
     }
 
+    /// Whether it offers its device a PIN, so that nobody knows what became of that when it ends now.
+    pub(super) fn logs_in(&self) -> bool {
+        !self.pending().logging_in.is_empty()
+    }
+
     /// Whether it was of any use.
     pub(super) fn has_answered(&self) -> bool {
         self.pending().last_answer.is_some()
@@ -192,6 +199,14 @@ impl Host {
     pub(super) fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         pending.last_answer = Some(Instant::now());
+        match answer.login {
+            Some(true) => pending.logging_in.insert(answer.id),
+            Some(false) => pending.logging_in.remove(&answer.id),
+            None => false,
+        };
+        if answer.login.is_some() {
+            return;
+        }
         if answer.task_s > 0 {
             pending.allow(answer.id, Duration::from_secs(answer.task_s.into()));
             return;

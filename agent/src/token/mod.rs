@@ -21,7 +21,8 @@ use self::state::Status;
 use crate::algorithm::Content;
 use crate::config;
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Asked, Class, Failure, Fresh, KeySpec, Opened, PublicKey};
+use crate::host::wire::{Asked, Class, Failure, Fresh, KeySpec, Opened};
+use crate::public_key::PublicKey;
 use crate::replay::Tell;
 use crate::secret::Pin;
 
@@ -146,21 +147,21 @@ impl Token {
         let mut before: Option<Vec<u8>> = None;
         loop {
             let host = self.ready(deadline).await?;
-            let public_key = match host.opened.keys.get(key) {
-                Some(Ok(PublicKey { algorithm, spki })) => {
-                    algorithm.bytes(content).map_err(TokenError::Refused)?;
+            let (public_key, fit) = match host.opened.keys.get(key) {
+                Some(Ok(public @ PublicKey { spki, .. })) => {
+                    let fit = public.fit(content).map_err(TokenError::Refused)?;
                     if before.is_some_and(|before| before != spki.0) {
                         let message = "the key was replaced by another meanwhile; look at it again";
                         return Err(TokenError::Unavailable(message.into()));
                     }
                     before = Some(spki.0.clone());
-                    spki.0.clone()
+                    (spki.0.clone(), fit)
                 }
                 Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
                 None => return Err(TokenError::Refused("no such key".into())),
             };
             host.announce(key, tell);
-            let asked = Asked::Sign(key, content.clone());
+            let asked = Asked::Sign(key, fit);
             let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
             let failure = match answer {
                 Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),

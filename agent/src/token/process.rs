@@ -146,8 +146,7 @@ async fn start(
         }
     };
     let failure = |message: String| match logging_in.load(Ordering::Relaxed) {
-        // The PIN was offered and nobody knows what became of it: no second try without an operator.
-        true => Failure { class: Class::Locked, message: format!("while logging in: {message}") },
+        true => Failure { class: Class::Locked, message: while_logging_in(&message) },
         false => gone(message),
     };
     // When this future is dropped, so is the child, which kills it.
@@ -202,9 +201,12 @@ impl Process {
                 // Nobody waits for some of them any more: the device is spared those.
                 let wanted = batch.drain(..).filter(|request| host.is_wanted(request.id));
                 wanted.for_each(|request| wire::put(&mut buffer, &request));
-                writer.write_all(&buffer).await?;
+                if writer.write_all(&buffer).await.is_err() {
+                    // It has ended; what it said before that comes first.
+                    break;
+                }
             }
-            io::Result::Ok(())
+            std::future::pending::<End>().await
         };
         let read = async {
             loop {
@@ -271,15 +273,19 @@ impl Process {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            result = write => End::Died(ended(&result)),
+        let end = tokio::select! {
+            end = write => end,
             result = read => match result {
                 Ok(reason) => End::Locked(reason),
-                Err(error) => End::Died(ended(&Err(error))),
+                Err(error) => End::Died(ended(&error)),
             },
             reason = watch => End::Died(reason),
             end = told => end,
             end = look_again => end,
+        };
+        match end {
+            End::Died(reason) if host.logs_in() => End::Locked(while_logging_in(&reason)),
+            end => end,
         }
     }
 
@@ -307,11 +313,16 @@ async fn drain(host: &Host) {
     let _ = timeout(GRACE, idle).await;
 }
 
-fn ended(result: &io::Result<()>) -> String {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => format!("its process ended: {error}"),
-        _ => "its process ended".to_owned(),
+fn ended(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "its process ended".to_owned(),
+        _ => format!("its process ended: {error}"),
     }
+}
+
+/// The PIN was offered and nobody knows what became of it: no second try without an operator.
+fn while_logging_in(message: &str) -> String {
+    format!("while logging in: {message}")
 }
 
 fn gone(message: String) -> Failure {

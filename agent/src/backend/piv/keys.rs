@@ -9,7 +9,8 @@ use super::Card;
 use super::errors::classify;
 use crate::algorithm::{Algorithm, Content, Padding, digest_info};
 use crate::config::Object;
-use crate::host::wire::{Failure, PublicKey};
+use crate::host::wire::Failure;
+use crate::public_key::PublicKey;
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
 
@@ -84,5 +85,5 @@ pub(super) fn find(
             return Err(refused(format!("slot {number:02x} makes signatures that do not verify")));
         }
     }
-    Ok((key, PublicKey { algorithm, spki }))
+    Ok((key, PublicKey { algorithm, spki, hashes: false }))
 }

@@ -5,7 +5,7 @@ use yubikey::certificate::CertInfo;
 use yubikey::piv::{self, AlgorithmId, Origin, SlotAlgorithmId, SlotId};
 use yubikey::{Certificate, Error, MgmKey, PinPolicy, TouchPolicy};
 
-use super::super::refused;
+use super::super::{Notify, refused};
 use super::errors::classify;
 use super::{Card, is_factorys, keys, line};
 use crate::algorithm::{KeyType, Padding};
@@ -20,7 +20,7 @@ const ATTESTATION: u8 = 0xf9;
 const MOVE_KEY: u8 = 0xf6;
 const DELETES: (u8, u8) = (5, 7);
 
-pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {
     match task {
         Task::List(_) => list(card),
         Task::Generate(key, template) => generate(card, key, template),
@@ -28,7 +28,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, touch: &dyn Fn(&str)) ->
         Task::Sign(key, message) => {
             let (key, public) = keys::find(card, &key.object, key.padding)?;
             let input = key.input(&public.algorithm.content(message))?;
-            card.sign(&key, &input, touch).map(Done::Signature)
+            card.sign(&key, &input, notify).map(Done::Signature)
         }
         Task::Store(key, certificate) => {
             let slot = slot(key)?;

@@ -18,7 +18,7 @@ pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::{factorys, is_factorys};
 pub(super) use self::survey::{prepare, survey, unblock};
-use super::{Device, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, Doing, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
@@ -218,15 +218,15 @@ impl Card<'_> {
         tries.map_err(|error| classify("select the PIV application", &error))
     }
 
-    /// Signs; does again what other programs undid, once. `touch` is told when the card waits for a finger.
-    fn sign(&mut self, key: &Key, input: &[u8], touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    /// Signs; does again what other programs undid, once.
+    fn sign(&mut self, key: &Key, input: &[u8], notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
         // A card may wait for a finger before it asks for the PIN.
         if key.pin == PinPolicy::Once && !self.known.verified {
             self.verify_again()?;
         }
         let (started, waits) = (Instant::now(), self.waits_for_touch(key));
         if waits {
-            touch(&touch_me(self.known.serial));
+            notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
         let error = match self.attempt(key, input) {
             Ok(signature) => return Ok(signature),
@@ -256,7 +256,7 @@ impl Card<'_> {
         }
         // What it knew of a touch may be gone.
         if !waits && self.waits_for_touch(key) {
-            touch(&touch_me(self.known.serial));
+            notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
         self.attempt(key, input).map_err(|error| classify("sign", &error))
     }
@@ -344,12 +344,12 @@ impl Device for OpenPiv {
         Ok(())
     }
 
-    fn operate(&self, task: &Task, touch: &dyn Fn(&str)) -> Result<Done, Failure> {
+    fn operate(&self, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {
         let mut held = self.held();
         let mut card = held.card()?;
         // Other programs may have used it since.
         card.renew()?;
-        let done = life::operate(&mut card, task, touch);
+        let done = life::operate(&mut card, task, notify);
         held.used();
         done
     }
@@ -383,11 +383,11 @@ impl OpenPiv {
 struct Thread<'a>(&'a OpenPiv);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, key: usize, content: &Content, touch: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, key: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
         let key = self.0.key(key)?;
         let input = key.input(content)?;
         let mut held = self.0.held();
-        let signature = held.card()?.sign(key, &input, touch)?;
+        let signature = held.card()?.sign(key, &input, notify)?;
         held.used();
         Ok(signature)
     }

@@ -39,9 +39,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let mut message = format!("cannot {what}: {}", describe(error));
     let class = match error {
         // cryptoki's one call for all begins anew, which takes the login back.
-        Error::Pkcs11(RvError::OperationNotInitialized, Function::SignUpdate) => {
-            message += ": the module takes what it signs in one call only, and omsign cannot log in before that; use a key \
-                        without CKA_ALWAYS_AUTHENTICATE there";
+        error if is_in_one_call_only(error) => {
+            message += ": the module takes a digest in one call only, and omsign cannot log in before that, and it has no \
+                        mechanism that hashes what this key signs; use a key without CKA_ALWAYS_AUTHENTICATE there";
             Class::Refused
         }
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
@@ -81,6 +81,16 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         _ => Class::Gone,
     };
     Failure { class, message }
+}
+
+/// Whether a mechanism takes nothing in parts (PKCS#11 v3.0, 2.3.6: CKM_ECDSA). SoftHSM and kryoptic say that no such
+/// operation was begun.
+pub(super) fn is_in_one_call_only(error: &Error) -> bool {
+    let Error::Pkcs11(code, Function::SignUpdate) = error else { return false };
+    matches!(
+        code,
+        RvError::OperationNotInitialized | RvError::FunctionNotSupported | RvError::MechanismInvalid
+    )
 }
 
 /// The C function and the name of its CKR, as vendors' documents and search engines know them.

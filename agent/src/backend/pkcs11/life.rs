@@ -7,19 +7,19 @@ use cryptoki::session::Session;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use super::super::refused;
+use super::super::{Notify, refused};
 use super::errors::classify;
-use super::objects::{Details, Found, Kind, find, find_key, find_private, read, sign};
+use super::objects::{Details, Kind, find, find_key, find_private, read, sign};
 use super::ways::Ways;
 use super::{OpenToken, generate};
 use crate::config::{Object, ObjectSelector, Profile};
 use crate::host::task::{Done, Evidence, Listed, Task};
 use crate::host::wire::{Failure, KeySpec};
 
-pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
+pub(super) fn operate(token: &OpenToken, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {
     let session = token.pkcs11.open_rw_session(token.slot);
     let session = session.map_err(|error| classify("open a session to write", &error))?;
-    let found = |key: &KeySpec| find_key(&session, selector(key)?, key.padding, &token.ways);
+    let found = |key: &KeySpec| find_key(&session, selector(key)?, key.padding, &token.ways, notify);
     match task {
         Task::List(_) => list(&session, &token.ways).map(Done::Listed),
         Task::Generate(key, template) => {
@@ -28,10 +28,10 @@ pub(super) fn operate(token: &OpenToken, task: &Task) -> Result<Done, Failure> {
         }
         Task::Find(key) => found(key).map(|found| Done::Key(found.public)),
         Task::Sign(key, message) => {
-            let Found { handle, public, always } = found(key)?;
-            let content = public.algorithm.content(message);
-            let bytes = public.algorithm.bytes(&content).map_err(refused)?;
-            let signed = sign(&session, handle, public.algorithm, bytes, &token.ways, always);
+            let found = found(key)?;
+            let content = found.public.content(message);
+            let bytes = found.public.bytes(&content).map_err(refused)?;
+            let signed = sign(&session, &found, bytes, &token.ways, notify);
             let signed = signed.map_err(|error| classify("sign", &error))?;
             signed.map(Done::Signature).map_err(|malformed| refused(malformed.to_string()))
         }

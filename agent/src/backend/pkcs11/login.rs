@@ -8,7 +8,7 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::TokenInfo;
 use cryptoki::types::AuthPin;
 
-use super::super::{Say, gone, locked, refused};
+use super::super::{Doing, Notify, Say, gone, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
 use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
@@ -90,11 +90,14 @@ impl Again {
     }
 
     /// Logs in for the operation that the session has begun (PKCS#11 v3.0, 5.6.8, CKU_CONTEXT_SPECIFIC).
-    pub(super) fn log_in(&self, session: &Session) -> Result<(), Error> {
+    pub(super) fn log_in(&self, session: &Session, notify: Notify<'_>) -> Result<(), Error> {
         let refusal = Error::Pkcs11(RvError::PinIncorrect, Function::Login);
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pin) = self.pin.as_ref().filter(|_| !*refused) else { return Err(refusal) };
+        // The agent has to know before the token does, as above.
+        notify(Doing::LogsIn);
         let answer = session.login(UserType::ContextSpecific, Some(pin));
+        notify(Doing::LoggedIn);
         *refused = answer.as_ref().is_err_and(may_have_counted);
         answer
     }

@@ -13,7 +13,6 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Info as LibraryInfo, Pkcs11};
-use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
@@ -22,11 +21,11 @@ use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
 use self::ways::Ways;
-use super::{Device, PROBE_EVERY, Say, gone, refused};
+use super::{Device, Doing, Notify, PROBE_EVERY, Say, gone, refused};
 use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, PublicKey, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -45,10 +44,7 @@ struct OpenToken {
 struct Key {
     name: String,
     object: ObjectSelector,
-    handle: ObjectHandle,
-    public: PublicKey,
-    /// It asks for the PIN before every signature.
-    always: bool,
+    found: Found,
 }
 
 /// Loads the module, finds the token, logs in, finds every key and checks that its halves match.
@@ -68,6 +64,14 @@ pub(super) fn open(
     let sessions = sessions.ok_or_else(one_only)?;
     let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let ways = Ways::new(&pkcs11, slot, profile, again);
+    let notify = |doing: Doing<'_>| {
+        // An agent that is gone starts no other process: nobody has to know.
+        let _ = match doing {
+            Doing::LogsIn => say(Opening::LoggingIn),
+            Doing::LoggedIn => say(Opening::LoggedIn),
+            Doing::AwaitsTouch(_) => Ok(()),
+        };
+    };
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
@@ -75,11 +79,10 @@ pub(super) fn open(
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        match objects::find_key(&anchor, object, *padding, &ways) {
-            Ok(Found { handle, public: found, always }) => {
-                let (name, object) = (name.clone(), object.clone());
-                keys.push(Some(Key { name, object, handle, public: found.clone(), always }));
-                public.push(Ok(found));
+        match objects::find_key(&anchor, object, *padding, &ways, &notify) {
+            Ok(found) => {
+                public.push(Ok(found.public.clone()));
+                keys.push(Some(Key { name: name.clone(), object: object.clone(), found }));
             }
             Err(failure) => {
                 tracing::warn!(key = %name, reason = %failure, "key cannot be used");
@@ -182,8 +185,8 @@ impl Device for OpenToken {
         asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
     }
 
-    fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
-        life::operate(self, task)
+    fn operate(&self, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {
+        life::operate(self, task, notify)
     }
 
     /// Logs out and finalizes the module.
@@ -195,38 +198,39 @@ impl Device for OpenToken {
     }
 }
 
-/// One session with its cached key handles, for one thread.
+/// One session with its keys, for one thread.
 struct Signer<'a> {
     token: &'a OpenToken,
     /// Absent only while it is replaced.
     session: Option<Session>,
-    handles: Vec<Option<ObjectHandle>>,
+    keys: Vec<Option<Found>>,
 }
 
 impl<'a> Signer<'a> {
     fn new(token: &'a OpenToken) -> Result<Self, Failure> {
         let session = open_session(&token.pkcs11, token.slot, &token.profile)
             .map_err(|error| classify("open a session", &error))?;
-        let handles = token.keys.iter().map(|key| key.as_ref().map(|key| key.handle)).collect();
-        Ok(Self { token, session: Some(session), handles })
+        let keys = token.keys.iter().map(|key| key.as_ref().map(|key| key.found.clone())).collect();
+        Ok(Self { token, session: Some(session), keys })
     }
 
-    fn reopen(&mut self, index: usize, key: &Key) -> Result<(), Failure> {
+    fn reopen(&mut self, index: usize, key: &Key, notify: Notify<'_>) -> Result<(), Failure> {
         let ways = &self.token.ways;
         let session = self.renew_session()?;
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
-        let found = objects::find_private(session, &key.object)
+        let handle = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
+        let found = Found { handle, ..key.found.clone() };
         // A new key may have the name, and another public half than callers were told.
-        match objects::signs_for(session, found, &key.public, ways, key.always) {
+        match objects::signs(session, &found, ways, notify) {
             Ok(true) => {}
             Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
             // A PIN that was refused is not for the next process to offer.
             Err(failure) if failure.class == Class::Locked => return Err(failure),
             Err(failure) => return Err(gone(failure.message)),
         }
-        if let Some(handle) = self.handles.get_mut(index) {
-            *handle = Some(found);
+        if let Some(known) = self.keys.get_mut(index) {
+            *known = Some(found);
         }
         Ok(())
     }
@@ -242,20 +246,19 @@ impl<'a> Signer<'a> {
 
 impl super::Signer for Signer<'_> {
     /// A stale session or handle is replaced once.
-    fn sign(&mut self, index: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, index: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
         let Some(Some(key)) = self.token.keys.get(index) else {
             return Err(refused("no such key".to_owned()));
         };
-        let algorithm = key.public.algorithm;
-        let bytes = algorithm.bytes(content).map_err(refused)?;
+        let bytes = key.found.public.bytes(content).map_err(refused)?;
         let ways = &self.token.ways;
         let mut reopened = false;
         loop {
-            let Some(handle) = self.handles.get(index).copied().flatten() else {
+            let Some(Some(found)) = self.keys.get(index) else {
                 return Err(refused("no such key".to_owned()));
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match objects::sign(session, handle, algorithm, bytes, ways, key.always) {
+            let error = match objects::sign(session, found, bytes, ways, notify) {
                 Ok(Ok(signature)) => return Ok(signature),
                 Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,
@@ -264,7 +267,7 @@ impl super::Signer for Signer<'_> {
             match recovery(&error) {
                 Recovery::Reopen if !reopened => {
                     reopened = true;
-                    self.reopen(index, key)?;
+                    self.reopen(index, key, notify)?;
                 }
                 Recovery::Reopen => return Err(gone(format!("cannot sign: {}", describe(&error)))),
                 Recovery::None => {

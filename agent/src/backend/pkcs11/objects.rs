@@ -1,9 +1,6 @@
 //! A key on a token: its private object, its public half wherever that is found, and the proof that the two
 //! belong together.
 
-use cryptoki::mechanism::dsa::{HedgeType, SignAdditionalContext};
-use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
-use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{
     Attribute, AttributeType, KeyType, MlDsaParameterSetType, ObjectClass, ObjectHandle, ParameterSetType,
 };
@@ -11,16 +8,18 @@ use cryptoki::session::Session;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
-use super::super::{challenge, refused};
-use super::errors::classify;
+use super::super::{Notify, challenge, refused};
+use super::errors::{classify, is_in_one_call_only};
 use super::ways::Ways;
 use crate::algorithm::{Algorithm, Curve, MalformedSignature, Padding, ParameterSet, digest_info};
 use crate::config::ObjectSelector;
-use crate::host::wire::{Failure, PublicKey};
+use crate::host::wire::Failure;
+use crate::public_key::PublicKey;
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
 
 /// A key that passed its check.
+#[derive(Clone)]
 pub(super) struct Found {
     pub(super) handle: ObjectHandle,
     pub(super) public: PublicKey,
@@ -34,6 +33,7 @@ pub(super) fn find_key(
     wanted: &ObjectSelector,
     padding: Padding,
     ways: &Ways,
+    notify: Notify<'_>,
 ) -> Result<Found, Failure> {
     let private = find_private(session, wanted)?;
     let attributes = read(
@@ -62,14 +62,14 @@ pub(super) fn find_key(
     candidates.extend(details.spki(kind));
     let mut reasons = Vec::new();
     for candidate in candidates {
-        let public = candidate.and_then(|spki| {
+        let key = candidate.and_then(|spki| {
             let algorithm = spki.algorithm(padding).map_err(|error| error.to_string())?;
-            Ok(PublicKey { algorithm, spki })
+            Ok(Found { handle: private, public: PublicKey { algorithm, spki, hashes: false }, always })
         });
-        match public {
-            Ok(public) => match signs_for(session, private, &public, ways, always)? {
-                true => return Ok(Found { handle: private, public, always }),
-                false => reasons.push("a public half on the token does not belong to it".to_owned()),
+        match key {
+            Ok(key) => match proven(session, key, ways, notify)? {
+                Some(found) => return Ok(found),
+                None => reasons.push("a public half on the token does not belong to it".to_owned()),
             },
             Err(reason) => reasons.push(reason),
         }
@@ -269,59 +269,77 @@ fn from_certificate(der: &[u8]) -> Result<SpkiDer, String> {
     Ok(SpkiDer(info.to_der().map_err(|error| error.to_string())?))
 }
 
-/// Whether this private object makes signatures that this public key verifies.
-pub(super) fn signs_for(
+/// The key as it signs, if this is its public half. One that asks for the PIN each time is given what it signs in parts,
+/// after the login: where its token takes a digest in one call only, it is given the message.
+fn proven(
     session: &Session,
-    private: ObjectHandle,
-    public: &PublicKey,
+    mut key: Found,
     ways: &Ways,
-    always: bool,
-) -> Result<bool, Failure> {
-    let algorithm = public.algorithm;
-    let content = algorithm.content(&challenge()?);
-    let bytes = algorithm.bytes(&content).map_err(refused)?;
-    let signed = sign(session, private, algorithm, bytes, ways, always);
-    // A signature of another curve's width is as wrong as one that does not verify.
-    let Ok(signature) = signed.map_err(|error| classify("sign a challenge", &error))? else {
-        return Ok(false);
-    };
-    Ok(Verifier::new(&public.spki, algorithm).verifies(&content, &signature))
+    notify: Notify<'_>,
+) -> Result<Option<Found>, Failure> {
+    let message = challenge()?;
+    let mut answer = signed(session, &key, &message, ways, notify);
+    if key.always && answer.as_ref().is_err_and(is_in_one_call_only) {
+        let hashing = PublicKey { hashes: true, ..key.public.clone() };
+        if ways.knows(&hashing) {
+            key.public = hashing;
+            answer = signed(session, &key, &message, ways, notify);
+        }
+    }
+    let signs = answer.map_err(|error| classify("sign a challenge", &error))?;
+    Ok(signs.then_some(key))
 }
 
-/// Signs in the algorithm's mechanism, with the PIN again where the key `always` asks for it. The outer error is the
-/// token's, the inner one says that its answer is none.
+/// Whether the private object makes signatures that the public key verifies.
+pub(super) fn signs(
+    session: &Session,
+    key: &Found,
+    ways: &Ways,
+    notify: Notify<'_>,
+) -> Result<bool, Failure> {
+    let answer = signed(session, key, &challenge()?, ways, notify);
+    answer.map_err(|error| classify("sign a challenge", &error))
+}
+
+fn signed(
+    session: &Session,
+    key: &Found,
+    message: &[u8],
+    ways: &Ways,
+    notify: Notify<'_>,
+) -> cryptoki::error::Result<bool> {
+    let content = key.public.content(message);
+    let bytes = key.public.bytes(&content).unwrap_or_default();
+    let signature = sign(session, key, bytes, ways, notify)?;
+    let verifier = Verifier::new(&key.public.spki, key.public.algorithm);
+    // A signature of another curve's width is as wrong as one that does not verify.
+    Ok(signature.is_ok_and(|signature| verifier.verifies(&key.public.algorithm.content(message), &signature)))
+}
+
+/// Signs in the key's mechanism, with the PIN again where it asks for that. The outer error is the token's, the inner one
+/// says that its answer is none.
 pub(super) fn sign(
     session: &Session,
-    key: ObjectHandle,
-    algorithm: Algorithm,
+    key: &Found,
     bytes: &[u8],
     ways: &Ways,
-    always: bool,
+    notify: Notify<'_>,
 ) -> cryptoki::error::Result<Result<Vec<u8>, MalformedSignature>> {
-    let sign = |mechanism: &Mechanism<'_>, bytes: &[u8]| match always {
-        false => session.sign(mechanism, key, bytes),
+    let Found { handle, public, always } = key;
+    let mechanism = ways.mechanism(public);
+    let info = (public.algorithm == Algorithm::RsaPkcs1 && !public.hashes).then(|| digest_info(bytes));
+    let bytes = info.as_deref().unwrap_or(bytes);
+    let signature = match always {
+        false => session.sign(&mechanism, *handle, bytes)?,
         true => {
-            session.sign_init(mechanism, key)?;
-            ways.again.log_in(session)?;
+            session.sign_init(&mechanism, *handle)?;
+            ways.again.log_in(session, notify)?;
             session.sign_update(bytes)?;
-            session.sign_final()
+            session.sign_final()?
         }
     };
-    Ok(match algorithm {
-        Algorithm::Ecdsa(curve) => curve.der_from_raw(&sign(&Mechanism::Ecdsa, bytes)?),
-        Algorithm::RsaPkcs1 => Ok(sign(&Mechanism::RsaPkcs, &digest_info(bytes))?),
-        Algorithm::RsaPss => {
-            let parameters = PkcsPssParams {
-                hash_alg: MechanismType::SHA256,
-                mgf: PkcsMgfType::MGF1_SHA256,
-                s_len: 32.into(),
-            };
-            Ok(sign(&Mechanism::RsaPkcsPss(parameters), bytes)?)
-        }
-        Algorithm::MlDsa(_) => {
-            let plain = SignAdditionalContext::new(HedgeType::Preferred, None);
-            Ok(sign(&Mechanism::MlDsa(plain), bytes)?)
-        }
-        Algorithm::Ed25519 => Ok(sign(&ways.eddsa(), bytes)?),
+    Ok(match public.algorithm {
+        Algorithm::Ecdsa(curve) => curve.der_from_raw(&signature),
+        _ => Ok(signature),
     })
 }

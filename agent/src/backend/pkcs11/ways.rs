@@ -1,16 +1,22 @@
 //! How a token wants to be asked: in how many sessions, with the PIN before each signature, with numbers of its vendor's.
 
 use cryptoki::context::Pkcs11;
+use cryptoki::mechanism::dsa::{HedgeType, SignAdditionalContext};
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
+use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
 use cryptoki::mechanism::vendor_defined::VendorDefinedMechanism;
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::KeyType;
 use cryptoki::slot::{Limit, Slot};
 
 use super::login::Again;
+use crate::algorithm::{Algorithm, Curve};
 use crate::config::Profile;
+use crate::public_key::PublicKey;
 
 pub(super) struct Ways {
+    pkcs11: Pkcs11,
+    slot: Slot,
     /// For keys that ask for the PIN before each signature.
     pub(super) again: Again,
     /// The vendor's own mechanisms, each where the token does not know PKCS#11's.
@@ -29,6 +35,8 @@ impl Ways {
         };
         let instead = &profile.instead;
         Self {
+            pkcs11: pkcs11.clone(),
+            slot,
             again,
             rsa_key_pair_gen: own(MechanismType::RSA_PKCS_KEY_PAIR_GEN, instead.rsa_key_pair_gen),
             edwards_key_pair_gen: own(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN, instead.edwards_key_pair_gen),
@@ -45,7 +53,36 @@ impl Ways {
         self.edwards_key_pair_gen.map_or(Mechanism::EccEdwardsKeyPairGen, vendor)
     }
 
-    pub(super) fn eddsa(&self) -> Mechanism<'static> {
+    /// What a key signs with.
+    pub(super) fn mechanism(&self, key: &PublicKey) -> Mechanism<'static> {
+        let pss = PkcsPssParams {
+            hash_alg: MechanismType::SHA256,
+            mgf: PkcsMgfType::MGF1_SHA256,
+            s_len: 32.into(),
+        };
+        match (key.algorithm, key.hashes) {
+            (Algorithm::Ecdsa(_), false) => Mechanism::Ecdsa,
+            (Algorithm::Ecdsa(Curve::P256), true) => Mechanism::EcdsaSha256,
+            (Algorithm::Ecdsa(Curve::P384), true) => Mechanism::EcdsaSha384,
+            (Algorithm::Ecdsa(Curve::P521), true) => Mechanism::EcdsaSha512,
+            (Algorithm::RsaPkcs1, false) => Mechanism::RsaPkcs,
+            (Algorithm::RsaPkcs1, true) => Mechanism::Sha256RsaPkcs,
+            (Algorithm::RsaPss, false) => Mechanism::RsaPkcsPss(pss),
+            (Algorithm::RsaPss, true) => Mechanism::Sha256RsaPkcsPss(pss),
+            (Algorithm::MlDsa(_), _) => {
+                Mechanism::MlDsa(SignAdditionalContext::new(HedgeType::Preferred, None))
+            }
+            (Algorithm::Ed25519, _) => self.eddsa(),
+        }
+    }
+
+    /// Whether the token has that.
+    pub(super) fn knows(&self, key: &PublicKey) -> bool {
+        let mechanism = self.mechanism(key).mechanism_type();
+        self.pkcs11.get_mechanism_info(self.slot, mechanism).is_ok()
+    }
+
+    fn eddsa(&self) -> Mechanism<'static> {
         self.eddsa.map_or(Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Pure)), vendor)
     }
 

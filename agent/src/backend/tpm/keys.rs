@@ -20,7 +20,8 @@ use super::guard::Guard;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
-use crate::host::wire::{Class, Failure, KeySpec, PublicKey};
+use crate::host::wire::{Class, Failure, KeySpec};
+use crate::public_key::PublicKey;
 use crate::spki::SpkiDer;
 use crate::verifier::Verifier;
 
@@ -143,7 +144,7 @@ fn check(
     if !verifier.verifies(&content, &signature) {
         return Err(refused(format!("the key with {object} makes signatures that do not verify")));
     }
-    Ok((PublicKey { algorithm, spki }, verifier, guard))
+    Ok((PublicKey { algorithm, spki, hashes: false }, verifier, guard))
 }
 
 impl Key {

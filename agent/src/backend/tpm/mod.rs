@@ -20,7 +20,7 @@ use tss_esapi::tcti_ldr::TctiNameConf;
 
 use self::errors::{classify, describe};
 use self::keys::Key;
-use super::{Device, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, Notify, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
 use crate::config::{PinSource, Tcti};
 use crate::host::task::{Done, Task};
@@ -246,7 +246,7 @@ impl Device for OpenTpm {
         property(&mut chip.context, PropertyTag::Permanent).map(drop).map_err(|failure| gone(failure.message))
     }
 
-    fn operate(&self, task: &Task, _: &dyn Fn(&str)) -> Result<Done, Failure> {
+    fn operate(&self, task: &Task, _: Notify<'_>) -> Result<Done, Failure> {
         let mut chip = self.chip.lock().unwrap_or_else(PoisonError::into_inner);
         // What operators do takes all the room that there is.
         chip.unload(&self.keys)?;
@@ -267,7 +267,7 @@ impl OpenTpm {
 struct Thread<'a>(&'a OpenTpm);
 
 impl Signer for Thread<'_> {
-    fn sign(&mut self, index: usize, content: &Content, _: &dyn Fn(&str)) -> Result<Vec<u8>, Failure> {
+    fn sign(&mut self, index: usize, content: &Content, _: Notify<'_>) -> Result<Vec<u8>, Failure> {
         let key = self.0.key(index)?;
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
         let mut chip = self.0.chip.lock().unwrap_or_else(PoisonError::into_inner);
