@@ -47,19 +47,7 @@ fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
     ensure!(!audit.contains(device.secret));
     ensure!(agent.stop()?.success());
 
-    // The same without an agent.
-    for key in device.expected.iter().filter(|key| !key.uri.is_empty()) {
-        let mut command = Command::new(built("omsign")?);
-        command.args(["sign", "model", "--signature", "alone.sig", "--key-uri", &key.uri]);
-        command.arg("--allow-nonstandard-key");
-        world.without_surprises(command.current_dir(world.path("")));
-        let output = command.envs(device.environment.iter().cloned()).output()?;
-        ensure!(output.status.success(), "{}: {}", key.uri, String::from_utf8_lossy(&output.stderr));
-        let public = text(&key.public);
-        world.omsign_ok(&["verify", "model", "--signature", "alone.sig", "--public-key", &public])?;
-        std::fs::remove_file(world.path("alone.sig"))?;
-    }
-
+    device.signs_alone(world)?;
     let (output, report) = world.doctor()?;
     ensure!(output.success(), "{report}");
     for key in &device.expected {

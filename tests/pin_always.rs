@@ -2,12 +2,12 @@
 //! wrong in between costs no try.
 
 use anyhow::ensure;
-use omsign_fixtures::kryoptic::{self, Kryoptic};
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{PIN, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, SOON, eventually};
 use omsign_tests::client::{connect, request, sign};
-use omsign_tests::device::{Device, asks_always, card_through};
+use omsign_tests::device::{Device, card_through, kryoptic_that_asks, soft_hsm_that_asks};
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section, text, token_section};
@@ -101,8 +101,7 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
 }
 
 /// Modules that take a digest in one call only are given the statement, and hash it themselves.
-fn hashes(world: &World, mut device: Device) -> anyhow::Result<()> {
-    device.pads_otherwise("pss", "rsa")?;
+fn hashes(world: &World, device: &Device) -> anyhow::Result<()> {
     let proxy = world.proxy()?;
     world.model()?;
     let agent = Agent::start(world, &(world.listen() + &proxy.before(&device.token)? + &device.keys))?;
@@ -134,36 +133,20 @@ fn hashes(world: &World, mut device: Device) -> anyhow::Result<()> {
     })?;
     ensure!(refused.is_err_and(|status| status.message().contains("send the statement")));
     ensure!(proxy.refused_pins() == 0 && agent.stop()?.success());
-    Ok(())
+    device.signs_alone(world)
 }
 
 #[test]
 fn kryoptic_hashes() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = Kryoptic::create(&world.path("t"), "t")?;
-    let login = ["--token-label", "t", "--login", "--pin", kryoptic::PIN];
-    let device = asks_always(
-        &world,
-        token.section("device")?,
-        &|arguments| token.tool(&[&login[..], arguments].concat()).map(drop),
-        &[
-            ("p256", "EC:prime256v1", "ecdsa-p256-sha256"),
-            ("p384", "EC:secp384r1", "ecdsa-p384-sha384"),
-            ("p521", "EC:secp521r1", "ecdsa-p521-sha512"),
-            ("rsa", "rsa:2048", "rsa-pkcs1-sha256"),
-            ("ed25519", "EC:edwards25519", "ed25519"),
-        ],
-    )?;
-    hashes(&world, device)
+    hashes(&world, &kryoptic_that_asks(&world, &token)?)
 }
 
 #[test]
 fn softhsm_hashes() -> anyhow::Result<()> {
     let world = World::new()?;
-    let token = SoftHsm::create(&world.path("t"), "t")?;
-    let section = token_section("device", &token, "");
-    let kinds = [("rsa", "rsa:2048", "rsa-pkcs1-sha256")];
-    hashes(&world, asks_always(&world, section, &|arguments| token.tool(arguments), &kinds)?)
+    hashes(&world, &soft_hsm_that_asks(&world)?)
 }
 
 /// SoftHSM 2.6 does not hash for ECDSA, which the agent says; its other key is served.

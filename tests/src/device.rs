@@ -1,10 +1,11 @@
 //! One device of each kind, with keys, in the words of the configuration.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
@@ -12,7 +13,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 
 use crate::agent::eventually;
 use crate::operator::does;
-use crate::world::{World, key, key_section, token_section};
+use crate::world::{World, key, key_section, text, token_section};
 
 /// A key to try: its section, and its public half as the device's own tools give it.
 pub struct Expected {
@@ -42,9 +43,7 @@ pub struct Device {
 
 /// A SoftHSM token with a key on each curve.
 pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
-    let token = SoftHsm::create(&world.path("soft"), "soft")?;
-    let pin = token.pin_file();
-    let mut expected = Vec::new();
+    let (token, mut device) = empty_soft_hsm(world)?;
     for (name, key_type, algorithm) in [
         ("p256", KeyType::P256, "ecdsa-p256-sha256"),
         ("p384", KeyType::P384, "ecdsa-p384-sha384"),
@@ -53,40 +52,49 @@ pub fn soft_hsm(world: &World) -> anyhow::Result<Device> {
         ("ed25519", KeyType::Ed25519, "ed25519"),
     ] {
         token.generate(name, key_type, Objects::Pair)?;
-        let uri =
-            format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display());
-        expected.push(Expected { name, algorithm, public: token.public_key(name), uri });
+        device.keys += &key_section(name, "device", name);
+        let (public, uri) = (token.public_key(name), uri("soft", name, MODULE, &token.pin_file()));
+        device.expected.push(Expected { name, algorithm, public, uri });
     }
-    let keys: String = expected.iter().map(|key| key_section(key.name, "device", key.name)).collect();
-    let mut device = Device {
-        token: token_section("device", &token, ""),
-        keys,
-        expected,
-        environment: vec![("SOFTHSM2_CONF", token.config())],
-        secret: PIN,
-    };
     device.pads_otherwise("pss", "rsa")?;
     Ok(device)
 }
 
 /// A SoftHSM token with the larger RSA keys, made by omsign.
 pub fn soft_hsm_with_rsa(world: &World) -> anyhow::Result<Device> {
+    let (token, mut device) = empty_soft_hsm(world)?;
+    let kinds = [("rsa3072", "rsa3072", "rsa-pkcs1-sha256"), ("rsa4096", "rsa4096", "rsa-pkcs1-sha256")];
+    device.makes(world, &kinds, |name| uri("soft", name, MODULE, &token.pin_file()))?;
+    device.pads_otherwise("pss3072", "rsa3072")?;
+    device.pads_otherwise("pss4096", "rsa4096")?;
+    Ok(device)
+}
+
+/// A SoftHSM token with a key that asks for the PIN before every signature.
+pub fn soft_hsm_that_asks(world: &World) -> anyhow::Result<Device> {
+    let (token, mut device) = empty_soft_hsm(world)?;
+    let kinds = [("rsa", "rsa:2048", "rsa-pkcs1-sha256")];
+    device.asks_always(world, &kinds, &|arguments| token.tool(arguments), |name| {
+        uri("soft", name, MODULE, &token.pin_file())
+    })?;
+    Ok(device)
+}
+
+fn empty_soft_hsm(world: &World) -> anyhow::Result<(SoftHsm, Device)> {
     let token = SoftHsm::create(&world.path("soft"), "soft")?;
-    let pin = token.pin_file();
-    let mut device = Device {
+    let device = Device {
         token: token_section("device", &token, ""),
         keys: String::new(),
         expected: Vec::new(),
         environment: vec![("SOFTHSM2_CONF", token.config())],
         secret: PIN,
     };
-    let kinds = [("rsa3072", "rsa3072", "rsa-pkcs1-sha256"), ("rsa4096", "rsa4096", "rsa-pkcs1-sha256")];
-    device.makes(world, &kinds, |name| {
-        format!("pkcs11:token=soft;object={name}?module-path={MODULE}&pin-source=file:{}", pin.display())
-    })?;
-    device.pads_otherwise("pss3072", "rsa3072")?;
-    device.pads_otherwise("pss4096", "rsa4096")?;
-    Ok(device)
+    Ok((token, device))
+}
+
+/// A key on a PKCS#11 token (RFC 7512).
+fn uri(token: &str, name: &str, module: &str, pin: &Path) -> String {
+    format!("pkcs11:token={token};object={name}?module-path={module}&pin-source=file:{}", pin.display())
 }
 
 impl Device {
@@ -95,6 +103,22 @@ impl Device {
         self.expected.retain(|key| key.name != name);
         let sections = self.keys.split("\n[key.").filter(|section| !section.starts_with(&format!("{name}]")));
         self.keys = sections.collect::<Vec<_>>().join("\n[key.");
+    }
+
+    /// Signs with each key that a URI can name, without an agent.
+    pub fn signs_alone(&self, world: &World) -> anyhow::Result<()> {
+        for key in self.expected.iter().filter(|key| !key.uri.is_empty()) {
+            let mut command = Command::new(built("omsign")?);
+            command.args(["sign", "model", "--signature", "alone.sig", "--key-uri", &key.uri]);
+            command.arg("--allow-nonstandard-key");
+            world.without_surprises(command.current_dir(world.path("")));
+            let output = command.envs(self.environment.iter().cloned()).output()?;
+            ensure!(output.status.success(), "{}: {}", key.uri, String::from_utf8_lossy(&output.stderr));
+            let public = text(&key.public);
+            world.omsign_ok(&["verify", "model", "--signature", "alone.sig", "--public-key", &public])?;
+            std::fs::remove_file(world.path("alone.sig"))?;
+        }
+        Ok(())
     }
 
     /// Has omsign make a key of each kind: name, `--type` and algorithm.
@@ -114,8 +138,28 @@ impl Device {
         Ok(())
     }
 
+    /// Has `pkcs11-tool` make keys that ask for the PIN before every signature: name, kind as it calls it, and algorithm;
+    /// and the RSA key pads otherwise, too.
+    fn asks_always(
+        &mut self,
+        world: &World,
+        kinds: &[(&'static str, &str, &'static str)],
+        tool: &dyn Fn(&[&str]) -> anyhow::Result<()>,
+        uri: impl Fn(&str) -> String,
+    ) -> anyhow::Result<()> {
+        for (name, kind, algorithm) in kinds {
+            let make = ["--keypairgen", "--key-type", kind, "--usage-sign", "--always-auth"];
+            tool(&[&make[..], &["--label", name, "--id", &hex::encode(name)]].concat())?;
+            // OpenSC's tool cannot write all of them; a signature tells whose they are.
+            let public = world.path(&format!("{name}.pub.pem"));
+            self.keys += &key_section(name, "device", name);
+            self.expected.push(Expected { name, algorithm, public, uri: uri(name) });
+        }
+        self.pads_otherwise("pss", "rsa")
+    }
+
     /// The RSA key that is there, with the other padding.
-    pub fn pads_otherwise(&mut self, name: &'static str, key: &str) -> anyhow::Result<()> {
+    fn pads_otherwise(&mut self, name: &'static str, key: &str) -> anyhow::Result<()> {
         let same = self.expected.iter().find(|other| other.name == key).context("the key")?;
         let (public, uri) = (same.public.clone(), String::new());
         self.keys += &key_section(name, "device", key).replace("[[key", "padding = \"pss\"\n[[key");
@@ -126,7 +170,6 @@ impl Device {
 
 /// A kryoptic token with a key of each kind that omsign makes on it, ML-DSA among them.
 pub fn kryoptic(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
-    let (module, pin) = (Kryoptic::module()?, token.pin_file());
     let kinds = [
         ("p256", "p256", "ecdsa-p256-sha256"),
         ("p384", "p384", "ecdsa-p384-sha384"),
@@ -137,40 +180,40 @@ pub fn kryoptic(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
         ("mldsa65", "ml-dsa-65", "ml-dsa-65"),
         ("mldsa87", "ml-dsa-87", "ml-dsa-87"),
     ];
-    let mut device = Device {
+    let mut device = empty_kryoptic(token)?;
+    let module = text(&Kryoptic::module()?);
+    device.makes(world, &kinds, |name| uri(token.label(), name, &module, &token.pin_file()))?;
+    device.pads_otherwise("pss", "rsa")?;
+    Ok(device)
+}
+
+/// The same with keys that ask for the PIN before every signature.
+pub fn kryoptic_that_asks(world: &World, token: &Kryoptic) -> anyhow::Result<Device> {
+    let kinds = [
+        ("p256", "EC:prime256v1", "ecdsa-p256-sha256"),
+        ("p384", "EC:secp384r1", "ecdsa-p384-sha384"),
+        ("p521", "EC:secp521r1", "ecdsa-p521-sha512"),
+        ("rsa", "rsa:2048", "rsa-pkcs1-sha256"),
+        ("ed25519", "EC:edwards25519", "ed25519"),
+    ];
+    let mut device = empty_kryoptic(token)?;
+    let (login, module) =
+        (["--token-label", token.label(), "--login", "--pin", device.secret], Kryoptic::module()?);
+    let tool = |arguments: &[&str]| token.tool(&[&login[..], arguments].concat()).map(drop);
+    device.asks_always(world, &kinds, &tool, |name| {
+        uri(token.label(), name, &text(&module), &token.pin_file())
+    })?;
+    Ok(device)
+}
+
+fn empty_kryoptic(token: &Kryoptic) -> anyhow::Result<Device> {
+    Ok(Device {
         token: token.section("device")?,
         keys: String::new(),
         expected: Vec::new(),
         environment: vec![("KRYOPTIC_CONF", token.config())],
         secret: omsign_fixtures::kryoptic::PIN,
-    };
-    let (label, module, pin) = (token.label(), module.display(), pin.display());
-    device.makes(world, &kinds, |name| {
-        format!("pkcs11:token={label};object={name}?module-path={module}&pin-source=file:{pin}")
-    })?;
-    device.pads_otherwise("pss", "rsa")?;
-    Ok(device)
-}
-
-/// Keys that ask for the PIN before every signature, made by `pkcs11-tool`: kind as it calls it, and algorithm. `tool` runs
-/// it, logged in.
-pub fn asks_always(
-    world: &World,
-    token: String,
-    tool: &dyn Fn(&[&str]) -> anyhow::Result<()>,
-    kinds: &[(&'static str, &'static str, &'static str)],
-) -> anyhow::Result<Device> {
-    let mut device =
-        Device { token, keys: String::new(), expected: Vec::new(), environment: Vec::new(), secret: PIN };
-    for (name, kind, algorithm) in kinds {
-        let make = ["--keypairgen", "--key-type", kind, "--usage-sign", "--always-auth"];
-        tool(&[&make[..], &["--label", name, "--id", &hex::encode(name)]].concat())?;
-        // OpenSC's tool cannot write all of them; a signature tells.
-        let public = world.path(&format!("{name}.pub.pem"));
-        device.keys += &key_section(name, "device", name);
-        device.expected.push(Expected { name, algorithm, public, uri: String::new() });
-    }
-    Ok(device)
+    })
 }
 
 /// A software TPM with a persistent key and a key file.
@@ -238,7 +281,7 @@ pub fn card(card: &VirtualPiv) -> anyhow::Result<Device> {
 /// The same card through a PKCS#11 module: Yubico's or OpenSC's.
 pub fn card_through(card: &VirtualPiv, module: &str, slots: &[&'static str]) -> anyhow::Result<Device> {
     card.change_pin()?;
-    let (pin, socket) = (card.pin_file(), card.socket());
+    let (pin, socket, module) = (card.pin_file(), card.socket(), debian_module(module));
     let (mut expected, mut keys) = (Vec::new(), String::new());
     for slot in slots {
         // CKA_ID as both modules number the slots.
@@ -250,19 +293,19 @@ pub fn card_through(card: &VirtualPiv, module: &str, slots: &[&'static str]) -> 
         let public = card.generate(slot, generated, &[])?;
         card.certify(slot, &public)?;
         keys += &key(slot, "device", &format!("id = \"{id}\""));
-        expected.push(Expected { name: slot, algorithm, public, uri: String::new() });
+        let uri = format!("pkcs11:slot-id=0;id=%{id}?module-path={module}&pin-source=file:{}", pin.display());
+        expected.push(Expected { name: slot, algorithm, public, uri });
     }
     Ok(Device {
         token: format!(
-            "\n[token.device]\nbackend = \"pkcs11\"\nmodule = \"{}\"\ntoken = {{ slot = 0 }}\n\
+            "\n[token.device]\nbackend = \"pkcs11\"\nmodule = \"{module}\"\ntoken = {{ slot = 0 }}\n\
              pin = {{ file = \"{}\" }}\nenv.PCSCLITE_CSOCK_NAME = \"{}\"\n",
-            debian_module(module),
             pin.display(),
             socket.display()
         ),
         keys,
         expected,
-        environment: Vec::new(),
+        environment: vec![("PCSCLITE_CSOCK_NAME", socket)],
         secret: piv::PIN,
     })
 }
@@ -294,9 +337,12 @@ pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> 
             name: "p256",
             algorithm: "ecdsa-p256-sha256",
             public: world.path("p256.pub.pem"),
-            uri: String::new(),
+            uri: format!(
+                "pkcs11:token=chip;object=p256?module-path={module}&pin-source=file:{}",
+                pin.display()
+            ),
         }],
-        environment: Vec::new(),
+        environment: vec![("TPM2_PKCS11_STORE", store), ("TPM2_PKCS11_TCTI", tcti.into())],
         secret: AUTH,
     })
 }
