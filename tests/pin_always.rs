@@ -149,6 +149,41 @@ fn softhsm_hashes() -> anyhow::Result<()> {
     hashes(&world, &soft_hsm_that_asks(&world)?)
 }
 
+/// A process that cannot go on lets a login end that is under way: otherwise nobody would know what became of it, and an
+/// operator had to come.
+#[test]
+fn another_key_fails_meanwhile() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("t"), "t")?;
+    let device = kryoptic_that_asks(&world, &token)?;
+    let login = ["--token-label", "t", "--login", "--pin", device.secret];
+    let make = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "plain", "--usage-sign"];
+    token.tool(&[&login[..], &make].concat())?;
+    let keys = ["p256", "plain"].map(|name| key_section(name, "device", name)).concat();
+    let proxy = world.proxy()?;
+    let section = proxy.before(&(device.token + "sessions = 2\n"))?;
+    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
+    let signs = |key: &str, signature: &str| {
+        world.omsign(&["sign", "agent.toml", "--key", key, "--signature", signature])
+    };
+    eventually("the key", || Ok(signs("plain", "plain.sig")?.status.success()))?;
+    let logins = proxy.calls("C_Login");
+    proxy.set("C_Login 0 700\nC_Sign 32 0\n")?;
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| signs("p256", "p256.sig"));
+        eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
+        ensure!(signs("plain", "plain.sig")?.status.code() == Some(2), "it did not fail");
+        proxy.set("")?;
+        asks.join().expect("it does not panic").map(drop)
+    })?;
+    eventually("both again", || {
+        Ok(signs("plain", "plain.sig")?.status.success() && signs("p256", "p256.sig")?.status.success())
+    })?;
+    let log = agent.log()?;
+    ensure!(log.contains("the token cannot go on") && !log.contains("while logging in"), "{log}");
+    Ok(())
+}
+
 /// SoftHSM 2.6 does not hash for ECDSA, which the agent says; its other key is served.
 #[test]
 fn where_it_cannot_be() -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ mod held;
 pub(crate) mod task;
 pub(crate) mod wire;
 
+use std::cell::Cell;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -78,6 +79,7 @@ pub fn run() -> io::Result<()> {
             writer: Mutex::new(Writer { socket, held: Vec::new() }),
             // Others could take the requests that one thread counts on.
             holds: signers.len() == 1,
+            login: Mutex::new(()),
             over: AtomicBool::new(false),
         };
         std::thread::scope(|scope| {
@@ -105,6 +107,8 @@ struct Shared<'a> {
     writer: Mutex<Writer>,
     /// Whether answers may be held back.
     holds: bool,
+    /// Held while the device is offered a PIN.
+    login: Mutex<()>,
     /// A key is another than before: nothing more is begun.
     over: AtomicBool,
 }
@@ -211,14 +215,22 @@ impl Shared<'_> {
                     return;
                 }
             }
+            let login = Cell::new(None);
             let notify = |doing: Doing<'_>| {
                 // When the agent is gone, the next read says so.
                 let _ = match doing {
                     Doing::AwaitsTouch(message) => {
                         no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
                     }
-                    Doing::LogsIn => self.say(&Answer::logs_in(id, true)),
-                    Doing::LoggedIn => self.say(&Answer::logs_in(id, false)),
+                    Doing::LogsIn => {
+                        login.set(self.login.lock().ok());
+                        self.say(&Answer::logs_in(id, true))
+                    }
+                    Doing::LoggedIn => {
+                        let said = self.say(&Answer::logs_in(id, false));
+                        login.set(None);
+                        said
+                    }
                 };
             };
             let (outcome, content) = match asked {
@@ -347,6 +359,8 @@ impl Shared<'_> {
 
     fn die(&self, failure: &Failure) -> ! {
         tracing::warn!(reason = %failure, "the token cannot go on; this process ends");
+        // A PIN that is on its way is answered first: what became of it, nobody would know.
+        let _login = self.login.lock();
         // Other threads may be inside the module, where C_Finalize or an exit handler would crash or hang.
         let _ = kill_process(getpid(), Signal::KILL);
         std::process::abort()
