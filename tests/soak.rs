@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::fault_proxy::FaultProxy;
-use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::kryoptic::{self, Kryoptic};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, eventually, under};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::forge::pae;
 use omsign_tests::mishaps::Mishaps;
 use omsign_tests::random::Random;
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
@@ -22,8 +24,8 @@ use openssl::pkey::{PKey, Public};
 use tonic::Code;
 
 /// The keys: one that nothing happens to, one that is on a token that fails and on one that does not, and one on each
-/// device that fails.
-const KEYS: [&str; 6] = ["calm", "pair", "hsm", "kry", "tpm", "card"];
+/// device that fails, and one more on `kry` that asks for the PIN each time.
+const KEYS: [&str; 7] = ["calm", "pair", "hsm", "kry", "each", "tpm", "card"];
 
 /// So many of them never fail, but for a full disk.
 const CALM: usize = 2;
@@ -56,12 +58,18 @@ async fn client(
     while !seen.over.load(Ordering::Relaxed) {
         round += 1;
         let id = u128::from(number) << 64 | u128::from(round);
+        let statement = id.to_be_bytes().to_vec();
+        let pae = pae(&statement);
         let digest = match key.group().degree() {
-            384 => openssl::sha::sha384(&id.to_be_bytes()).to_vec(),
-            _ => openssl::sha::sha256(&id.to_be_bytes()).to_vec(),
+            384 => openssl::sha::sha384(&pae).to_vec(),
+            _ => openssl::sha::sha256(&pae).to_vec(),
         };
+        let mut request = request(name, id, &digest);
+        if *name == "each" {
+            request.content = Some(Content::Statement(statement));
+        }
         let full = seen.full.load(Ordering::SeqCst);
-        let answer = sign(&mut channel, request(name, id, &digest), Duration::from_secs(4)).await;
+        let answer = sign(&mut channel, request, Duration::from_secs(4)).await;
         let count = match &answer {
             Ok(signed) => {
                 let right = EcdsaSig::from_der(&signed.signature)?.verify(&digest, &key)?;
@@ -98,8 +106,8 @@ fn unlock(world: &World, seen: &Seen) -> anyhow::Result<usize> {
     let mut unlocked = 0;
     for (key, locked) in KEYS.iter().zip(&seen.locked) {
         if locked.swap(false, Ordering::Relaxed) {
-            // Both are named alike.
-            world.omsign(&["agent", "unlock", key])?;
+            // But for this one, they are named as their tokens.
+            world.omsign(&["agent", "unlock", if *key == "each" { "kry" } else { *key }])?;
             unlocked += 1;
         }
     }
@@ -123,6 +131,20 @@ fn signs(world: &World, key: &str) -> anyhow::Result<bool> {
     Ok(world.omsign(&["sign", "agent.toml", "--key", key, "--signature", &name])?.status.success())
 }
 
+/// Makes the key `each`; returns a file with its public half.
+fn asks_each_time(kry: &Kryoptic) -> anyhow::Result<PathBuf> {
+    let login = ["--token-label", kry.label(), "--login", "--pin", kryoptic::PIN];
+    let key = ["--label", "each", "--id", "05"];
+    let make = ["--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign", "--always-auth"];
+    kry.tool(&[&login[..], &make, &key].concat())?;
+    let (der, pem) = (kry.config().with_extension("der"), kry.public_key("each"));
+    kry.tool(
+        &[&["--read-object", "--type", "pubkey", "--output-file", &text(&der)][..], &login, &key].concat(),
+    )?;
+    std::fs::write(&pem, PKey::public_key_from_der(&std::fs::read(der)?)?.public_key_to_pem()?)?;
+    Ok(pem)
+}
+
 #[test]
 fn every_fault_at_random() -> anyhow::Result<()> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
@@ -141,11 +163,13 @@ fn every_fault_at_random() -> anyhow::Result<()> {
     let mut chip = SwTpm::create(&world.path("tpm"))?;
     let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
+    let each = asks_each_time(&kry)?;
     let public = [
         calm.public_key("calm"),
         soft.public_key("hsm"),
         soft.public_key("hsm"),
         kry.generate("kry")?,
+        each,
         chip.guarded_key("tpm", 0x8100_0010, AUTH)?,
         card.generate("9a", "ECCP256", &[])?,
     ];
@@ -166,6 +190,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         + &key_section("pair", "hsm", "hsm").replace("token = \"hsm\"", "token = [\"hsm\", \"spare\"]")
         + &kry_proxy.before(&(kry.section("kry")? + "timeout = \"1s\"\nsessions = 2\n"))?
         + &key_section("kry", "kry", "kry")
+        + &key_section("each", "kry", "each")
         + &(chip.section("tpm") + "timeout = \"1s\"\n")
         + &key_on("tpm", "tpm", "handle = \"0x81000010\"")
         + &(card.section("card") + "timeout = \"1s\"\n")
@@ -185,9 +210,21 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         .collect();
     let certificates = Mishaps::certificates(&world, &soft)?;
     let full = Arc::clone(&seen.full);
-    let (random, others_pins) = (Random(seed), 0);
-    let mut mishaps =
-        Mishaps { world, agent, soft, proxies, chip, card, random, full, others_pins, certificates };
+    let (random, wrong_pins, tries) = (Random(seed), 0, [0; 2]);
+    let mut mishaps = Mishaps {
+        world,
+        agent,
+        soft,
+        kry,
+        proxies,
+        chip,
+        card,
+        random,
+        full,
+        wrong_pins,
+        tries,
+        certificates,
+    };
     let (started, mut done, mut unlocked) = (Instant::now(), Vec::new(), 0);
     while started.elapsed() < lasts && !clients.iter().any(|client| client.is_finished()) {
         done.push(mishaps.happen().with_context(|| format!("seed {seed}, after {done:?}"))?);
@@ -215,16 +252,17 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         "{signed:?} {failed:?}"
     );
     ensure!(others.iter().all(|count| *count > 0), "nothing went wrong: {failed:?}");
-    let Mishaps { agent, proxies, chip, card, others_pins, .. } = mishaps;
-    let (tries, wrong) = (chip.failed_tries()?, card.wrong_pins() - others_pins);
-    ensure!(tries == 0 && wrong == 0, "{tries} wrong authorization values; {wrong} wrong PINs");
-    // Every login that was refused was one with the wrong PIN of that mishap, once.
-    let wrong = done.iter().filter(|name| **name == "the PIN is wrong").count();
-    let [tries, kry_tries] = proxies.each_ref().map(FaultProxy::tries);
+    let Mishaps { agent, proxies, chip, card, wrong_pins, tries: [wrong, kry_wrong], .. } = mishaps;
+    let (values, pins) = (chip.failed_tries()?, card.wrong_pins());
     ensure!(
-        tries <= wrong && kry_tries == 0,
-        "{tries} tries of the PIN, {wrong} times it was wrong; {kry_tries}"
+        values == 0 && pins == wrong_pins,
+        "{values} wrong authorization values; {pins}, not {wrong_pins}"
     );
+    // Every login that was refused was one with the wrong PIN of that mishap, once. A key that asks for it each time logs
+    // in more often.
+    let [proxy, kry_proxy] = &proxies;
+    let (tries, kry_tries) = (proxy.tries(), kry_proxy.refused_pins());
+    ensure!(tries <= wrong && kry_tries <= kry_wrong, "{tries}, not {wrong}; {kry_tries}, not {kry_wrong}");
     for (proxy, before) in proxies.iter().zip(sessions) {
         eventually("as many sessions as before", || Ok(proxy.sessions() <= before))
             .with_context(|| format!("before {before}, now {}", proxy.sessions()))?;

@@ -1,17 +1,20 @@
 //! What goes wrong in the soak: everything that may happen to a token, a TPM, a card, the disk and the machine.
 
+mod chips;
+mod tokens;
+
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use omsign_fixtures::ca::Ca;
+use anyhow::Context as _;
 use omsign_fixtures::fault_proxy::FaultProxy;
-use omsign_fixtures::piv::{self, Faults, VirtualPiv};
-use omsign_fixtures::softhsm::{PIN, SoftHsm};
-use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::piv::{Faults, VirtualPiv};
+use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::swtpm::SwTpm;
 use omsign_fixtures::write_private;
 use rustix::process::Signal;
 
@@ -20,7 +23,7 @@ use crate::random::Random;
 use crate::world::{World, text};
 
 /// What PKCS#11 modules answer and do (PKCS#11 v3.1, 5.1), by the function that it happens in.
-const MODULE: [&str; 27] = [
+const MODULE: [&str; 31] = [
     "C_Sign 32 0",         // CKR_DEVICE_REMOVED
     "C_Sign 30 0",         // CKR_DEVICE_ERROR
     "C_Sign 31 0",         // CKR_DEVICE_MEMORY
@@ -48,6 +51,11 @@ const MODULE: [&str; 27] = [
     "C_Initialize 0 60000", // hangs when it is opened
     "C_Login 0 60000",      // in the login, when it may have counted a try
     "C_Login 5 0",          // the same
+    // Keys that ask for the PIN each time.
+    "C_SignUpdate b3 0", // CKR_SESSION_HANDLE_INVALID
+    "C_SignFinal 30 0",  // CKR_DEVICE_ERROR
+    "C_SignFinal 0 60000",
+    "C_SignFinal segv 0",
 ];
 
 /// Longer than any token's time-out in the soak.
@@ -56,7 +64,7 @@ const HANG: Duration = Duration::from_millis(1500);
 type Mishap = fn(&mut Mishaps, Duration) -> anyhow::Result<()>;
 
 /// What else happens, and what it is called.
-const OTHERS: [(&str, Mishap); 23] = [
+const OTHERS: [(&str, Mishap); 30] = [
     ("a process is killed", |all, _| all.one_process_gets(Signal::KILL)),
     ("a process is stopped", |all, _| all.one_process_gets(Signal::STOP)),
     ("the TPM is switched off and on", Mishaps::tpm_off),
@@ -86,7 +94,14 @@ const OTHERS: [(&str, Mishap); 23] = [
     ("a key is deleted", Mishaps::key_deleted),
     ("a token is initialised anew", Mishaps::token_anew),
     ("a certificate is swapped", Mishaps::certificate_swapped),
-    ("the PIN is wrong", Mishaps::pin_wrong),
+    ("a PIN is wrong", Mishaps::hsm_told_wrong),
+    ("kryoptic's PIN is wrong", Mishaps::kry_told_wrong),
+    ("one try of kryoptic's PIN is left", |all, pause| all.kry_pin(pause, 9)),
+    ("kryoptic's PIN is blocked", |all, pause| all.kry_pin(pause, 12)),
+    ("kryoptic is removed", Mishaps::kry_removed),
+    ("the TPM has no room", Mishaps::tpm_full),
+    ("the TPM's authorization value is wrong", Mishaps::tpm_value_wrong),
+    ("the card's PIN is wrong", Mishaps::card_told_wrong),
     ("the audit log's disk is full", Mishaps::disk_full),
     ("the machine sleeps", Mishaps::machine_sleeps),
 ];
@@ -99,7 +114,9 @@ pub struct Mishaps {
     pub agent: Agent,
     /// The token `hsm`. A certificate is all that tells of the public half of its key `hsm`.
     pub soft: SoftHsm,
-    /// In front of it, and of the token `kry`.
+    /// The token `kry`, of which one key asks for the PIN each time.
+    pub kry: Kryoptic,
+    /// In front of these two.
     pub proxies: [FaultProxy; 2],
     /// The token `tpm`.
     pub chip: SwTpm,
@@ -109,8 +126,10 @@ pub struct Mishaps {
     pub random: Random,
     /// Odd while the disk is full.
     pub full: Arc<AtomicU64>,
-    /// Wrong PINs that the card was given, and not by the agent.
-    pub others_pins: usize,
+    /// Wrong PINs that the card was given: by others, and by the agent when it was told a wrong one.
+    pub wrong_pins: usize,
+    /// PINs that the tokens `hsm` and `kry` may have refused, each when it was told a wrong one or when it was locked.
+    pub tries: [usize; 2],
     /// Where the certificates are that the token has and is given.
     pub certificates: [PathBuf; 2],
 }
@@ -139,9 +158,9 @@ impl Mishaps {
         Ok(hosts)
     }
 
-    fn is_ready(&self, token: &str) -> anyhow::Result<bool> {
+    fn is(&self, token: &str, state: &str) -> anyhow::Result<bool> {
         let status = self.world.omsign_ok(&["agent", "status"])?;
-        Ok(status.contains(&format!("token {token}: ready")))
+        Ok(status.contains(&format!("token {token}: {state}")))
     }
 
     fn kill(&self, token: &str) -> anyhow::Result<()> {
@@ -166,7 +185,7 @@ impl Mishaps {
         let (token, proxy) = if self.random.below(2) == 0 { ("hsm", hsm) } else { ("kry", kry) };
         // What fails when a token is opened fails when its process has to be replaced. A locked one has none.
         let opens = !fault.starts_with("C_Sign");
-        if opens && !self.is_ready(token)? {
+        if opens && !self.is(token, "ready")? {
             return Ok("nothing: the token is not open");
         }
         proxy.set(fault)?;
@@ -179,169 +198,6 @@ impl Mishaps {
         std::thread::sleep(pause);
         proxy.set("")?;
         Ok(fault)
-    }
-
-    /// It counts a cut while a guarded key is in use as a wrong value, and lets nobody in after a few.
-    fn forgive(&self, allowed: u32) -> anyhow::Result<()> {
-        let counted = self.chip.failed_tries()?;
-        ensure!(
-            counted <= allowed,
-            "the TPM was given {counted} wrong values, of which {allowed} are others'"
-        );
-        self.chip.tool("tpm2_dictionarylockout", |tool| {
-            tool.arg("-c");
-        })
-    }
-
-    fn tpm_off(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.chip.kill()?;
-        std::thread::sleep(pause);
-        ensure!(self.chip.start()?, "the TPM's port is taken");
-        self.forgive(1)
-    }
-
-    fn tpm_reset(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.chip.reset()?;
-        std::thread::sleep(pause);
-        // Whoever is first starts it.
-        let _ = self.chip.tool("tpm2_startup", |tool| {
-            tool.arg("-c");
-        });
-        self.forgive(1)
-    }
-
-    fn tpm_still(&mut self, pause: Duration) -> anyhow::Result<()> {
-        signal(self.chip.swtpm()?, Signal::STOP)?;
-        std::thread::sleep(pause);
-        signal(self.chip.swtpm()?, Signal::CONT)
-    }
-
-    /// It comes from the same seed: the same key, put back.
-    fn tpm_key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.chip.tool("tpm2_evictcontrol", |tool| {
-            tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
-        })?;
-        self.kill("tpm")?;
-        std::thread::sleep(pause);
-        // Whoever opens a simulator clears it of what others have loaded, and the agent may look for the key just now.
-        eventually("its key", || Ok(self.chip.put_back("tpm", 0x8100_0010).is_ok()))
-    }
-
-    fn tpm_lockout(&mut self, pause: Duration) -> anyhow::Result<()> {
-        let (digest, unread) = (self.world.write("digest", [7; 32])?, self.world.path("unread"));
-        // Three wrong values are all that it counts; then it takes no right one either.
-        for value in ["wrong", "wrong", "wrong", AUTH] {
-            let refused = self.chip.tool("tpm2_sign", |tool| {
-                tool.args(["-Q", "-c", "0x81000010", "-p", value, "-g", "sha256", "-d", "-o"]);
-                tool.arg(&unread).arg(&digest);
-            });
-            ensure!(refused.is_err(), "a value was taken");
-        }
-        std::thread::sleep(pause);
-        self.forgive(3)
-    }
-
-    fn card_pulled(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.card.unplug();
-        std::thread::sleep(pause);
-        self.card.plug();
-        Ok(())
-    }
-
-    fn card_does(&mut self, pause: Duration, faults: Faults) -> anyhow::Result<()> {
-        self.card.set(faults);
-        std::thread::sleep(pause);
-        self.card.set(Faults::default());
-        Ok(())
-    }
-
-    /// Somebody else enters wrong PINs. Three block it until somebody comes with the PUK.
-    fn card_pin(&mut self, pause: Duration, wrong: usize) -> anyhow::Result<()> {
-        self.card.enter_wrong_pins(wrong);
-        self.others_pins += wrong;
-        self.kill("card")?;
-        std::thread::sleep(pause);
-        // It may have been low before.
-        let left = usize::from(self.card.pin_tries()?);
-        ensure!(left <= 3 - wrong, "{left} tries are left after {wrong} wrong PINs");
-        if left == 0 {
-            self.card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
-        }
-        Ok(())
-    }
-
-    fn pcscd_ends(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.card.kill_service()?;
-        std::thread::sleep(pause);
-        self.card.start_service()
-    }
-
-    /// Takes the objects of the token away: for whoever looks, its keys are deleted.
-    fn key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
-        let mut objects = Vec::new();
-        for directory in std::fs::read_dir(self.soft.tokens())? {
-            for file in std::fs::read_dir(directory?.path())? {
-                let file = file?.path();
-                // The token itself has its PINs in one.
-                let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                if name.ends_with(".object") && name != "token.object" {
-                    objects.push(file);
-                }
-            }
-        }
-        ensure!(!objects.is_empty(), "no key to delete");
-        let away = |file: &Path| file.with_extension("away");
-        objects.iter().try_for_each(|file| std::fs::rename(file, away(file)))?;
-        self.kill("hsm")?;
-        std::thread::sleep(pause);
-        Ok(objects.iter().try_for_each(|file| std::fs::rename(away(file), file))?)
-    }
-
-    /// One of the same name without keys takes its place.
-    fn token_anew(&mut self, pause: Duration) -> anyhow::Result<()> {
-        let away = self.world.path("away");
-        std::fs::rename(self.soft.tokens(), &away)?;
-        std::fs::create_dir(self.soft.tokens())?;
-        self.soft.initialise()?;
-        self.kill("hsm")?;
-        std::thread::sleep(pause);
-        std::fs::rename(self.soft.tokens(), self.world.path("anew"))?;
-        std::fs::rename(&away, self.soft.tokens())?;
-        Ok(std::fs::remove_dir_all(self.world.path("anew"))?)
-    }
-
-    fn certificate_swapped(&mut self, pause: Duration) -> anyhow::Result<()> {
-        let becomes = |file: &Path| {
-            let id = hex::encode("hsm");
-            self.soft.tool(&["--delete-object", "--type", "cert", "--label", "hsm"])?;
-            let write = ["--write-object", &text(file), "--type", "cert", "--label", "hsm", "--id", &id];
-            self.soft.tool(&write)
-        };
-        let [own, others] = &self.certificates;
-        becomes(others)?;
-        self.kill("hsm")?;
-        std::thread::sleep(pause);
-        becomes(own)
-    }
-
-    /// What the token has, and another that says nothing of its key.
-    pub fn certificates(world: &World, soft: &SoftHsm) -> anyhow::Result<[PathBuf; 2]> {
-        let own = world.path("own.der");
-        soft.tool(&["--read-object", "--type", "cert", "--label", "hsm", "--output-file", &text(&own)])?;
-        Ok([own, world.write("others.der", Ca::create("Others")?.certificate.to_der()?)?])
-    }
-
-    /// For a token that is open: one that is locked already is offered none.
-    fn pin_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        if !self.is_ready("hsm")? {
-            return Ok(());
-        }
-        let [hsm, _] = &self.proxies;
-        let logins = hsm.calls("C_Login");
-        write_private(&self.soft.pin_file(), b"wrong-pin-5714\n")?;
-        self.kill("hsm")?;
-        eventually("the PIN's refusal", || Ok(hsm.calls("C_Login") > logins))?;
-        write_private(&self.soft.pin_file(), format!("{PIN}\n").as_bytes())
     }
 
     fn disk_full(&mut self, pause: Duration) -> anyhow::Result<()> {
@@ -375,4 +231,17 @@ impl Mishaps {
         }
         Ok(())
     }
+}
+
+/// Has a token that is open be opened with a wrong secret; one that is locked already is offered none. Whether it was.
+fn told_wrong(all: &Mishaps, token: &str, file: &Path, wrong: &[u8]) -> anyhow::Result<bool> {
+    if !all.is(token, "ready")? {
+        return Ok(false);
+    }
+    let right = std::fs::read(file)?;
+    write_private(file, wrong)?;
+    all.kill(token)?;
+    eventually("its refusal", || all.is(token, "locked"))?;
+    write_private(file, &right)?;
+    Ok(true)
 }

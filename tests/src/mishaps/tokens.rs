@@ -1,0 +1,101 @@
+//! What may happen to a PKCS#11 token.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::ensure;
+use omsign_fixtures::ca::Ca;
+use omsign_fixtures::softhsm::SoftHsm;
+
+use super::{Mishaps, told_wrong};
+use crate::world::{World, text};
+
+impl Mishaps {
+    /// Takes the objects of the token away: for whoever looks, its keys are deleted.
+    pub(super) fn key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let mut objects = Vec::new();
+        for directory in std::fs::read_dir(self.soft.tokens())? {
+            for file in std::fs::read_dir(directory?.path())? {
+                let file = file?.path();
+                // The token itself has its PINs in one.
+                let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                if name.ends_with(".object") && name != "token.object" {
+                    objects.push(file);
+                }
+            }
+        }
+        ensure!(!objects.is_empty(), "no key to delete");
+        let away = |file: &Path| file.with_extension("away");
+        objects.iter().try_for_each(|file| std::fs::rename(file, away(file)))?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        Ok(objects.iter().try_for_each(|file| std::fs::rename(away(file), file))?)
+    }
+
+    /// One of the same name without keys takes its place.
+    pub(super) fn token_anew(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let away = self.world.path("away");
+        std::fs::rename(self.soft.tokens(), &away)?;
+        std::fs::create_dir(self.soft.tokens())?;
+        self.soft.initialise()?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        std::fs::rename(self.soft.tokens(), self.world.path("anew"))?;
+        std::fs::rename(&away, self.soft.tokens())?;
+        Ok(std::fs::remove_dir_all(self.world.path("anew"))?)
+    }
+
+    pub(super) fn certificate_swapped(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let becomes = |file: &Path| {
+            let id = hex::encode("hsm");
+            self.soft.tool(&["--delete-object", "--type", "cert", "--label", "hsm"])?;
+            let write = ["--write-object", &text(file), "--type", "cert", "--label", "hsm", "--id", &id];
+            self.soft.tool(&write)
+        };
+        let [own, others] = &self.certificates;
+        becomes(others)?;
+        self.kill("hsm")?;
+        std::thread::sleep(pause);
+        becomes(own)
+    }
+
+    /// What the token has, and another that says nothing of its key.
+    pub fn certificates(world: &World, soft: &SoftHsm) -> anyhow::Result<[PathBuf; 2]> {
+        let own = world.path("own.der");
+        soft.tool(&["--read-object", "--type", "cert", "--label", "hsm", "--output-file", &text(&own)])?;
+        Ok([own, world.write("others.der", Ca::create("Others")?.certificate.to_der()?)?])
+    }
+
+    pub(super) fn hsm_told_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
+        let told = told_wrong(self, "hsm", &self.soft.pin_file(), b"wrong-pin-5714\n")?;
+        self.tries[0] += usize::from(told);
+        Ok(())
+    }
+
+    pub(super) fn kry_told_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
+        let told = told_wrong(self, "kry", &self.kry.pin_file(), b"wrong-pin-5714\n")?;
+        self.tries[1] += usize::from(told);
+        Ok(())
+    }
+
+    /// Somebody else enters wrong PINs, of which it takes ten; then somebody comes with the security officer's.
+    pub(super) fn kry_pin(&mut self, pause: Duration, wrong: usize) -> anyhow::Result<()> {
+        let list = ["--login", "--pin", "not-the-pin-6", "--token-label", self.kry.label(), "--list-objects"];
+        for _ in 0..wrong {
+            ensure!(self.kry.tool(&list).is_err(), "a wrong PIN was taken");
+        }
+        // A key that asks for the PIN each time may have offered it just now.
+        self.tries[1] += 1;
+        self.kill("kry")?;
+        std::thread::sleep(pause);
+        self.kry.set_pin()
+    }
+
+    pub(super) fn kry_removed(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let away = self.world.path("kry-away");
+        std::fs::rename(self.kry.store(), &away)?;
+        self.kill("kry")?;
+        std::thread::sleep(pause);
+        Ok(std::fs::rename(&away, self.kry.store())?)
+    }
+}
