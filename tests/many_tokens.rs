@@ -7,12 +7,15 @@ use anyhow::ensure;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
+use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, eventually, freeze, refused, signal};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::forge::pae;
 use omsign_tests::operator::{does, refuses};
 use omsign_tests::world::{World, key, key_section, text, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
+use openssl::rsa::{Padding, Rsa};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -191,6 +194,46 @@ fn both_are_made_anew() -> anyhow::Result<()> {
         Ok(agent.log()?.contains("hold another key than before, all the same one"))
     })?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(sign_all(world, 1, 64))
+}
+
+/// One token takes digests, and the other hashes: its key asks for the PIN each time. Each is given what it takes.
+#[test]
+fn one_of_them_hashes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let key = Rsa::generate(2048)?;
+    let pem = text(&world.write("key.pem", key.private_key_to_pem()?)?);
+    let mut tokens = String::new();
+    for (name, more) in [("a", None), ("b", Some("--always-auth"))] {
+        let token = SoftHsm::create(&world.path(name), name)?;
+        let write =
+            ["--write-object", &pem, "--type", "privkey", "--label", "k", "--id", "01", "--usage-sign"];
+        token.tool(&write.into_iter().chain(more).collect::<Vec<_>>())?;
+        tokens += &token_section(name, &token, "");
+    }
+    let _agent = Agent::start(&world, &(world.listen() + &tokens + &on_both()))?;
+    eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
+    let statement = b"{}".to_vec();
+    let digest = openssl::sha::sha256(&pae(&statement));
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        for id in 0..8 {
+            let mut request = request("k", id, &digest);
+            if id % 4 < 2 {
+                request.content = Some(Content::Statement(statement.clone()));
+            }
+            let signed = sign(&mut client, request, SECOND * 10).await?;
+            let mut padded = vec![0; 256];
+            key.public_decrypt(&signed.signature, &mut padded, Padding::PKCS1)?;
+            ensure!(padded.windows(32).any(|window| window == digest), "{id}: another digest");
+        }
+        Ok(())
+    })?;
+    let audit = world.audit()?;
+    ensure!(audit.iter().all(|line| line["digest"] == hex::encode(digest)), "{audit:?}");
+    for token in ["a", "b"] {
+        ensure!(audit.iter().any(|line| line["token"] == token), "{token} signed nothing: {audit:?}");
+    }
+    Ok(())
 }
 
 /// The next key is made on each by hand; then it is named, and takes its place.

@@ -222,7 +222,7 @@ fn sessions_as_many_as_the_token_allows() -> anyhow::Result<()> {
         let _agent = Agent::start(&world, &config)?;
         world.model()?;
         world.omsign_ok(&["sign", "model", "--key", "k"])?;
-        ensure!(proxy.calls("C_OpenSession") == opened, "{most}: {}", proxy.calls("C_OpenSession"));
+        ensure!(proxy.sessions() == opened, "{most}: {}", proxy.sessions());
     }
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;

@@ -1,7 +1,10 @@
 //! Keys that ask for the PIN before every signature (CKA_ALWAYS_AUTHENTICATE): the agent gives it each time, and what goes
 //! wrong in between costs no try.
 
+use std::process::Output;
+
 use anyhow::ensure;
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{PIN, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
@@ -72,28 +75,17 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
             },
         )
     };
-    // Nobody knows what became of a PIN that was not answered, and the next process does not find it out.
-    login(
-        "hangs in the login",
-        (Sees::Unavailable, HANG),
-        &|| proxy.set("C_Login 0 600000\n"),
-        &|| proxy.set(""),
-        &mut lab,
-    )?;
-    login(
-        "crashes in the login",
-        (Sees::Unavailable, AT_ONCE),
-        &|| proxy.set("C_Login segv 0\n"),
-        &|| proxy.set(""),
-        &mut lab,
-    )?;
-    login(
-        "a vendor's answer",
-        locked.clone(),
-        &|| proxy.set("C_Login 80000001 0\n"),
-        &|| proxy.set(""),
-        &mut lab,
-    )?;
+    // Nobody knows what became of a PIN that was not answered, and the next process does not find it out; nor is one
+    // forgotten that was refused, whatever fails then, or what a fresh session would heal otherwise.
+    for (row, sees, lines) in [
+        ("hangs in the login", (Sees::Unavailable, HANG), "C_Login 0 600000\n"),
+        ("crashes in the login", (Sees::Unavailable, AT_ONCE), "C_Login segv 0\n"),
+        ("a vendor's answer", locked.clone(), "C_Login 80000001 0\n"),
+        ("canceled", locked.clone(), "C_Login 50 0\n"),
+        ("refused, and then no session", locked.clone(), "C_Login a0 0\nC_OpenSession 30 0\n"),
+    ] {
+        login(row, sees, &|| proxy.set(lines), &|| proxy.set(""), &mut lab)?;
+    }
     let change = |from: &str, to: &str| card.tool(&["-a", "change-pin", "-P", from, "-N", to]).map(drop);
     login("the PIN is changed", locked, &|| change(PIN, "86420975"), &|| change("86420975", PIN), &mut lab)?;
     ensure!(card.wrong_pins() == 1, "{} wrong PINs", card.wrong_pins());
@@ -149,35 +141,90 @@ fn softhsm_hashes() -> anyhow::Result<()> {
     hashes(&world, &soft_hsm_that_asks(&world)?)
 }
 
+/// A kryoptic token with one key that asks each time, `p256`, and one that does not; and its section, behind a proxy.
+fn two_keys(world: &World) -> anyhow::Result<(FaultProxy, String)> {
+    let token = Kryoptic::create(&world.path("t"), "t")?;
+    let device = kryoptic_that_asks(world, &token)?;
+    let login = ["--token-label", "t", "--login", "--pin", device.secret];
+    let make = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "a", "--usage-sign"];
+    token.tool(&[&login[..], &make].concat())?;
+    let keys = ["a", "p256"].map(|name| key_section(name, "device", name)).concat();
+    let proxy = world.proxy()?;
+    let section = proxy.before(&(device.token + "sessions = 2\n"))?;
+    Ok((proxy, section + &keys))
+}
+
+fn signs(world: &World, key: &str) -> anyhow::Result<Output> {
+    let signature = format!("{key}.sig");
+    world.omsign(&["sign", "agent.toml", "--key", key, "--signature", &signature])
+}
+
+/// A PIN for signatures that is not the one for logins. The next process would offer it again, to look for the key.
+#[test]
+fn a_pin_that_is_refused_at_the_first_signature() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (proxy, config) = two_keys(&world)?;
+    // The first is the user's, and the second is for a digest, which kryoptic does not take.
+    proxy.set("C_Login a0 0 later\n")?;
+    let agent = Agent::start(&world, &(world.listen() + &config))?;
+    eventually("the refusal", || {
+        Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked: key p256"))
+    })?;
+    for key in ["a", "p256"] {
+        ensure!(signs(&world, key)?.status.code() == Some(2));
+    }
+    ensure!(agent.hosts()?.is_empty() && proxy.calls("C_Login") == 3, "{} logins", proxy.calls("C_Login"));
+    Ok(())
+}
+
+/// Keys are looked for again, in another process, while the token does not answer a PIN.
+#[test]
+fn a_process_that_is_replaced_in_a_login() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (proxy, config) = two_keys(&world)?;
+    let missing = key_section("missing", "device", "missing");
+    let _agent = Agent::start(&world, &(world.listen() + &config + &missing))?;
+    eventually("the key", || Ok(signs(&world, "a")?.status.success()))?;
+    let logins = proxy.calls("C_Login");
+    proxy.set("C_Login 0 600000\n")?;
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| signs(&world, "p256"));
+        eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
+        does(&world, &["generate", "missing", "--type", "p256"])?;
+        eventually("its end", || {
+            Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked: while logging in"))
+        })?;
+        asks.join().expect("it does not panic").map(drop)
+    })?;
+    ensure!(proxy.calls("C_Login") == logins + 1, "{} logins", proxy.calls("C_Login") - logins);
+    proxy.set("")?;
+    world.omsign_ok(&["agent", "unlock", "device"])?;
+    ensure!(signs(&world, "missing")?.status.success() && signs(&world, "p256")?.status.success());
+    Ok(())
+}
+
 /// A process that cannot go on lets a login end that is under way: otherwise nobody would know what became of it, and an
 /// operator had to come.
 #[test]
 fn another_key_fails_meanwhile() -> anyhow::Result<()> {
     let world = World::new()?;
-    let token = Kryoptic::create(&world.path("t"), "t")?;
-    let device = kryoptic_that_asks(&world, &token)?;
-    let login = ["--token-label", "t", "--login", "--pin", device.secret];
-    let make = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "plain", "--usage-sign"];
-    token.tool(&[&login[..], &make].concat())?;
-    let keys = ["p256", "plain"].map(|name| key_section(name, "device", name)).concat();
-    let proxy = world.proxy()?;
-    let section = proxy.before(&(device.token + "sessions = 2\n"))?;
-    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
-    let signs = |key: &str, signature: &str| {
-        world.omsign(&["sign", "agent.toml", "--key", key, "--signature", signature])
-    };
-    eventually("the key", || Ok(signs("plain", "plain.sig")?.status.success()))?;
+    let (proxy, config) = two_keys(&world)?;
+    let agent = Agent::start(&world, &(world.listen() + &config))?;
+    eventually("the key", || Ok(signs(&world, "a")?.status.success()))?;
     let logins = proxy.calls("C_Login");
-    proxy.set("C_Login 0 700\nC_Sign 32 0\n")?;
+    proxy.set("C_Login 0 1500\nC_Sign 32 0\n")?;
     std::thread::scope(|scope| {
-        let asks = scope.spawn(|| signs("p256", "p256.sig"));
+        let asks = scope.spawn(|| signs(&world, "p256"));
         eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
-        ensure!(signs("plain", "plain.sig")?.status.code() == Some(2), "it did not fail");
+        let fails = scope.spawn(|| signs(&world, "a"));
+        eventually("the failure", || Ok(proxy.injected("C_Sign") > 0))?;
+        ensure!(!asks.is_finished(), "they did not overlap");
         proxy.set("")?;
+        fails.join().expect("it does not panic")?;
         asks.join().expect("it does not panic").map(drop)
     })?;
     eventually("both again", || {
-        Ok(signs("plain", "plain.sig")?.status.success() && signs("p256", "p256.sig")?.status.success())
+        Ok(signs(&world, "a")?.status.success() && signs(&world, "p256")?.status.success())
     })?;
     let log = agent.log()?;
     ensure!(log.contains("the token cannot go on") && !log.contains("while logging in"), "{log}");
@@ -199,6 +246,6 @@ fn where_it_cannot_be() -> anyhow::Result<()> {
         Ok(agent.log()?.contains("use a key without CKA_ALWAYS_AUTHENTICATE there"))
     })?;
     let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "k"])?;
-    ensure!(said.contains("takes a digest in one call only"), "{said}");
+    ensure!(said.contains("takes what it signs in one call only"), "{said}");
     world.omsign_ok(&["sign", "agent.toml", "--key", "other"]).map(drop)
 }

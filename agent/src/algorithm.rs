@@ -98,7 +98,7 @@ pub enum Padding {
     Pss,
 }
 
-/// What is signed. The two are never taken for each other.
+/// What is signed. A digest is never taken for a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// A digest of it, by the hash of the key's algorithm.

@@ -205,13 +205,26 @@ impl KeyEntry {
 
     /// Its public half, once one of its tokens was open. Where one of them hashes, all are given what that one takes.
     pub(crate) fn public(&self) -> Option<PublicKey> {
+        self.known().reduce(|first, other| PublicKey { hashes: first.hashes || other.hashes, ..first })
+    }
+
+    /// As its tokens showed it when they were open, but for those that hold another.
+    fn known(&self) -> impl Iterator<Item = PublicKey> {
         let known = |place: &Place| place.token.key(place.index).and_then(Result::ok);
-        let ours = |public: &PublicKey| self.is_ours(&public.spki.0);
-        self.places
-            .iter()
-            .filter_map(known)
-            .filter(ours)
-            .reduce(|first, other| PublicKey { hashes: first.hashes || other.hashes, ..first })
+        self.places.iter().filter_map(known).filter(|public| self.is_ours(&public.spki.0))
+    }
+
+    /// What the audit log calls this, if one of its tokens signs it, of those that were open once: callers may have asked
+    /// what it takes before the others were.
+    pub(crate) fn digest_hex(&self, content: &Content) -> Result<String, String> {
+        let mut refusal = None;
+        for public in self.known() {
+            match public.takes(content) {
+                Ok(()) => return Ok(public.digest_hex(content)),
+                Err(reason) => refusal = refusal.or(Some(reason)),
+            }
+        }
+        refusal.map_or_else(|| Ok(content.hex()), Err)
     }
 
     /// Whether it lives on this token.

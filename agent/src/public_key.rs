@@ -36,11 +36,31 @@ impl PublicKey {
         }
     }
 
-    /// What it signs of this. Another token of the same key may take messages where this one takes digests.
-    pub(crate) fn fit(&self, content: &Content) -> Result<Content, String> {
+    /// Whether it can sign this: a message always, which it may take the digest of.
+    pub(crate) fn takes(&self, content: &Content) -> Result<(), String> {
         match content {
-            Content::Message(message) => Ok(self.content(message)),
-            Content::Digest(_) => self.bytes(content).map(|_| content.clone()),
+            Content::Message(_) => Ok(()),
+            Content::Digest(_) => self.bytes(content).map(drop),
+        }
+    }
+
+    /// What it signs of this.
+    pub(crate) fn fit(&self, content: &Content) -> Result<Content, String> {
+        self.takes(content)?;
+        Ok(match content {
+            Content::Message(message) => self.content(message),
+            digest => digest.clone(),
+        })
+    }
+
+    /// What the audit log calls this, hexadecimal: the digest by the key's own hash, also of a message; by SHA-256 where the
+    /// key has none.
+    pub(crate) fn digest_hex(&self, content: &Content) -> String {
+        match content {
+            Content::Message(message) if !self.algorithm.signs_messages() => {
+                self.algorithm.content(message).hex()
+            }
+            content => content.hex(),
         }
     }
 }
@@ -63,5 +83,6 @@ mod tests {
         assert_eq!(plain.fit(&message).as_ref(), Ok(&digest));
         assert_eq!(hashing.fit(&message).as_ref(), Ok(&message));
         assert!(hashing.fit(&digest).is_err());
+        assert_eq!(hashing.digest_hex(&message), digest.hex());
     }
 }

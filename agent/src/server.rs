@@ -127,18 +127,16 @@ impl AgentService for Service {
             return Err(Status::invalid_argument(format!("context is longer than {CONTEXT_BYTES} bytes")));
         }
         let content = content(request.content)?;
+        let digest_hex = key.digest_hex(&content).map_err(Status::invalid_argument)?;
         let authorised = Authorised {
             identity: Arc::clone(&caller),
             rule: rule.name.clone(),
             key: Arc::clone(&key.name),
             request_id: hex::encode(id),
-            digest_hex: content.hex(),
+            digest_hex,
             content,
             context: request.context,
         };
-        if let Some(public) = key.public() {
-            public.bytes(&authorised.content).map_err(Status::invalid_argument)?;
-        }
         let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
             Begin::Conflict => {
                 return Err(Status::already_exists(

@@ -31,7 +31,7 @@ pub(crate) enum Doing<'a> {
     AwaitsTouch(&'a str),
     /// The PIN is offered now. Whatever happens before `LoggedIn` may have cost a try.
     LogsIn,
-    /// The PIN was answered.
+    /// It was right, or did not get as far as the device.
     LoggedIn,
 }
 

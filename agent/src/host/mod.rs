@@ -242,6 +242,7 @@ impl Shared<'_> {
                     (self.device.operate(&task, &notify).map(wire::done), None)
                 }
             };
+            login.set(None);
             let took = started.elapsed();
             // A PIN that was refused now is offered to nobody who waits: this process ends before they can ask.
             let ends = outcome.as_ref().is_err_and(Failure::ends_process);

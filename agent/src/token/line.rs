@@ -186,7 +186,7 @@ impl Host {
         self.pending().waiting.is_empty()
     }
 
-    /// Whether it offers its device a PIN, so that nobody knows what became of that when it ends now.
+    /// Whether it has offered its device a PIN that was not taken yet: it may have cost a try.
     pub(super) fn logs_in(&self) -> bool {
         !self.pending().logging_in.is_empty()
     }
@@ -198,15 +198,15 @@ impl Host {
 
     pub(super) fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
-        pending.last_answer = Some(Instant::now());
-        match answer.login {
-            Some(true) => pending.logging_in.insert(answer.id),
-            Some(false) => pending.logging_in.remove(&answer.id),
-            None => false,
-        };
-        if answer.login.is_some() {
+        if let Some(now) = answer.login {
+            if now {
+                pending.logging_in.insert(answer.id);
+            } else {
+                pending.logging_in.remove(&answer.id);
+            }
             return;
         }
+        pending.last_answer = Some(Instant::now());
         if answer.task_s > 0 {
             pending.allow(answer.id, Duration::from_secs(answer.task_s.into()));
             return;

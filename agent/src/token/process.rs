@@ -273,13 +273,22 @@ impl Process {
                 None => std::future::pending().await,
             }
         };
+        tokio::pin!(read);
         let end = tokio::select! {
-            end = write => end,
-            result = read => match result {
+            biased;
+            result = &mut read => match result {
                 Ok(reason) => End::Locked(reason),
                 Err(error) => End::Died(ended(&error)),
             },
-            reason = watch => End::Died(reason),
+            reason = watch => {
+                // What it says until it is dead counts, too.
+                let _ = self.child.start_kill();
+                match timeout(GRACE, &mut read).await {
+                    Ok(Ok(refused)) => End::Locked(refused),
+                    Ok(Err(_)) | Err(_) => End::Died(reason),
+                }
+            }
+            end = write => end,
             end = told => end,
             end = look_again => end,
         };
@@ -290,14 +299,17 @@ impl Process {
     }
 
     /// Sees the process off: in peace if it was told to end, by force otherwise. One that does not die even so
-    /// (a driver in the kernel) is left to the system.
-    pub(super) async fn bury(mut self, end: &End) {
+    /// (a driver in the kernel) is left to the system. Whether it ended in peace.
+    pub(super) async fn bury(mut self, end: &End) -> bool {
         if !matches!(end, End::Died(_) | End::Locked(_)) {
             // End of file tells it to close the device.
             let _ = self.socket.shutdown().await;
-            let _ = timeout(GRACE, self.child.wait()).await;
+            if timeout(GRACE, self.child.wait()).await.is_ok() {
+                return true;
+            }
         }
         let _ = timeout(GRACE, self.child.kill()).await;
+        false
     }
 }
 
@@ -321,7 +333,7 @@ fn ended(error: &io::Error) -> String {
 }
 
 /// The PIN was offered and nobody knows what became of it: no second try without an operator.
-fn while_logging_in(message: &str) -> String {
+pub(super) fn while_logging_in(message: &str) -> String {
     format!("while logging in: {message}")
 }
 

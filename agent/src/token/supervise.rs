@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::process::{End, Launch, launch, unblock};
+use super::process::{End, Launch, launch, unblock, while_logging_in};
 use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
@@ -67,7 +67,22 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         host.fail_pending("the token is being closed")
                     }
                 }
-                process.bury(&end).await;
+                let in_peace = process.bury(&end).await;
+                let unanswered = (!in_peace && host.logs_in())
+                    .then(|| while_logging_in("its process did not end when it was told to"));
+                let end = match (end, unanswered) {
+                    (End::LookAgain, Some(reason)) => End::Locked(reason),
+                    (End::Reopen(_, done), Some(reason)) => {
+                        unlocked = Some(done);
+                        End::Locked(reason)
+                    }
+                    (End::Stop(stopped), Some(reason)) => {
+                        // For the one that takes this token's place.
+                        token.refuse_source(Some(reason));
+                        End::Stop(stopped)
+                    }
+                    (end, _) => end,
+                };
                 match end {
                     End::Stop(stopped) => {
                         let _ = stopped.send(());
@@ -175,7 +190,7 @@ fn warn_of_changed_keys(token: &Token, opened: &Opened) {
     let Some(before) = before.as_ref() else { return };
     for (key, (old, new)) in token.keys.iter().zip(before.keys.iter().zip(&opened.keys)) {
         if let (Ok(old), Ok(new)) = (old, new)
-            && old != new
+            && old.spki != new.spki
         {
             tracing::warn!(token = %token.name, key = %key.name, "the key has another public half than before");
         }

@@ -38,9 +38,34 @@ pub(crate) fn holder() -> String {
         let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         // The kernel keeps fifteen bytes of a name.
         let is = |holder: &&&str| holder.get(..15).unwrap_or(holder) == name.trim();
-        if let Some(holder) = HOLDERS.iter().find(is) {
+        // One that runs for something else has not loaded it. Another user's may not be looked into.
+        let uses_cards = || {
+            std::fs::read_to_string(entry.path().join("maps"))
+                .map_or(true, |maps| maps.contains("libpcsclite"))
+        };
+        if let Some(holder) = HOLDERS.iter().find(is)
+            && uses_cards()
+        {
             found.push(format!("{holder} (process {})", entry.file_name().display()));
         }
     }
     if found.is_empty() { String::new() } else { format!(": {}", found.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_uses_no_cards_holds_none() {
+        let directory = std::env::temp_dir().join(format!("omsign-holder-{}", std::process::id()));
+        std::fs::create_dir(&directory).expect("a directory");
+        let program = directory.join("ykman");
+        std::fs::copy("/bin/sleep", &program).expect("a copy");
+        let mut ykman = std::process::Command::new(&program).arg("60").spawn().expect("it starts");
+        let named = holder();
+        ykman.kill().and_then(|()| ykman.wait()).expect("it ends");
+        std::fs::remove_dir_all(directory).expect("the directory");
+        assert!(!named.contains(&format!("(process {})", ykman.id())), "{named}");
+    }
 }

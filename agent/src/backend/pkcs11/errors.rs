@@ -18,6 +18,7 @@ pub(super) enum Recovery {
 /// Whether a fresh session and a fresh object handle may heal this.
 pub(super) fn recovery(error: &Error) -> Recovery {
     match error {
+        error if may_have_counted(error) => Recovery::None,
         Error::Pkcs11(
             RvError::ObjectHandleInvalid
             | RvError::KeyHandleInvalid
@@ -40,8 +41,8 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let class = match error {
         // cryptoki's one call for all begins anew, which takes the login back.
         error if is_in_one_call_only(error) => {
-            message += ": the module takes a digest in one call only, and omsign cannot log in before that, and it has no \
-                        mechanism that hashes what this key signs; use a key without CKA_ALWAYS_AUTHENTICATE there";
+            message += ": the module takes what it signs in one call only, and omsign cannot log in before that; use a key \
+                        without CKA_ALWAYS_AUTHENTICATE there";
             Class::Refused
         }
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
@@ -84,13 +85,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
 }
 
 /// Whether a mechanism takes nothing in parts (PKCS#11 v3.0, 2.3.6: CKM_ECDSA). SoftHSM and kryoptic say that no such
-/// operation was begun.
+/// operation was begun, and then none is.
 pub(super) fn is_in_one_call_only(error: &Error) -> bool {
-    let Error::Pkcs11(code, Function::SignUpdate) = error else { return false };
-    matches!(
-        code,
-        RvError::OperationNotInitialized | RvError::FunctionNotSupported | RvError::MechanismInvalid
-    )
+    matches!(error, Error::Pkcs11(RvError::OperationNotInitialized, Function::SignUpdate))
 }
 
 /// The C function and the name of its CKR, as vendors' documents and search engines know them.
@@ -123,6 +120,9 @@ mod tests {
         assert_eq!(class(RvError::OperationNotInitialized), Class::Gone);
         let no_login = Error::Pkcs11(RvError::OperationNotInitialized, Function::Login);
         assert_eq!(classify("sign", &no_login).class, Class::Refused);
+        // No fresh session is a reason to offer it again.
+        let canceled = Error::Pkcs11(RvError::FunctionCanceled, Function::Login);
+        assert_eq!((classify("sign", &canceled).class, recovery(&canceled)), (Class::Locked, Recovery::None));
         assert_eq!(classify("read attributes", &Error::NotSupported).class, Class::Refused);
     }
 

@@ -97,8 +97,11 @@ impl Again {
         // The agent has to know before the token does, as above.
         notify(Doing::LogsIn);
         let answer = session.login(UserType::ContextSpecific, Some(pin));
-        notify(Doing::LoggedIn);
         *refused = answer.as_ref().is_err_and(may_have_counted);
+        // Whatever else goes wrong after a refusal, no other process is to offer it.
+        if !*refused {
+            notify(Doing::LoggedIn);
+        }
         answer
     }
 }

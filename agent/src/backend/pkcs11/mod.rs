@@ -21,7 +21,7 @@ use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
 use self::ways::Ways;
-use super::{Device, Doing, Notify, PROBE_EVERY, Say, gone, refused};
+use super::{Device, Doing, Notify, PROBE_EVERY, Say, gone, locked, refused};
 use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
@@ -65,7 +65,7 @@ pub(super) fn open(
     let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let ways = Ways::new(&pkcs11, slot, profile, again);
     let notify = |doing: Doing<'_>| {
-        // An agent that is gone starts no other process: nobody has to know.
+        // When the agent is gone, this process ends with it.
         let _ = match doing {
             Doing::LogsIn => say(Opening::LoggingIn),
             Doing::LoggedIn => say(Opening::LoggedIn),
@@ -79,10 +79,17 @@ pub(super) fn open(
         let Object::Pkcs11(object) = object else {
             return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
         };
-        match objects::find_key(&anchor, object, *padding, &ways, &notify) {
+        // One of its own, in case that an operation that failed is left in it.
+        let session =
+            open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error));
+        match session.and_then(|session| objects::find_key(&session, object, *padding, &ways, &notify)) {
             Ok(found) => {
                 public.push(Ok(found.public.clone()));
                 keys.push(Some(Key { name: name.clone(), object: object.clone(), found }));
+            }
+            // One refused PIN is one try: the next process would offer it again to look for this key.
+            Err(failure) if failure.class == Class::Locked => {
+                return Err(locked(format!("key {name}: {failure}")));
             }
             Err(failure) => {
                 tracing::warn!(key = %name, reason = %failure, "key cannot be used");
@@ -271,8 +278,9 @@ impl super::Signer for Signer<'_> {
                 }
                 Recovery::Reopen => return Err(gone(format!("cannot sign: {}", describe(&error)))),
                 Recovery::None => {
-                    // After a failed C_Sign the operation may still be active: the session is spent.
-                    self.renew_session()?;
+                    // After a failed C_Sign the operation may still be active: the session is spent. Without another one,
+                    // the next signature says so.
+                    let _ = self.renew_session();
                     return Err(classify("sign", &error));
                 }
             }

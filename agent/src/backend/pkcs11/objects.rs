@@ -279,9 +279,9 @@ fn proven(
 ) -> Result<Option<Found>, Failure> {
     let message = challenge()?;
     let mut answer = signed(session, &key, &message, ways, notify);
-    if key.always && answer.as_ref().is_err_and(is_in_one_call_only) {
+    if key.always && !key.public.needs_message() && answer.as_ref().is_err_and(is_in_one_call_only) {
         let hashing = PublicKey { hashes: true, ..key.public.clone() };
-        if ways.knows(&hashing) {
+        if ways.can_sign(&hashing).map_err(|error| classify("ask for a mechanism", &error))? {
             key.public = hashing;
             answer = signed(session, &key, &message, ways, notify);
         }

@@ -1,6 +1,7 @@
 //! How a token wants to be asked: in how many sessions, with the PIN before each signature, with numbers of its vendor's.
 
 use cryptoki::context::Pkcs11;
+use cryptoki::error::{Error, RvError};
 use cryptoki::mechanism::dsa::{HedgeType, SignAdditionalContext};
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
@@ -77,9 +78,13 @@ impl Ways {
     }
 
     /// Whether the token has that.
-    pub(super) fn knows(&self, key: &PublicKey) -> bool {
+    pub(super) fn can_sign(&self, key: &PublicKey) -> Result<bool, Error> {
         let mechanism = self.mechanism(key).mechanism_type();
-        self.pkcs11.get_mechanism_info(self.slot, mechanism).is_ok()
+        match self.pkcs11.get_mechanism_info(self.slot, mechanism) {
+            Ok(info) => Ok(info.sign()),
+            Err(Error::Pkcs11(RvError::MechanismInvalid, _)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn eddsa(&self) -> Mechanism<'static> {
