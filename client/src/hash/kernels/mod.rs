@@ -3,14 +3,16 @@
 //! The tape-sha256 crate (0.2) has such kernels, too. Side by side it takes whole messages from memory only; files need
 //! states that can be kept between two pieces of each.
 //!
-//! The only `unsafe` of the workspace outside the fixtures. Two promises are all there is to it: a kernel runs only
-//! where its CPU features were detected, since [`usable`] alone makes one, and reads and writes of vectors go through
-//! arrays whose length the type states.
+//! The only `unsafe` of the workspace outside the fixtures. Three promises are all there is to it: a kernel runs only
+//! where its CPU features were detected, since [`usable`] alone makes one; reads and writes of vectors go through
+//! arrays whose length the type states; and OpenSSL reads whole blocks of a slice.
 #![allow(unsafe_code, reason = "vector instructions; see the module's documentation")]
 #![allow(
     clippy::needless_range_loop,
     reason = "a block and a stream are indices into several arrays at once"
 )]
+
+use openssl_sys::{SHA_LBLOCK, SHA256_CTX, SHA256_Update};
 
 #[cfg(target_arch = "x86_64")]
 mod sha_ni;
@@ -49,8 +51,11 @@ impl Kernel {
 
 /// The kernels that this CPU can run.
 pub(super) fn usable() -> Vec<Kernel> {
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "there it is the only one"))]
-    let mut kernels = vec![Kernel { name: "portable", lanes: 1, run: portable }];
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "there these are the only ones"))]
+    let mut kernels = vec![
+        Kernel { name: "portable", lanes: 1, run: portable },
+        Kernel { name: "openssl", lanes: 1, run: openssl },
+    ];
     #[cfg(target_arch = "x86_64")]
     {
         macro_rules! kernel {
@@ -90,6 +95,19 @@ pub(super) fn usable() -> Vec<Kernel> {
 fn portable(states: &mut [&mut State], data: &[&[u8]]) {
     for (state, data) in states.iter_mut().zip(data) {
         sha2::block_api::compress256(state, data.as_chunks::<BLOCK>().0);
+    }
+}
+
+/// One stream, as OpenSSL does it: 1.7 times as fast as the `sha2` crate where a CPU has no SHA instructions (Zen 3, without
+/// them). Its newer interface keeps a stream's state to itself, and streams go from one kernel to another.
+fn openssl(states: &mut [&mut State], data: &[&[u8]]) {
+    for (state, data) in states.iter_mut().zip(data) {
+        let mut context =
+            SHA256_CTX { h: **state, Nl: 0, Nh: 0, data: [0; SHA_LBLOCK as usize], num: 0, md_len: 0 };
+        // SAFETY: `data` is as long as that says. Of whole blocks nothing is left in the context but the state, and it has
+        // no state that could be wrong (SHA256_Init(3)).
+        unsafe { SHA256_Update(&raw mut context, data.as_ptr().cast(), data.len()) };
+        **state = context.h;
     }
 }
 
