@@ -210,7 +210,7 @@ fn one_of_them_hashes() -> anyhow::Result<()> {
         token.tool(&write.into_iter().chain(more).collect::<Vec<_>>())?;
         tokens += &token_section(name, &token, "");
     }
-    let _agent = Agent::start(&world, &(world.listen() + &tokens + &on_both()))?;
+    let agent = Agent::start(&world, &(world.listen() + &tokens + &on_both()))?;
     eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
     let statement = b"{}".to_vec();
     let digest = openssl::sha::sha256(&pae(&statement));
@@ -229,6 +229,8 @@ fn one_of_them_hashes() -> anyhow::Result<()> {
         Ok(())
     })?;
     let audit = world.audit()?;
+    let log = agent.log()?;
+    ensure!(!log.contains("trying the next token"), "one was asked for what it cannot sign: {log}");
     ensure!(audit.iter().all(|line| line["digest"] == hex::encode(digest)), "{audit:?}");
     for token in ["a", "b"] {
         ensure!(audit.iter().any(|line| line["token"] == token), "{token} signed nothing: {audit:?}");

@@ -177,22 +177,45 @@ fn a_pin_that_is_refused_at_the_first_signature() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Keys are looked for again, in another process, while the token does not answer a PIN.
+/// A module that has no such login, as some do: nobody judged the PIN, and the token's other keys are served.
+#[test]
+fn a_login_that_is_none() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (proxy, config) = two_keys(&world)?;
+    proxy.set("C_Login 103 0 later\n")?; // CKR_USER_TYPE_INVALID
+    let agent = Agent::start(&world, &(world.listen() + &config))?;
+    eventually("the other key", || Ok(signs(&world, "a")?.status.success()))?;
+    let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "p256"])?;
+    ensure!(said.contains("CKR_USER_TYPE_INVALID"), "{said}: {}", agent.log()?);
+    Ok(())
+}
+
 #[test]
 fn a_process_that_is_replaced_in_a_login() -> anyhow::Result<()> {
+    is_replaced_in("C_Login 0 600000\n")
+}
+
+/// When the next one is about to be started.
+#[test]
+fn a_process_whose_pin_is_refused_when_it_is_replaced() -> anyhow::Result<()> {
+    is_replaced_in("C_Login a0 3000\n")
+}
+
+/// Keys are looked for again, in another process, while the token does not answer a PIN.
+fn is_replaced_in(login: &str) -> anyhow::Result<()> {
     let world = World::new()?;
     let (proxy, config) = two_keys(&world)?;
     let missing = key_section("missing", "device", "missing");
     let _agent = Agent::start(&world, &(world.listen() + &config + &missing))?;
     eventually("the key", || Ok(signs(&world, "a")?.status.success()))?;
     let logins = proxy.calls("C_Login");
-    proxy.set("C_Login 0 600000\n")?;
+    proxy.set(login)?;
     std::thread::scope(|scope| {
         let asks = scope.spawn(|| signs(&world, "p256"));
         eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
         does(&world, &["generate", "missing", "--type", "p256"])?;
         eventually("its end", || {
-            Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked: while logging in"))
+            Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked"))
         })?;
         asks.join().expect("it does not panic").map(drop)
     })?;

@@ -90,10 +90,13 @@ impl Agent {
             Ok((_, place)) => ("signed", String::new(), &place.token.name, place.token.busy()),
             Err(failed) => ("failed", failed.error.to_string(), &failed.token, Duration::ZERO),
         };
-        let algorithm = key.public().map(|public| public.algorithm.name());
+        let public = key.public();
+        let algorithm = public.as_ref().map(|public| public.algorithm.name());
+        let digest = public.map(|public| public.digest_hex(&authorised.content));
+        let digest = digest.as_deref().unwrap_or(&authorised.digest_hex);
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + RECORD);
-        let entry = Entry { token, busy, ..authorised.entry(outcome, &reason, algorithm) };
+        let entry = Entry { token, busy, digest, ..authorised.entry(outcome, &reason, algorithm) };
         let written = self.record(&entry, deadline).await;
         let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;

@@ -79,7 +79,7 @@ impl KeyEntry {
         tell: &Tell,
         deadline: Instant,
     ) -> Result<(Signed, &Place), Failed> {
-        let order = self.order();
+        let order = self.order(content);
         let mut first: Option<Failed> = None;
         for (tried, place) in order.iter().enumerate() {
             let rest = order.get(tried + 1..).unwrap_or_default();
@@ -117,13 +117,19 @@ impl KeyEntry {
         Err(first.expect("a key has at least one token"))
     }
 
-    /// Round robin among the tokens that are ready; then those that start, then those that are down or failed before.
-    fn order(&self) -> Vec<&Place> {
+    /// Round robin among the tokens that are ready; then those that start, then those that are down or failed before. Those
+    /// that cannot sign this are left out.
+    fn order(&self, content: &Content) -> Vec<&Place> {
         if let [only] = self.places.as_slice() {
             return vec![only];
         }
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let mut order: Vec<_> = self.places.iter().filter(|place| !self.differs(place)).collect();
+        let takes = |place: &&Place| {
+            let known = place.token.key(place.index).and_then(Result::ok);
+            known.is_none_or(|public| public.takes(content).is_ok())
+        };
+        let mut order: Vec<_> =
+            self.places.iter().filter(|place| !self.differs(place)).filter(takes).collect();
         if order.is_empty() {
             order = self.places.iter().collect();
         }
@@ -214,17 +220,12 @@ impl KeyEntry {
         self.places.iter().filter_map(known).filter(|public| self.is_ours(&public.spki.0))
     }
 
-    /// What the audit log calls this, if one of its tokens signs it, of those that were open once: callers may have asked
-    /// what it takes before the others were.
-    pub(crate) fn digest_hex(&self, content: &Content) -> Result<String, String> {
-        let mut refusal = None;
-        for public in self.known() {
-            match public.takes(content) {
-                Ok(()) => return Ok(public.digest_hex(content)),
-                Err(reason) => refusal = refusal.or(Some(reason)),
-            }
-        }
-        refusal.map_or_else(|| Ok(content.hex()), Err)
+    /// Whether one of its tokens signs this, of those that were open once: callers may have asked what it takes before the
+    /// others were.
+    pub(crate) fn takes(&self, content: &Content) -> Result<(), String> {
+        let mut answers = self.known().map(|public| public.takes(content));
+        let first = answers.next().unwrap_or(Ok(()));
+        if first.is_ok() || answers.any(|answer| answer.is_ok()) { Ok(()) } else { first }
     }
 
     /// Whether it lives on this token.

@@ -127,13 +127,13 @@ impl AgentService for Service {
             return Err(Status::invalid_argument(format!("context is longer than {CONTEXT_BYTES} bytes")));
         }
         let content = content(request.content)?;
-        let digest_hex = key.digest_hex(&content).map_err(Status::invalid_argument)?;
+        key.takes(&content).map_err(Status::invalid_argument)?;
         let authorised = Authorised {
             identity: Arc::clone(&caller),
             rule: rule.name.clone(),
             key: Arc::clone(&key.name),
             request_id: hex::encode(id),
-            digest_hex,
+            digest_hex: content.hex(),
             content,
             context: request.context,
         };

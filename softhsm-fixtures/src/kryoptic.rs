@@ -23,13 +23,25 @@ pub struct Kryoptic {
 impl Kryoptic {
     /// Makes a token without keys.
     pub fn create(directory: &Path, label: &str) -> anyhow::Result<Self> {
+        let token = Self::configure(directory, label)?;
+        token.initialise()?;
+        Ok(token)
+    }
+
+    /// One that holds the same.
+    pub fn copy(&self, directory: &Path) -> anyhow::Result<Self> {
+        let token = Self::configure(directory, &self.label)?;
+        std::fs::copy(self.store(), token.store()).context("the token's file")?;
+        Ok(token)
+    }
+
+    fn configure(directory: &Path, label: &str) -> anyhow::Result<Self> {
         let token = Self { directory: directory.to_owned(), label: label.to_owned() };
         std::fs::create_dir_all(directory).context("the token's directory")?;
         let store = token.store();
         let config = format!("[[slots]]\nslot = 1\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", store.display());
         std::fs::write(token.config(), config).context("token.conf")?;
         write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
-        token.initialise()?;
         Ok(token)
     }
 

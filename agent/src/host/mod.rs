@@ -109,7 +109,7 @@ struct Shared<'a> {
     holds: bool,
     /// Held while the device is offered a PIN.
     login: Mutex<()>,
-    /// A key is another than before: nothing more is begun.
+    /// The process ends, or a key is another than before: nothing more is begun.
     over: AtomicBool,
 }
 
@@ -360,6 +360,7 @@ impl Shared<'_> {
 
     fn die(&self, failure: &Failure) -> ! {
         tracing::warn!(reason = %failure, "the token cannot go on; this process ends");
+        self.over.store(true, Ordering::SeqCst);
         // A PIN that is on its way is answered first: what became of it, nobody would know.
         let _login = self.login.lock();
         // Other threads may be inside the module, where C_Finalize or an exit handler would crash or hang.

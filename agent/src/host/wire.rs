@@ -95,7 +95,7 @@ pub(crate) struct KeySpec {
 pub(crate) enum Opening {
     /// The PIN is offered now. Whatever happens before `LoggedIn` may have cost a try.
     LoggingIn,
-    /// The PIN was right.
+    /// The PIN was right, or did not get as far as the device.
     LoggedIn,
     Opened(Opened),
     Surveyed(Survey),

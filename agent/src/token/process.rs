@@ -185,28 +185,28 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
 
 impl Process {
     /// Passes requests and answers until the process dies, hangs, or we are told to stop.
-    /// With unusable keys it ends after `look_again`, when nobody waits for it.
+    /// With unusable keys it ends after `look_again`, when nobody waits for it. Returns also why the next process is not to
+    /// offer the PIN, if so.
     pub(super) async fn drive(
         &mut self,
         host: &Host,
         commands: &mut mpsc::Receiver<Command>,
         look_again: Option<Duration>,
-    ) -> End {
+    ) -> (End, Option<String>) {
         let (reader, mut writer) = self.socket.split();
         let mut reader = BufReader::new(reader);
         let write = async {
             let (mut batch, mut buffer) = (Vec::new(), Vec::new());
-            while self.requests.recv_many(&mut batch, 64).await > 0 {
+            loop {
+                self.requests.recv_many(&mut batch, 64).await;
                 buffer.clear();
                 // Nobody waits for some of them any more: the device is spared those.
                 let wanted = batch.drain(..).filter(|request| host.is_wanted(request.id));
                 wanted.for_each(|request| wire::put(&mut buffer, &request));
-                if writer.write_all(&buffer).await.is_err() {
-                    // It has ended; what it said before that comes first.
-                    break;
+                if let Err(error) = writer.write_all(&buffer).await {
+                    return error;
                 }
             }
-            std::future::pending::<End>().await
         };
         let read = async {
             loop {
@@ -277,39 +277,38 @@ impl Process {
         let end = tokio::select! {
             biased;
             result = &mut read => match result {
-                Ok(reason) => End::Locked(reason),
-                Err(error) => End::Died(ended(&error)),
-            },
-            reason = watch => {
-                // What it says until it is dead counts, too.
-                let _ = self.child.start_kill();
-                match timeout(GRACE, &mut read).await {
-                    Ok(Ok(refused)) => End::Locked(refused),
-                    Ok(Err(_)) | Err(_) => End::Died(reason),
+                Ok(reason) => return (End::Locked(reason), None),
+                Err(error) => {
+                    let why = ended(&error);
+                    return (End::Died(why.clone()), host.logs_in().then(|| while_logging_in(&why)));
                 }
-            }
-            end = write => end,
+            },
+            error = write => End::Died(ended(&error)),
+            reason = watch => End::Died(reason),
             end = told => end,
             end = look_again => end,
         };
-        match end {
-            End::Died(reason) if host.logs_in() => End::Locked(while_logging_in(&reason)),
-            end => end,
-        }
+        host.window.close();
+        // It is told to end, in peace where that may be. What it says until then counts, too.
+        let why = match &end {
+            End::Died(reason) => {
+                let _ = self.child.start_kill();
+                reason
+            }
+            _ => {
+                let _ = writer.shutdown().await;
+                "its process was replaced"
+            }
+        };
+        let refused = timeout(GRACE, read).await.ok().and_then(Result::ok);
+        let lost = refused.or_else(|| host.logs_in().then(|| while_logging_in(why)));
+        (end, lost)
     }
 
-    /// Sees the process off: in peace if it was told to end, by force otherwise. One that does not die even so
-    /// (a driver in the kernel) is left to the system. Whether it ended in peace.
-    pub(super) async fn bury(mut self, end: &End) -> bool {
-        if !matches!(end, End::Died(_) | End::Locked(_)) {
-            // End of file tells it to close the device.
-            let _ = self.socket.shutdown().await;
-            if timeout(GRACE, self.child.wait()).await.is_ok() {
-                return true;
-            }
-        }
+    /// Sees to it that the process, which had its time, has ended. One that does not die even so (a driver in the kernel)
+    /// is left to the system.
+    pub(super) async fn bury(mut self) {
         let _ = timeout(GRACE, self.child.kill()).await;
-        false
     }
 }
 
@@ -333,7 +332,7 @@ fn ended(error: &io::Error) -> String {
 }
 
 /// The PIN was offered and nobody knows what became of it: no second try without an operator.
-pub(super) fn while_logging_in(message: &str) -> String {
+fn while_logging_in(message: &str) -> String {
     format!("while logging in: {message}")
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::process::{End, Launch, launch, unblock, while_logging_in};
+use super::process::{End, Launch, launch, unblock};
 use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
@@ -51,7 +51,19 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
                 // What an operator typed is not ours to offer again.
                 let wait = from_source.then_some(look_again);
-                let end = process.drive(&host, &mut commands, wait).await;
+                let end = match process.drive(&host, &mut commands, wait).await {
+                    (End::Died(_) | End::LookAgain, Some(reason)) => End::Locked(reason),
+                    (End::Reopen(_, done), Some(reason)) => {
+                        unlocked = Some(done);
+                        End::Locked(reason)
+                    }
+                    (End::Stop(stopped), Some(reason)) => {
+                        // For the one that takes this token's place.
+                        token.refuse_source(Some(reason));
+                        End::Stop(stopped)
+                    }
+                    (end, _) => end,
+                };
                 // Requests that wait for this host must find the new state, so it is set before they are freed.
                 token.state.send_replace(Status::Starting);
                 match &end {
@@ -67,22 +79,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         host.fail_pending("the token is being closed")
                     }
                 }
-                let in_peace = process.bury(&end).await;
-                let unanswered = (!in_peace && host.logs_in())
-                    .then(|| while_logging_in("its process did not end when it was told to"));
-                let end = match (end, unanswered) {
-                    (End::LookAgain, Some(reason)) => End::Locked(reason),
-                    (End::Reopen(_, done), Some(reason)) => {
-                        unlocked = Some(done);
-                        End::Locked(reason)
-                    }
-                    (End::Stop(stopped), Some(reason)) => {
-                        // For the one that takes this token's place.
-                        token.refuse_source(Some(reason));
-                        End::Stop(stopped)
-                    }
-                    (end, _) => end,
-                };
+                process.bury().await;
                 match end {
                     End::Stop(stopped) => {
                         let _ = stopped.send(());

@@ -149,7 +149,7 @@ pub(crate) struct Work {
     /// Shows no progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
-    /// For tests: the kernel that computes SHA-256 (portable: the sha2 crate, and openssl, with whatever they find); empty, the fastest
+    /// For tests: the kernel that computes SHA-256 (portable: the sha2 crate, with whatever it finds); empty, the fastest
     #[arg(long, value_name = "NAME", env = "OMSIGN_HASH_KERNEL", hide = true)]
     pub(crate) hash_kernel: Option<String>,
 }

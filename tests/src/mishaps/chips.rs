@@ -7,7 +7,7 @@ use omsign_fixtures::piv::{self, Faults};
 use omsign_fixtures::swtpm::AUTH;
 use rustix::process::Signal;
 
-use super::{Mishaps, told_wrong};
+use super::Mishaps;
 use crate::agent::{eventually, signal};
 
 impl Mishaps {
@@ -120,14 +120,12 @@ impl Mishaps {
     }
 
     pub(super) fn tpm_value_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        told_wrong(self, "tpm", &self.chip.pin_file(), b"wrong-auth-5714\n")?;
+        self.told_wrong("tpm", &self.chip.pin_file(), b"wrong-auth-5714\n")?;
         self.forgive(1)
     }
 
     pub(super) fn card_told_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        if told_wrong(self, "card", &self.card.pin_file(), b"97531864\n")? {
-            self.wrong_pins += 1;
-        }
+        self.wrong_pins += self.told_wrong("card", &self.card.pin_file(), b"97531864\n")?;
         Ok(())
     }
 }

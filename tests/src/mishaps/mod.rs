@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{Faults, VirtualPiv};
@@ -128,8 +128,8 @@ pub struct Mishaps {
     pub full: Arc<AtomicU64>,
     /// Wrong PINs that the card was given: by others, and by the agent when it was told a wrong one.
     pub wrong_pins: usize,
-    /// PINs that the tokens `hsm` and `kry` may have refused, each when it was told a wrong one or when it was locked.
-    pub tries: [usize; 2],
+    /// Wrong PINs that the tokens `hsm` and `kry` were given by the agent, which was told them.
+    pub refused: [usize; 2],
     /// Where the certificates are that the token has and is given.
     pub certificates: [PathBuf; 2],
 }
@@ -180,20 +180,53 @@ impl Mishaps {
         Ok(())
     }
 
+    /// Has a token that is open be opened with a wrong secret; one that is locked already is offered none. How often it
+    /// refused that: never, when it was locked by something else meanwhile.
+    fn told_wrong(&self, token: &str, file: &Path, wrong: &[u8]) -> anyhow::Result<usize> {
+        if !self.is(token, "ready")? {
+            return Ok(0);
+        }
+        let refused = || match token {
+            "hsm" => self.proxies[0].refused_pins(),
+            "kry" => self.proxies[1].refused_pins(),
+            "card" => self.card.wrong_pins(),
+            _ => 0,
+        };
+        let (right, before) = (std::fs::read(file)?, refused());
+        write_private(file, wrong)?;
+        eventually("its refusal", || {
+            // It may just have been replaced, by one that had read the right one.
+            if self.is(token, "ready")? {
+                self.kill(token)?;
+            }
+            self.is(token, "locked")
+        })?;
+        write_private(file, &right)?;
+        let times = refused() - before;
+        ensure!(times <= 1, "it was offered {times} times");
+        Ok(times)
+    }
+
     fn module_does(&mut self, fault: &'static str, pause: Duration) -> anyhow::Result<&'static str> {
         let [hsm, kry] = &self.proxies;
-        let (token, proxy) = if self.random.below(2) == 0 { ("hsm", hsm) } else { ("kry", kry) };
+        // Nothing is signed in parts but what asks for the PIN each time.
+        let in_parts = fault.starts_with("C_SignUpdate") || fault.starts_with("C_SignFinal");
+        let to_kry = in_parts || self.random.below(2) == 0;
+        let (token, proxy) = if to_kry { ("kry", kry) } else { ("hsm", hsm) };
         // What fails when a token is opened fails when its process has to be replaced. A locked one has none.
         let opens = !fault.starts_with("C_Sign");
         if opens && !self.is(token, "ready")? {
             return Ok("nothing: the token is not open");
         }
+        let function = fault.split(' ').next().unwrap_or_default();
+        let injected = proxy.injected(function);
         proxy.set(fault)?;
         if opens {
-            let function = fault.split(' ').next().unwrap_or_default();
-            let injected = proxy.injected(function);
             self.kill(token)?;
-            eventually("the call that fails", || Ok(proxy.injected(function) > injected))?;
+            // It is locked, and opened no more, when it was killed with a PIN on its way.
+            eventually("the call that fails", || {
+                Ok(proxy.injected(function) > injected || self.is(token, "locked")?)
+            })?;
         }
         std::thread::sleep(pause);
         proxy.set("")?;
@@ -231,17 +264,4 @@ impl Mishaps {
         }
         Ok(())
     }
-}
-
-/// Has a token that is open be opened with a wrong secret; one that is locked already is offered none. Whether it was.
-fn told_wrong(all: &Mishaps, token: &str, file: &Path, wrong: &[u8]) -> anyhow::Result<bool> {
-    if !all.is(token, "ready")? {
-        return Ok(false);
-    }
-    let right = std::fs::read(file)?;
-    write_private(file, wrong)?;
-    all.kill(token)?;
-    eventually("its refusal", || all.is(token, "locked"))?;
-    write_private(file, &right)?;
-    Ok(true)
 }

@@ -7,7 +7,8 @@ use anyhow::ensure;
 use omsign_fixtures::ca::Ca;
 use omsign_fixtures::softhsm::SoftHsm;
 
-use super::{Mishaps, told_wrong};
+use super::Mishaps;
+use crate::agent::eventually;
 use crate::world::{World, text};
 
 impl Mishaps {
@@ -67,26 +68,28 @@ impl Mishaps {
     }
 
     pub(super) fn hsm_told_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        let told = told_wrong(self, "hsm", &self.soft.pin_file(), b"wrong-pin-5714\n")?;
-        self.tries[0] += usize::from(told);
+        self.refused[0] += self.told_wrong("hsm", &self.soft.pin_file(), b"wrong-pin-5714\n")?;
         Ok(())
     }
 
     pub(super) fn kry_told_wrong(&mut self, _: Duration) -> anyhow::Result<()> {
-        let told = told_wrong(self, "kry", &self.kry.pin_file(), b"wrong-pin-5714\n")?;
-        self.tries[1] += usize::from(told);
+        self.refused[1] += self.told_wrong("kry", &self.kry.pin_file(), b"wrong-pin-5714\n")?;
         Ok(())
     }
 
-    /// Somebody else enters wrong PINs, of which it takes ten; then somebody comes with the security officer's.
+    /// Somebody else has entered wrong PINs, of which it takes ten; then somebody comes with the security officer's. In a
+    /// copy, which takes its place: whoever logs in with the right one meanwhile makes it forget them.
     pub(super) fn kry_pin(&mut self, pause: Duration, wrong: usize) -> anyhow::Result<()> {
-        let list = ["--login", "--pin", "not-the-pin-6", "--token-label", self.kry.label(), "--list-objects"];
+        let copy = self.kry.copy(&self.world.path("copy"))?;
+        let list = ["--login", "--pin", "not-the-pin-6", "--token-label", copy.label(), "--list-objects"];
         for _ in 0..wrong {
-            ensure!(self.kry.tool(&list).is_err(), "a wrong PIN was taken");
+            ensure!(copy.tool(&list).is_err(), "a wrong PIN was taken");
         }
-        // A key that asks for the PIN each time may have offered it just now.
-        self.tries[1] += 1;
+        let flag = if wrong < 10 { "final user PIN try" } else { "user PIN locked" };
+        ensure!(copy.tool(&["--list-slots"])?.contains(flag), "its flags do not say {flag}");
+        std::fs::rename(copy.store(), self.kry.store())?;
         self.kill("kry")?;
+        eventually("it offers none", || self.is("kry", "locked"))?;
         std::thread::sleep(pause);
         self.kry.set_pin()
     }

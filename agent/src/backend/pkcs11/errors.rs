@@ -46,7 +46,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             Class::Refused
         }
         // Some modules take no PIN between C_SignInit and C_Sign: keys that ask for it each time cannot be used there.
-        Error::Pkcs11(RvError::OperationNotInitialized, Function::Login) => Class::Refused,
+        Error::Pkcs11(RvError::OperationNotInitialized | RvError::UserTypeInvalid, Function::Login) => {
+            Class::Refused
+        }
         error if may_have_counted(error) => Class::Locked,
         // A kind of key or an attribute that cryptoki does not know.
         Error::NotSupported => Class::Refused,

@@ -89,6 +89,11 @@ impl Again {
         Self { pin, refused: Mutex::new(false) }
     }
 
+    /// Whether there is one.
+    pub(super) fn has_pin(&self) -> bool {
+        self.pin.is_some()
+    }
+
     /// Logs in for the operation that the session has begun (PKCS#11 v3.0, 5.6.8, CKU_CONTEXT_SPECIFIC).
     pub(super) fn log_in(&self, session: &Session, notify: Notify<'_>) -> Result<(), Error> {
         let refusal = Error::Pkcs11(RvError::PinIncorrect, Function::Login);
@@ -118,6 +123,8 @@ pub(super) fn may_have_counted(error: &Error) -> bool {
             | RvError::SessionClosed
             | RvError::OperationNotInitialized
             | RvError::UserAlreadyLoggedIn
+            | RvError::UserTypeInvalid
+            | RvError::FunctionNotSupported
     )
 }
 

@@ -6,7 +6,10 @@
 //! The only `unsafe` of the workspace outside the fixtures. Three promises are all there is to it: a kernel runs only
 //! where its CPU features were detected, since [`usable`] alone makes one; reads and writes of vectors go through
 //! arrays whose length the type states; and OpenSSL reads whole blocks of a slice.
-#![allow(unsafe_code, reason = "vector instructions; see the module's documentation")]
+#![allow(
+    unsafe_code,
+    reason = "vector instructions, and OpenSSL's block function; see the module's documentation"
+)]
 #![allow(
     clippy::needless_range_loop,
     reason = "a block and a stream are indices into several arrays at once"

@@ -1,25 +1,22 @@
 //! Digests that are remembered: a file that is the same file, of the same size, with the same times, was not written to.
 //!
-//! A cache holds one model. It is text, a line an entry, and ends with the digest of all before it: one that was not
-//! written to its end, or was touched since, is worth nothing and is made anew.
+//! A cache holds one model.
+
+mod file;
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{fstatfs, syncfs};
-use sha2::{Digest as _, Sha256};
 
 use super::digest::{Algorithm, Digest};
 use super::schedule::Hashed;
 use super::{Looked, Piece, Stamp};
 use crate::user_directory;
-
-const HEADER: &str = "omsign digests 2";
 
 /// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
 /// systems count in steps of up to two seconds.
@@ -130,7 +127,7 @@ impl Cache {
                 _ => {}
             }
         }
-        Ok(Self { entries: load(&path)?, path, opened: SystemTime::now(), settled: Err(real) })
+        Ok(Self { entries: file::load(&path)?, path, opened: SystemTime::now(), settled: Err(real) })
     }
 
     /// The remembered digest of a piece.
@@ -153,8 +150,9 @@ impl Cache {
         let stamps: HashMap<_, _> =
             seen.keys().map(|entry| ((entry.stamp.device, entry.stamp.inode), entry.stamp)).collect();
         let settled = self.settled.clone().map_err(CacheError::Untimed)?;
-        // What others remembered meanwhile, who hash another part of it.
-        self.entries = load(&self.path)?;
+        // Others hash another part of it, and may end at the same time: what they remembered is kept.
+        let _turn = file::turn(&self.path);
+        self.entries = file::load(&self.path)?;
         let before = self.entries.len();
         // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
         // looked at.
@@ -172,32 +170,10 @@ impl Cache {
         let lasting = |entry: &Entry| entry.stamp.device == settled && old(entry);
         self.entries.extend(seen.into_iter().filter(|(entry, _)| lasting(entry)));
         if kept != before || self.entries.len() != kept {
-            self.write().map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
+            file::write(&self.path, &self.entries)
+                .map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
         }
         if elsewhere { Err(CacheError::Elsewhere) } else { Ok(()) }
-    }
-
-    fn write(&self) -> io::Result<()> {
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        let mut file = io::BufWriter::new(tempfile::NamedTempFile::new_in(directory)?);
-        let mut hasher = Sha256::new();
-        let mut line = format!("{HEADER}\n");
-        for (Entry { stamp, start, end, algorithm }, digest) in &self.entries {
-            hasher.update(&line);
-            file.write_all(line.as_bytes())?;
-            line.clear();
-            let Stamp { device, inode, size, modified, changed } = stamp;
-            let ((ms, mn), (cs, cn)) = (modified, changed);
-            let _ = writeln!(
-                line,
-                "{device} {inode} {size} {ms} {mn} {cs} {cn} {start} {end} {algorithm} {digest}"
-            );
-        }
-        hasher.update(&line);
-        let digest = Digest::from_sha256(hasher);
-        writeln!(file, "{line}{digest}")?;
-        file.into_inner()?.persist(&self.path)?;
-        Ok(())
     }
 }
 
@@ -219,44 +195,6 @@ fn written(stamp: &Stamp) -> Option<SystemTime> {
     let (seconds, nanoseconds) = stamp.modified.max(stamp.changed);
     let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
     UNIX_EPOCH.checked_add(since)
-}
-
-/// What a cache's file holds.
-fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(parse(&text).unwrap_or_default()),
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
-        // Not text: as bad as half a file.
-        Err(bad) if bad.kind() == io::ErrorKind::InvalidData => Ok(HashMap::new()),
-        Err(source) => Err(CacheError::Io { path: path.to_owned(), source }),
-    }
-}
-
-/// The entries of a cache that is whole.
-fn parse(text: &str) -> Option<HashMap<Entry, Digest>> {
-    let body = text.get(..text.len().checked_sub(65)?)?;
-    let digest = text.get(body.len()..)?.strip_suffix('\n')?;
-    if Digest::sha256(body.as_bytes()).to_string() != digest {
-        return None;
-    }
-    let mut lines = body.lines();
-    (lines.next()? == HEADER).then_some(())?;
-    lines.map(parse_line).collect()
-}
-
-fn parse_line(line: &str) -> Option<(Entry, Digest)> {
-    let mut words = line.split(' ');
-    let mut number = || words.next()?.parse::<i128>().ok();
-    let mut unsigned = || u64::try_from(number()?).ok();
-    let (device, inode, size) = (unsigned()?, unsigned()?, unsigned()?);
-    let mut signed = || i64::try_from(number()?).ok();
-    let (modified, changed) = ((signed()?, signed()?), (signed()?, signed()?));
-    let mut unsigned = || u64::try_from(number()?).ok();
-    let (start, end) = (unsigned()?, unsigned()?);
-    let algorithm = Algorithm::from_name(words.next()?)?;
-    let digest = Digest::from_hex(algorithm, words.next()?)?;
-    let stamp = Stamp { device, inode, size, modified, changed };
-    Some((Entry { stamp, start, end, algorithm: algorithm.name() }, digest))
 }
 
 /// A cache and what came of it.
@@ -388,6 +326,28 @@ mod tests {
         // Who looks at few files of many forgets the others in the end: they may be gone.
         odd.keep(Algorithm::Sha256, 10, part(files - 5)).expect("kept");
         assert_eq!(cache(directory.path()).entries.len(), 3);
+    }
+
+    /// The same, by processes that end at the same moment.
+    #[test]
+    fn parts_that_end_together() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (parts, files) = (8, 2000);
+        let together = std::sync::Barrier::new(parts);
+        std::thread::scope(|scope| {
+            for part in 0..parts {
+                let (mut own, together) = (cache(directory.path()), &together);
+                scope.spawn(move || {
+                    let mine = (part * files..(part + 1) * files).map(|file| {
+                        let stamp = Stamp { inode: file as u64, ..OLD };
+                        (stamp, Piece { file, range: 0..3 }, Digest::sha256(b"x"))
+                    });
+                    together.wait();
+                    own.keep(Algorithm::Sha256, parts * files, mine).expect("kept");
+                });
+            }
+        });
+        assert_eq!(cache(directory.path()).entries.len(), parts * files);
     }
 
     #[test]
