@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, request};
@@ -145,6 +145,41 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
 }
 
 /// Yubico's own program, beside an agent that signs; and what our hints say to do with it.
+/// Nobody knows what became of a PIN that was on its way when a card hung, but the card: it counts.
+#[test]
+fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
+    let desk = Desk::new()?;
+    let Desk { world, card, .. } = &desk;
+    card.generate("9c", "ECCP256", &[])?;
+    let keys = key("9c", "card", "slot = \"9c\"");
+    let _agent =
+        Agent::start(world, &(world.listen() + &card.section("card") + "timeout = \"1s\"\n" + &keys))?;
+    let signs = || anyhow::Ok(world.omsign(&["sign", "agent.toml", "--key", "9c"])?.status.success());
+    // A card that was just used is shown the PIN first.
+    let hangs = |from, to| {
+        ensure!(signs()?);
+        card.exchange_pin(from, to);
+        card.set(Faults { delay: Duration::from_secs(600), ..Faults::default() });
+        ensure!(!signs()?, "it did not hang");
+        card.set(Faults::default());
+        Ok(())
+    };
+    eventually("the key", signs)?;
+    hangs(piv::PIN, piv::PIN)?;
+    eventually("it heals", signs)?;
+    ensure!(card.wrong_pins() == 0, "{} wrong PINs", card.wrong_pins());
+    let other = "86420975";
+    hangs(piv::PIN, other)?;
+    eventually("its tries", || {
+        Ok(world.omsign_ok(&["agent", "status"])?.contains("locked: it may have counted a PIN"))
+    })?;
+    ensure!(!signs()? && card.wrong_pins() == 1, "{} wrong PINs", card.wrong_pins());
+    card.exchange_pin(other, piv::PIN);
+    world.omsign_ok(&["agent", "unlock", "card"])?;
+    ensure!(signs()? && card.wrong_pins() == 1);
+    Ok(())
+}
+
 #[test]
 fn ykman_shares_the_card() -> anyhow::Result<()> {
     let mut desk = Desk::new()?;

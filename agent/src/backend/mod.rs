@@ -128,6 +128,17 @@ fn pin_for(spec: &OpenSpec, given: Option<Pin>) -> Result<Option<Pin>, Failure> 
     }
 }
 
+/// For what is done while a device is opened. When the agent is gone, this process ends with it.
+fn while_opening(say: Say<'_>) -> impl Fn(Doing<'_>) {
+    move |doing| {
+        let _ = match doing {
+            Doing::LogsIn => say(Opening::LoggingIn),
+            Doing::LoggedIn => say(Opening::LoggedIn),
+            Doing::AwaitsTouch(_) => Ok(()),
+        };
+    }
+}
+
 /// Keys in the order of the configuration: what signs with each, and what callers are told of it.
 type Keys<K> = (Vec<Option<K>>, Vec<Result<PublicKey, String>>);
 

@@ -223,6 +223,8 @@ impl Shared<'_> {
                         no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
                     }
                     Doing::LogsIn => {
+                        // It may be this request's own, of a card that another program had.
+                        login.set(None);
                         login.set(self.login.lock().ok());
                         self.say(&Answer::logs_in(id, true))
                     }

@@ -77,6 +77,8 @@ pub(crate) struct OpenSpec {
     pub(crate) keys: Vec<KeySpec>,
     /// An operator asked for this login: it may spend the token's last PIN try.
     pub(crate) by_operator: bool,
+    /// The process before ended with a PIN that the device did not answer.
+    pub(crate) unanswered: bool,
     pub(crate) purpose: Purpose,
 }
 

@@ -1,6 +1,6 @@
 //! The line to a token's process: what is with it, who waits for that, and whether it hangs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -49,8 +49,8 @@ struct Pending {
     last_answer: Option<Instant>,
     /// When a request ended that the device was busy with.
     free_since: Option<Instant>,
-    /// Those for which it offers the device a PIN right now.
-    logging_in: BTreeSet<u64>,
+    /// It has offered the device a PIN, one at a time, which is not taken yet.
+    logging_in: bool,
     /// Why the process ended. Nothing is sent after that.
     ended: Option<String>,
 }
@@ -188,7 +188,7 @@ impl Host {
 
     /// Whether it has offered its device a PIN that was not taken yet: it may have cost a try.
     pub(super) fn logs_in(&self) -> bool {
-        !self.pending().logging_in.is_empty()
+        self.pending().logging_in
     }
 
     /// Whether it was of any use.
@@ -199,11 +199,7 @@ impl Host {
     pub(super) fn answered(&self, answer: Answer) {
         let mut pending = self.pending();
         if let Some(now) = answer.login {
-            if now {
-                pending.logging_in.insert(answer.id);
-            } else {
-                pending.logging_in.remove(&answer.id);
-            }
+            pending.logging_in = now;
             return;
         }
         pending.last_answer = Some(Instant::now());

@@ -339,6 +339,11 @@ impl Token {
         }
     }
 
+    /// Whether other programs may hold it, and it tells how many tries of its PIN are left.
+    fn is_card(&self) -> bool {
+        matches!(self.config.device, config::Device::Piv { .. })
+    }
+
     /// Whether it waits for a PIN that only a person can give.
     pub fn wants_prompt(&self) -> bool {
         self.config.pin == config::PinSource::Prompt

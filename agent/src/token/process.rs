@@ -41,6 +41,15 @@ pub(super) struct Launch<'a> {
     pub(super) token: &'a Token,
     pub(super) pin: Option<Pin>,
     pub(super) by_operator: bool,
+    /// The process before ended with a PIN that the device did not answer.
+    pub(super) unanswered: bool,
+}
+
+/// Why a PIN is not to be offered again.
+pub(super) enum Lost {
+    Refused(String),
+    /// Nobody knows what became of it.
+    Unanswered(String),
 }
 
 /// A running process and our end of its socketpair.
@@ -60,13 +69,14 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
         token: token.config.clone(),
         keys: token.keys.clone(),
         by_operator: launch.by_operator,
+        unanswered: launch.unanswered,
         purpose: Purpose::Open,
     };
     let (child, socket, opening) = start(&token.name, &spec, launch.pin, None).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
-            let is_card = matches!(token.config.device, config::Device::Piv { .. });
+            let is_card = token.is_card();
             let timeout = token.config.timeout;
             Ok((host, Process { child, socket, requests: inbox, timeout, is_card }))
         }
@@ -79,8 +89,13 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failur
 
 /// Has a process of its own look at a module without logging in.
 pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
-    let spec =
-        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: false, purpose: Purpose::Survey };
+    let spec = OpenSpec {
+        token: token.clone(),
+        keys: Vec::new(),
+        by_operator: false,
+        unanswered: false,
+        purpose: Purpose::Survey,
+    };
     match start(name, &spec, None, None).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
@@ -110,7 +125,8 @@ async fn give(
     fresh: Fresh,
     purpose: Purpose,
 ) -> Result<(), Failure> {
-    let spec = OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: true, purpose };
+    let spec =
+        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: true, unanswered: false, purpose };
     match start(name, &spec, pin, Some(fresh)).await? {
         (_, _, Opening::Prepared) => Ok(()),
         (_, _, Opening::Failed(failure)) => Err(failure),
@@ -185,14 +201,14 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
 
 impl Process {
     /// Passes requests and answers until the process dies, hangs, or we are told to stop.
-    /// With unusable keys it ends after `look_again`, when nobody waits for it. Returns also why the next process is not to
-    /// offer the PIN, if so.
+    /// With unusable keys it ends after `look_again`, when nobody waits for it. Returns also what became of a PIN that was
+    /// not taken.
     pub(super) async fn drive(
         &mut self,
         host: &Host,
         commands: &mut mpsc::Receiver<Command>,
         look_again: Option<Duration>,
-    ) -> (End, Option<String>) {
+    ) -> (End, Option<Lost>) {
         let (reader, mut writer) = self.socket.split();
         let mut reader = BufReader::new(reader);
         let write = async {
@@ -280,7 +296,8 @@ impl Process {
                 Ok(reason) => return (End::Locked(reason), None),
                 Err(error) => {
                     let why = ended(&error);
-                    return (End::Died(why.clone()), host.logs_in().then(|| while_logging_in(&why)));
+                    let lost = host.logs_in().then(|| Lost::Unanswered(while_logging_in(&why)));
+                    return (End::Died(why), lost);
                 }
             },
             error = write => End::Died(ended(&error)),
@@ -301,7 +318,8 @@ impl Process {
             }
         };
         let refused = timeout(GRACE, read).await.ok().and_then(Result::ok);
-        let lost = refused.or_else(|| host.logs_in().then(|| while_logging_in(why)));
+        let unanswered = || host.logs_in().then(|| Lost::Unanswered(while_logging_in(why)));
+        let lost = refused.map(Lost::Refused).or_else(unanswered);
         (end, lost)
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::process::{End, Launch, launch, unblock};
+use super::process::{End, Launch, Lost, launch, unblock};
 use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
@@ -26,6 +26,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
     let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
+    let mut unanswered = false;
     loop {
         token.state.send_replace(Status::Starting);
         let (pin, mut unlocked) = std::mem::take(&mut login);
@@ -36,10 +37,11 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some() }).await,
+            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some(), unanswered }).await,
         };
         let failure = match opening {
             Ok((host, mut process)) => {
+                unanswered = false;
                 warn_of_changed_keys(&token, &host.opened);
                 token.last_opened.send_replace(Some(host.opened.clone()));
                 let (device, sessions) = (&host.opened.device, host.opened.sessions);
@@ -52,12 +54,20 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 // What an operator typed is not ours to offer again.
                 let wait = from_source.then_some(look_again);
                 let end = match process.drive(&host, &mut commands, wait).await {
-                    (End::Died(_) | End::LookAgain, Some(reason)) => End::Locked(reason),
-                    (End::Reopen(_, done), Some(reason)) => {
+                    // A card tells how many tries are left: the next process looks at them first.
+                    (end @ (End::Died(_) | End::LookAgain), Some(Lost::Unanswered(_))) if token.is_card() => {
+                        unanswered = true;
+                        end
+                    }
+                    (
+                        End::Died(_) | End::LookAgain,
+                        Some(Lost::Refused(reason) | Lost::Unanswered(reason)),
+                    ) => End::Locked(reason),
+                    (End::Reopen(_, done), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
                         unlocked = Some(done);
                         End::Locked(reason)
                     }
-                    (End::Stop(stopped), Some(reason)) => {
+                    (End::Stop(stopped), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
                         // For the one that takes this token's place.
                         token.refuse_source(Some(reason));
                         End::Stop(stopped)

@@ -205,7 +205,7 @@ impl Card {
         checked.map(|()| Vec::new())
     }
 
-    fn change(&mut self, which: u8, data: &[u8]) -> Answer {
+    pub(super) fn change(&mut self, which: u8, data: &[u8]) -> Answer {
         let (old, new) = halves(data)?;
         let secret = if which == 0x80 { &mut self.pin } else { &mut self.puk };
         secret.check(&old)?;

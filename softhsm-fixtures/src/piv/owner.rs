@@ -78,6 +78,17 @@ impl VirtualPiv {
         }
     }
 
+    /// Somebody changes the PIN, and whoever else uses the card notices nothing of that.
+    pub fn exchange_pin(&self, from: &str, to: &str) {
+        let padded = |pin: &str| {
+            let mut padded = pin.as_bytes().to_vec();
+            padded.resize(8, 0xff);
+            padded
+        };
+        let changed = self.inside.card().change(0x80, &[padded(from), padded(to)].concat());
+        assert!(changed.is_ok(), "the PIN is another");
+    }
+
     /// How many wrong PINs it was ever given.
     pub fn wrong_pins(&self) -> usize {
         self.inside.card().wrong_pins

@@ -4,7 +4,7 @@ use x509_cert::der::Encode as _;
 use yubikey::piv::{self, AlgorithmId, SlotAlgorithmId, SlotId};
 use yubikey::{Error, PinPolicy, TouchPolicy};
 
-use super::super::{challenge, refused};
+use super::super::{Notify, challenge, refused};
 use super::Card;
 use super::errors::classify;
 use crate::algorithm::{Algorithm, Content, Padding, digest_info};
@@ -53,6 +53,7 @@ pub(super) fn find(
     card: &mut Card<'_>,
     object: &Object,
     padding: Padding,
+    notify: Notify<'_>,
 ) -> Result<(Key, PublicKey), Failure> {
     let Object::PivSlot(number) = object else { return Err(refused(format!("{object} is not a PIV slot"))) };
     let slot = SlotId::try_from(*number).map_err(|_| refused(format!("there is no slot {number:02x}")))?;
@@ -80,7 +81,7 @@ pub(super) fn find(
     let key = Key { slot, algorithm, verifier: Verifier::new(&spki, algorithm), algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
         let content = algorithm.content(&challenge()?);
-        let signature = card.sign(&key, &key.input(&content)?, &|_| {})?;
+        let signature = card.sign(&key, &key.input(&content)?, notify)?;
         if !key.verifier.verifies(&content, &signature) {
             return Err(refused(format!("slot {number:02x} makes signatures that do not verify")));
         }

@@ -23,10 +23,12 @@ const DELETES: (u8, u8) = (5, 7);
 pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {
     match task {
         Task::List(_) => list(card),
-        Task::Generate(key, template) => generate(card, key, template),
-        Task::Find(key) => keys::find(card, &key.object, key.padding).map(|(_, public)| Done::Key(public)),
+        Task::Generate(key, template) => generate(card, key, template, notify),
+        Task::Find(key) => {
+            keys::find(card, &key.object, key.padding, notify).map(|(_, public)| Done::Key(public))
+        }
         Task::Sign(key, message) => {
-            let (key, public) = keys::find(card, &key.object, key.padding)?;
+            let (key, public) = keys::find(card, &key.object, key.padding, notify)?;
             let input = key.input(&public.algorithm.content(message))?;
             card.sign(&key, &input, notify).map(Done::Signature)
         }
@@ -34,12 +36,12 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
             let slot = slot(key)?;
             let certificate = Certificate::from_bytes(certificate.clone())
                 .map_err(|error| classify("read the certificate", &error))?;
-            manage(card)?;
+            manage(card, notify)?;
             let written = certificate.write(card.yubikey, slot, CertInfo::Uncompressed);
             written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
-        Task::Delete(key) => delete(card, slot(key)?),
+        Task::Delete(key) => delete(card, slot(key)?, notify),
     }
 }
 
@@ -82,7 +84,12 @@ fn list(card: &mut Card<'_>) -> Result<Done, Failure> {
     Ok(Done::Listed(listed))
 }
 
-fn generate(card: &mut Card<'_>, key: &KeySpec, template: &Template) -> Result<Done, Failure> {
+fn generate(
+    card: &mut Card<'_>,
+    key: &KeySpec,
+    template: &Template,
+    notify: Notify<'_>,
+) -> Result<Done, Failure> {
     let slot = slot(key)?;
     if template.no_da {
         return Err(refused("--no-da is for keys of a TPM".into()));
@@ -111,7 +118,7 @@ fn generate(card: &mut Card<'_>, key: &KeySpec, template: &Template) -> Result<D
         }
         Err(error) => return Err(classify("read the slot's metadata", &error)),
     }
-    manage(card)?;
+    manage(card, notify)?;
     let (pin, touch) = (pin_policy(template), touch_policy(template));
     piv::generate(card.yubikey, slot, algorithm, pin, touch).map_err(|error| match error {
         Error::AlgorithmError => {
@@ -120,13 +127,13 @@ fn generate(card: &mut Card<'_>, key: &KeySpec, template: &Template) -> Result<D
         error => classify("make the key", &error),
     })?;
     // What follows may need the PIN again: the management key took its place.
-    card.verify().map_err(|error| classify("verify the PIN", &error))?;
-    keys::find(card, &key.object, key.padding).map(|(_, public)| Done::Key(public))
+    card.verify(notify).map_err(|error| classify("verify the PIN", &error))?;
+    keys::find(card, &key.object, key.padding, notify).map(|(_, public)| Done::Key(public))
 }
 
 /// Shows the card the management key, which the card keeps for whoever knows the PIN. One from the factory is never
 /// used: whoever has the card in hand for a moment could use it too.
-fn manage(card: &mut Card<'_>) -> Result<(), Failure> {
+fn manage(card: &mut Card<'_>, notify: Notify<'_>) -> Result<(), Failure> {
     if is_factorys(card.yubikey, 0x9b) {
         return Err(refused(
             "its management key is the one from the factory; run `omsign-agent init yubikey`, or \
@@ -134,7 +141,7 @@ fn manage(card: &mut Card<'_>) -> Result<(), Failure> {
                 .into(),
         ));
     }
-    card.verify_again()?;
+    card.verify_again(notify)?;
     let key = MgmKey::get_protected(card.yubikey).map_err(|_| {
         refused(
             "its management key is not kept on the card; run `ykman piv access change-management-key --protect`"
@@ -161,14 +168,14 @@ fn attest(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
 }
 
 /// The key first: when that fails, nothing is lost.
-fn delete(card: &mut Card<'_>, slot: SlotId) -> Result<Done, Failure> {
+fn delete(card: &mut Card<'_>, slot: SlotId, notify: Notify<'_>) -> Result<Done, Failure> {
     let version = card.yubikey.version();
     if (version.major, version.minor) < DELETES {
         return Err(refused(format!(
             "its firmware {version} cannot delete keys, 5.7 can; make another key in the slot with ykman"
         )));
     }
-    manage(card)?;
+    manage(card, notify)?;
     let sent = line::command(card.yubikey, [0, MOVE_KEY, 0xff, slot.into()], &[]);
     match sent.map_err(|error| classify("delete the key", &error))?.1 {
         line::DONE => {}

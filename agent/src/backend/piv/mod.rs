@@ -6,6 +6,7 @@ mod errors;
 mod keys;
 mod life;
 mod line;
+mod login;
 mod survey;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,10 +19,12 @@ pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::{factorys, is_factorys};
 pub(super) use self::survey::{prepare, survey, unblock};
-use super::{Device, Doing, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{
+    Device, Doing, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, refused, while_opening,
+};
 use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, OpenSpec, Opened, Opening};
+use crate::host::wire::{Class, Failure, OpenSpec, Opened};
 use crate::secret::Pin;
 use crate::verifier::Verifier;
 
@@ -93,10 +96,12 @@ pub(super) fn open(
     for (_, note) in factorys(&mut yubikey) {
         tracing::warn!(card = serial, "{note}");
     }
-    let pin = verified(&mut yubikey, spec, pin, say)?;
+    let pin = login::verified(&mut yubikey, spec, pin, say)?;
+    let notify = while_opening(say);
     let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
-    let (keys, public) = open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding))?;
+    let (keys, public) =
+        open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding, &notify))?;
     let always = |key: &Key| key.touch == TouchPolicy::Always;
     let touch = keys.iter().enumerate().filter(|(_, key)| key.as_ref().is_some_and(always));
     let touch = touch.map(|(index, _)| (index, touch_me(serial))).collect();
@@ -124,51 +129,6 @@ fn connect(serial: u32) -> Result<YubiKey, Failure> {
         }),
         error => classify(&format!("open YubiKey {serial}"), &error),
     })
-}
-
-/// Offers the PIN, once, unless that could block it.
-fn verified(
-    yubikey: &mut YubiKey,
-    spec: &OpenSpec,
-    pin: Option<Pin>,
-    say: Say<'_>,
-) -> Result<Option<Pin>, Failure> {
-    let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
-    let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
-    if tries == 0 {
-        return Err(locked(errors::PIN_BLOCKED.into()));
-    }
-    if tries == 1 && !spec.by_operator {
-        let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
-        return Err(locked(message.into()));
-    }
-    is_fit(&pin)?;
-    // The agent has to know before the card does.
-    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
-    yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| {
-        match classify("verify the PIN", &error) {
-            // A card that is not there took no PIN. Whatever else went wrong may have cost a try.
-            failure if matches!(error, yubikey::Error::PcscError { .. }) => failure,
-            failure => locked(failure.message),
-        }
-    })?;
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
-    Ok(Some(pin))
-}
-
-/// A PIN that a card can have, and that not everybody knows.
-fn is_fit(pin: &Pin) -> Result<(), Failure> {
-    if pin.expose().as_bytes() == FACTORY_PIN {
-        return Err(locked(
-            "its PIN is the one from the factory, which everybody knows; change it with `omsign-agent init yubikey` or \
-             `ykman piv access change-pin`"
-                .into(),
-        ));
-    }
-    if pin.expose().len() > LONGEST_PIN {
-        return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
-    }
-    Ok(())
 }
 
 impl Held {
@@ -222,13 +182,13 @@ impl Card<'_> {
     fn sign(&mut self, key: &Key, input: &[u8], notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
         // A card may wait for a finger before it asks for the PIN.
         if key.pin == PinPolicy::Once && !self.known.verified {
-            self.verify_again()?;
+            self.verify_again(notify)?;
         }
         let (started, waits) = (Instant::now(), self.waits_for_touch(key));
         if waits {
             notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
-        let error = match self.attempt(key, input) {
+        let error = match self.attempt(key, input, notify) {
             Ok(signature) => return Ok(signature),
             Err(error) => error,
         };
@@ -252,26 +212,26 @@ impl Card<'_> {
         if key.pin == PinPolicy::Never {
             self.renew()?;
         } else {
-            self.verify_again()?;
+            self.verify_again(notify)?;
         }
         // What it knew of a touch may be gone.
         if !waits && self.waits_for_touch(key) {
             notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
-        self.attempt(key, input).map_err(|error| classify("sign", &error))
+        self.attempt(key, input, notify).map_err(|error| classify("sign", &error))
     }
 
     /// Shows the card the PIN that it accepted before, if it has one and still takes wrong ones.
-    fn verify_again(&mut self) -> Result<(), Failure> {
+    fn verify_again(&mut self, notify: Notify<'_>) -> Result<(), Failure> {
         if self.renew()? <= 1 && self.known.pin.is_some() {
             return Err(locked("somebody entered wrong PINs: one more would block it".into()));
         }
-        self.verify().map_err(|error| classify("verify the PIN", &error))
+        self.verify(notify).map_err(|error| classify("verify the PIN", &error))
     }
 
-    fn attempt(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
+    fn attempt(&mut self, key: &Key, input: &[u8], notify: Notify<'_>) -> Result<Vec<u8>, yubikey::Error> {
         if key.pin == PinPolicy::Always {
-            self.verify()?;
+            self.verify(notify)?;
         }
         let started = Instant::now();
         let signature = if key.algorithm == Algorithm::Ed25519 {
@@ -289,10 +249,15 @@ impl Card<'_> {
     }
 
     /// The PIN was accepted before. Refused now, somebody changed it: that is the last time it is offered.
-    fn verify(&mut self) -> Result<(), yubikey::Error> {
+    fn verify(&mut self, notify: Notify<'_>) -> Result<(), yubikey::Error> {
         match &self.known.pin {
             Some(pin) => {
+                // The agent has to know before the card does.
+                notify(Doing::LogsIn);
                 let verified = self.yubikey.verify_pin(pin.expose().as_bytes());
+                if verified.is_ok() {
+                    notify(Doing::LoggedIn);
+                }
                 if matches!(verified, Err(yubikey::Error::WrongPin { .. })) {
                     self.known.pin = None;
                 }

@@ -6,7 +6,8 @@ use yubikey::{MgmKey, YubiKey};
 
 use super::super::{locked, refused};
 use super::errors::classify;
-use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use, is_fit};
+use super::login::is_fit;
+use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::wire::{Factory, Failure, Fresh, Survey, SurveyedToken};
 use crate::secret::Pin;

@@ -21,11 +21,11 @@ use self::errors::{Recovery, classify, describe, recovery};
 use self::login::Again;
 use self::objects::Found;
 use self::ways::Ways;
-use super::{Device, Doing, Notify, PROBE_EVERY, Say, gone, locked, refused};
+use super::{Device, Notify, PROBE_EVERY, Say, gone, locked, refused, while_opening};
 use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -64,14 +64,7 @@ pub(super) fn open(
     let sessions = sessions.ok_or_else(one_only)?;
     let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let ways = Ways::new(&pkcs11, slot, profile, again);
-    let notify = |doing: Doing<'_>| {
-        // When the agent is gone, this process ends with it.
-        let _ = match doing {
-            Doing::LogsIn => say(Opening::LoggingIn),
-            Doing::LoggedIn => say(Opening::LoggedIn),
-            Doing::AwaitsTouch(_) => Ok(()),
-        };
-    };
+    let notify = while_opening(say);
     let mut keys = Vec::with_capacity(spec.keys.len());
     let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
