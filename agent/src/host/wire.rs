@@ -243,7 +243,7 @@ pub(crate) struct Answer {
     /// Not the answer yet: a task has begun that may take so many seconds.
     #[prost(uint32, tag = "6")]
     pub(crate) task_s: u32,
-    /// Not the answer yet: the PIN is offered now, or that was answered.
+    /// Not the answer yet: the PIN is offered now; or it was taken, or never got as far as the device.
     #[prost(bool, optional, tag = "8")]
     pub(crate) login: Option<bool>,
     /// How long the device took, in microseconds.
@@ -272,7 +272,7 @@ impl Answer {
         Self { id, touch, ..Self::default() }
     }
 
-    /// For the request `id` the PIN is offered now, or that was answered.
+    /// For the request `id` the PIN is offered now; or, not `now`, that is over and cost no try.
     pub(crate) fn logs_in(id: u64, now: bool) -> Self {
         Self { id, login: Some(now), ..Self::default() }
     }
