@@ -297,7 +297,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let mut sizes = vec![0, 1, 63, 64, 4095, (9 << 20) + 77, (4 << 20) + 1, 3 << 20];
         // Around the ends of one and two buffers, as large as they are for sixteen lanes to one.
-        for buffer in [32 << 10, 64 << 10, 128 << 10, 1 << 20] {
+        for buffer in [32 << 10, 64 << 10, 128 << 10, 256 << 10, 2 << 20] {
             sizes.extend([buffer - 64, buffer - 1, buffer, buffer + 1, buffer + 63, buffer + 64, 2 * buffer]);
         }
         let content = |index: usize| -> Vec<u8> {
