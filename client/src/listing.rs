@@ -1,7 +1,7 @@
 //! What is in a directory and below it, before anybody says what of it is a model's. Links are not followed.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -11,8 +11,6 @@ use crate::model::GIT_PATHS;
 pub(crate) struct Found {
     /// Its path below the root, as far as it is UTF-8.
     pub(crate) name: String,
-    /// Where it is.
-    pub(crate) path: PathBuf,
     pub(crate) kind: Kind,
 }
 
@@ -44,9 +42,8 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
     let entries =
         std::fs::read_dir(path)?.map(|entry| entry.and_then(|e| Ok((e.file_name(), e.file_type()?))));
     for (own_name, kind) in entries.collect::<io::Result<Vec<_>>>()? {
-        let path = path.join(&own_name);
         let Some(own_name) = own_name.to_str() else {
-            found.push(Found { name: format!("{prefix}{}", own_name.display()), path, kind: Kind::NotUtf8 });
+            found.push(Found { name: format!("{prefix}{}", own_name.display()), kind: Kind::NotUtf8 });
             continue;
         };
         let name = format!("{prefix}{own_name}");
@@ -57,8 +54,8 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
             _ if skip(&name) => Kind::Unlisted,
             _ => Kind::Directory,
         };
-        let below = matches!(kind, Kind::Directory).then(|| (path.clone(), format!("{name}/")));
-        found.push(Found { name, path, kind });
+        let below = matches!(kind, Kind::Directory).then(|| (path.join(own_name), format!("{name}/")));
+        found.push(Found { name, kind });
         let count = found.len();
         if let Some((path, prefix)) = below
             && let Err(error) = add(&path, &prefix, skip, found)

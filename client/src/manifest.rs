@@ -154,7 +154,7 @@ pub struct Part {
 impl<'a> Plan<'a> {
     /// Looks at the files of a model.
     pub fn new(model: &'a Model, serialization: Serialization, hasher: &Hasher) -> Result<Self, Error> {
-        let files = hasher.look(model.paths())?;
+        let files = hasher.look(&model.root, model.paths())?;
         let whole = |(file, size)| Piece { file, range: 0..size };
         let mut plan = Self { model, files, serialization, pieces: Vec::new() };
         let sizes = plan.files.sizes().enumerate();
@@ -248,13 +248,13 @@ impl<'a> Plan<'a> {
         let (before, after) = (&self.model.files, &again.files);
         let differs = before.iter().zip(after).find(|(one, other)| one.name != other.name);
         // Of a file that came, or went, one of the two lists has one more.
-        let first = differs.map(|(one, other)| if one.name < other.name { one } else { other }.path.clone());
+        let first = differs.map(|(one, other)| if one.name < other.name { one } else { other });
         let longer = if before.len() > after.len() { before } else { after };
-        let rest = longer.get(before.len().min(after.len())).map(|file| file.path.clone());
+        let rest = longer.get(before.len().min(after.len()));
         if let Some(changed) = first.or(rest) {
-            return Err(HashError::Changed(changed));
+            return Err(HashError::Changed(again.root.path_of(changed.path())));
         }
-        self.files.check_same(&hasher.look(again.paths())?)
+        self.files.check_same(&hasher.look(&again.root, again.paths())?)
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use crate::hash::Root;
 use crate::listing::Found;
 use crate::walk::{MOST_LINKED, MOST_LINKED_FILES, Walked, walk};
 
@@ -15,6 +16,8 @@ pub const GIT_PATHS: [&str; 4] = [".git", ".gitattributes", ".github", ".gitigno
 pub struct Model {
     /// Last component of its path.
     pub name: String,
+    /// Where it is; the directory of a single file.
+    pub root: Root,
     /// Its files, sorted by name in code-point order.
     pub files: Vec<File>,
     /// What is there and was left out, sorted: files, and directories with all that is below them.
@@ -76,8 +79,15 @@ pub enum Oddity {
 pub struct File {
     /// Path below the model's root, with `/`; the file's own name where the model is a single file.
     pub name: String,
-    /// Where it is.
-    pub path: PathBuf,
+    /// What it is a symbolic link to, as an absolute path.
+    pub(crate) target: Option<Box<Path>>,
+}
+
+impl File {
+    /// Where its content is: below the model's root, or an absolute path.
+    pub fn path(&self) -> &Path {
+        self.target.as_deref().unwrap_or(Path::new(&self.name))
+    }
 }
 
 /// What is looked at.
@@ -176,9 +186,11 @@ impl Model {
         };
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
-            let only = File { name: name.clone(), path: real };
+            let directory = real.parent().unwrap_or(Path::new("/"));
+            let only = File { name: name.clone(), target: None };
             return Ok(Self {
                 name,
+                root: Root::open(directory).map_err(|source| read_error(root, source))?,
                 files: vec![only],
                 left_out: Vec::new(),
                 odd: Vec::new(),
@@ -188,13 +200,14 @@ impl Model {
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
+        let opened = Root::open(root).map_err(|source| read_error(root, source))?;
         let Walked { mut files, mut left_out, mut odd, mut closed } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
         left_out.sort();
         odd.sort_by(|a, b| a.name.cmp(&b.name));
         closed.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { name, files, left_out, odd, closed })
+        Ok(Self { name, root: opened, files, left_out, odd, closed })
     }
 
     /// The name of one of its files.
@@ -202,9 +215,9 @@ impl Model {
         self.files.get(index).map(|file| file.name.as_str()).unwrap_or_default()
     }
 
-    /// Where its files are, in their order.
+    /// Where its files are, below its root, in their order.
     pub fn paths(&self) -> Vec<&Path> {
-        self.files.iter().map(|file| file.path.as_path()).collect()
+        self.files.iter().map(File::path).collect()
     }
 }
 

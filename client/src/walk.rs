@@ -29,16 +29,18 @@ pub(crate) fn walk(
     listing: Option<Vec<Found>>,
 ) -> Result<Walked, ModelError> {
     let walked = Walked::default();
-    let mut walk = Walk { real_root: real, scope, walked, links: Vec::new(), linked: 0, linked_files: 0 };
+    let mut walk =
+        Walk { root, real_root: real, scope, walked, links: Vec::new(), linked: 0, linked_files: 0 };
     let listing = match listing {
         Some(listing) => listing,
-        None => walk.list(root, "").map_err(|source| read_error(root, source))?,
+        None => walk.list("").map_err(|source| read_error(root, source))?,
     };
     walk.take(listing, "", real)?;
     Ok(walk.walked)
 }
 
 struct Walk<'a> {
+    root: &'a Path,
     real_root: &'a Path,
     scope: &'a Scope,
     walked: Walked,
@@ -53,18 +55,19 @@ impl Walk<'_> {
         self.scope.ignore_paths.contains(name) || !self.scope.concerns(name)
     }
 
-    fn list(&self, path: &Path, prefix: &str) -> io::Result<Vec<Found>> {
-        list(path, prefix, &|name| self.leaves_out(name))
+    /// Lists a directory, whose contents' names begin with a prefix.
+    fn list(&self, prefix: &str) -> io::Result<Vec<Found>> {
+        list(&self.root.join(prefix), prefix, &|name| self.leaves_out(name))
     }
 
-    fn closed(&mut self, name: String, path: PathBuf, source: io::Error) {
-        self.walked.closed.push(Closed { name, path, source });
+    fn closed(&mut self, name: String, source: io::Error) {
+        self.walked.closed.push(Closed { path: self.root.join(&name), name, source });
     }
 
     /// Takes what counts of a listing. Its names begin with `prefix`, and it is really of the directory `real`.
     fn take(&mut self, listing: Vec<Found>, prefix: &str, real: &Path) -> Result<(), ModelError> {
         let mut skipped: Option<String> = None;
-        for Found { name, path, kind } in listing {
+        for Found { name, kind } in listing {
             if skipped.as_ref().is_some_and(|skipped| at_or_below(&name, skipped)) {
                 continue;
             }
@@ -78,26 +81,26 @@ impl Walk<'_> {
                 Kind::Special => Some(Oddity::Special),
                 Kind::Symlink if !self.scope.allow_symlinks => Some(Oddity::Symlink),
                 Kind::File => {
-                    self.walked.files.push(File { name, path });
+                    self.walked.files.push(File { name, target: None });
                     continue;
                 }
                 Kind::Directory => continue,
                 Kind::Unlisted => {
                     let real = real.join(name.get(prefix.len()..).unwrap_or_default());
                     let prefix = format!("{name}/");
-                    match self.list(&path, &prefix) {
+                    match self.list(&prefix) {
                         Ok(below) => self.take(below, &prefix, &real)?,
-                        Err(source) => self.closed(name, path, source),
+                        Err(source) => self.closed(name, source),
                     }
                     continue;
                 }
                 Kind::Unreadable(source) => {
-                    self.closed(name, path, source);
+                    self.closed(name, source);
                     continue;
                 }
                 Kind::Symlink => {
                     let parent = real.join(parent.get(prefix.len()..).unwrap_or_default());
-                    self.symlink(path, name, parent)?;
+                    self.symlink(name, parent)?;
                     continue;
                 }
             };
@@ -113,7 +116,8 @@ impl Walk<'_> {
     }
 
     /// Follows a link in a directory, which is really `parent`.
-    fn symlink(&mut self, path: PathBuf, name: String, parent: PathBuf) -> Result<(), ModelError> {
+    fn symlink(&mut self, name: String, parent: PathBuf) -> Result<(), ModelError> {
+        let path = self.root.join(&name);
         let found = path.canonicalize().and_then(|target| Ok((std::fs::metadata(&target)?, target)));
         let (kind, target) = match found {
             Ok(found) => found,
@@ -122,7 +126,7 @@ impl Walk<'_> {
                 return Ok(());
             }
             Err(source) => {
-                self.closed(name, path, source);
+                self.closed(name, source);
                 return Ok(());
             }
         };
@@ -130,7 +134,7 @@ impl Walk<'_> {
             Oddity::Outside
         } else if kind.is_file() {
             // The link's own name, the target's content (OMS v1.0, 6.1.1).
-            self.walked.files.push(File { name, path: target });
+            self.walked.files.push(File { name, target: Some(target.into()) });
             return Ok(());
         } else if !kind.is_dir() {
             Oddity::Special
@@ -138,10 +142,10 @@ impl Walk<'_> {
             Oddity::Cycle
         } else {
             let prefix = format!("{name}/");
-            let below = match self.list(&path, &prefix) {
+            let below = match self.list(&prefix) {
                 Ok(below) => below,
                 Err(source) => {
-                    self.closed(name, path, source);
+                    self.closed(name, source);
                     return Ok(());
                 }
             };

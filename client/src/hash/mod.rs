@@ -5,6 +5,7 @@ mod blake;
 pub mod cache;
 mod digest;
 mod kernels;
+mod place;
 mod schedule;
 mod sha256;
 mod share;
@@ -22,10 +23,12 @@ use rayon::prelude::*;
 use self::blake::{Blake2b, Blake3, subtree_bytes};
 use self::cache::{Cache, CacheUse, Remembered};
 pub use self::digest::{Algorithm, Digest};
+use self::place::Place;
+pub(crate) use self::place::Stamp;
+pub use self::place::{Looked, Root};
 pub use self::schedule::MOST_JOBS;
 use self::schedule::{Hashed, OnFailure, Unit};
 use self::sha256::Sha256;
-pub(crate) use self::source::Stamp;
 
 /// Why a file has no digest.
 #[derive(Debug, thiserror::Error)]
@@ -65,45 +68,6 @@ impl Progress {
     /// Bytes that were hashed.
     pub fn hashed(&self) -> u64 {
         self.hashed.load(Ordering::Relaxed)
-    }
-}
-
-/// Files as they were looked at.
-#[derive(Default)]
-pub struct Looked<'a> {
-    paths: Vec<&'a Path>,
-    stamps: Vec<Stamp>,
-}
-
-impl<'a> Looked<'a> {
-    /// The files' sizes, in their order.
-    pub fn sizes(&self) -> impl Iterator<Item = u64> {
-        self.stamps.iter().map(|stamp| stamp.size)
-    }
-
-    /// Whether the same number of files are in the same states.
-    pub(crate) fn check_same(&self, later: &Self) -> Result<(), HashError> {
-        let pairs = self.stamps.iter().zip(&later.stamps).zip(&later.paths);
-        match pairs.into_iter().find(|((before, after), _)| before != after) {
-            Some((_, path)) => Err(HashError::Changed(path.to_path_buf())),
-            None => Ok(()),
-        }
-    }
-
-    /// Adds a file, and returns its number.
-    pub(crate) fn push(&mut self, path: &'a Path, stamp: Stamp) -> usize {
-        self.paths.push(path);
-        self.stamps.push(stamp);
-        self.paths.len() - 1
-    }
-
-    pub(crate) fn has(&self, device: u64, inode: u64) -> bool {
-        self.stamps.iter().any(|stamp| (stamp.device, stamp.inode) == (device, inode))
-    }
-
-    fn get(&self, file: usize) -> (&'a Path, Stamp) {
-        let found = self.paths.get(file).copied().zip(self.stamps.get(file).copied());
-        found.expect("a piece is of one of the files")
     }
 }
 
@@ -160,27 +124,28 @@ impl Hasher {
         Arc::clone(&self.progress)
     }
 
-    /// Looks at files: their sizes, and what tells whether they change.
-    pub fn look<'a>(&self, paths: Vec<&'a Path>) -> Result<Looked<'a>, HashError> {
-        let stamps = self.look_each(&paths).into_iter().collect::<Result<_, _>>()?;
-        Ok(Looked { paths, stamps })
+    /// Looks at files, by their paths below a directory: their sizes, and what tells whether they change.
+    pub fn look<'a>(&self, root: &'a Root, paths: Vec<&'a Path>) -> Result<Looked<'a>, HashError> {
+        let stamps = self.look_each(root, &paths).into_iter().collect::<Result<_, _>>()?;
+        Ok(Looked::new(root, paths, stamps))
     }
 
     /// Looks at files, whatever comes of each.
-    pub(crate) fn look_each(&self, paths: &[&Path]) -> Vec<Result<Stamp, HashError>> {
-        self.pool.install(|| paths.par_iter().with_min_len(64).map(|path| Stamp::of(path)).collect())
+    pub(crate) fn look_each(&self, root: &Root, paths: &[&Path]) -> Vec<Result<Stamp, HashError>> {
+        let look = |path: &&Path| Place { root, path }.look();
+        self.pool.install(|| paths.par_iter().with_min_len(64).map(look).collect())
     }
 
     /// A digest of some bytes of every file, at sixteen places at most, and of all of a small one: two models of the same
     /// names and sizes mostly have different ones, but not where they differ only between these places.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
-        let sample = |(path, stamp): (&&Path, &Stamp)| {
-            source::sample(path, *stamp).map(|bytes| Digest::sha256(&bytes)).map_err(|error| error.of(path))
+        let sample = |file: usize| {
+            let (place, stamp) = files.get(file);
+            let sampled = source::sample(place, stamp).map(|bytes| Digest::sha256(&bytes));
+            sampled.map_err(|error| place.failed(error))
         };
-        let samples: Vec<Digest> = self.pool.install(|| {
-            let files = files.paths.par_iter().zip(&files.stamps).with_min_len(16);
-            files.map(sample).collect::<Result<_, _>>()
-        })?;
+        let all = (0..files.sizes().len()).into_par_iter().with_min_len(16);
+        let samples: Vec<Digest> = self.pool.install(|| all.map(sample).collect::<Result<_, _>>())?;
         let samples: Vec<u8> = samples.iter().flat_map(|sample| sample.as_bytes().to_vec()).collect();
         Ok(Digest::sha256(&samples))
     }
@@ -286,7 +251,8 @@ mod tests {
 
     fn hash_one(path: &Path) -> Result<Digest, HashError> {
         let hasher = Hasher::new(None, None)?;
-        let files = hasher.look(vec![path])?;
+        let root = Root::open("/".as_ref()).expect("a directory");
+        let files = hasher.look(&root, vec![path])?;
         let pieces: Vec<_> = files.sizes().map(|size| Piece { file: 0, range: 0..size }).collect();
         Ok(hasher.digests(Algorithm::Sha256, &files, &pieces)?[0])
     }
@@ -306,13 +272,15 @@ mod tests {
                 .collect()
         };
         for count in [1, 3, 40] {
-            let paths: Vec<PathBuf> = (0..count).map(|i| directory.path().join(i.to_string())).collect();
+            let root = Root::open(directory.path()).expect("a directory");
+            let names: Vec<String> = (0..count).map(|i: usize| i.to_string()).collect();
             // One of one file is a long one: it is read ahead.
             let of = |index: usize| content(if count == 1 { 5 } else { index });
-            paths.iter().enumerate().for_each(|(i, path)| std::fs::write(path, of(i)).expect("written"));
+            let write = |(i, name)| std::fs::write(directory.path().join(name), of(i)).expect("written");
+            names.iter().enumerate().for_each(write);
             for jobs in [1, 2, 5] {
                 let hasher = Hasher::new(NonZeroUsize::new(jobs), None).expect("a hasher");
-                let files = hasher.look(paths.iter().map(PathBuf::as_path).collect()).expect("looked");
+                let files = hasher.look(&root, names.iter().map(Path::new).collect()).expect("looked");
                 let piece = |(file, size)| Piece { file, range: 0..size };
                 let pieces: Vec<_> = files.sizes().enumerate().map(piece).collect();
                 for algorithm in [Algorithm::Sha256, Algorithm::Blake2b, Algorithm::Blake3] {
@@ -366,6 +334,7 @@ mod tests {
     fn a_file_that_was_replaced_since_it_was_looked_at() {
         let directory = tempfile::tempdir().expect("a directory");
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
+        let root = Root::open("/".as_ref()).expect("a directory");
         let hasher = Hasher::new(None, None).expect("a hasher");
         type Replace = fn(&Path, &Path) -> io::Result<()>;
         fn open(path: &Path) -> io::Result<std::fs::File> {
@@ -382,7 +351,7 @@ mod tests {
         for (replace, is_link) in changes.into_iter().map(|change| (change, false)).chain([(link, true)]) {
             std::fs::write(&other, "same").expect("written");
             std::fs::write(&path, "size").expect("written");
-            let files = hasher.look(vec![&path]).expect("looked");
+            let files = hasher.look(&root, vec![&path]).expect("looked");
             replace(&path, &other).expect("replaced");
             let pieces = [Piece { file: 0, range: 0..4 }];
             let result = hasher.digests(Algorithm::Sha256, &files, &pieces);

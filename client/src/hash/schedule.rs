@@ -6,14 +6,14 @@
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::HashError;
 use super::digest::Digest;
+use super::place::{Place, Stamp};
 use super::share::Share;
-use super::source::{self, Buffer, Feed, PAGE_BYTES, Stamp};
+use super::source::{self, Buffer, Feed, PAGE_BYTES};
 
 /// A hash algorithm, as streams that are advanced side by side.
 pub(super) trait Streams: Sync {
@@ -90,7 +90,7 @@ pub(super) struct Hashed {
 pub(super) fn run<'a, S: Streams>(
     streams: &'a S,
     units: &'a [Unit],
-    input: impl Fn(&Unit) -> (&'a Path, Stamp) + Sync,
+    input: impl Fn(&Unit) -> (Place<'a>, Stamp) + Sync,
     on_failure: OnFailure,
     pool: &rayon::ThreadPool,
     hashed: &'a AtomicU64,
@@ -157,7 +157,7 @@ struct Lane<'a, S> {
     /// The unit's place in the list.
     index: usize,
     unit: &'a Unit,
-    path: &'a Path,
+    place: Place<'a>,
     state: S,
     feed: Feed,
     /// Bytes that are not hashed yet.
@@ -168,7 +168,7 @@ fn left<S>(lanes: &[Lane<'_, S>]) -> u64 {
     lanes.iter().fold(0, |sum, lane| sum.saturating_add(lane.left))
 }
 
-impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
+impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
     /// One core's work: until nothing is left.
     fn core(&self, core: usize) {
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
@@ -181,7 +181,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
                     && !lane.feed.ended()
                     && let Err(error) = lane.feed.refill()
                 {
-                    self.fail(lane.unit, error.of(lane.path));
+                    self.fail(lane.unit, lane.place.failed(error));
                     lanes.swap_remove(next);
                     continue;
                 }
@@ -238,14 +238,14 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (&'a Path, Stamp)> Work<'a, S, I> {
             let next = self.next.fetch_add(1, Ordering::Relaxed);
             let &(index, unit) = self.longest_first.get(next)?;
             self.share.taken(unit.bytes());
-            let (path, stamp) = (self.input)(unit);
+            let (place, stamp) = (self.input)(unit);
             let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
-            match Feed::open(path, stamp, &unit.range, buffer, self.ahead) {
+            match Feed::open(place, stamp, &unit.range, buffer, self.ahead) {
                 Ok(feed) => {
                     let (state, left) = (self.streams.start(unit), unit.bytes());
-                    return Some(Lane { index, unit, path, state, feed, left });
+                    return Some(Lane { index, unit, place, state, feed, left });
                 }
-                Err(error) => self.fail(unit, error.of(path)),
+                Err(error) => self.fail(unit, place.failed(error)),
             }
         }
         None
@@ -271,6 +271,7 @@ pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, Hash
 mod tests {
     use std::path::PathBuf;
 
+    use super::super::place::Root;
     use super::*;
 
     /// Does nothing but write down what it is asked for.
@@ -303,28 +304,39 @@ mod tests {
         }
     }
 
-    fn files(blocks: &[u64]) -> (tempfile::TempDir, Vec<(PathBuf, Stamp)>, Vec<Unit>) {
+    struct Files {
+        directory: tempfile::TempDir,
+        root: Root,
+        files: Vec<(PathBuf, Stamp)>,
+        units: Vec<Unit>,
+    }
+
+    fn files(blocks: &[u64]) -> Files {
         let directory = tempfile::tempdir().expect("a directory");
+        let root = Root::open(directory.path()).expect("a directory");
         let file = |(index, blocks): (usize, &u64)| {
-            let path = directory.path().join(index.to_string());
-            std::fs::File::create(&path).and_then(|file| file.set_len(blocks * 64 + 7)).expect("written");
-            let stamp = Stamp::of(&path).expect("looked at");
+            let path = PathBuf::from(index.to_string());
+            let file = std::fs::File::create(directory.path().join(&path));
+            file.and_then(|file| file.set_len(blocks * 64 + 7)).expect("written");
+            let stamp = Place { root: &root, path: &path }.look().expect("looked at");
             (path, stamp)
         };
         let files: Vec<_> = blocks.iter().enumerate().map(file).collect();
         let units = files.iter().enumerate().map(|(piece, (_, stamp))| Unit::whole(piece, 0..stamp.size));
         let units = units.collect();
-        (directory, files, units)
+        Files { directory, root, files, units }
     }
 
     fn run_on(
         jobs: usize,
-        files: &[(PathBuf, Stamp)],
-        units: &[Unit],
+        Files { root, files, units, .. }: &Files,
         on_failure: OnFailure,
     ) -> (Recorder, Hashed) {
         let recorder = Recorder::default();
-        let input = |unit: &Unit| (files[unit.piece].0.as_path(), files[unit.piece].1);
+        let input = |unit: &Unit| {
+            let (path, stamp) = &files[unit.piece];
+            (Place { root, path }, *stamp)
+        };
         let pool = pool(NonZeroUsize::new(jobs)).expect("a pool");
         let hashed = run(&recorder, units, input, on_failure, &pool, &AtomicU64::new(0));
         (recorder, hashed)
@@ -333,8 +345,8 @@ mod tests {
     /// The longest first, as many as there are lanes, and the next in the place of one that ends.
     #[test]
     fn lanes_are_full_as_long_as_there_is_something_for_them() {
-        let (_directory, files, units) = files(&[20, 900, 40, 700, 800, 10, 30, 60]);
-        let (recorder, hashed) = run_on(1, &files, &units, OnFailure::Stop);
+        let files = files(&[20, 900, 40, 700, 800, 10, 30, 60]);
+        let (recorder, hashed) = run_on(1, &files, OnFailure::Stop);
         assert_eq!(*recorder.started.lock().expect("unpoisoned"), [1, 4, 3, 7, 2, 6, 0, 5]);
         let side_by_side = recorder.side_by_side.into_inner().expect("unpoisoned");
         // All three lanes until only two units are left, and then one.
@@ -349,18 +361,18 @@ mod tests {
     /// Of few units, no core takes more than its share.
     #[test]
     fn cores_share_what_there_is() {
-        let (_directory, files, units) = files(&[500, 500, 500, 500]);
-        let (recorder, _) = run_on(2, &files, &units, OnFailure::Stop);
+        let files = files(&[500, 500, 500, 500]);
+        let (recorder, _) = run_on(2, &files, OnFailure::Stop);
         let most = recorder.side_by_side.into_inner().expect("unpoisoned").into_iter().max();
         assert!(most.is_some_and(|most| most <= 2), "{most:?} side by side");
     }
 
     #[test]
     fn a_failure_stops_all_or_nothing() {
-        let (_directory, files, units) = files(&[40, 500, 400, 300, 30, 20, 10]);
-        std::fs::remove_file(&files[1].0).expect("removed");
+        let files = files(&[40, 500, 400, 300, 30, 20, 10]);
+        std::fs::remove_file(files.directory.path().join(&files.files[1].0)).expect("removed");
         for (on_failure, done) in [(OnFailure::Stop, 0), (OnFailure::GoOn, 6)] {
-            let (_, hashed) = run_on(1, &files, &units, on_failure);
+            let (_, hashed) = run_on(1, &files, on_failure);
             let failed: Vec<_> = hashed.failures.iter().map(|(piece, _)| *piece).collect();
             assert_eq!(failed, [1]);
             assert_eq!(hashed.digests.iter().filter(|digest| **digest != Digest::NONE).count(), done);

@@ -53,8 +53,8 @@ mod tests {
     use std::time::Duration;
 
     use super::super::digest::Digest;
+    use super::super::place::{Place, Root};
     use super::super::schedule::{self, OnFailure, Streams, Unit};
-    use super::super::source::Stamp;
     use super::*;
 
     /// What each core takes, one after the other, until nobody takes more: units of these sizes, the largest first.
@@ -138,12 +138,13 @@ mod tests {
     #[test]
     fn cores_that_end_together_share_the_last_units() {
         let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("file");
-        std::fs::write(&path, [0; 32_007]).expect("written");
-        let stamp = Stamp::of(&path).expect("looked at");
+        std::fs::write(directory.path().join("file"), [0; 32_007]).expect("written");
+        let root = Root::open(directory.path()).expect("a directory");
+        let place = Place { root: &root, path: "file".as_ref() };
+        let stamp = place.look().expect("looked at");
         let units: Vec<_> = (0..8).map(|piece| Unit::whole(piece, 0..stamp.size)).collect();
         let (lockstep, pool) = (Lockstep::default(), schedule::pool(NonZeroUsize::new(2)).expect("a pool"));
-        let input = |_: &Unit| (path.as_path(), stamp);
+        let input = |_: &Unit| (place, stamp);
         schedule::run(&lockstep, &units, input, OnFailure::Stop, &pool, &AtomicU64::new(0));
         let mut side_by_side = lockstep.side_by_side.into_inner().expect("unpoisoned");
         side_by_side.sort_unstable();

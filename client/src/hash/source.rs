@@ -1,17 +1,16 @@
 //! A file's bytes as they are hashed: read in order into bounded buffers, and shown not to have changed meanwhile.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use rustix::fs::{Advice, OFlags, fadvise};
+use rustix::fs::{Advice, fadvise};
 use rustix::io::{ReadWriteFlags, preadv2};
 
-use super::HashError;
+use super::place::{Place, Stamp};
 
 /// Why a file's bytes could not be had. Whoever asked for them knows which file it is.
 #[derive(Debug)]
@@ -20,50 +19,6 @@ pub(super) enum SourceError {
     Io(io::Error),
     /// They are not those of the file that was looked at.
     Changed,
-}
-
-impl SourceError {
-    /// With the file's name.
-    pub(super) fn of(self, path: &Path) -> HashError {
-        match self {
-            Self::Io(source) => HashError::Read { path: path.to_owned(), source },
-            Self::Changed => HashError::Changed(path.to_owned()),
-        }
-    }
-}
-
-/// What tells one state of a file from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Stamp {
-    pub(crate) device: u64,
-    pub(crate) inode: u64,
-    /// Bytes in the file.
-    pub(crate) size: u64,
-    /// Seconds and nanoseconds since 1970.
-    pub(crate) modified: (i64, i64),
-    /// Likewise, of the inode: no program can set it.
-    pub(crate) changed: (i64, i64),
-}
-
-impl Stamp {
-    /// Looks at a file without opening it. A link or a pipe put in its place since the walk is an error.
-    pub(crate) fn of(path: &Path) -> Result<Self, HashError> {
-        let metadata =
-            path.symlink_metadata().map_err(|source| HashError::Read { path: path.to_owned(), source })?;
-        if metadata.is_file() { Ok(Self::from(&metadata)) } else { Err(HashError::Changed(path.to_owned())) }
-    }
-}
-
-impl From<&Metadata> for Stamp {
-    fn from(m: &Metadata) -> Self {
-        Self {
-            device: m.dev(),
-            inode: m.ino(),
-            size: m.len(),
-            modified: (m.mtime(), m.mtime_nsec()),
-            changed: (m.ctime(), m.ctime_nsec()),
-        }
-    }
 }
 
 /// A range of an open file.
@@ -86,10 +41,8 @@ const AHEAD_BYTES: u64 = 8 << 20;
 const SMALL_BYTES: u64 = 256 << 10;
 
 impl Source {
-    /// A link or a pipe put in the file's place since it was looked at is neither followed nor waited for.
-    fn open(path: &Path, stamp: Stamp, range: &Range<u64>) -> Result<Self, SourceError> {
-        let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or_default();
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(SourceError::Io)?;
+    fn open(place: Place<'_>, stamp: Stamp, range: &Range<u64>) -> Result<Self, SourceError> {
+        let file = place.open().map_err(SourceError::Io)?;
         let cached = range.end - range.start > SMALL_BYTES;
         Ok(Self { stamp, file, position: range.start, end: range.end, asked: range.start, cached })
     }
@@ -107,7 +60,7 @@ impl Source {
                 Err(error) => return Err(SourceError::Io(error)),
             }
         }
-        if self.ended() && Stamp::from(&self.file.metadata().map_err(SourceError::Io)?) != self.stamp {
+        if self.ended() && Stamp::of(&self.file).map_err(SourceError::Io)? != self.stamp {
             return Err(SourceError::Changed);
         }
         Ok(filled)
@@ -149,12 +102,12 @@ const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 64;
 
 /// A few bytes of a file, evenly spread, the last ones among them; all of it where it is no longer than a page.
-pub(super) fn sample(path: &Path, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
+pub(super) fn sample(place: Place<'_>, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
     // One for each page: more would cost no less than reading it.
     let pages = stamp.size.div_ceil(PAGE_BYTES as u64);
     let (count, bytes_each) = if pages > 1 { (pages.min(SAMPLES), SAMPLE_BYTES) } else { (1, stamp.size) };
     let mut bytes = Vec::new();
-    let (mut source, mut buffer) = (Source::open(path, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
+    let (mut source, mut buffer) = (Source::open(place, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
     for index in 1..=count {
         // Of so many equal parts the end of each.
         let end = stamp.size / count * index + if index == count { stamp.size % count } else { 0 };
@@ -235,13 +188,13 @@ pub(super) const AHEAD_BUFFERS: usize = 3;
 impl Feed {
     /// Opens a file and fills `buffer` from the start of a range of it.
     pub(super) fn open(
-        path: &Path,
+        place: Place<'_>,
         stamp: Stamp,
         range: &Range<u64>,
         buffer: Buffer,
         ahead: bool,
     ) -> Result<Self, SourceError> {
-        let mut source = Source::open(path, stamp, range)?;
+        let mut source = Source::open(place, stamp, range)?;
         let long = range.end - range.start >= LONG_BYTES;
         let capacity = buffer.len();
         let now = Buffered::next_of(&mut source, buffer)?;
@@ -306,6 +259,10 @@ fn read_ahead(mut source: Source, capacity: usize) -> Result<Next, SourceError> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+    use std::path::Path;
+
+    use super::super::place::Root;
     use super::*;
 
     type Change = fn(&Path) -> io::Result<()>;
@@ -330,9 +287,11 @@ mod tests {
             for path in [&path, &path.with_extension("new")] {
                 File::create(path).and_then(|file| file.set_len(LONG_BYTES * 2)).expect("written");
             }
-            let stamp = Stamp::of(&path).expect("looked at");
+            let root = Root::open(directory.path()).expect("a directory");
+            let place = Place { root: &root, path: "file".as_ref() };
+            let stamp = place.look().expect("looked at");
             let read = |change: Option<Change>| -> Result<u64, SourceError> {
-                let mut feed = Feed::open(&path, stamp, &(0..stamp.size), Buffer::new(PAGE_BYTES), ahead)?;
+                let mut feed = Feed::open(place, stamp, &(0..stamp.size), Buffer::new(PAGE_BYTES), ahead)?;
                 change.map_or(Ok(()), |change| change(&path)).expect("changed");
                 let mut bytes = 0;
                 loop {
@@ -353,10 +312,11 @@ mod tests {
     #[test]
     fn a_small_file_is_sampled_whole_and_a_large_one_up_to_its_end() {
         let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("file");
+        let root = Root::open(directory.path()).expect("a directory");
+        let place = Place { root: &root, path: "file".as_ref() };
         let sampled = |bytes: &[u8]| {
-            std::fs::write(&path, bytes).expect("written");
-            sample(&path, Stamp::of(&path).expect("looked at")).expect("sampled")
+            std::fs::write(directory.path().join("file"), bytes).expect("written");
+            sample(place, place.look().expect("looked at")).expect("sampled")
         };
         let small: Vec<u8> = (0..PAGE_BYTES).map(|i| i.to_le_bytes()[0]).collect();
         assert!(sampled(&small) == small && sampled(b"").is_empty());
