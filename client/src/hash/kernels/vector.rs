@@ -51,21 +51,15 @@ macro_rules! kernel {
                 // The word of sixteen rounds later takes the place of each word as soon as its round is begun: what does
                 // not wait for anything fills the time of what does.
                 let [first, second, third, last] = K_OF_SIXTEEN;
-                // Written out three times: a loop would move registers about at its end.
-                macro_rules! rounds_and_words {
-                    ($k:ident) => {
-                        sixteen_times!(J {
-                            v = round(v, w[J], $k[J]);
-                            let (x, y) = (w[(J + 1) % 16], w[(J + 14) % 16]);
-                            let sigma0 = xor3(rotr::<7>(x), rotr::<18>(x), shr::<3>(x));
-                            let sigma1 = xor3(rotr::<17>(y), rotr::<19>(y), shr::<10>(y));
-                            w[J] = add(add(w[J], sigma0), add(w[(J + 9) % 16], sigma1));
-                        });
-                    };
+                for k in [first, second, third] {
+                    sixteen_times!(J {
+                        v = round(v, w[J], k[J]);
+                        let (x, y) = (w[(J + 1) % 16], w[(J + 14) % 16]);
+                        let sigma0 = xor3(rotr::<7>(x), rotr::<18>(x), shr::<3>(x));
+                        let sigma1 = xor3(rotr::<17>(y), rotr::<19>(y), shr::<10>(y));
+                        w[J] = add(add(w[J], sigma0), add(w[(J + 9) % 16], sigma1));
+                    });
                 }
-                rounds_and_words!(first);
-                rounds_and_words!(second);
-                rounds_and_words!(third);
                 sixteen_times!(J { v = round(v, w[J], last[J]); });
                 state = from_fn(|word| add(state[word], v[word]));
             }
