@@ -4,16 +4,15 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
-use omsign_tests::agent::eventually;
+use omsign_tests::hashed::while_it_hashes;
 use omsign_tests::world::{World, key, key_section, text, token_section};
-use rustix::fs::inotify;
 
 #[test]
 fn models_that_cannot_be_signed() -> anyhow::Result<()> {
@@ -165,17 +164,8 @@ fn a_model_that_changes_while_it_is_hashed() -> anyhow::Result<()> {
 fn a_file_that_comes_while_others_are_hashed() -> anyhow::Result<()> {
     let world = World::new()?;
     let _agent = world.agent_and_model()?;
-    let big = world.path("model/big.bin");
-    // Hashing takes far longer than it takes to see that it has begun.
-    fs::File::create(&big)?.set_len(1 << 30)?;
-    let opened = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-    inotify::add_watch(&opened, &big, inotify::WatchFlags::OPEN)?;
-    let mut sign = Command::new(built("omsign")?);
-    world.without_surprises(sign.args(["sign", "model", "--key", "k"]).current_dir(world.path("")));
-    let signing = sign.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-    eventually("the hashing", || Ok(rustix::io::read(&opened, &mut [0; 256]).is_ok()))?;
-    world.write("model/new", "")?;
-    let output = signing.wait_with_output()?;
+    let output =
+        while_it_hashes(&world, &["sign", "model", "--key", "k"], || world.write("model/new", "").map(drop))?;
     let errors = String::from_utf8(output.stderr)?;
     let expected = "model/new changed while it was hashed";
     ensure!(output.status.code() == Some(2) && errors.contains(expected), "{errors}");

@@ -105,10 +105,11 @@ pub(crate) fn compare<'a>(
     let mut signed_files = resources.chunk_by(|(one, _), (other, _)| one == other).peekable();
 
     let (mut differences, mut unlistable, mut count) = (Differences::default(), Vec::new(), 0);
-    let (mut files, mut pieces, mut expected) = (Looked::none(&found.root), Vec::new(), Vec::new());
+    let (mut files, mut pieces, mut expected) =
+        (Looked::new(&found.root, Vec::new(), Vec::new()), Vec::new(), Vec::new());
     let mut wrong = BTreeMap::new();
-    for (own, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
-        let file = own.name.as_str();
+    for (at, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
+        let file = at.name.as_str();
         let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
         while let Some(missing) = signed_files.next_if(before) {
             differences.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
@@ -133,7 +134,7 @@ pub(crate) fn compare<'a>(
             wrong.insert(file, Wrong::Changed(How::Size { signed, found: stamp.size }));
             continue;
         }
-        let index = files.push(own.path(), stamp);
+        let index = files.push(at.path(), stamp);
         for (_, resource) in shards {
             pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
             expected.push((file, &resource.digest));

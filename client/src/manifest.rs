@@ -231,6 +231,7 @@ impl<'a> Plan<'a> {
     pub fn hash(&self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
         let Self { model, files, serialization, pieces } = self;
         let digests = hasher.digests(serialization.algorithm, files, pieces)?;
+        model.root.check_in_place()?;
         let bytes = Piece::total(pieces);
         let sharded = serialization.method != Method::Files;
         let resource = |(piece, digest): (&Piece, Digest)| Resource {
@@ -250,9 +251,8 @@ impl<'a> Plan<'a> {
         // Of a file that came, or went, one of the two lists has one more.
         let first = differs.map(|(one, other)| if one.name < other.name { one } else { other });
         let longer = if before.len() > after.len() { before } else { after };
-        let rest = longer.get(before.len().min(after.len()));
-        if let Some(changed) = first.or(rest) {
-            return Err(HashError::Changed(again.root.path_of(changed.path())));
+        if let Some(changed) = first.or(longer.get(before.len().min(after.len()))) {
+            return Err(HashError::Changed(self.model.root.path_of(changed.path())));
         }
         self.files.check_same(&hasher.look(&again.root, again.paths())?)
     }
@@ -349,6 +349,13 @@ mod tests {
             let changed = matches!(&changed, Err(HashError::Changed(path)) if path.ends_with(name));
             assert!(changed, "{name}");
         }
+        let (root, model, hasher) = model();
+        let plan = Plan::new(&model, Serialization::default(), &hasher).expect("planned");
+        let elsewhere = root.path().with_file_name(format!("{}-away", model.name));
+        std::fs::rename(root.path(), &elsewhere).expect("moved");
+        let changed = plan.hash(&hasher).err();
+        std::fs::rename(&elsewhere, root.path()).expect("moved back");
+        assert!(matches!(changed, Some(Error::Hash(HashError::Changed(path))) if path == root.path()));
     }
 
     #[test]

@@ -186,7 +186,7 @@ impl Model {
         };
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
-            let directory = real.parent().unwrap_or(Path::new("/"));
+            let directory = real.parent().expect("a file is in a directory");
             let only = File { name: name.clone(), target: None };
             return Ok(Self {
                 name,

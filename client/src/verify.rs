@@ -149,6 +149,7 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     }
     let found = Model::listed(request.model, &scope, listing)?;
     let compared = compare(&signed, &found, !request.model.is_dir(), hasher);
+    found.root.check_in_place().map_err(Error::Hash)?;
     let Compared { mut differences, unlistable: mut ignored, files, bytes } = compared;
     if request.ignore_unsigned_files {
         ignored.append(&mut differences.extra);

@@ -1,10 +1,13 @@
 //! A model to hash, a key to sign it with, and scripts around it.
 
-use std::process::{Command, Output};
+use std::fs::File;
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use rustix::fs::inotify;
 
+use crate::agent::eventually;
 use crate::world::World;
 
 /// How it is signed.
@@ -43,6 +46,25 @@ pub fn run(world: &World, script: &str) -> anyhow::Result<Output> {
     let binaries = binaries.parent().context("a directory")?;
     let path = format!("{}:{}", binaries.display(), std::env::var("PATH")?);
     Ok(command.args(["-euc", script]).env("PATH", path).current_dir(world.path("")).output()?)
+}
+
+/// Runs `omsign` on the model `model` with a file more that takes it long, and does something when it is at that file.
+pub fn while_it_hashes(
+    world: &World,
+    arguments: &[&str],
+    meanwhile: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<Output> {
+    let long = world.path("model/long");
+    // Hashing takes far longer than it takes to see that it has begun.
+    File::create(&long)?.set_len(1 << 30)?;
+    let opened = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&opened, &long, inotify::WatchFlags::OPEN)?;
+    let mut omsign = Command::new(built("omsign")?);
+    world.without_surprises(omsign.args(arguments).current_dir(world.path("")));
+    let hashing = omsign.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    eventually("the hashing", || Ok(rustix::io::read(&opened, &mut [0; 256]).is_ok()))?;
+    meanwhile()?;
+    Ok(hashing.wait_with_output()?)
 }
 
 /// Signs it.

@@ -5,13 +5,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, stat, statat};
+use rustix::io::retry_on_intr;
 
 use super::HashError;
 use super::source::SourceError;
 
-/// A directory that files are below. Their paths are looked up from here on: a long way to it is gone once, and whatever
-/// is put in its place meanwhile is not read.
+/// A directory that files are below. Their paths are looked up from here on: a long way to it is gone once. So whoever
+/// says something of what is at its path asks at the end whether it still is there.
 #[derive(Debug)]
 pub struct Root {
     path: PathBuf,
@@ -23,6 +24,13 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self { path: path.to_owned(), directory: rustix::fs::open(path, flags, Mode::empty())? })
+    }
+
+    /// Whether another directory, or none, is in its place now: a link to it may lead to the next release.
+    pub(crate) fn check_in_place(&self) -> Result<(), HashError> {
+        let of = |found: Stat| (found.st_dev, found.st_ino);
+        let same = fstat(&self.directory).map(of).is_ok_and(|opened| stat(&self.path).map(of) == Ok(opened));
+        if same { Ok(()) } else { Err(HashError::Changed(self.path.clone())) }
     }
 
     /// The path of a file below it.
@@ -43,7 +51,8 @@ impl Place<'_> {
     /// waited for.
     pub(super) fn open(self) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        Ok(File::from(openat(&self.root.directory, self.path, flags, Mode::empty())?))
+        let opened = retry_on_intr(|| openat(&self.root.directory, self.path, flags, Mode::empty()));
+        Ok(File::from(opened?))
     }
 
     /// Looks at it without opening it. A link or a pipe put in its place since the walk is an error.
@@ -104,12 +113,7 @@ pub struct Looked<'a> {
 }
 
 impl<'a> Looked<'a> {
-    /// None yet, of those below a directory.
-    pub(crate) fn none(root: &'a Root) -> Self {
-        Self { root, paths: Vec::new(), stamps: Vec::new() }
-    }
-
-    pub(super) fn new(root: &'a Root, paths: Vec<&'a Path>, stamps: Vec<Stamp>) -> Self {
+    pub(crate) fn new(root: &'a Root, paths: Vec<&'a Path>, stamps: Vec<Stamp>) -> Self {
         Self { root, paths, stamps }
     }
 
@@ -142,5 +146,37 @@ impl<'a> Looked<'a> {
         let place = |path: &&'a Path| Place { root: self.root, path };
         let found = self.paths.get(file).map(place).zip(self.stamps.get(file).copied());
         found.expect("a piece is of one of the files")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_directory_in_its_place() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| directory.path().join(name);
+        for release in ["v1", "v2"] {
+            std::fs::create_dir(path(release)).expect("made");
+            std::fs::write(path(release).join("file"), release).expect("written");
+        }
+        let link = |to: &str| {
+            let _ = std::fs::remove_file(path("current"));
+            std::os::unix::fs::symlink(to, path("current")).expect("linked");
+        };
+        link("v1");
+        let root = Root::open(&path("current")).expect("opened");
+        assert!(root.check_in_place().is_ok());
+        link("v2");
+        let changed =
+            |result| matches!(result, Err(HashError::Changed(changed)) if changed == path("current"));
+        assert!(changed(root.check_in_place()));
+        let file = Place { root: &root, path: "file".as_ref() }.open().expect("opened");
+        assert_eq!(std::io::read_to_string(file).expect("read"), "v1");
+        link("v1");
+        assert!(root.check_in_place().is_ok());
+        std::fs::remove_file(path("current")).expect("removed");
+        assert!(changed(root.check_in_place()));
     }
 }

@@ -206,6 +206,8 @@ mod tests {
         // Twice as many lanes that bring little are not worth it where a core chooses how many streams it takes.
         let best = chosen(&[(1.0, "four", 4), (1.95, "eight", 8)]);
         assert_eq!((best[0], best[4], best[8]), (("four", 4), ("four", 4), ("eight", 8)));
+        let best = chosen(&[(1.0, "four", 4), (1.85, "eight", 8)]);
+        assert_eq!((best[0], best[4], best[8]), (("eight", 8), ("four", 4), ("eight", 8)));
         // The order says nothing.
         assert_eq!(chosen(&[(1.0, "quick", 1), (3.0, "slow", 1)])[1].0, "quick");
         assert_eq!(chosen(&[(3.0, "slow", 1), (1.0, "quick", 1)])[1].0, "quick");

@@ -29,12 +29,13 @@ struct Source {
     end: u64,
     /// Up to where the kernel was asked to read.
     asked: u64,
-    /// Whether nothing had to be waited for so far: then nothing is asked for, which would cost a fiftieth of hashing.
+    /// Whether nothing had to be waited for so far, as far as a long range goes: then nothing is asked for, which would
+    /// cost a fiftieth of hashing.
     cached: bool,
 }
 
 /// What the kernel is asked to read ahead of us, in two halves. Its own read-ahead left a third of a disk's speed
-/// unused (measured on a virtual disk; a page that is cached already costs next to nothing to ask for).
+/// unused (measured on a virtual disk).
 const AHEAD_BYTES: u64 = 8 << 20;
 
 /// What one read brings is not worth asking for.
@@ -82,12 +83,14 @@ impl Source {
     /// Advice that a file system does not take changes nothing.
     fn ask_ahead(&mut self) {
         let wanted = self.end.min(self.position + AHEAD_BYTES);
-        let half = self.asked < self.position + AHEAD_BYTES / 2;
+        // What was cached was not asked for.
+        let from = self.asked.max(self.position);
+        let half = from < self.position + AHEAD_BYTES / 2;
         if self.end - self.position > SMALL_BYTES
             && half
-            && let Some(bytes) = NonZeroU64::new(wanted.saturating_sub(self.asked))
+            && let Some(bytes) = NonZeroU64::new(wanted.saturating_sub(from))
         {
-            let _ = fadvise(&self.file, self.asked, Some(bytes), Advice::WillNeed);
+            let _ = fadvise(&self.file, from, Some(bytes), Advice::WillNeed);
             self.asked = wanted;
         }
     }

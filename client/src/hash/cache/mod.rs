@@ -251,7 +251,7 @@ impl Remembered {
         // Whoever tries again after a failure need not begin anew.
         let all = pieces.iter().zip(&digests).filter(|(_, digest)| **digest != Digest::NONE);
         let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
-        self.used.problem = self.cache.keep(algorithm, files.sizes().count(), all).err();
+        self.used.problem = self.cache.keep(algorithm, files.sizes().len(), all).err();
         Hashed { digests, failures: made.failures }
     }
 }
