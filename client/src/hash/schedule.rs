@@ -60,6 +60,7 @@ const BUFFERS_BYTES: usize = 32 << 20;
 /// And those of a core. A read of 128 KiB takes three quarters of the time, for each byte, of one of 32 KiB; that its
 /// bytes are then in the shared cache, and not in the core's own, costs next to nothing (Zen 4, sixteen streams).
 const CORE_BYTES: usize = 2 << 20;
+/// A power of two: BLAKE3, of which a core has one stream, fills its vectors with subtrees of so many chunks.
 const LARGEST_BUFFER: usize = 256 << 10;
 /// Waking another core costs as much as hashing 10 to 100 KiB.
 const LARGEST_AHEAD: usize = 1 << 20;
@@ -113,8 +114,7 @@ pub(super) fn run<'a, S: Streams>(
         let share = (BUFFERS_BYTES / jobs / lanes).saturating_sub(PAGE_BYTES);
         share.min(CORE_BYTES / lanes).min(LARGEST_BUFFER)
     };
-    // A power of two: BLAKE3 fills its vectors with subtrees of so many chunks.
-    let buffer = 1 << buffer.max(SMALLEST_BUFFER).ilog2();
+    let buffer = buffer.max(SMALLEST_BUFFER) / SMALLEST_BUFFER * SMALLEST_BUFFER;
     let work = Work {
         streams,
         input,
