@@ -62,7 +62,7 @@ const BUFFERS_BYTES: usize = 32 << 20;
 const CORE_BYTES: usize = 2 << 20;
 /// A power of two: BLAKE3, of which a core has one stream, fills its vectors with subtrees of so many chunks.
 const LARGEST_BUFFER: usize = 256 << 10;
-/// Waking another core costs as much as hashing 10 to 100 KiB.
+/// Waking another core costs as much as hashing 100 KiB.
 const LARGEST_AHEAD: usize = 1 << 20;
 const SMALLEST_BUFFER: usize = 4 << 10;
 
