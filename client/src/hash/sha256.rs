@@ -14,9 +14,9 @@ const START: State =
 const PROBE_BYTES: usize = 4096;
 const PROBES: usize = 5;
 
-/// What more lanes have to bring for a core to take as many streams: with fewer it leaves more to the other cores, and is
-/// less often short of streams.
-const FASTER: f64 = 1.05;
+/// What more lanes have to bring for a core to take as many streams: more than one measurement differs from the next. With
+/// fewer it is less often short of streams.
+const FASTER: f64 = 1.02;
 
 /// SHA-256 on this CPU.
 pub(super) struct Sha256 {
@@ -47,15 +47,17 @@ impl Sha256 {
 /// The best of the kernels that took so long in all their lanes.
 fn choose(measured: &[(f64, Kernel)]) -> Option<[Kernel; MOST_LANES + 1]> {
     // A kernel takes as long for few streams as for all that it has lanes for.
-    let best = |streams: usize, wider_brings: f64| {
-        let rate = |&(seconds, kernel): &(f64, Kernel)| {
-            kernel.lanes.min(streams) as f64 / seconds.max(f64::MIN_POSITIVE)
+    let rate = |seconds: f64, kernel: Kernel, streams: usize| {
+        kernel.lanes.min(streams) as f64 / seconds.max(f64::MIN_POSITIVE)
+    };
+    // Of those that are nearly as fast as the fastest, the one with the fewest lanes; of several with as many, the fastest.
+    let best = |streams: usize, nearly: f64| {
+        let rated = || measured.iter().map(|&(seconds, kernel)| (rate(seconds, kernel, streams), kernel));
+        let enough = rated().map(|(rate, _)| rate).fold(0.0, f64::max) / nearly;
+        let order = |one: &(f64, Kernel), next: &(f64, Kernel)| {
+            one.1.lanes.cmp(&next.1.lanes).then(next.0.total_cmp(&one.0))
         };
-        let faster = |best: &(f64, Kernel), next: &(f64, Kernel)| {
-            rate(next) > if next.1.lanes > best.1.lanes { wider_brings } else { 1.0 } * rate(best)
-        };
-        let best = measured.iter().reduce(|best, next| if faster(best, next) { next } else { best });
-        best.map(|&(_, kernel)| kernel)
+        rated().filter(|(rate, _)| *rate >= enough).min_by(order).map(|(_, kernel)| kernel)
     };
     let fastest = best(MOST_LANES, FASTER)?;
     let for_streams = |streams| if streams == 0 { Some(fastest) } else { best(streams, 1.0) };
@@ -204,10 +206,13 @@ mod tests {
             (("four", 4), ("wide", 16), ("wide", 16), ("wide", 16))
         );
         // Twice as many lanes that bring little are not worth it where a core chooses how many streams it takes.
-        let best = chosen(&[(1.0, "four", 4), (1.95, "eight", 8)]);
+        let best = chosen(&[(1.0, "four", 4), (1.97, "eight", 8)]);
         assert_eq!((best[0], best[4], best[8]), (("four", 4), ("four", 4), ("eight", 8)));
         let best = chosen(&[(1.0, "four", 4), (1.85, "eight", 8)]);
         assert_eq!((best[0], best[4], best[8]), (("eight", 8), ("four", 4), ("eight", 8)));
+        // It is the fastest that another has to come near to.
+        let best = chosen(&[(1.0, "two", 2), (1.97, "four", 4), (3.88, "eight", 8)]);
+        assert_eq!(best[0], ("four", 4));
         // The order says nothing.
         assert_eq!(chosen(&[(1.0, "quick", 1), (3.0, "slow", 1)])[1].0, "quick");
         assert_eq!(chosen(&[(3.0, "slow", 1), (1.0, "quick", 1)])[1].0, "quick");
