@@ -1,5 +1,6 @@
 //! How models are hashed: every algorithm and serialization beside other tools, on any kernel, and how it is shown.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, IoSliceMut};
 use std::num::NonZeroU64;
@@ -9,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use omsign_fixtures::built;
-use omsign_tests::hashed::{VERIFY, inspect, run, shell, sign, verify, while_it_hashes, world};
+use omsign_tests::hashed::{KEY, VERIFY, inspect, run, shell, sign, verify, while_it_hashes, world};
 use omsign_tests::peer::{reference, succeeded};
 use omsign_tests::world::World;
 use rustix::fs::{Advice, fadvise};
@@ -248,12 +249,70 @@ fn another_model_in_its_place() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What comes into a model, or is put in its place, when everything else of it was compared already.
+#[test]
+fn a_model_that_is_not_as_it_was_when_verify_ends() -> anyhow::Result<()> {
+    let world = world()?;
+    fs::File::create(world.path("model/long"))?.set_len(1 << 30)?;
+    sign(&world, &[])?;
+    let (more, at_model) = (world.path("model/more.py"), [&["verify", "model"], &VERIFY[..]].concat());
+    let come = || Ok(fs::write(&more, "import os")?);
+    let output = while_it_hashes(&world, &at_model, come)?;
+    let errors = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1) && errors.contains("more.py"), "{errors}");
+    fs::remove_file(&more)?;
+    // Where others may be, this one may come.
+    let output = while_it_hashes(&world, &[&at_model[..], &["--ignore-unsigned-files"]].concat(), come)?;
+    ensure!(output.status.success(), "{}", String::from_utf8(output.stderr)?);
+    // A single file, by a link to it.
+    world.omsign_ok(&[&["sign", "model/long"], &KEY[..]].concat())?;
+    let current = world.path("current");
+    for (command, status) in
+        [(&[&["verify", "current"], &VERIFY[..]].concat()[..], 1), (&["digest", "current"], 2)]
+    {
+        symlink("model/long", &current)?;
+        let output = while_it_hashes(&world, command, || {
+            fs::remove_file(&current)?;
+            Ok(symlink("model/big.bin", &current)?)
+        })?;
+        fs::remove_file(&current)?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(status), "{command:?}: {errors}");
+    }
+    Ok(())
+}
+
+/// As a file server's clients do it: whoever opens the file waits until they give it back.
+#[test]
+fn a_file_with_a_lease_on_it() -> anyhow::Result<()> {
+    let world = world()?;
+    let script = r#"
+import fcntl, os, signal, sys
+file = os.open("model/big.bin", os.O_RDWR)
+signal.signal(signal.SIGIO, lambda *_: sys.exit(fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)))
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("leased", flush=True)
+signal.pause()
+"#;
+    let mut holder = Command::new("timeout");
+    holder.args(["60", "python3", "-c", script]).current_dir(world.path("")).stdout(Stdio::piped());
+    let mut holder = holder.spawn()?;
+    let mut said = String::new();
+    BufReader::new(holder.stdout.take().context("a pipe")?).read_line(&mut said)?;
+    ensure!(said == "leased\n", "{said:?}");
+    shell(&world, "omsign digest model")?;
+    ensure!(holder.wait()?.success(), "it was asked to give it back");
+    Ok(())
+}
+
 /// What is read next is asked for before it is needed, unless it was in the page cache all the time.
 #[test]
 fn reads_ahead() -> anyhow::Result<()> {
     let world = World::new()?;
     fs::create_dir(world.path("model"))?;
-    fs::write(world.path("model/weights"), vec![7; 40 << 20])?;
+    let content: Vec<u8> = (0..40_usize << 20).map(|i| (i * 7 + i / 4093).to_le_bytes()[0]).collect();
+    fs::write(world.path("model/weights"), &content)?;
+    let mut digests = BTreeSet::new();
     for forgotten_mib in [40, 25, 0] {
         let weights = fs::File::open(world.path("model/weights"))?;
         weights.sync_all()?;
@@ -265,7 +324,7 @@ fn reads_ahead() -> anyhow::Result<()> {
         let last = &mut [IoSliceMut::new(&mut last)];
         let cached = preadv2(&weights, last, (40 << 20) - 1, ReadWriteFlags::NOWAIT);
         let trace = "strace --follow-forks --quiet=all --trace=fadvise64 --output=trace";
-        shell(&world, &format!("{trace} omsign digest model"))?;
+        digests.insert(shell(&world, &format!("{trace} omsign digest model"))?);
         let trace = fs::read_to_string(world.path("trace"))?;
         let asked = trace.lines().filter(|line| line.contains("POSIX_FADV_WILLNEED"));
         let from = asked.map(|line| line.split(", ").nth(1).context("an offset")?.parse().context("bytes"));
@@ -280,5 +339,8 @@ fn reads_ahead() -> anyhow::Result<()> {
         };
         ensure!(right, "{forgotten_mib} MiB not in the page cache, {cached:?}: {trace}");
     }
+    // From the cache, from the disk, and when it went from one to the other.
+    let openssl = "openssl dgst -sha256 -binary model/weights | openssl dgst -sha256 -r | cut -c1-64";
+    ensure!(digests == [format!("sha256:{}", shell(&world, openssl)?)].into(), "{digests:?}");
     Ok(())
 }

@@ -74,25 +74,32 @@ impl fmt::Display for How {
     }
 }
 
-/// What was compared.
-#[derive(Debug)]
-pub(crate) struct Compared {
-    pub(crate) differences: Differences,
+/// What was signed, and what was found of it.
+pub(crate) struct Pairs<'a> {
+    signed: &'a Manifest,
+    found: &'a Model,
+    missing: Vec<String>,
+    extra: Vec<String>,
     /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
-    pub(crate) unlistable: Vec<String>,
-    /// How many files are as they were signed, where there are no differences.
-    pub(crate) files: usize,
-    /// The size in bytes of what was signed.
-    pub(crate) bytes: u64,
+    unlistable: Vec<String>,
+    /// Files that were signed and are there, and that may be as they were signed.
+    files: Looked<'a>,
+    /// Their names, sorted.
+    names: Vec<&'a str>,
+    /// What of them was signed, and the digests.
+    pieces: Vec<Piece>,
+    digests: Vec<&'a Digest>,
+    /// What is known to be wrong before anything is hashed.
+    wrong: BTreeMap<&'a str, Wrong>,
 }
 
-/// Compares what was signed with what was found. Only what was signed is read.
-pub(crate) fn compare<'a>(
+/// Looks at what was found for each file that was signed.
+pub(crate) fn pair<'a>(
     signed: &'a Manifest,
     found: &'a Model,
     single_file: bool,
     hasher: &Hasher,
-) -> Compared {
+) -> Pairs<'a> {
     // The reference's name for the only file of a single-file model is ".".
     let name = |resource: &'a Resource| match found.files.as_slice() {
         [only] if single_file && resource.file == "." => only.name.as_str(),
@@ -104,69 +111,120 @@ pub(crate) fn compare<'a>(
     resources.sort_by_key(|(file, _)| *file);
     let mut signed_files = resources.chunk_by(|(one, _), (other, _)| one == other).peekable();
 
-    let (mut differences, mut unlistable, mut count) = (Differences::default(), Vec::new(), 0);
-    let (mut files, mut pieces, mut expected) =
-        (Looked::new(&found.root, Vec::new(), Vec::new()), Vec::new(), Vec::new());
-    let mut wrong = BTreeMap::new();
+    let mut pairs = Pairs {
+        signed,
+        found,
+        missing: Vec::new(),
+        extra: Vec::new(),
+        unlistable: Vec::new(),
+        files: Looked::new(&found.root, Vec::new(), Vec::new()),
+        names: Vec::new(),
+        pieces: Vec::new(),
+        digests: Vec::new(),
+        wrong: BTreeMap::new(),
+    };
     for (at, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
         let file = at.name.as_str();
         let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
         while let Some(missing) = signed_files.next_if(before) {
-            differences.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
+            pairs.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
         }
         let same = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own == file);
         let Some(shards) = signed_files.next_if(same) else {
             let empty = stamp.is_ok_and(|stamp| stamp.size == 0);
             let listable = signed.serialization.method == Method::Files || !empty;
-            if listable { &mut differences.extra } else { &mut unlistable }.push(file.to_owned());
+            if listable { &mut pairs.extra } else { &mut pairs.unlistable }.push(file.to_owned());
             continue;
         };
-        count += 1;
         let stamp = match stamp {
             Ok(stamp) => stamp,
             Err(error) => {
-                wrong.insert(file, Wrong::from(error));
+                pairs.wrong.insert(file, Wrong::from(error));
                 continue;
             }
         };
         let signed_size = shards.iter().filter_map(|(_, resource)| Some(resource.shard.as_ref()?.end)).max();
         if let Some(signed) = signed_size.filter(|signed| *signed != stamp.size) {
-            wrong.insert(file, Wrong::Changed(How::Size { signed, found: stamp.size }));
+            pairs.wrong.insert(file, Wrong::Changed(How::Size { signed, found: stamp.size }));
             continue;
         }
-        let index = files.push(at.path(), stamp);
+        let index = pairs.files.push(at.path(), stamp);
+        pairs.names.push(file);
         for (_, resource) in shards {
-            pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
-            expected.push((file, &resource.digest));
+            pairs.pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
+            pairs.digests.push(&resource.digest);
         }
     }
     let rest = signed_files.filter_map(|shards| shards.first());
-    differences.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
-    let digests = hasher.digests_of_each(signed.serialization.algorithm, &files, &pieces);
-    for ((file, signed), found) in expected.into_iter().zip(digests) {
-        let how = match found {
-            Ok(found) if found == *signed => continue,
-            Ok(found) => Wrong::Changed(How::Digest { signed: *signed, found }),
-            Err(error) => Wrong::from(error),
-        };
-        // One shard that differs is enough, whatever became of the others.
-        match wrong.get(file) {
-            Some(Wrong::Changed(_)) => {}
-            _ => drop(wrong.insert(file, how)),
-        }
+    pairs.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
+    pairs
+}
+
+impl<'a> Pairs<'a> {
+    /// How many files are as they were signed, where there are no differences.
+    pub(crate) fn files(&self) -> usize {
+        self.names.len()
     }
-    for (name, wrong) in wrong {
-        let name = name.to_owned();
-        match wrong {
-            Wrong::Changed(how) => differences.changed.push(Changed { file: name, how }),
-            Wrong::Unreadable(why) => differences.unreadable.push(Unreadable { name, why }),
-        }
+
+    /// The size in bytes of what was signed.
+    pub(crate) fn bytes(&self) -> u64 {
+        Piece::total(&self.pieces)
     }
-    differences.add(found);
-    Compared { differences, unlistable, files: count, bytes: Piece::total(&pieces) }
+
+    /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
+    pub(crate) fn unlistable(&self) -> &[String] {
+        &self.unlistable
+    }
+
+    /// Compares each file's content with what was signed. Nothing else is read.
+    pub(crate) fn compare(&self, hasher: &Hasher) -> Differences {
+        let mut wrong = self.wrong.clone();
+        let digests = hasher.digests_of_each(self.signed.serialization.algorithm, &self.files, &self.pieces);
+        for ((piece, signed), found) in self.pieces.iter().zip(&self.digests).zip(digests) {
+            let how = match found {
+                Ok(found) if found == **signed => continue,
+                Ok(found) => Wrong::Changed(How::Digest { signed: **signed, found }),
+                Err(error) => Wrong::from(error),
+            };
+            let Some(file) = self.names.get(piece.file) else { continue };
+            // One shard that differs is enough, whatever became of the others.
+            match wrong.get(file) {
+                Some(Wrong::Changed(_)) => {}
+                _ => drop(wrong.insert(file, how)),
+            }
+        }
+        self.differences(wrong)
+    }
+
+    /// What is different now that all of it was compared `before`, and found right: that may have taken hours.
+    pub(crate) fn since(&self, before: &Self) -> Differences {
+        let mut wrong = self.wrong.clone();
+        for (index, name) in before.names.iter().enumerate() {
+            let now = self.names.binary_search(name).ok();
+            if now.is_some_and(|now| self.files.stamp(now) != before.files.stamp(index)) {
+                wrong.insert(name, Wrong::Changed(How::Meanwhile));
+            }
+        }
+        self.differences(wrong)
+    }
+
+    fn differences(&self, wrong: BTreeMap<&str, Wrong>) -> Differences {
+        let (missing, extra) = (self.missing.clone(), self.extra.clone());
+        let mut differences = Differences { missing, extra, ..Differences::default() };
+        for (name, wrong) in wrong {
+            let name = name.to_owned();
+            match wrong {
+                Wrong::Changed(how) => differences.changed.push(Changed { file: name, how }),
+                Wrong::Unreadable(why) => differences.unreadable.push(Unreadable { name, why }),
+            }
+        }
+        differences.add(self.found);
+        differences
+    }
 }
 
 /// What is wrong with a file that was signed and is there.
+#[derive(Clone)]
 enum Wrong {
     Changed(How),
     Unreadable(String),
@@ -248,9 +306,43 @@ impl std::error::Error for Differences {}
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::manifest::{Plan, Serialization};
     use crate::model::Scope;
+
+    #[test]
+    fn what_changes_after_it_was_compared() {
+        type Change = fn(&Path) -> std::io::Result<()>;
+        let changes: [(Change, &str); 5] = [
+            (|_| Ok(()), ""),
+            (
+                |root| std::fs::write(root.join("a"), "12345"),
+                "\"a\" is not what was signed: it changed while",
+            ),
+            (|root| std::fs::rename(root.join("b"), root.join("c")), "\"b\" was signed and is not there"),
+            (|root| std::fs::write(root.join("d"), ""), "\"d\" is there and was not signed"),
+            (|root| std::os::unix::fs::symlink("a", root.join("e")), "\"e\" is a symbolic link"),
+        ];
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        for (change, expected) in changes {
+            let root = tempfile::tempdir().expect("a directory");
+            for name in ["a", "b"] {
+                std::fs::write(root.path().join(name), "12345").expect("written");
+            }
+            let walk = || Model::walk(root.path(), &Scope::default()).expect("a model");
+            let found = walk();
+            let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
+            let (signed, _) = plan.hash(&hasher).expect("hashed");
+            let pairs = pair(&signed, &found, false, &hasher);
+            assert_eq!(pairs.compare(&hasher), Differences::default());
+            change(root.path()).expect("changed");
+            let again = walk();
+            let since = pair(&signed, &again, false, &hasher).since(&pairs).first().unwrap_or_default();
+            assert!(since.starts_with(expected) && since.is_empty() == expected.is_empty(), "{since}");
+        }
+    }
 
     #[test]
     fn every_difference_is_listed() {
@@ -270,16 +362,16 @@ mod tests {
             signed.resources.reverse();
             let compared = || {
                 let found = Model::walk(root.path(), &Scope::default()).expect("a model");
-                compare(&signed, &found, false, &hasher)
+                let pairs = pair(&signed, &found, false, &hasher);
+                (pairs.compare(&hasher), pairs.unlistable().len(), pairs.files(), pairs.bytes())
             };
-            let Compared { differences, unlistable, files, bytes } = compared();
-            assert_eq!((differences, unlistable, files, bytes), (Differences::default(), Vec::new(), 3, 15));
+            assert_eq!(compared(), (Differences::default(), 0, 3, 15));
             write("b", &b"123x567"[..size]);
             write("d", b"");
             write("e", b"more");
             std::fs::remove_file(root.path().join("c")).expect("removed");
-            let Compared { differences: found, unlistable, .. } = compared();
-            assert_eq!(unlistable.len(), usize::from(method != Method::Files));
+            let (found, unlistable, ..) = compared();
+            assert_eq!(unlistable, usize::from(method != Method::Files));
             let extra: &[&str] = if method == Method::Files { &["d", "e"] } else { &["e"] };
             assert_eq!((found.missing.as_slice(), found.changed.len()), (&["c".to_owned()][..], 1));
             let first = found.first().expect("a difference");

@@ -200,7 +200,7 @@ impl Model {
         if !kind.is_dir() {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
-        let opened = Root::open(root).map_err(|source| read_error(root, source))?;
+        let opened = Root::open_really(root, &real).map_err(|source| read_error(root, source))?;
         let Walked { mut files, mut left_out, mut odd, mut closed } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));

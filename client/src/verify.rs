@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
-use crate::differences::{Compared, compare};
+use crate::differences::{Differences, pair};
 use crate::hash::Hasher;
 use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
@@ -148,27 +148,41 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
         signed.resources.retain(|resource| scope.only.iter().any(|only| at_or_below(&resource.file, only)));
     }
     let found = Model::listed(request.model, &scope, listing)?;
-    let compared = compare(&signed, &found, !request.model.is_dir(), hasher);
+    let single_file = !request.model.is_dir();
+    let pairs = pair(&signed, &found, single_file, hasher);
+    let differences = pairs.compare(hasher);
     found.root.check_in_place().map_err(Error::Hash)?;
-    let Compared { mut differences, unlistable: mut ignored, files, bytes } = compared;
-    if request.ignore_unsigned_files {
-        ignored.append(&mut differences.extra);
-        // Where a signed file should be, it is no unsigned one.
-        let files = SignedFiles::of(&signed);
-        let odd = differences.odd.extract_if(.., |odd| !files.has_at_or_below(&odd.name));
-        ignored.extend(odd.map(|odd| odd.name));
-        let unreadable = differences.unreadable.extract_if(.., |at| !files.has_at_or_below(&at.name));
-        ignored.extend(unreadable.map(|at| at.name));
-        ignored.sort();
-    }
-    if !differences.is_empty() {
-        return Err(Box::new(differences).into());
-    }
-    let mut left_out = found.left_out;
+    accepted(differences, request, &signed)?;
+    let again = Model::walk(request.model, &scope)?;
+    let pairs_again = pair(&signed, &again, single_file, hasher);
+    let mut ignored = accepted(pairs_again.since(&pairs), request, &signed)?;
+    ignored.extend_from_slice(pairs_again.unlistable());
+    ignored.sort();
+    let (files, bytes) = (pairs.files(), pairs.bytes());
+    let mut left_out = again.left_out;
     let own = bundle_inside(request.model, request.signature);
     left_out.retain(|path| Some(path) != own.as_ref());
     let (model_name, not_looked_at) = (signed.model_name, all_files - files);
     Ok(Verified { proof, model_name, root_digest, files, bytes, not_looked_at, ignored, left_out, partial })
+}
+
+/// What is there, was not signed, and is accepted all the same. `Err` has the other differences, if there are any.
+fn accepted(
+    mut differences: Differences,
+    request: &Request<'_>,
+    signed: &Manifest,
+) -> Result<Vec<String>, Error> {
+    let mut ignored = Vec::new();
+    if request.ignore_unsigned_files {
+        ignored.append(&mut differences.extra);
+        // Where a signed file should be, it is no unsigned one.
+        let files = SignedFiles::of(signed);
+        let odd = differences.odd.extract_if(.., |odd| !files.has_at_or_below(&odd.name));
+        ignored.extend(odd.map(|odd| odd.name));
+        let unreadable = differences.unreadable.extract_if(.., |at| !files.has_at_or_below(&at.name));
+        ignored.extend(unreadable.map(|at| at.name));
+    }
+    if differences.is_empty() { Ok(ignored) } else { Err(Box::new(differences).into()) }
 }
 
 /// Names of what alone is looked at, as the manifest has them. A path is taken as it is written, from the model's root

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use omsign::Error;
 use omsign::agent::{Agent, AgentError};
+use omsign::bundle::LARGEST_BYTES;
 use omsign::key::{KeyError, PrivateKey, read_certificates};
 use omsign::manifest_file::{self, Unsaid};
 use omsign::model::GIT_PATHS;
@@ -37,6 +38,13 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     };
     let signed = signed(arguments, &request)?;
     hashing.end();
+    if arguments.files.signature.metadata().is_ok_and(|bundle| bundle.len() > LARGEST_BYTES) {
+        report::warning(&format!(
+            "omsign verify takes a bundle of more than {} only with --max-bundle-size: larger shards, or none, make it \
+             smaller",
+            size(LARGEST_BYTES)
+        ));
+    }
     if arguments.json {
         report::json(&json!({
             "signature": arguments.files.signature.display().to_string(),

@@ -342,11 +342,17 @@ mod tests {
         }
         let link: Replace =
             |path, other| std::fs::remove_file(path).and_then(|()| std::os::unix::fs::symlink(other, path));
-        let changes: [Replace; 4] = [
+        let pipe: Replace = |path, _| {
+            let mode = rustix::fs::Mode::RUSR;
+            std::fs::remove_file(path)?;
+            Ok(rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0)?)
+        };
+        let changes: [Replace; 5] = [
             |path, other| std::fs::rename(other, path),
             |path, _| open(path)?.set_len(2),
             |path, _| open(path)?.write_all(b"SIZE"),
             |path, _| open(path)?.set_modified(std::time::UNIX_EPOCH),
+            pipe,
         ];
         for (replace, is_link) in changes.into_iter().map(|change| (change, false)).chain([(link, true)]) {
             std::fs::write(&other, "same").expect("written");
@@ -364,5 +370,10 @@ mod tests {
             assert!(told, "{result:?}");
             std::fs::remove_file(&path).expect("removed");
         }
+        // Nor is a pipe taken for a file of no bytes.
+        pipe(&other, &path).expect("made");
+        assert!(
+            matches!(hasher.look(&root, vec!["b".as_ref()]), Err(HashError::Changed(changed)) if changed == other)
+        );
     }
 }

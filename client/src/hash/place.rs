@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, stat, statat};
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::HashError;
 use super::source::SourceError;
@@ -22,8 +22,13 @@ pub struct Root {
 impl Root {
     /// Opens a directory, which need not be readable.
     pub fn open(path: &Path) -> io::Result<Self> {
+        Self::open_really(path, path)
+    }
+
+    /// The same, where it is known what `path` leads to: there is not to be another way to it a moment later.
+    pub(crate) fn open_really(path: &Path, real: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { path: path.to_owned(), directory: rustix::fs::open(path, flags, Mode::empty())? })
+        Ok(Self { path: path.to_owned(), directory: rustix::fs::open(real, flags, Mode::empty())? })
     }
 
     /// Whether another directory, or none, is in its place now: a link to it may lead to the next release.
@@ -50,9 +55,13 @@ impl Place<'_> {
     /// Opens it to be read. A link or a pipe put in the file's place since it was looked at is neither followed nor
     /// waited for.
     pub(super) fn open(self) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let opened = retry_on_intr(|| openat(&self.root.directory, self.path, flags, Mode::empty()));
-        Ok(File::from(opened?))
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = |flags| retry_on_intr(|| openat(&self.root.directory, self.path, flags, Mode::empty()));
+        match open(flags | OFlags::NONBLOCK) {
+            // Somebody has a lease on it, who is given time to give it back.
+            Err(Errno::WOULDBLOCK) if self.look().is_ok() => Ok(File::from(open(flags)?)),
+            opened => Ok(File::from(opened?)),
+        }
     }
 
     /// Looks at it without opening it. A link or a pipe put in its place since the walk is an error.
@@ -140,6 +149,11 @@ impl<'a> Looked<'a> {
 
     pub(crate) fn has(&self, device: u64, inode: u64) -> bool {
         self.stamps.iter().any(|stamp| (stamp.device, stamp.inode) == (device, inode))
+    }
+
+    /// In which state a file was.
+    pub(crate) fn stamp(&self, file: usize) -> Option<&Stamp> {
+        self.stamps.get(file)
     }
 
     pub(super) fn get(&self, file: usize) -> (Place<'a>, Stamp) {

@@ -190,6 +190,8 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
                     continue;
                 }
                 let Lane { index, unit, state, feed, .. } = lanes.swap_remove(next);
+                // Buffers hold whole blocks.
+                assert!(feed.ended(), "less than a block is left in the middle of a range");
                 let rest = feed.available();
                 self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
                 let digest = self.streams.finish(state, rest, unit);
@@ -365,6 +367,14 @@ mod tests {
         let (recorder, _) = run_on(2, &files, OnFailure::Stop);
         let most = recorder.side_by_side.into_inner().expect("unpoisoned").into_iter().max();
         assert!(most.is_some_and(|most| most <= 2), "{most:?} side by side");
+    }
+
+    /// With so many cores and lanes that a core's share of the buffers is no whole number of blocks.
+    #[test]
+    fn buffers_hold_whole_blocks() {
+        let files = files(&[5000; 150]);
+        let (_, hashed) = run_on(50, &files, OnFailure::Stop);
+        assert!(hashed.failures.is_empty() && hashed.digests.len() == 150);
     }
 
     #[test]

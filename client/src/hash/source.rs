@@ -58,13 +58,20 @@ impl Source {
                 Ok(0) => return Err(SourceError::Changed),
                 Ok(count) => (filled, self.position) = (filled + count, self.position + count as u64),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(SourceError::Io(error)),
+                // Of a pipe, say, that was put in its place, what it is says more than that it cannot be read so.
+                Err(error) => return Err(self.check_same().err().unwrap_or(SourceError::Io(error))),
             }
         }
-        if self.ended() && Stamp::of(&self.file).map_err(SourceError::Io)? != self.stamp {
-            return Err(SourceError::Changed);
+        if self.ended() {
+            self.check_same()?;
         }
         Ok(filled)
+    }
+
+    /// An error if it is not in the state any more in which it was looked at.
+    fn check_same(&self) -> Result<(), SourceError> {
+        let now = Stamp::of(&self.file).map_err(SourceError::Io)?;
+        if now == self.stamp { Ok(()) } else { Err(SourceError::Changed) }
     }
 
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
@@ -201,7 +208,7 @@ impl Feed {
         let long = range.end - range.start >= LONG_BYTES;
         let capacity = buffer.len();
         let now = Buffered::next_of(&mut source, buffer)?;
-        let next = if ahead && long { read_ahead(source, capacity)? } else { Next::Here(source) };
+        let next = if ahead && long { read_ahead(source, capacity) } else { Next::Here(source) };
         Ok(Self { now, next })
     }
 
@@ -240,14 +247,14 @@ impl Feed {
     }
 }
 
-/// Starts a thread that reads until the end, an error, or the day that nobody takes its buffers.
-fn read_ahead(mut source: Source, capacity: usize) -> Result<Next, SourceError> {
+/// Starts a thread that reads until the end, an error, or the day that nobody takes its buffers. Where no more threads can
+/// be had, nothing is read ahead.
+fn read_ahead(source: Source, capacity: usize) -> Next {
+    let (hand_over, handed_over) = sync_channel::<Source>(1);
     let (to_hasher, full) = sync_channel(AHEAD_BUFFERS);
     let (emptied, to_reader) = sync_channel::<Buffer>(AHEAD_BUFFERS);
-    for _ in 1..AHEAD_BUFFERS {
-        let _ = emptied.send(Buffer::new(capacity));
-    }
     let reader = std::thread::Builder::new().name("read ahead".into()).spawn(move || {
+        let Ok(mut source) = handed_over.recv() else { return };
         for buffer in to_reader {
             let next = Buffered::next_of(&mut source, buffer);
             let done = next.as_ref().map_or(true, |next| next.last);
@@ -256,8 +263,15 @@ fn read_ahead(mut source: Source, capacity: usize) -> Result<Next, SourceError> 
             }
         }
     });
-    reader.map_err(SourceError::Io)?;
-    Ok(Next::Ahead { full, emptied })
+    if reader.is_err() {
+        return Next::Here(source);
+    }
+    for _ in 1..AHEAD_BUFFERS {
+        let _ = emptied.send(Buffer::new(capacity));
+    }
+    // It waits for it.
+    let _ = hand_over.send(source);
+    Next::Ahead { full, emptied }
 }
 
 #[cfg(test)]

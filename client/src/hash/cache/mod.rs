@@ -23,11 +23,11 @@ use crate::user_directory;
 const RACY: Duration = Duration::from_secs(2);
 
 /// What was not looked at is kept up to so many entries (10 MB), or as many as were. Others hash a part of the model.
-const SPARE_ENTRIES: usize = 1 << 16;
+const SPARE_ENTRIES: usize = 1 << 15;
 
 /// What statfs(2) calls ext4, XFS, Btrfs, F2FS, and overlays of them: the first write to a mapped page sets a file's times
 /// there, and so does the first one after it was written to the disk. On tmpfs nothing ever does; of network file systems,
-/// which others write to, nobody knows.
+/// which others write to, nobody knows. What an overlay lies on cannot be asked: mostly one of these.
 const TIMED: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x794c_7630];
 
 /// A cache cannot be used.
@@ -152,6 +152,7 @@ impl Cache {
         let settled = self.settled.clone().map_err(CacheError::Untimed)?;
         // Others hash another part of it, and may end at the same time: what they remembered is kept.
         let _turn = file::turn(&self.path);
+        self.entries = HashMap::new();
         self.entries = file::load(&self.path)?;
         let before = self.entries.len();
         // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
