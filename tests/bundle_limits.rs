@@ -7,6 +7,7 @@ use anyhow::{Context as _, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use omsign_tests::certified::world_with_signer;
 use omsign_tests::forge;
+use omsign_tests::hashed::world;
 use omsign_tests::world::World;
 use serde_json::json;
 
@@ -165,4 +166,21 @@ fn what_would_not_fit_into_memory_is_refused() -> anyhow::Result<()> {
     sparse.set_len(1 << 40)?;
     let sign = ["sign", "--manifest", "manifest.json", "--key", "k"];
     world.omsign_refuses(2, &sign, &["manifest.json is larger than 1073741824 bytes, which no manifest is"])
+}
+
+/// Whoever signs hears of it, and not only everybody who verifies.
+#[test]
+fn a_bundle_that_nobody_takes_by_default() -> anyhow::Result<()> {
+    let world = world()?;
+    world.write("weights", vec![0; 400_000])?;
+    let sign = ["sign", "weights", "--private-key", "k.pem", "--shard-size"];
+    let said = |size| {
+        let output = world.omsign(&[&sign[..], &[size]].concat())?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok::<_, anyhow::Error>(String::from_utf8(output.stderr)?)
+    };
+    ensure!(said("1000")?.is_empty() && said("1")?.contains("--max-bundle-size"));
+    let verify = ["verify", "weights", "--public-key", "k.pub", "--signature", "model.sig"];
+    ensure!(world.omsign(&verify)?.status.code() == Some(1));
+    world.omsign_ok(&[&verify[..], &["--max-bundle-size", "99000000"]].concat()).map(drop)
 }
