@@ -170,7 +170,23 @@ fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
     eventually("the warning", || {
         Ok(agent.log()?.contains("it holds another key under this name than the other tokens"))
     })?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(sign_all(&world, 1, 64))
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(sign_all(&world, 1, 64))?;
+    // The other one's key is not this one because the first one is opened anew, and waits for its PIN.
+    let pin = format!("pin = {{ file = \"{}\" }}", text(&first.pin_file()));
+    world.write("agent.toml", config.replace(&pin, "pin = \"prompt\""))?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("the first one's wait", || Ok(world.omsign_ok(&["agent", "status"])?.contains("locked")))?;
+    let digest = openssl::sha::sha256(b"");
+    let refusal = runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        Ok::<_, anyhow::Error>(sign(&mut client, request("k", 100, &digest), SECOND * 10).await.err())
+    })?;
+    ensure!(refusal.as_ref().map(tonic::Status::code) == Some(Code::FailedPrecondition), "{refusal:?}");
+    world.write("agent.toml", config)?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("the first one", || Ok(world.omsign_ok(&["keys"])?.contains("ready")))?;
+    runtime.block_on(sign_all(&world, 200, 64))
 }
 
 /// Without a certificate, the key is the one that both hold.

@@ -58,11 +58,17 @@ pub(crate) struct Failed {
 }
 
 impl KeyEntry {
-    pub(crate) fn new(name: Arc<str>, key: &crate::config::Key, places: Vec<Place>) -> Self {
+    /// `ours` is the public key that it had before.
+    pub(crate) fn new(
+        name: Arc<str>,
+        key: &crate::config::Key,
+        places: Vec<Place>,
+        ours: Option<Vec<u8>>,
+    ) -> Self {
         let (allow, certificate_chain) = (key.allow.clone(), key.certificate_chain.clone());
         let leaf = certificate_chain.first();
         let certified = leaf.and_then(|leaf| SpkiDer::of_certificate(leaf)).map(|spki| spki.0);
-        let (turn, seen, warned) = (AtomicUsize::new(0), Mutex::default(), AtomicBool::new(false));
+        let (turn, seen, warned) = (AtomicUsize::new(0), Mutex::new(ours), AtomicBool::new(false));
         let previous = key.previous.iter().map(|previous| v1::PreviousKey {
             public_key: previous.public_key.0.clone(),
             certificate_chain: previous.certificate_chain.clone(),
@@ -158,6 +164,12 @@ impl KeyEntry {
                 Some(certified) => certified == spki,
                 None => self.seen().get_or_insert_with(|| spki.to_vec()) == spki,
             }
+    }
+
+    /// The public key that it goes by, as far as it is known.
+    pub(crate) fn ours(&self) -> Option<Vec<u8>> {
+        let seen = self.seen().clone();
+        seen.or_else(|| self.public().map(|public| public.spki.0))
     }
 
     fn seen(&self) -> MutexGuard<'_, Option<Vec<u8>>> {

@@ -60,7 +60,13 @@ impl Setup {
             };
             let shared: Arc<str> = name.as_str().into();
             let places = key.tokens.iter().filter_map(place).collect();
-            (Arc::clone(&shared), Arc::new(KeyEntry::new(shared, key, places)))
+            // Whichever of its tokens is open first now: it is the key that it was.
+            let ours = before.and_then(|before| {
+                let old = before.config.keys.get(name)?;
+                let same = old.object == key.object && old.tokens.iter().any(|at| key.tokens.contains(at));
+                before.keys.get(name.as_str()).filter(|_| same)?.ours()
+            });
+            (Arc::clone(&shared), Arc::new(KeyEntry::new(shared, key, places, ours)))
         };
         let keys = config.keys.iter().map(entry).collect();
         Self { config, tokens, keys }

@@ -79,6 +79,7 @@ pub fn run() -> io::Result<()> {
             writer: Mutex::new(Writer { socket, held: Vec::new() }),
             // Others could take the requests that one thread counts on.
             holds: signers.len() == 1,
+            timeout: spec.token.timeout,
             login: Mutex::new(()),
             over: AtomicBool::new(false),
         };
@@ -107,6 +108,8 @@ struct Shared<'a> {
     writer: Mutex<Writer>,
     /// Whether answers may be held back.
     holds: bool,
+    /// How long a single operation may take.
+    timeout: Duration,
     /// Held while the device is offered a PIN.
     login: Mutex<()>,
     /// The process ends, or a key is another than before: nothing more is begun.
@@ -238,9 +241,7 @@ impl Shared<'_> {
             let (outcome, content) = match asked {
                 Asked::Sign(key, content) => (signer.sign(key, &content, &notify), Some(content)),
                 Asked::Do(task) => {
-                    if let Some(seconds) = task.may_take_s() {
-                        let _ = self.say(&Answer::begun(id, seconds));
-                    }
+                    let _ = self.say(&Answer::begun(id, task.may_take(self.timeout)));
                     (self.device.operate(&task, &notify).map(wire::done), None)
                 }
             };

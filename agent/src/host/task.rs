@@ -1,6 +1,8 @@
 //! What operators have done on a device, beside signing: the same words for every backend. A device that cannot do
 //! one of them says so.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::wire::KeySpec;
@@ -28,15 +30,17 @@ pub(crate) enum Task {
 }
 
 impl Task {
-    /// How many seconds a device may take for it that does not hang; none where any operation's time is enough.
-    pub(super) fn may_take_s(&self) -> Option<u32> {
-        match self {
-            // YubiKeys and TPMs need minutes for some RSA keys.
-            Self::Generate(..) => Some(300),
+    /// How long a device may take for it that does not hang, where a single operation may take as long as `one`.
+    pub(super) fn may_take(&self, one: Duration) -> Duration {
+        let least = match self {
+            // YubiKeys and TPMs need minutes for some RSA keys, and a TPM may make its endorsement key for a challenge.
+            Self::Generate(..) | Self::Attest(..) => Duration::from_secs(300),
             // Three calls for each of ten thousand objects in another building.
-            Self::List(_) => Some(60),
-            _ => None,
-        }
+            Self::List(_) => Duration::from_secs(60),
+            Self::Find(_) | Self::Sign(..) | Self::Store(..) | Self::Delete(_) => Duration::ZERO,
+        };
+        // To find a key and check it takes some ten calls; most are quick where one is slow.
+        least.max(one.saturating_mul(6))
     }
 }
 

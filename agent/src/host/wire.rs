@@ -277,8 +277,9 @@ impl Answer {
         Self { id, login: Some(now), ..Self::default() }
     }
 
-    /// The task `id` has begun, and may take so many seconds.
-    pub(crate) fn begun(id: u64, task_s: u32) -> Self {
+    /// The task `id` has begun, and may take so long.
+    pub(crate) fn begun(id: u64, may_take: Duration) -> Self {
+        let task_s = u32::try_from(may_take.as_secs() + 1).unwrap_or(u32::MAX);
         Self { id, task_s, ..Self::default() }
     }
 

@@ -81,6 +81,8 @@ pub struct Token {
     /// Why what the configured PIN source holds is not offered again: it was refused once. Only an operator who has
     /// it read anew clears this.
     refused_source: Mutex<Option<String>>,
+    /// A card's process ended with a PIN that the card did not answer: the next one looks at the tries that are left first.
+    unanswered: AtomicBool,
 }
 
 /// Where the outcome of an unlock goes.
@@ -116,6 +118,7 @@ impl Token {
             waiting: Arc::default(),
             over: AtomicBool::new(false),
             refused_source: Mutex::default(),
+            unanswered: AtomicBool::new(false),
         });
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
@@ -125,6 +128,7 @@ impl Token {
                 let (old, new) = (&before.config, &supervised.config);
                 if old.device == new.device && old.pin == new.pin {
                     supervised.refuse_source(before.refused_source());
+                    supervised.unanswered.store(before.unanswered.load(Ordering::Relaxed), Ordering::Relaxed);
                 }
             }
             supervise::supervise(supervised, inbox).await;

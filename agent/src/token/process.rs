@@ -36,15 +36,6 @@ pub(super) enum End {
     Stop(oneshot::Sender<()>),
 }
 
-/// What to start.
-pub(super) struct Launch<'a> {
-    pub(super) token: &'a Token,
-    pub(super) pin: Option<Pin>,
-    pub(super) by_operator: bool,
-    /// The process before ended with a PIN that the device did not answer.
-    pub(super) unanswered: bool,
-}
-
 /// Why a PIN is not to be offered again.
 pub(super) enum Lost {
     Refused(String),
@@ -63,16 +54,19 @@ pub(super) struct Process {
 }
 
 /// Starts the process and has it open the device.
-pub(super) async fn launch(launch: Launch<'_>) -> Result<(Host, Process), Failure> {
-    let token = launch.token;
+pub(super) async fn launch(
+    token: &Token,
+    pin: Option<Pin>,
+    by_operator: bool,
+) -> Result<(Host, Process), Failure> {
     let spec = OpenSpec {
         token: token.config.clone(),
         keys: token.keys.clone(),
-        by_operator: launch.by_operator,
-        unanswered: launch.unanswered,
+        by_operator,
+        unanswered: token.unanswered.load(Ordering::Relaxed),
         purpose: Purpose::Open,
     };
-    let (child, socket, opening) = start(&token.name, &spec, launch.pin, None).await?;
+    let (child, socket, opening) = start(&token.name, &spec, pin, None).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
@@ -140,8 +134,9 @@ async fn start(
     pin: Option<Pin>,
     fresh: Option<Fresh>,
 ) -> Result<(Child, UnixStream, Opening), Failure> {
-    // Opening takes several operations.
-    let limit = spec.token.timeout.saturating_mul(3);
+    // Opening takes several operations, and so does every key; most are quick where one is slow.
+    let more_keys = u32::try_from(spec.keys.len().saturating_sub(1)).unwrap_or(u32::MAX);
+    let limit = spec.token.timeout.saturating_mul(more_keys.saturating_add(3));
     let logging_in = AtomicBool::new(false);
     let opening = async {
         let (mut socket, child) = spawn(name, &spec.token)?;
@@ -244,7 +239,11 @@ impl Process {
                 if host.hangs(self.timeout) {
                     // One that keeps a card in a transaction of its own.
                     let holder = match self.is_card {
-                        true => tokio::task::spawn_blocking(card_holder).await.unwrap_or_default(),
+                        // It asks the system for names, which may be far away.
+                        true => {
+                            let asked = tokio::task::spawn_blocking(card_holder);
+                            timeout(GRACE, asked).await.ok().and_then(Result::ok).unwrap_or_default()
+                        }
                         false => String::new(),
                     };
                     let others = if holder.is_empty() { "" } else { "; what else uses cards" };

@@ -2,12 +2,13 @@
 //! has to act.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::process::{End, Launch, Lost, launch, unblock};
+use super::process::{End, Lost, launch, unblock};
 use super::{Command, Status, Token, TokenError, Unlocked};
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
@@ -26,7 +27,6 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
     let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
-    let mut unanswered = false;
     loop {
         token.state.send_replace(Status::Starting);
         let (pin, mut unlocked) = std::mem::take(&mut login);
@@ -37,11 +37,11 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => launch(Launch { token: &token, pin, by_operator: unlocked.is_some(), unanswered }).await,
+            None => launch(&token, pin, unlocked.is_some()).await,
         };
         let failure = match opening {
             Ok((host, mut process)) => {
-                unanswered = false;
+                token.unanswered.store(false, Ordering::Relaxed);
                 warn_of_changed_keys(&token, &host.opened);
                 token.last_opened.send_replace(Some(host.opened.clone()));
                 let (device, sessions) = (&host.opened.device, host.opened.sessions);
@@ -56,7 +56,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 let end = match process.drive(&host, &mut commands, wait).await {
                     // A card tells how many tries are left: the next process looks at them first.
                     (end @ (End::Died(_) | End::LookAgain), Some(Lost::Unanswered(_))) if token.is_card() => {
-                        unanswered = true;
+                        token.unanswered.store(true, Ordering::Relaxed);
                         end
                     }
                     (
