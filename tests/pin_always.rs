@@ -92,6 +92,27 @@ fn every_signature_has_its_login() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The PIN that was accepted once is not offered again where a wrong one would be the last, until an operator says so.
+#[test]
+fn somebody_enters_wrong_pins_meanwhile() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (proxy, config) = two_keys(&world)?;
+    let agent = Agent::start(&world, &(world.listen() + &config))?;
+    eventually("the key", || Ok(signs(&world, "p256")?.status.success()))?;
+    let logins = proxy.calls("C_Login");
+    proxy.set("C_GetTokenInfo last 0\n")?;
+    ensure!(signs(&world, "a")?.status.success(), "that one needs no PIN");
+    for _ in 0..2 {
+        let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "p256"])?;
+        ensure!(said.contains("one wrong PIN more would block it"), "{said}: {}", agent.log()?);
+    }
+    ensure!(proxy.calls("C_Login") == logins, "{} logins", proxy.calls("C_Login") - logins);
+    proxy.set("")?;
+    world.omsign_ok(&["agent", "unlock", "device"])?;
+    ensure!(signs(&world, "p256")?.status.success());
+    Ok(())
+}
+
 /// Modules that take a digest in one call only are given the statement, and hash it themselves.
 fn hashes(world: &World, device: &Device) -> anyhow::Result<()> {
     let proxy = world.proxy()?;

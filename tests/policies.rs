@@ -105,6 +105,26 @@ fn one_touch_is_enough_after_what_operators_did() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The PIN that it accepted once is not shown to a card that takes one wrong one more, whenever a key asks for it.
+#[test]
+fn somebody_enters_wrong_pins_meanwhile() -> anyhow::Result<()> {
+    for policy in ["once", "always"] {
+        let mut desk = Desk::new()?;
+        desk.card.generate("9a", "ECCP256", &[&format!("--pin-policy={policy}")])?;
+        let agent = desk.agent(&["9a"])?;
+        desk.sign("9a")?;
+        desk.card.exchange_pin(piv::PIN, "86420975");
+        desk.card.enter_wrong_pins(2);
+        let refusal = desk.sign("9a").err().context("a refusal")?.to_string();
+        ensure!(refusal.contains("one wrong PIN more would block it"), "{policy}: {refusal}");
+        ensure!(desk.card.wrong_pins() == 2, "{policy}: {}", agent.log()?);
+        desk.card.exchange_pin("86420975", piv::PIN);
+        desk.world.omsign_ok(&["agent", "unlock", "card"])?;
+        desk.sign("9a")?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_cached_touch_counts_for_a_while() -> anyhow::Result<()> {
     let mut desk = Desk::new()?;
@@ -144,7 +164,6 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Yubico's own program, beside an agent that signs; and what our hints say to do with it.
 /// Nobody knows what became of a PIN that was on its way when a card hung, but the card: it counts.
 #[test]
 fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
@@ -155,11 +174,10 @@ fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
     let _agent =
         Agent::start(world, &(world.listen() + &card.section("card") + "timeout = \"1s\"\n" + &keys))?;
     let signs = || anyhow::Ok(world.omsign(&["sign", "agent.toml", "--key", "9c"])?.status.success());
-    // A card that was just used is shown the PIN first.
     let hangs = |from, to| {
         ensure!(signs()?);
         card.exchange_pin(from, to);
-        card.set(Faults { delay: Duration::from_secs(600), ..Faults::default() });
+        card.set(Faults { delay: Duration::from_secs(600), with_pins: true, ..Faults::default() });
         ensure!(!signs()?, "it did not hang");
         card.set(Faults::default());
         Ok(())
@@ -180,6 +198,7 @@ fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Yubico's own program, beside an agent that signs; and what our hints say to do with it.
 #[test]
 fn ykman_shares_the_card() -> anyhow::Result<()> {
     let mut desk = Desk::new()?;

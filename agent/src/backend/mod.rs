@@ -22,6 +22,9 @@ use crate::verifier::Verifier;
 /// How often an idle device is asked whether it is still there.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
 
+/// Why a PIN is not offered although there is one.
+const LAST_TRY: &str = "one wrong PIN more would block it; an operator has to unlock it with the right one";
+
 /// Told when a PIN is about to be offered, and when it was accepted.
 pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 

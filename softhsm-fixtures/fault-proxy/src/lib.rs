@@ -5,8 +5,8 @@
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed a0`, when the module
 //!   behind refuses it, or `C_Login injected` when the control file has something for it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
-//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, and `C_GetSlotList none 0` is
-//!   a module without slots; a line that ends in `once` counts for the first call of each process, one that ends in
+//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, `C_GetSlotList none 0` is
+//!   a module without slots, and `C_GetTokenInfo last 0` a token that takes one wrong PIN more; a line that ends in `once` counts for the first call of each process, one that ends in
 //!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
 //!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
@@ -66,7 +66,7 @@ macro_rules! wrap {
         let mut list = $list;
         list.C_Initialize = Some(C_Initialize);
         list.C_GetSlotList = Some(perhaps_no_slots);
-        list.C_GetTokenInfo = Some(with_fewer_sessions);
+        list.C_GetTokenInfo = Some(of_token);
         list.C_OpenSession = Some(perhaps_only_writing);
         list.C_CloseSession = Some(C_CloseSession);
         list.C_Login = Some(C_Login);
@@ -129,6 +129,12 @@ fn log(line: &str) {
         // One write per line: several processes may log.
         let _ = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
     }
+}
+
+/// Whether the control file has this.
+fn is_told(what: &str) -> bool {
+    let faults = std::env::var_os("OMSIGN_PROXY_FAULTS").and_then(|path| std::fs::read_to_string(path).ok());
+    faults.is_some_and(|faults| faults.contains(what))
 }
 
 /// Logs the call, waits as told, and returns the error that it shall fail with, if any.
@@ -215,14 +221,18 @@ unsafe extern "C" fn perhaps_only_writing(
     unsafe { C_OpenSession(slot, flags, application, notify, session) }
 }
 
-/// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind.
-unsafe extern "C" fn with_fewer_sessions(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV {
+/// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind, or fewer wrong PINs.
+unsafe extern "C" fn of_token(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV {
     // SAFETY: the arguments are the caller's, for the same function.
     let rv = unsafe { C_GetTokenInfo(slot, info) };
     let most = std::env::var("OMSIGN_PROXY_SESSIONS").ok().and_then(|most| most.parse().ok());
     if let (CKR_OK, Some(most)) = (rv, most) {
         // SAFETY: the module filled it in, so it points to one.
         unsafe { (*info).ulMaxSessionCount = most };
+    }
+    if rv == CKR_OK && is_told("C_GetTokenInfo last") {
+        // SAFETY: as above.
+        unsafe { (*info).flags |= CKF_USER_PIN_FINAL_TRY };
     }
     rv
 }
@@ -233,8 +243,7 @@ unsafe extern "C" fn perhaps_no_slots(
     slots: CK_SLOT_ID_PTR,
     count: CK_ULONG_PTR,
 ) -> CK_RV {
-    let faults = std::env::var_os("OMSIGN_PROXY_FAULTS").and_then(|path| std::fs::read_to_string(path).ok());
-    if !count.is_null() && faults.is_some_and(|faults| faults.contains("C_GetSlotList none")) {
+    if !count.is_null() && is_told("C_GetSlotList none") {
         log("C_GetSlotList injected");
         // SAFETY: checked for null above; it points to the caller's number (PKCS#11 2.40, 5.5).
         unsafe { *count = 0 };

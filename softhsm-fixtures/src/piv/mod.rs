@@ -85,6 +85,13 @@ pub struct Faults {
     pub status: Option<u16>,
     /// The card is pulled in the middle of the next command.
     pub pull: bool,
+    /// All that only where somebody shows the card a PIN.
+    pub with_pins: bool,
+}
+
+/// VERIFY with a PIN in it (NIST SP 800-73-4, part 2, 3.2.1): without one it asks for the tries.
+fn shows_pin(command: &[u8]) -> bool {
+    command.get(1) == Some(&0x20) && command.get(4).is_some_and(|length| *length > 0)
 }
 
 impl VirtualPiv {
@@ -273,9 +280,13 @@ impl Inside {
     fn command(&self, command: &[u8]) -> Option<Vec<u8>> {
         let faults = {
             let mut state = self.state();
-            let faults = state.faults.clone();
-            state.faults.pull = false;
-            faults
+            if state.faults.with_pins && !shows_pin(command) {
+                Faults::default()
+            } else {
+                let faults = state.faults.clone();
+                state.faults.pull = false;
+                faults
+            }
         };
         self.delayed(faults.delay);
         if faults.pull {

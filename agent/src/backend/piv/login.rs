@@ -3,7 +3,7 @@
 use yubikey::YubiKey;
 use yubikey::piv::{self, ManagementSlotId, SlotId};
 
-use super::super::{Say, gone, locked, pin_for};
+use super::super::{LAST_TRY, Say, gone, locked, pin_for};
 use super::errors::{self, classify};
 use super::{FACTORY_PIN, LONGEST_PIN};
 use crate::host::wire::{Failure, OpenSpec, Opening};
@@ -22,8 +22,7 @@ pub(super) fn verified(
         return Err(locked(errors::PIN_BLOCKED.into()));
     }
     if tries == 1 && !spec.by_operator {
-        let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
-        return Err(locked(message.into()));
+        return Err(locked(LAST_TRY.into()));
     }
     if spec.unanswered && !spec.by_operator && !has_all_tries(yubikey) {
         let message = "it may have counted a PIN that it did not answer; an operator has to unlock it with the right one";

@@ -20,7 +20,8 @@ use self::keys::Key;
 use self::survey::{factorys, is_factorys};
 pub(super) use self::survey::{prepare, survey, unblock};
 use super::{
-    Device, Doing, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, refused, while_opening,
+    Device, Doing, LAST_TRY, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, refused,
+    while_opening,
 };
 use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
@@ -180,9 +181,11 @@ impl Card<'_> {
 
     /// Signs; does again what other programs undid, once.
     fn sign(&mut self, key: &Key, input: &[u8], notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
-        // A card may wait for a finger before it asks for the PIN.
-        if key.pin == PinPolicy::Once && !self.known.verified {
-            self.verify_again(notify)?;
+        match key.pin {
+            PinPolicy::Always => self.may_verify()?,
+            // A card may wait for a finger before it asks for the PIN.
+            PinPolicy::Once if !self.known.verified => self.verify_again(notify)?,
+            _ => {}
         }
         let (started, waits) = (Instant::now(), self.waits_for_touch(key));
         if waits {
@@ -209,10 +212,10 @@ impl Card<'_> {
             }
             error => return Err(classify("sign", &error)),
         }
-        if key.pin == PinPolicy::Never {
-            self.renew()?;
-        } else {
-            self.verify_again(notify)?;
+        match key.pin {
+            PinPolicy::Never => drop(self.renew()?),
+            PinPolicy::Always => self.may_verify()?,
+            _ => self.verify_again(notify)?,
         }
         // What it knew of a touch may be gone.
         if !waits && self.waits_for_touch(key) {
@@ -221,11 +224,13 @@ impl Card<'_> {
         self.attempt(key, input, notify).map_err(|error| classify("sign", &error))
     }
 
-    /// Shows the card the PIN that it accepted before, if it has one and still takes wrong ones.
+    /// Whether the card may be shown the PIN that it accepted before: somebody may have changed it, and entered wrong ones.
+    fn may_verify(&mut self) -> Result<(), Failure> {
+        if self.renew()? <= 1 && self.known.pin.is_some() { Err(locked(LAST_TRY.into())) } else { Ok(()) }
+    }
+
     fn verify_again(&mut self, notify: Notify<'_>) -> Result<(), Failure> {
-        if self.renew()? <= 1 && self.known.pin.is_some() {
-            return Err(locked("somebody entered wrong PINs: one more would block it".into()));
-        }
+        self.may_verify()?;
         self.verify(notify).map_err(|error| classify("verify the PIN", &error))
     }
 

@@ -3,7 +3,8 @@
 use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 
-use super::login::may_have_counted;
+use super::super::{LAST_TRY, locked};
+use super::login::{is_last_try, may_have_counted};
 use crate::host::wire::{Class, Failure};
 
 /// What a failed C_Sign asks for.
@@ -39,6 +40,7 @@ pub(super) fn recovery(error: &Error) -> Recovery {
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let mut message = format!("cannot {what}: {}", describe(error));
     let class = match error {
+        error if is_last_try(error) => return locked(LAST_TRY.into()),
         // cryptoki's one call for all begins anew, which takes the login back.
         error if is_in_one_call_only(error) => {
             message += ": the module takes what it signs in one call only, and omsign cannot log in before that; use a key \

@@ -2,13 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use cryptoki::context::Function;
+use cryptoki::context::{Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
-use cryptoki::slot::TokenInfo;
+use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use super::super::{Doing, Notify, Say, gone, locked, refused};
+use super::super::{Doing, LAST_TRY, Notify, Say, gone, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
 use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
@@ -35,8 +35,7 @@ pub(super) fn log_in(
         return Err(locked(format!("its user PIN is blocked; {how}")));
     }
     if info.user_pin_final_try() && !spec.by_operator {
-        let message = "one wrong PIN more would block it; an operator has to unlock it with the right one";
-        return Err(locked(message.into()));
+        return Err(locked(LAST_TRY.into()));
     }
     let pin = match given {
         Some(pin) => pin,
@@ -78,15 +77,16 @@ pub(super) fn set_pin(session: &Session, info: &TokenInfo, pin: &Pin, fresh: &Fr
 
 /// The PIN for keys that ask for it before every signature (CKA_ALWAYS_AUTHENTICATE). It was accepted once;
 /// refused now, it is offered to no other session.
-#[derive(Default)]
 pub(super) struct Again {
     pin: Option<AuthPin>,
     refused: Mutex<bool>,
+    pkcs11: Pkcs11,
+    slot: Slot,
 }
 
 impl Again {
-    pub(super) fn new(pin: Option<AuthPin>) -> Self {
-        Self { pin, refused: Mutex::new(false) }
+    pub(super) fn new(pkcs11: &Pkcs11, slot: Slot, pin: Option<AuthPin>) -> Self {
+        Self { pin, refused: Mutex::new(false), pkcs11: pkcs11.clone(), slot }
     }
 
     /// Whether there is one.
@@ -99,6 +99,10 @@ impl Again {
         let refusal = Error::Pkcs11(RvError::PinIncorrect, Function::Login);
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pin) = self.pin.as_ref().filter(|_| !*refused) else { return Err(refusal) };
+        // Somebody may have changed it, and entered wrong ones, since it was accepted.
+        if self.pkcs11.get_token_info(self.slot)?.user_pin_final_try() {
+            return Err(Error::Pkcs11(RvError::PinLocked, Function::GetTokenInfo));
+        }
         // The agent has to know before the token does, as above.
         notify(Doing::LogsIn);
         let answer = session.login(UserType::ContextSpecific, Some(pin));
@@ -109,6 +113,11 @@ impl Again {
         }
         answer
     }
+}
+
+/// Whether the PIN was not offered again since a wrong one would be the last. No module has this of its own.
+pub(super) fn is_last_try(error: &Error) -> bool {
+    matches!(error, Error::Pkcs11(RvError::PinLocked, Function::GetTokenInfo))
 }
 
 /// Whether the token may have counted a try: only the vendor knows, but where the PIN did not get as far as the token, or

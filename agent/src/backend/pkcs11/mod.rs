@@ -62,7 +62,7 @@ pub(super) fn open(
     let sessions = ways::sessions(spec.token.sessions, info.max_session_count(), profile);
     let one_only = || refused("the token allows one session at a time; two are needed".into());
     let sessions = sessions.ok_or_else(one_only)?;
-    let again = Again::new(login::log_in(&anchor, &info, profile, spec, pin, say)?);
+    let again = Again::new(&pkcs11, slot, login::log_in(&anchor, &info, profile, spec, pin, say)?);
     let ways = Ways::new(&pkcs11, slot, profile, again);
     let notify = while_opening(say);
     let mut keys = Vec::with_capacity(spec.keys.len());
