@@ -198,6 +198,23 @@ fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What others do with a card in the middle of an operator's command, its application gone or a reset, is no reason to start
+/// over, which may need a person's PIN.
+#[test]
+fn others_use_the_card_meanwhile() -> anyhow::Result<()> {
+    let mut desk = Desk::new()?;
+    desk.card.generate("9a", "ECCP256", &[])?;
+    let agent = desk.agent(&["9a"])?;
+    desk.sign("9a")?;
+    let hosts = agent.hosts()?;
+    desk.card.set(Faults { status: Some(0x6f00), after: Some(10), ..Faults::default() });
+    refuses(&desk.world, &["list"], "another program may have used the card")?;
+    ensure!(does(&desk.world, &["list"])?.contains("slot 9a"));
+    desk.sign("9a")?;
+    ensure!(agent.hosts()? == hosts && desk.card.pin_tries()? == 3, "{}", agent.log()?);
+    Ok(())
+}
+
 /// Yubico's own program, beside an agent that signs; and what our hints say to do with it.
 #[test]
 fn ykman_shares_the_card() -> anyhow::Result<()> {

@@ -49,6 +49,9 @@ const SEEN: Duration = Duration::from_secs(10);
 /// A card in a reader of its own.
 pub struct VirtualPiv {
     directory: PathBuf,
+    socket: PathBuf,
+    /// What its reader's name has, and no other one's before it.
+    reader: &'static str,
     /// Its serial number.
     pub serial: u32,
     port: u16,
@@ -87,6 +90,8 @@ pub struct Faults {
     pub pull: bool,
     /// All that only where somebody shows the card a PIN.
     pub with_pins: bool,
+    /// All that once, after so many commands more.
+    pub after: Option<usize>,
 }
 
 /// VERIFY with a PIN in it (NIST SP 800-73-4, part 2, 3.2.1): without one it asks for the tries.
@@ -98,24 +103,47 @@ impl VirtualPiv {
     /// Makes an empty card with the factory's PIN and starts its service.
     pub fn create(directory: &Path, serial: u32) -> anyhow::Result<Self> {
         std::fs::create_dir_all(directory.join("readers")).context("the card's directory")?;
-        write_private(&directory.join("user.pin"), format!("{PIN}\n").as_bytes())?;
         let port = free_pair()?;
         let reader = format!(
             "FRIENDLYNAME \"Yubico YubiKey CCID virtual\"\nDEVICENAME /dev/null:{port:#06x}\n\
              LIBPATH /usr/lib/pcsc/drivers/serial/libifdvpcd.so\nCHANNELID {port:#06x}\n"
         );
         std::fs::write(directory.join("readers/vpcd"), reader).context("the reader's configuration")?;
+        let mut piv = Self::unplugged(directory, serial, directory.join("pcscd.sock"), port, "Yubico")?;
+        piv.start_service()?;
+        piv.begin()?;
+        Ok(piv)
+    }
+
+    /// Makes another one, in the second reader of the same service.
+    pub fn beside(&self, directory: &Path, serial: u32) -> anyhow::Result<Self> {
+        let piv = Self::unplugged(directory, serial, self.socket.clone(), self.port + 1, "virtual 00 01")?;
+        piv.begin()?;
+        Ok(piv)
+    }
+
+    fn unplugged(
+        directory: &Path,
+        serial: u32,
+        socket: PathBuf,
+        port: u16,
+        reader: &'static str,
+    ) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory).context("the card's directory")?;
+        write_private(&directory.join("user.pin"), format!("{PIN}\n").as_bytes())?;
         let inside = Arc::new(Inside {
             card: Mutex::new(Card::new(serial).context("OpenSSL")?),
             state: Mutex::new(State { plugged: true, ..State::default() }),
             changed: Condvar::new(),
         });
-        let mut piv = Self { directory: directory.to_owned(), serial, port, inside, service: None };
-        piv.start_service()?;
-        let inside = Arc::clone(&piv.inside);
+        Ok(Self { directory: directory.to_owned(), socket, reader, serial, port, inside, service: None })
+    }
+
+    /// Puts it in.
+    fn begin(&self) -> anyhow::Result<()> {
+        let (inside, port) = (Arc::clone(&self.inside), self.port);
         std::thread::spawn(move || inside.run(port));
-        piv.await_seen()?;
-        Ok(piv)
+        self.await_seen()
     }
 
     /// Starts pcscd on our socket, as systemd would.
@@ -145,7 +173,7 @@ impl VirtualPiv {
 
     /// Where its service listens: `PCSCLITE_CSOCK_NAME`.
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("pcscd.sock")
+        self.socket.clone()
     }
 
     /// `[token.NAME]` of an agent's configuration.
@@ -280,12 +308,18 @@ impl Inside {
     fn command(&self, command: &[u8]) -> Option<Vec<u8>> {
         let faults = {
             let mut state = self.state();
-            if state.faults.with_pins && !shows_pin(command) {
-                Faults::default()
-            } else {
-                let faults = state.faults.clone();
-                state.faults.pull = false;
-                faults
+            match &mut state.faults {
+                Faults { with_pins: true, .. } if !shows_pin(command) => Faults::default(),
+                Faults { after: Some(0), .. } => std::mem::take(&mut state.faults),
+                Faults { after: Some(left), .. } => {
+                    *left -= 1;
+                    Faults::default()
+                }
+                faults => {
+                    let now = faults.clone();
+                    faults.pull = false;
+                    now
+                }
             }
         };
         self.delayed(faults.delay);

@@ -97,7 +97,7 @@ impl VirtualPiv {
     /// Runs `yubico-piv-tool` on the card.
     pub fn tool(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         let mut tool = Command::new("yubico-piv-tool");
-        tool.args(["-r", "Yubico"]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
+        tool.args(["-r", self.reader]).args(arguments).env("PCSCLITE_CSOCK_NAME", self.socket());
         let output = tool.stdin(Stdio::null()).output().context("yubico-piv-tool (apt: yubico-piv-tool)")?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "yubico-piv-tool {arguments:?}: {errors}");

@@ -66,6 +66,8 @@ struct Held {
 
 struct Known {
     serial: u32,
+    /// Where the card was when it was opened.
+    reader: String,
     /// Keys of slot 9c want it before every signature.
     pin: Option<Pin>,
     /// Since the card was connected; pcscd switches one off that nobody uses.
@@ -99,7 +101,8 @@ pub(super) fn open(
     }
     let pin = login::verified(&mut yubikey, spec, pin, say)?;
     let notify = while_opening(say);
-    let mut known = Known { serial, verified: pin.is_some(), pin, last_touch: None };
+    let reader = yubikey.name().to_owned();
+    let mut known = Known { serial, reader, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) =
         open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding, &notify))?;
@@ -115,8 +118,28 @@ fn in_use(what: &str) -> Failure {
     Failure { class: Class::Busy, message: format!("{what} is in use by another program{}", holder()) }
 }
 
+/// Looks for a card in all readers.
 fn connect(serial: u32) -> Result<YubiKey, Failure> {
-    YubiKey::open_by_serial(Serial(serial)).map_err(|error| match error {
+    YubiKey::open_by_serial(Serial(serial)).map_err(|error| unconnected(serial, error))
+}
+
+/// Looks for it where it was, and then in all: a card that another process has wait for a finger would not answer until
+/// that is over.
+fn connect_again(Known { serial, reader, .. }: &Known) -> Result<YubiKey, Failure> {
+    let unconnected = |error| unconnected(*serial, error);
+    let mut readers = yubikey::reader::Context::open().map_err(unconnected)?;
+    let there = readers.iter().map_err(unconnected)?.find(|there| there.name() == *reader);
+    match there.map(|there| there.open()) {
+        Some(Ok(yubikey)) if yubikey.serial() == Serial(*serial) => return Ok(yubikey),
+        // Dropped, it would be reset.
+        Some(Ok(other)) => drop(other.disconnect(pcsc::Disposition::LeaveCard)),
+        _ => {}
+    }
+    connect(*serial)
+}
+
+fn unconnected(serial: u32, error: yubikey::Error) -> Failure {
+    match error {
         yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
         yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
             in_use(&format!("YubiKey {serial}"))
@@ -129,7 +152,7 @@ fn connect(serial: u32) -> Result<YubiKey, Failure> {
             inner => format!("no YubiKey with serial {serial} is connected: {inner}"),
         }),
         error => classify(&format!("open YubiKey {serial}"), &error),
-    })
+    }
 }
 
 impl Held {
@@ -140,7 +163,7 @@ impl Held {
         let yubikey = match yubikey.take() {
             Some(connected) => yubikey.insert(connected),
             // That another program has it for a while is no reason to start over, which may need a person's PIN.
-            None => yubikey.insert(connect(known.serial).map_err(|failure| match failure {
+            None => yubikey.insert(connect_again(known).map_err(|failure| match failure {
                 Failure { class: Class::Busy, message } => refused(message),
                 other => other,
             })?),
@@ -166,7 +189,7 @@ impl Card<'_> {
     fn renew(&mut self) -> Result<u8, Failure> {
         let tries = match self.yubikey.get_pin_retries() {
             Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }) => {
-                let old = std::mem::replace(self.yubikey, connect(self.known.serial)?);
+                let old = std::mem::replace(self.yubikey, connect_again(self.known)?);
                 // Dropped, it would reset the card once more.
                 let _ = old.disconnect(pcsc::Disposition::LeaveCard);
                 self.known.last_touch = None;
@@ -319,7 +342,13 @@ impl Device for OpenPiv {
         let mut card = held.card()?;
         // Other programs may have used it since.
         card.renew()?;
-        let done = life::operate(&mut card, task, notify);
+        let done = life::operate(&mut card, task, notify).map_err(|failure| match failure.class {
+            // That it answers shows that nobody has to start over, which may need a person's PIN.
+            Class::Gone if card.renew().is_ok() => {
+                refused(format!("{failure}; another program may have used the card meanwhile: try again"))
+            }
+            _ => failure,
+        });
         held.used();
         done
     }

@@ -39,7 +39,13 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
         SlotId::try_from(*number).is_ok_and(|slot| piv::metadata(&mut yubikey, slot).is_ok())
     });
     let objects = taken.map(Object::PivSlot).collect();
+    leave(yubikey);
     Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, objects, notes })
+}
+
+/// Lets go of a card as it is. Dropped, it would be reset, which whoever else uses it would notice.
+fn leave(yubikey: YubiKey) {
+    let _ = yubikey.disconnect(pcsc::Disposition::LeaveCard);
 }
 
 /// What of a card everybody knows, and what to do about it.
@@ -75,7 +81,10 @@ fn connected() -> Result<Vec<u32>, Failure> {
     let (mut serials, mut held) = (Vec::new(), false);
     for reader in readers.iter().map_err(failed)? {
         match reader.open() {
-            Ok(yubikey) => serials.push(yubikey.serial().0),
+            Ok(yubikey) => {
+                serials.push(yubikey.serial().0);
+                leave(yubikey);
+            }
             Err(yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) }) => held = true,
             // No card, or not a YubiKey.
             Err(_) => {}
