@@ -207,8 +207,10 @@ fn others_use_the_card_meanwhile() -> anyhow::Result<()> {
     let agent = desk.agent(&["9a"])?;
     desk.sign("9a")?;
     let hosts = agent.hosts()?;
-    desk.card.set(Faults { status: Some(0x6f00), after: Some(10), ..Faults::default() });
-    refuses(&desk.world, &["list"], "another program may have used the card")?;
+    // After the two that select the application and ask for the tries, and two that find the key.
+    desk.card.set(Faults { status: Some(0x6f00), after: Some(4), ..Faults::default() });
+    let csr = ["csr", "9a", "--subject", "CN=Acme Models"];
+    refuses(&desk.world, &csr, "another program may have used the card")?;
     ensure!(does(&desk.world, &["list"])?.contains("slot 9a"));
     desk.sign("9a")?;
     ensure!(agent.hosts()? == hosts && desk.card.pin_tries()? == 3, "{}", agent.log()?);
