@@ -8,6 +8,7 @@ use omsign_fixtures::piv::{self, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::operator::key;
 use omsign_tests::terminal::Terminal;
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
@@ -56,6 +57,33 @@ fn the_agent_asks_at_its_terminal() -> anyhow::Result<()> {
     let said = terminal.said();
     ensure!(!said.contains(PIN), "{said}");
     Ok(())
+}
+
+/// Whoever changes something is told when somebody has to type the PIN again for it.
+#[test]
+fn what_is_opened_anew_waits_for_its_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
+    let config = config + &key_section("new", "t", "new");
+    let _agent = agent_at(&terminal, &world, &config)?;
+    terminal.shows("PIN for token t: ")?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    let told = |arguments: &[&str], expected: &str| {
+        let output = key(&world, arguments)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && errors.contains(expected), "{arguments:?}: {errors}");
+        anyhow::Ok(())
+    };
+    let unlock = "omsign agent unlock t --ask-pin";
+    told(&["generate", "new"], &format!("it signs once the PIN was typed again: {unlock}"))?;
+    world.write("agent.toml", config + &key_section("more", "t", "more"))?;
+    told(&["reload"], &format!("token t is opened anew and waits for its PIN: {unlock}"))?;
+    let unlocks = Terminal::new(&[("PIN for token t: ", PIN)])?;
+    let unlocked = unlocks.seat(&omsign(&world, &["agent", "unlock", "t", "--ask-pin"])?)?.status()?;
+    ensure!(unlocked.success());
+    told(&["rotate", "k"], "k/next")?;
+    told(&["rotate", "k", "--finish"], &format!("token t then waits for its PIN: {unlock}"))
 }
 
 /// Lines for people where somebody looks, JSON where nobody does.

@@ -1,5 +1,8 @@
 //! Keys that take another's place, and configurations that an agent reads anew, without a request lost.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::kryoptic::Kryoptic;
@@ -37,7 +40,9 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = SoftHsm::create(&world.path("t"), "t")?;
     let config = world.listen() + &token_section("t", &token, "") + "# mine\n" + &key_section("k", "t", "k");
-    world.write("agent.toml", &config)?;
+    let agent_toml = world.write("agent.toml", &config)?;
+    // Whoever may read this one may read what goes with it, whatever the operator's umask is.
+    std::fs::set_permissions(&agent_toml, Permissions::from_mode(0o640))?;
     world.model()?;
     let first = does(&world, &["generate", "k", "--type", "p256"])?;
     let agent = Agent::start(&world, &config)?;
@@ -63,6 +68,8 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
         world.omsign_ok(&["verify", "model", "--signature", signature, "--public-key", "public.pem"])?;
     }
     let text = std::fs::read_to_string(world.path("agent.toml"))?;
+    let mode = |name: &str| anyhow::Ok(world.path(name).metadata()?.permissions().mode() & 0o777);
+    ensure!(mode("agent.toml")? == 0o640 && mode("k.previous-1.pem")? == 0o640);
     ensure!(text.contains("# mine") && text.contains("previous = [\"k.previous-1.pem\"]"), "{text}");
     // And once more, with certificates.
     let third = does(&world, &["rotate", "k", "--type", "p256"])?;

@@ -1,11 +1,10 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, edit};
-use omsign_agent::key_life::{Command, NEXT, Output, Template};
+use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
+use omsign_agent::key_life::{Command, NEXT, Output, Template, how_to_unlock};
 
 use crate::commands::ask;
 
@@ -120,6 +119,12 @@ impl Rotation<'_> {
             "{} is the next key once the agent reads its configuration: systemctl reload omsign-agent",
             self.name
         );
+        let typed = |name: &&String| {
+            self.config.tokens.get(*name).is_some_and(|token| token.pin == PinSource::Prompt)
+        };
+        for token in key.tokens.iter().filter(typed) {
+            eprintln!("token {token} then waits for its PIN: {}", how_to_unlock(token));
+        }
         Ok(next)
     }
 
@@ -135,8 +140,7 @@ impl Rotation<'_> {
         for number in 1..1000 {
             let file = format!("{}.previous-{number}.pem", self.name);
             let path = self.directory().join(&file);
-            let made = std::fs::OpenOptions::new().write(true).create_new(true).open(&path);
-            match made.and_then(|mut made| made.write_all(public.as_bytes())) {
+            match edit::write_beside(self.path, &path, public) {
                 Ok(()) => return Ok(file),
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(error) => bail!("{} cannot be written: {error}", path.display()),

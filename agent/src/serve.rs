@@ -21,6 +21,7 @@ use crate::agent::Agent;
 use crate::algorithm::Padding;
 use crate::audit::{self, Audit};
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
+use crate::key_life::how_to_unlock;
 use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
 use crate::operator::{self, Reloaded};
 use crate::policy::{Match, Rule};
@@ -286,7 +287,7 @@ impl Reload {
     }
 
     /// A configuration with mistakes changes nothing.
-    async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<(), String> {
+    async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<Vec<String>, String> {
         let path = self.path.clone();
         // The user database may be a slow directory server.
         let loaded = tokio::task::spawn_blocking(move || Config::load(&path)).await;
@@ -307,9 +308,11 @@ impl Reload {
         // A certificate may say now whose key it is.
         agent.setup().keys.values().for_each(|key| key.check());
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
+        let mut notes = Vec::new();
         for token in new.iter().filter(|token| token.wants_prompt()) {
-            let name = &token.name;
-            tracing::warn!(token = %name, "it is opened anew and waits for its PIN: `omsign agent unlock {name} --ask-pin`");
+            let note = format!("is opened anew and waits for its PIN: {}", how_to_unlock(&token.name));
+            tracing::warn!(token = %token.name, "it {note}");
+            notes.push(format!("token {} {note}", token.name));
         }
         for token in closed {
             let mut reporter = reporter.clone();
@@ -321,7 +324,7 @@ impl Reload {
         for token in new {
             tokio::spawn(report(token, Arc::clone(agent), reporter.clone()));
         }
-        Ok(())
+        Ok(notes)
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+use tempfile::NamedTempFile;
 use toml_edit::{Array, DocumentMut, InlineTable, Item, Table, Value};
 
 use super::Object;
@@ -50,16 +51,26 @@ pub fn finish(text: &str, name: &str, chain: Option<&str>, previous: &str) -> Re
 pub fn write(path: &Path, text: &str) -> Result<(), EditError> {
     // A link stays one.
     let path = fs::canonicalize(path)?;
-    let before = fs::metadata(&path)?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    // A name that nobody can guess: whoever else may write here must not choose what is written to.
-    let mut file = tempfile::NamedTempFile::new_in(directory)?;
-    std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))?;
-    file.as_file().set_permissions(before.permissions())?;
+    like(&path, &path, text)?.persist(&path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Writes a file that is not there yet and that goes with a configuration: whoever may read that may read this.
+pub fn write_beside(config: &Path, path: &Path, text: &str) -> io::Result<()> {
+    like(config, path, text)?.persist_noclobber(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// A file where `path` is, with another one's owner and mode, under a name that nobody can guess: whoever else may write here
+/// must not choose what is written to.
+fn like(other: &Path, path: &Path, text: &str) -> io::Result<NamedTempFile> {
+    let other = fs::metadata(other)?;
+    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new("/")))?;
+    std::os::unix::fs::fchown(&file, Some(other.uid()), Some(other.gid()))?;
+    file.as_file().set_permissions(other.permissions())?;
     file.write_all(text.as_bytes())?;
     file.as_file().sync_all()?;
-    file.persist(&path).map_err(|error| error.error)?;
-    Ok(())
+    Ok(file)
 }
 
 fn section<'a>(document: &'a mut DocumentMut, name: &str) -> Result<&'a mut Table, EditError> {

@@ -111,7 +111,12 @@ impl Operator<'_> {
                 let place = self.place(key)?;
                 let made = place.public(Task::Generate(place.spec.clone(), template.clone()), say).await?;
                 // Whoever waits for this key need not wait for the next look.
-                place.token.look_again().await;
+                if !place.token.look_again().await {
+                    say(&format!(
+                        "it signs once the PIN was typed again: {}",
+                        how_to_unlock(&place.token.name)
+                    ));
+                }
                 Ok(Output::Pem(pem(&made.spki)?))
             }
             Command::Public { key } => {
@@ -288,6 +293,11 @@ impl Place<'_> {
         tracing::debug!(key = self.name, %error, "an operator's task failed");
         KeyLifeError::Device { token: self.token.name.clone(), error }
     }
+}
+
+/// For a token whose PIN a person types.
+pub fn how_to_unlock(token: &str) -> String {
+    format!("omsign agent unlock {token} --ask-pin")
 }
 
 /// Has a token do something, and says what it waits for.

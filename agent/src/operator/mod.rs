@@ -94,8 +94,8 @@ enum Answer {
     Done(Result<Output, String>),
 }
 
-/// Where it is told whether the configuration was read anew, or what is wrong with it.
-pub(crate) type Reloaded = oneshot::Sender<Result<(), String>>;
+/// Where it is told whether the configuration was read anew, and what has to be done then; or what is wrong with it.
+pub(crate) type Reloaded = oneshot::Sender<Result<Vec<String>, String>>;
 
 /// The socket of an agent.
 pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
@@ -179,7 +179,13 @@ async fn converse(
             done = &mut work => break done,
         }
     };
-    timeout(PATIENCE, send(&mut stream, &Answer::Done(done))).await?
+    let last = async {
+        while let Ok(message) = said.try_recv() {
+            send(&mut stream, &Answer::Say(message)).await?;
+        }
+        send(&mut stream, &Answer::Done(done)).await
+    };
+    timeout(PATIENCE, last).await?
 }
 
 /// Records that somebody is no operator.
@@ -232,7 +238,10 @@ async fn attend(
         let (done, reloaded) = oneshot::channel();
         let sent = reload.send(done).await.is_ok();
         return match reloaded.await {
-            Ok(Ok(())) if sent => Ok(Output::Done),
+            Ok(Ok(notes)) if sent => {
+                notes.iter().for_each(|note| say(note));
+                Ok(Output::Done)
+            }
             Ok(Err(mistakes)) => Err(OperatorError::Reload(mistakes)),
             _ => Err(OperatorError::Agent("it is stopping".into())),
         };

@@ -93,8 +93,8 @@ enum Command {
     Unlock(Option<Pin>, Unlocked),
     /// Its PIN is to be set anew.
     Unblock(Fresh, Unlocked),
-    /// Keys were made or deleted.
-    LookAgain,
+    /// Keys were made or deleted. Whether they will be looked for.
+    LookAgain(oneshot::Sender<bool>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -249,10 +249,11 @@ impl Token {
         timeout_at(deadline, outcome).await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?
     }
 
-    /// Has the keys found anew, unless that would need a person to give the PIN again.
-    pub(crate) async fn look_again(&self) {
+    /// Has the keys found anew. No, where a person has to give the PIN again for that.
+    pub(crate) async fn look_again(&self) -> bool {
+        let (looks, looked_for) = oneshot::channel();
         // A supervisor that ended looks at nothing any more.
-        let _ = self.commands.send(Command::LookAgain).await;
+        self.commands.send(Command::LookAgain(looks)).await.is_err() || looked_for.await.unwrap_or(true)
     }
 
     /// Whether it is what this configuration asks for.

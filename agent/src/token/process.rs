@@ -266,8 +266,11 @@ impl Process {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
                     // What an operator typed is not ours to offer again, and keys that are there need no look.
-                    Some(Command::LookAgain) if look_again.is_none() || !missing => {}
-                    Some(Command::LookAgain) => {
+                    Some(Command::LookAgain(looks)) if look_again.is_none() || !missing => {
+                        let _ = looks.send(!missing);
+                    }
+                    Some(Command::LookAgain(looks)) => {
+                        let _ = looks.send(true);
                         drain(host).await;
                         return End::LookAgain;
                     }
