@@ -10,6 +10,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN};
 use omsign_tests::agent::{Agent, refused};
+use omsign_tests::hashed;
 use omsign_tests::world::{World, key_section, text, token_section};
 use openssl::pkey::PKey;
 
@@ -208,6 +209,37 @@ fn paths_that_are_not_utf8() -> anyhow::Result<()> {
     let shown: serde_json::Value =
         serde_json::from_str(&world.omsign_ok(&["inspect", "model.sig", "--json"])?)?;
     ensure!(shown.to_string().contains('\u{7f}'), "{shown}");
+    Ok(())
+}
+
+/// Verifiers take no such names: nothing is signed that they would refuse.
+#[test]
+fn names_with_a_backslash() -> anyhow::Result<()> {
+    let world = hashed::world()?;
+    world.write("we\\ird.bin", "weights")?;
+    let sign = |model, signature| ["sign", model, "--private-key", "k.pem", "--signature", signature];
+    let backslash = "a backslash";
+    world.omsign_refuses(2, &sign("we\\ird.bin", "s"), &[backslash])?;
+    world.omsign_refuses(2, &["digest", "we\\ird.bin", "--json"], &[backslash])?;
+    world.omsign_refuses(2, &sign("model", "model/a\\b.sig"), &[backslash, "write it elsewhere"])?;
+    ensure!(!world.path("s").exists() && !world.path("model/a\\b.sig").exists());
+    Ok(())
+}
+
+/// What comes of a command does not depend on whether anybody can read what it says.
+#[test]
+fn a_standard_error_that_cannot_be_written_to() -> anyhow::Result<()> {
+    let world = hashed::world()?;
+    hashed::sign(&world, &[])?;
+    let verify = "omsign verify model --public-key k.pub --signature model.sig";
+    for (command, status) in [
+        (format!("{verify} --progress plain --allow-symlinks"), 0),
+        (format!("echo more > model/more; {verify}"), 1),
+        ("omsign verify model --public-key none --signature model.sig".to_owned(), 2),
+    ] {
+        let output = hashed::run(&world, &format!("exec 2> /dev/full; {command}"))?;
+        ensure!(output.status.code() == Some(status), "{command}: {output:?}");
+    }
     Ok(())
 }
 

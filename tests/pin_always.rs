@@ -149,6 +149,20 @@ fn hashes(world: &World, device: &Device) -> anyhow::Result<()> {
     device.signs_alone(world)
 }
 
+/// Before anything is hashed for hours.
+#[test]
+fn a_statement_that_is_too_long() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let device = soft_hsm_that_asks(&world)?;
+    let _agent = Agent::start(&world, &(world.listen() + &device.token + &device.keys))?;
+    eventually("the key", || Ok(world.omsign_ok(&["keys"])?.contains("ready")))?;
+    std::fs::File::create(world.path("weights"))?.set_len(1 << 40)?;
+    let sign = ["sign", "weights", "--key", "rsa", "--allow-nonstandard-key", "--shard-size", "1048576"];
+    let said = world.omsign_fails(2, &sign)?;
+    ensure!(said.contains("signs statements, of at most 15728640 bytes") && said.contains("hint:"), "{said}");
+    Ok(())
+}
+
 #[test]
 fn kryoptic_hashes() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -281,6 +281,10 @@ fn a_project_has_a_say_only_where_it_was_allowed_to() -> anyhow::Result<()> {
     ensure!(changed(verify()?));
     world.write("project/.omsign/trust.toml", policy)?;
     ensure!(verify()?.status.success());
+    // One that is gone trusts nobody, and one's own goes on.
+    fs::rename(world.path("project/.omsign"), world.path("project/away"))?;
+    ensure!(verify()?.status.code() == Some(1));
+    fs::rename(world.path("project/away"), world.path("project/.omsign"))?;
     // Where there is none, there is nothing to agree with.
     world.write("nothing/x", "")?;
     world.omsign_refuses(2, &["trust", "allow", "nothing"], &[".omsign/trust.toml: No such file"])?;

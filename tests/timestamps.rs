@@ -174,6 +174,10 @@ fn stamps_that_prove_less_than_they_say() -> anyhow::Result<()> {
     };
     let said = world.omsign_ok(&with(&["root.crl"]))?;
     ensure!(said.contains("not checked  revocation of the time-stamp authority\n"), "{said}");
+    pki.crl("tsa-root", "-crl_lastupdate 20200101000000Z -crl_nextupdate 20200201000000Z")?;
+    let old = ["the CRL of CN=tsa-root is not of now", "hint: fetch the CRL anew"];
+    world.omsign_refuses(2, &with(&["root.crl", "tsa-root.crl"]), &old)?;
+    pki.crl("tsa-root", "")?;
     let said = world.omsign_ok(&with(&["root.crl", "tsa-root.crl"]))?;
     ensure!(!said.contains("not checked"), "{said}");
     pki.revoke("tsa-root", "tsa")?;

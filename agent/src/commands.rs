@@ -104,7 +104,7 @@ pub(crate) fn key(
             }
         }
         Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
-        Output::Done => eprintln!("done"),
+        Output::Done => say(format_args!("done")),
     }
     Ok(Some(ExitCode::SUCCESS))
 }
@@ -121,22 +121,23 @@ pub(crate) fn own_directory() -> PathBuf {
 
 /// Runs the guided way from a device to a key, and says what comes next.
 pub(crate) fn init(init: &Init) -> anyhow::Result<()> {
-    let say = |said: &str| eprintln!("{said}");
-    let made = runtime()?.block_on(init.run(&answered, &say))?;
+    let made = runtime()?.block_on(init.run(&answered, &|said| say(format_args!("{said}"))))?;
     let (config, name) = (made.config.display(), &init.name);
     let mut out = std::io::stdout().lock();
     writeln!(out, "configuration        {config}")?;
     writeln!(out, "certificate request  {}", made.request.display())?;
     for note in &made.notes {
-        eprintln!("note: {note}");
+        say(format_args!("note: {note}"));
     }
-    eprintln!("next, start the agent, and sign from another terminal:");
-    eprintln!("  omsign-agent serve --config {config}");
+    say(format_args!("next, start the agent, and sign from another terminal:"));
+    say(format_args!("  omsign-agent serve --config {config}"));
     let socket = init.directory.join("agent.sock");
     let agent = if init.apart { format!(" --agent {}", socket.display()) } else { String::new() };
-    eprintln!("  omsign sign MODEL --key {name}{agent}");
-    eprintln!("and, to sign with a certificate, have the request certified for code signing, then write");
-    eprintln!("certificate_chain into [key.{name}]");
+    say(format_args!("  omsign sign MODEL --key {name}{agent}"));
+    say(format_args!(
+        "and, to sign with a certificate, have the request certified for code signing, then write"
+    ));
+    say(format_args!("certificate_chain into [key.{name}]"));
     Ok(())
 }
 
@@ -161,7 +162,7 @@ pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
     }
     let unblock = Unblock { token, officer: officer.to_string(), pin: pin.to_string() };
     runtime()?.block_on(operator::unblock(config, unblock))?;
-    eprintln!("done");
+    say(format_args!("done"));
     Ok(())
 }
 
@@ -170,7 +171,7 @@ fn answered(question: &str, secret: Secret) -> std::io::Result<Zeroizing<String>
     if std::io::stdin().is_terminal() && secret == Secret::Yes {
         return rpassword::prompt_password(format!("{question}: ")).map(Zeroizing::new);
     }
-    eprint!("{question}: ");
+    begin_line(question);
     let mut line = Zeroizing::new(String::new());
     std::io::stdin().lock().read_line(&mut line)?;
     Ok(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
@@ -178,7 +179,7 @@ fn answered(question: &str, secret: Secret) -> std::io::Result<Zeroizing<String>
 
 /// Has it done by the agent, or by this process.
 pub(crate) fn ask(config: &Config, command: Command) -> anyhow::Result<Output> {
-    Ok(runtime()?.block_on(operator::run(config, command, &|said| eprintln!("{said}")))?)
+    Ok(runtime()?.block_on(operator::run(config, command, &|said| say(format_args!("{said}"))))?)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
@@ -189,17 +190,27 @@ fn nonce_of(text: &str) -> anyhow::Result<Vec<u8>> {
     hex::decode(text).context("the nonce is not hexadecimal")
 }
 
+/// Prints a line beside the result. That nobody may be there to read it changes nothing.
+pub(crate) fn say(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Asks a question on standard error.
+fn begin_line(question: &str) {
+    let _ = write!(std::io::stderr().lock(), "{question}: ");
+}
+
 /// Asks twice, for two things: a habit answers one question, not two.
 fn confirmed(config: &Config, name: &str, public: &str) -> anyhow::Result<()> {
     let fingerprint = fingerprint(public)?;
     let Some(start) = fingerprint.get(..8) else { bail!("the key has no fingerprint") };
     let key = config.keys.get(name.strip_suffix(NEXT).unwrap_or(name));
     let tokens = key.map(|key| key.tokens.join(" and ")).unwrap_or_default();
-    eprintln!("The key {name} on {tokens} will be gone for ever. Its public half:");
-    eprintln!("  SHA-256 {fingerprint}");
+    say(format_args!("The key {name} on {tokens} will be gone for ever. Its public half:"));
+    say(format_args!("  SHA-256 {fingerprint}"));
     let mut lines = std::io::stdin().lock().lines();
     let mut answer = |question: &str| -> anyhow::Result<String> {
-        eprint!("{question}: ");
+        begin_line(question);
         Ok(lines.next().transpose()?.unwrap_or_default().trim().to_owned())
     };
     ensure!(answer("Type the key's name")? == name, "that is not its name; nothing was deleted");
@@ -268,7 +279,7 @@ fn findings_of(
     let findings = match findings {
         Ok(findings) => findings,
         Err(error @ AttestationError::Wrong(_)) => {
-            eprintln!("error: {}", printable(&error.to_string()));
+            say(format_args!("error: {}", printable(&error.to_string())));
             return Ok(ExitCode::FAILURE);
         }
         Err(error) => return Err(error.into()),

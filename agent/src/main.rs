@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            commands::say(format_args!("error: {error:#}"));
             ExitCode::from(2)
         }
     }
@@ -112,7 +112,7 @@ fn load(file: &ConfigFile) -> Option<Config> {
     match Config::load(&file.config) {
         Ok(config) => Some(config),
         Err(mistakes) => {
-            mistakes.iter().for_each(|mistake| eprintln!("error: {mistake}"));
+            mistakes.iter().for_each(|mistake| commands::say(format_args!("error: {mistake}")));
             None
         }
     }

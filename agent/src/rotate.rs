@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
 use omsign_agent::key_life::{Command, NEXT, Output, Template, how_to_unlock};
 
-use crate::commands::ask;
+use crate::commands::{ask, say};
 
 /// A key that is rotated, and the file that names it.
 pub(crate) struct Rotation<'a> {
@@ -57,9 +57,12 @@ impl Rotation<'_> {
                 return Err(error);
             }
         };
-        eprintln!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name);
-        eprintln!("  omsign-agent key csr {}{NEXT} --subject …    asks for its certificate", self.name);
-        eprintln!("  omsign-agent key rotate {} --finish         puts it in its place", self.name);
+        say(format_args!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name));
+        say(format_args!(
+            "  omsign-agent key csr {}{NEXT} --subject …    asks for its certificate",
+            self.name
+        ));
+        say(format_args!("  omsign-agent key rotate {} --finish         puts it in its place", self.name));
         Ok(public)
     }
 
@@ -115,15 +118,15 @@ impl Rotation<'_> {
             }
             return Err(error);
         }
-        eprintln!(
+        say(format_args!(
             "{} is the next key once the agent reads its configuration: systemctl reload omsign-agent",
             self.name
-        );
+        ));
         let typed = |name: &&String| {
             self.config.tokens.get(*name).is_some_and(|token| token.pin == PinSource::Prompt)
         };
         for token in key.tokens.iter().filter(typed) {
-            eprintln!("token {token} then waits for its PIN: {}", how_to_unlock(token));
+            say(format_args!("token {token} then waits for its PIN: {}", how_to_unlock(token)));
         }
         Ok(next)
     }

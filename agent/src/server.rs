@@ -8,9 +8,9 @@ use omsign_proto::v1::agent_service_server::AgentService;
 use omsign_proto::v1::sign_request;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, GetKeyResponse, KeyState, ListKeysRequest, ListKeysResponse, ListTokensRequest,
-    ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest,
-    UnlockTokenResponse,
+    GetKeyRequest, GetKeyResponse, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListKeysResponse,
+    ListTokensRequest, ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch,
+    UnlockTokenRequest, UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -36,9 +36,6 @@ const NAME_BYTES: usize = 256;
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
-
-/// Longest `statement`, in bytes. Larger ones are for keys that sign digests.
-const STATEMENT_BYTES: usize = 15 << 20;
 
 /// The service that tonic serves; a handle.
 #[derive(Clone)]
@@ -275,7 +272,7 @@ fn content(sent: Option<sign_request::Content>) -> Result<Content, Status> {
             "a digest of {} bytes; expected 32, 48 or 64",
             digest.len()
         ))),
-        Some(sign_request::Content::Statement(statement)) if statement.len() <= STATEMENT_BYTES => {
+        Some(sign_request::Content::Statement(statement)) if statement.len() <= LARGEST_STATEMENT_BYTES => {
             Ok(Content::Message(pae(&statement)))
         }
         Some(sign_request::Content::Statement(_)) => {

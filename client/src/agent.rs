@@ -8,7 +8,8 @@ use omsign_proto::v1::agent_service_client::AgentServiceClient;
 pub use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, Key, KeyState, ListKeysRequest, ListTokensRequest, SignRequest, Token, UnlockTokenRequest,
+    GetKeyRequest, Key, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListTokensRequest, SignRequest,
+    Token, UnlockTokenRequest,
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -97,6 +98,12 @@ pub enum AgentError {
         /// Why.
         reason: String,
     },
+    /// A key that signs no digests.
+    #[error(
+        "the key signs statements, of at most {bytes} bytes, and the one of so many files is longer",
+        bytes = LARGEST_STATEMENT_BYTES
+    )]
+    Statement,
     /// The agent ended the stream without an answer, or answered nonsense.
     #[error("the agent answered {0}")]
     Answer(String),

@@ -199,9 +199,14 @@ impl<'a> Pairs<'a> {
     /// What is different now that all of it was compared `before`, and found right: that may have taken hours.
     pub(crate) fn since(&self, before: &Self) -> Differences {
         let mut wrong = self.wrong.clone();
+        let missing: BTreeSet<&str> = self.missing.iter().map(String::as_str).collect();
         for (index, name) in before.names.iter().enumerate() {
-            let now = self.names.binary_search(name).ok();
-            if now.is_some_and(|now| self.files.stamp(now) != before.files.stamp(index)) {
+            let same = match self.names.binary_search(name) {
+                Ok(now) => self.files.stamp(now) == before.files.stamp(index),
+                // An only file may be another one, by another name. What is missing, or wrong, is told as that.
+                Err(_) => missing.contains(name) || wrong.contains_key(name),
+            };
+            if !same {
                 wrong.insert(name, Wrong::Changed(How::Meanwhile));
             }
         }
@@ -342,6 +347,29 @@ mod tests {
             let since = pair(&signed, &again, false, &hasher).since(&pairs).first().unwrap_or_default();
             assert!(since.starts_with(expected) && since.is_empty() == expected.is_empty(), "{since}");
         }
+    }
+
+    /// By the name that the reference gives it, and a link to it.
+    #[test]
+    fn another_only_file_after_it_was_compared() {
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let root = tempfile::tempdir().expect("a directory");
+        let current = root.path().join("current");
+        let walk = |name: &str| {
+            let _ = std::fs::remove_file(&current);
+            std::fs::write(root.path().join(name), "12345").expect("written");
+            std::os::unix::fs::symlink(name, &current).expect("linked");
+            Model::walk(&current, &Scope::default()).expect("a model")
+        };
+        let found = walk("one");
+        let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
+        let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+        signed.resources[0].file = ".".into();
+        let pairs = pair(&signed, &found, true, &hasher);
+        assert!(pairs.compare(&hasher).is_empty());
+        let again = walk("two");
+        let changed = pair(&signed, &again, true, &hasher).since(&pairs).changed;
+        assert!(matches!(changed.as_slice(), [Changed { file, how: How::Meanwhile }] if file == "one"));
     }
 
     #[test]

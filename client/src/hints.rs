@@ -13,6 +13,7 @@ use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
 use omsign::policy::PolicyError;
+use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
 use tonic::Code;
 
@@ -42,6 +43,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()
         }
         Error::Agent(AgentError::Status(status)) => return status_hint(status.code()),
+        Error::Agent(AgentError::Statement) => {
+            "sign with a key that takes digests (ECDSA or RSA, without a PIN for each signature), or fewer and larger shards"
+                .into()
+        }
         Error::Agent(AgentError::NoPin) => "add pin-source=/path/to/file to the URI's query".into(),
         Error::Agent(AgentError::Start(_)) => "omsign-agent has to be beside omsign or on the PATH".into(),
         Error::Model(ModelError::Odd(_, Oddity::Symlink)) => {
@@ -90,7 +95,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Trust(TrustError::Path(PathError::Policy(_))) => {
             "if its policies are what you want, trust an issuer below the one that asks for them".into()
         }
-        Error::Trust(TrustError::Path(PathError::OldCrl { .. })) => "fetch the CRL anew".into(),
+        Error::Trust(
+            TrustError::Path(PathError::OldCrl { .. })
+            | TrustError::Timestamp(TimestampError::Authority(PathError::OldCrl { .. })),
+        ) => "fetch the CRL anew".into(),
         Error::Trust(TrustError::Refused { .. }) => {
             "`omsign inspect` shows who claims to have signed; `omsign trust add` accepts a signer from then on".into()
         }

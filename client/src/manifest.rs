@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
-use crate::model::{self, Closed, GIT_PATHS, Model, ModelError, Odd, Scope};
+use crate::model::{self, Closed, GIT_PATHS, Model, ModelError, Odd, Oddity, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
@@ -81,9 +81,13 @@ impl Serialization {
         if let Some(Closed { path, source, .. }) = found.closed.drain(..).next() {
             return Err(ModelError::Read { path, source });
         }
-        match found.odd.first() {
-            Some(Odd { name, what }) => Err(ModelError::Odd(model.join(name), *what)),
-            None => Ok(found),
+        if let Some(Odd { name, what }) = found.odd.first() {
+            return Err(ModelError::Odd(model.join(name), *what));
+        }
+        match found.files.as_slice() {
+            // In a directory it is odd.
+            [only] if only.name.contains('\\') => Err(ModelError::Odd(model.to_owned(), Oddity::Backslash)),
+            _ => Ok(found),
         }
     }
 }
@@ -127,7 +131,7 @@ impl Selection<'_> {
         if self.ignore_git_paths {
             ignore_paths.extend(GIT_PATHS.map(str::to_owned));
         }
-        ignore_paths.extend(model::bundle_inside(self.model, self.signature));
+        ignore_paths.extend(model::recorded_bundle(self.model, self.signature)?);
         let Self { method, algorithm, allow_symlinks, .. } = *self;
         Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths: Some(ignore_paths) })
     }
@@ -185,6 +189,11 @@ impl<'a> Plan<'a> {
     /// SHA-256 over the names of all resources: what its parts have to have together.
     pub fn names(&self) -> Digest {
         names_digest(self.pieces.iter().map(|piece| self.name(piece)))
+    }
+
+    /// How long its statement is, at least: beside its name a resource has a digest, and what these are called.
+    pub(crate) fn statement_bytes(&self) -> usize {
+        self.pieces.iter().map(|piece| self.model.file_name(piece.file).len() + 100).sum()
     }
 
     /// Whether one of its files is this one, by device and inode.

@@ -147,6 +147,14 @@ pub enum ModelError {
         "more than {MOST_LINKED} directories or {MOST_LINKED_FILES} files are reached through symbolic links, the last one at {0} (a limit of omsign)"
     )]
     Linked(PathBuf),
+    /// A bundle with a name that cannot be recorded as left out.
+    #[error("the bundle {path} would be in the model, and its name {reason}; write it elsewhere")]
+    Bundle {
+        /// As given.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// A path to ignore that is not there, or not in the model.
     #[error("--ignore-paths {path}: {reason}")]
     Ignore {
@@ -160,7 +168,7 @@ pub enum ModelError {
 impl ModelError {
     /// Whether the model itself is wrong.
     pub fn found_wrong(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Ignore { .. } | Self::Shards(_))
+        !matches!(self, Self::Read { .. } | Self::Ignore { .. } | Self::Bundle { .. } | Self::Shards(_))
     }
 }
 
@@ -226,6 +234,16 @@ impl Model {
 pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
     let error = |reason| ModelError::Ignore { path: given.to_owned(), reason };
     let real_root = root.canonicalize().map_err(|source| read_error(root, source))?;
+    // As it is written from the model's root: what a link on its way leads to is something else.
+    let components = given.components().filter(|part| *part != Component::CurDir);
+    let plain = components.clone().all(|part| matches!(part, Component::Normal(_)));
+    let written: PathBuf = components.collect();
+    if plain
+        && let Some(name) = written.to_str().filter(|name| !name.is_empty() && !name.contains('\\'))
+        && std::fs::symlink_metadata(real_root.join(&written)).is_ok()
+    {
+        return Ok(name.to_owned());
+    }
     let candidates = [real_root.join(given), given.to_owned()];
     for candidate in candidates {
         if std::fs::symlink_metadata(&candidate).is_err() {
@@ -249,8 +267,20 @@ pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
 
 /// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
 pub fn bundle_inside(model: &Path, signature: &Path) -> Option<String> {
+    path_inside(model, signature)?.to_str().map(str::to_owned)
+}
+
+/// The same, as it is recorded.
+pub(crate) fn recorded_bundle(model: &Path, signature: &Path) -> Result<Option<String>, ModelError> {
+    let Some(inside) = path_inside(model, signature) else { return Ok(None) };
+    let wrong = |reason| ModelError::Bundle { path: signature.to_owned(), reason };
+    let name = inside.to_str().ok_or_else(|| wrong("is not valid UTF-8"))?;
+    if name.contains('\\') { Err(wrong("contains a backslash")) } else { Ok(Some(name.to_owned())) }
+}
+
+fn path_inside(model: &Path, signature: &Path) -> Option<PathBuf> {
     let root = model.canonicalize().ok().filter(|root| root.is_dir())?;
-    name_below(&root, signature)?.to_str().map(str::to_owned)
+    name_below(&root, signature)
 }
 
 /// The name of a path below a model's root, if it lies there. The path itself need not exist, and is not
@@ -366,6 +396,10 @@ mod tests {
         let root = model();
         assert_eq!(ignored(root.path(), Path::new("sub")).expect("there"), "sub");
         assert_eq!(ignored(root.path(), &root.path().join("sub/x")).expect("there"), "sub/x");
+        assert_eq!(ignored(root.path(), Path::new("./sub/x/")).expect("there"), "sub/x");
+        // Not what a link on its way leads to.
+        symlink("sub", root.path().join("link")).expect("linked");
+        assert_eq!(ignored(root.path(), Path::new("link/x")).expect("there"), "link/x");
         assert!(ignored(root.path(), Path::new("sbu")).is_err());
         assert!(ignored(root.path(), Path::new("/etc/passwd")).is_err());
         assert!(

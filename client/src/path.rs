@@ -88,6 +88,13 @@ pub enum PathError {
     Handed(#[source] std::io::Error),
 }
 
+impl PathError {
+    /// Whether the certificates were found wrong, as opposed to could not be checked.
+    pub(crate) fn found_wrong(&self) -> bool {
+        !matches!(self, Self::OpenSsl(_) | Self::Handed(_) | Self::OldCrl { .. })
+    }
+}
+
 /// One question: does `leaf` lead to one of `anchors`, at a time?
 pub(crate) struct Question<'a> {
     pub(crate) anchors: &'a [X509],

@@ -139,12 +139,12 @@ impl<'a> Predicate<'a> {
 
     /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool recorded the
     /// bundle's path as it was typed until June 2026: from the signer's working directory, or absolute, wherever the
-    /// model was.
+    /// model was. And without those with a backslash, as the reference writes them on Windows: here nothing is called so.
     pub(crate) fn without_outside_paths(mut self) -> Self {
         let Object(Parameters { ignore_paths, .. }) = &mut self.serialization;
         let below = |path: String| {
             let plain = path.strip_prefix("./").unwrap_or(&path);
-            let outside = plain.starts_with('/') || plain.starts_with("../");
+            let outside = plain.starts_with('/') || plain.starts_with("../") || plain.contains('\\');
             (!outside).then(|| plain.to_owned())
         };
         *ignore_paths = ignore_paths.take().map(|paths| paths.into_iter().filter_map(below).collect());

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use omsign::hash::Progress;
 
 use crate::cli::ShowProgress;
-use crate::report::size;
+use crate::report::{self, size};
 
 const BAR_EVERY: Duration = Duration::from_millis(100);
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -79,13 +79,18 @@ fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
         }
         let seconds = start.get_or_insert_with(Instant::now).elapsed().as_secs();
         if hashed == total || !goes_on {
-            return eprintln!("hashed {} of {} in {seconds} s", size(hashed), size(total));
+            return report::say(format_args!("hashed {} of {} in {seconds} s", size(hashed), size(total)));
         }
         if last.elapsed() >= LINE_EVERY {
             last = Instant::now();
             let rate = (hashed / seconds.max(1)).max(1);
             let left = total.saturating_sub(hashed) / rate;
-            eprintln!("hashed {} of {}, {}/s, {left} s left", size(hashed), size(total), size(rate));
+            report::say(format_args!(
+                "hashed {} of {}, {}/s, {left} s left",
+                size(hashed),
+                size(total),
+                size(rate)
+            ));
         }
     }
 }

@@ -25,6 +25,9 @@ pub(crate) fn replace(
     buffered.flush()?;
     drop(buffered);
     file.as_file().sync_all()?;
+    let opened = File::open(directory)?;
     file.persist(path).map_err(|error| error.error)?;
-    File::open(directory)?.sync_all()
+    // It is in place, whatever comes of this.
+    let _ = opened.sync_all();
+    Ok(())
 }

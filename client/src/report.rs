@@ -47,7 +47,7 @@ pub(crate) fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
 }
 
 /// Names and values of others may hold escape sequences for the terminal, and what turns the order of characters round.
-fn printable(text: &str) -> Cow<'_, str> {
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     let turns = |character| matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let harmful = |character: char| (character.is_control() && character != '\n') || turns(character);
     if !text.contains(harmful) {
@@ -74,16 +74,21 @@ fn printed(written: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
+/// Prints a line beside the result. That nobody may be there to read it changes nothing.
+pub(crate) fn say(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Prints why a command did not succeed, and returns its exit status.
 pub(crate) fn failure(failure: &Failure) -> u8 {
     // In one line, whatever names in it hold.
-    eprintln!("error: {}", printable(&failure.text().replace('\n', "\\n")));
+    say(format_args!("error: {}", printable(&failure.text().replace('\n', "\\n"))));
     if let Failure::Wrong(error) | Failure::Undone(error) = failure {
         if let Error::Differs(differences) = error {
             show(differences);
         }
         if let Some(hint) = hint(error) {
-            eprintln!("hint: {hint}");
+            say(format_args!("hint: {hint}"));
         }
     }
     if matches!(failure, Failure::Wrong(_)) { 1 } else { 2 }
@@ -91,7 +96,7 @@ pub(crate) fn failure(failure: &Failure) -> u8 {
 
 /// Prints something worth knowing that is not an error.
 pub(crate) fn warning(text: &str) {
-    eprintln!("warning: {}", printable(text));
+    say(format_args!("warning: {}", printable(text)));
 }
 
 fn show(differences: &Differences) {
@@ -111,10 +116,10 @@ fn list<'a>(kind: &str, count: usize, files: impl Iterator<Item = (&'a String, O
     for (name, how) in files.take(SHOWN) {
         let how = how.map(|how| format!(" ({how})")).unwrap_or_default();
         // A name may hold escape sequences for the terminal.
-        eprintln!("  {kind}: {}{how}", name.escape_debug());
+        say(format_args!("  {kind}: {}{how}", name.escape_debug()));
     }
     if count > SHOWN {
-        eprintln!("  {kind}: {} more", count - SHOWN);
+        say(format_args!("  {kind}: {} more", count - SHOWN));
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use jiff::Timestamp;
+use omsign_proto::v1::LARGEST_STATEMENT_BYTES;
 use openssl::x509::X509;
 
 use crate::Error;
@@ -97,6 +98,10 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
             let serialization = selection.serialization()?;
             let model = serialization.walk(selection.model)?;
             let plan = Plan::new(&model, serialization.clone(), hasher)?;
+            // Hashing may take hours.
+            if needs_statement && plan.statement_bytes() > LARGEST_STATEMENT_BYTES {
+                return Err(AgentError::Statement.into());
+            }
             let (manifest, bytes) = plan.hash(hasher)?;
             plan.check_unchanged(&serialization.walk(selection.model)?, hasher)?;
             (stated(&manifest), Some(bytes))
@@ -108,6 +113,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         Signer::Agent { agent, key, waiting } => {
             let content = match public_key.algorithm.digest(&pae) {
                 Some(digest) if !needs_statement => Content::Digest(digest),
+                _ if payload.len() > LARGEST_STATEMENT_BYTES => return Err(AgentError::Statement.into()),
                 _ => Content::Statement(payload.clone()),
             };
             agent.sign(key, content, &context, waiting)?

@@ -167,9 +167,8 @@ impl TrustError {
     /// Whether the bundle was found wrong, as opposed to could not be checked.
     pub fn found_wrong(&self) -> bool {
         match self {
-            Self::OpenSsl(_)
-            | Self::Path(PathError::OpenSsl(_) | PathError::Handed(_) | PathError::OldCrl { .. })
-            | Self::Timestamp(TimestampError::OpenSsl(_)) => false,
+            Self::OpenSsl(_) | Self::Timestamp(TimestampError::OpenSsl(_)) => false,
+            Self::Path(error) | Self::Timestamp(TimestampError::Authority(error)) => error.found_wrong(),
             Self::Refused { refusals, .. } => refusals.iter().all(|refusal| refusal.why.found_wrong()),
             _ => true,
         }

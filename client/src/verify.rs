@@ -159,14 +159,16 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     let differences = pairs.compare(hasher);
     found.root.check_in_place().map_err(Error::Hash)?;
     let mut ignored = accepted(differences, request, &signed)?;
-    if begun.elapsed() > BRIEF {
-        let again = Model::walk(request.model, &scope)?;
-        accepted(pair(&signed, &again, single_file, hasher).since(&pairs), request, &signed)?;
-    }
     ignored.extend_from_slice(pairs.unlistable());
+    let (files, bytes, mut left_out) = (pairs.files(), pairs.bytes(), found.left_out.clone());
+    if begun.elapsed() > BRIEF {
+        let mut again = Model::walk(request.model, &scope)?;
+        left_out = std::mem::take(&mut again.left_out);
+        let now = pair(&signed, &again, single_file, hasher);
+        ignored = accepted(now.since(&pairs), request, &signed)?;
+        ignored.extend_from_slice(now.unlistable());
+    }
     ignored.sort();
-    let (files, bytes) = (pairs.files(), pairs.bytes());
-    let mut left_out = found.left_out;
     let own = bundle_inside(request.model, request.signature);
     left_out.retain(|path| Some(path) != own.as_ref());
     let (model_name, not_looked_at) = (signed.model_name, all_files - files);

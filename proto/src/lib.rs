@@ -6,6 +6,9 @@
 pub mod v1 {
     tonic::include_proto!("omsign.v1");
 
+    /// Longest `statement`, in bytes. Larger ones are for keys that sign digests.
+    pub const LARGEST_STATEMENT_BYTES: usize = 15 << 20;
+
     /// The compiled descriptors, for the gRPC reflection service.
     pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/omsign.bin"));
 }

@@ -61,7 +61,7 @@ pub fn while_it_hashes(
     inotify::add_watch(&opened, &long, inotify::WatchFlags::OPEN)?;
     let mut omsign = Command::new(built("omsign")?);
     world.without_surprises(omsign.args(arguments).current_dir(world.path("")));
-    let hashing = omsign.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let hashing = omsign.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     eventually("the hashing", || Ok(rustix::io::read(&opened, &mut [0; 256]).is_ok()))?;
     meanwhile()?;
     Ok(hashing.wait_with_output()?)

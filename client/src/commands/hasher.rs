@@ -37,7 +37,9 @@ impl Hashing {
         }
         if used.digests > 0 && !self.quiet {
             let (digests, size) = (report::count(used.digests, "digest"), report::size(used.bytes));
-            eprintln!("note: {digests} ({size}) came from the digest cache; these files were not read");
+            report::say(format_args!(
+                "note: {digests} ({size}) came from the digest cache; these files were not read"
+            ));
         }
         used.digests
     }

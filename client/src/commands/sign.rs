@@ -96,7 +96,7 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
 
 /// Signs with whichever key is named.
 fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failure> {
-    let waiting = |reason: &str| eprintln!("waiting: {reason}");
+    let waiting = |reason: &str| report::say(format_args!("waiting: {reason}"));
     if let Some(key) = &arguments.key {
         let agent = Agent::connect(&address(&arguments.connection)?)?;
         return Ok(omsign::sign::sign(request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?);

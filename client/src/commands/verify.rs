@@ -102,7 +102,10 @@ fn print_fingerprints(bundle: &Bundle) {
     let Material::CertificateChain(chain) = &bundle.material else { return };
     for certificate in chain.iter().filter_map(|der| certificate::parse(der)) {
         if let Ok(fingerprint) = certificate::fingerprint(&certificate) {
-            eprintln!("certificate {}: {fingerprint}", certificate::subject(&certificate));
+            report::say(format_args!(
+                "certificate {}: {fingerprint}",
+                report::printable(&certificate::subject(&certificate))
+            ));
         }
     }
 }
