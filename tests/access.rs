@@ -12,6 +12,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_tests::agent::{Agent, SOON, eventually};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::hashed::shell;
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic::Code;
 
@@ -275,6 +276,15 @@ fn client_certificates() -> anyhow::Result<()> {
         let entry = world.audit()?.pop().context("an entry")?;
         ensure!(entry["identity"]["certificate"]["subject"] == "CN=ci", "{entry}");
         ensure!(entry["identity"]["certificate"]["fingerprint"] == fingerprint.as_str(), "{entry}");
+        // Who was let in once is asked for a certificate each time: none of them is resumed later.
+        let address = url.trim_start_matches("https://");
+        let said = shell(
+            &world,
+            &format!(
+                "sleep 1 | openssl s_client -connect {address} -alpn h2 -CAfile ours-ca.pem -cert ours-client.pem -key ours-client.key 2>&1"
+            ),
+        )?;
+        ensure!(said.contains("Verify return code: 0") && !said.contains("New Session Ticket"), "{said}");
         // A certificate of another CA does not get as far as a rule.
         let stranger = signs(&url, "other", "ours")?;
         ensure!(stranger.status.code() == Some(2), "{stranger:?}");

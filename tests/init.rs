@@ -116,6 +116,9 @@ fn yubikey() -> anyhow::Result<()> {
     let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
     let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
     let arguments = [&["yubikey"], &SUBJECT[..]].concat();
+    // Before anything is asked, or changed.
+    let subject = ["yubikey", "--subject", "Acme"];
+    refuses_with(&world, &subject, &environment, "", "\"Acme\" is not a distinguished name")?;
     for (answers, expected) in [
         ("", "no new PIN was given; nothing was changed"),
         ("12\n", "a new PIN has 6 to 8 characters; nothing was changed"),

@@ -130,6 +130,22 @@ fn a_pin_typed_wrong() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whoever types nothing does not mean the PIN that is configured: it was refused, and may be refused for the last time.
+#[test]
+fn nothing_typed_is_no_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    omsign_fixtures::write_private(&token.pin_file(), WRONG.as_bytes())?;
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    eventually("the refusal", || Ok(agent.log()?.contains("it refused the PIN")))?;
+    let unlock = omsign(&world, &["agent", "unlock", "t", "--ask-pin"])?;
+    let said = Terminal::new(&[("PIN for token t: ", "")])?.runs(&unlock, 2)?;
+    ensure!(said.contains("the PIN is empty") && proxy.calls("C_Login") == 1, "{said}");
+    Ok(())
+}
+
 /// It ends at once, and leaves the terminal as it was.
 #[test]
 fn an_agent_that_is_stopped_while_it_asks() -> anyhow::Result<()> {

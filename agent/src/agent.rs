@@ -12,8 +12,10 @@ use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::operator;
+use crate::policy::allowed;
 use crate::replay::{Outcome, Replay, Tell};
 use crate::secret::Pin;
+use crate::server::denied;
 use crate::setup::Setup;
 use crate::token::{Token, TokenError};
 
@@ -85,6 +87,13 @@ impl Agent {
         }
         let setup = self.setup();
         let key = setup.key(&authorised.key)?;
+        // A configuration that was read meanwhile may let them no more, or mean another key by this name.
+        let Some(rule) = allowed(&key.allow, &authorised.identity) else {
+            let missing = format!("key.{}.allow", key.name);
+            let entry = Entry { rule: None, ..authorised.entry("denied", &missing, None) };
+            self.record(&entry, deadline).await?;
+            return Err(denied(&authorised.identity, "sign with", &key.name, &missing));
+        };
         let signed = key.sign(&authorised.content, tell, deadline).await;
         let (outcome, reason, token, busy) = match &signed {
             Ok((_, place)) => ("signed", String::new(), &place.token.name, place.token.busy()),
@@ -96,7 +105,8 @@ impl Agent {
         let digest = digest.as_deref().unwrap_or(&authorised.digest_hex);
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + RECORD);
-        let entry = Entry { token, busy, digest, ..authorised.entry(outcome, &reason, algorithm) };
+        let rule = Some(rule.name.as_str());
+        let entry = Entry { rule, token, busy, digest, ..authorised.entry(outcome, &reason, algorithm) };
         let written = self.record(&entry, deadline).await;
         let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;

@@ -14,6 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::unix::UCred;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Sleep, timeout};
@@ -162,7 +163,7 @@ impl Connection {
     pub fn private(socket: std::os::unix::net::UnixStream, closed: oneshot::Sender<()>) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = UnixStream::from_std(socket)?;
-        let identity = peer(&socket)?;
+        let identity = identity_of(socket.peer_cred()?);
         Ok(Self::new(Box::new(socket), identity, Held::Closed(closed)))
     }
 
@@ -184,10 +185,15 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
         };
         let (accepted, taken) = (accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
+            let Ok(credentials) = stream.peer_cred() else { return };
             // The user database may be a slow directory server: not on the event loop, not for ever.
-            let identified =
-                tokio::task::spawn_blocking(move || peer(&stream).map(|identity| (stream, identity)));
-            if let Ok(Ok(Ok((stream, identity)))) = timeout(HANDSHAKE, identified).await
+            let mut identified = tokio::task::spawn_blocking(move || identity_of(credentials));
+            let Ok(identified) = timeout(HANDSHAKE, &mut identified).await else {
+                // One that was not begun is not looked up for nobody.
+                identified.abort();
+                return;
+            };
+            if let Ok(identity) = identified
                 && let Some(place) = Place::of(&identity, place, &taken)
             {
                 let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
@@ -243,9 +249,8 @@ async fn pause_after(error: &io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-fn peer(stream: &UnixStream) -> io::Result<Identity> {
-    let credentials = stream.peer_cred()?;
-    Ok(Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid()))
+fn identity_of(credentials: UCred) -> Identity {
+    Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
 }
 
 fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixListener> {
@@ -314,6 +319,10 @@ fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, ListenError> {
         .with_single_cert(certificates(&config.certificate)?, key)
         .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
     server.alpn_protocols = vec![b"h2".to_vec()];
+    // A session that is resumed has the certificate that was checked at its start, and nobody would ask whether it still is
+    // valid.
+    server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(server)))
 }
 

@@ -77,6 +77,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
         None => (None, SocketFiles::default()),
     };
     let shutdown_timeout = config.listen.shutdown_timeout;
+    let (listen, audit_config) = (config.listen.clone(), config.audit.clone());
     let required: Vec<_> =
         config.tokens.iter().filter(|(_, token)| token.required).map(|(name, _)| name.clone()).collect();
     let agent = Arc::new(Agent::start(config, audit));
@@ -107,7 +108,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     };
     let (ask, asked) = mpsc::channel(1);
     let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent), ask)));
-    let reload = Reload { path: path.to_owned(), hangup, asked };
+    let reload = Reload { path: path.to_owned(), listen, audit: audit_config, hangup, asked };
     run(agent, incoming, shutdown_timeout, stop, Some(reload)).await?;
     if let Some(served) = served {
         served.abort();
@@ -262,6 +263,9 @@ async fn run(
 /// How the configuration is read anew.
 struct Reload {
     path: PathBuf,
+    /// What cannot be changed while it runs, as it was at the start.
+    listen: Listen,
+    audit: config::Audit,
     hangup: Signal,
     /// Operators who wait for it.
     asked: mpsc::Receiver<Reloaded>,
@@ -294,11 +298,10 @@ impl Reload {
         let config = loaded
             .map_err(|error| error.to_string())?
             .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-        let before = agent.setup();
-        if config.listen != before.config.listen || config.audit != before.config.audit {
+        if config.listen != self.listen || config.audit != self.audit {
             tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
         }
-        if let Some(path) = &before.config.listen.operator {
+        if let Some(path) = &self.listen.operator {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
             if let Err(error) = std::fs::set_permissions(path, mode) {
                 tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
@@ -315,10 +318,13 @@ impl Reload {
             notes.push(format!("token {} {note}", token.name));
         }
         for token in closed {
-            let mut reporter = reporter.clone();
+            let (mut reporter, agent) = (reporter.clone(), Arc::clone(agent));
             tokio::spawn(async move {
                 token.close().await;
-                reporter.clear_service_status(&format!("token.{}", token.name)).await;
+                // There may be one of this name again.
+                if !agent.setup().tokens.contains_key(&token.name) {
+                    reporter.clear_service_status(&format!("token.{}", token.name)).await;
+                }
             });
         }
         for token in new {

@@ -209,7 +209,6 @@ impl AgentService for Service {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
-        let pin = pin.and_then(Pin::new);
         let setup = self.0.setup();
         let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
         // What they call it may be of any length.
@@ -217,8 +216,13 @@ impl AgentService for Service {
         let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: recorded };
         if entry.rule.is_none() {
             self.0.record(&entry.with("denied", "operator"), deadline).await?;
-            return Err(denied(&caller, "unlock", &name, "operator"));
+            return Err(denied(&caller, "unlock", &entry.token, "operator"));
         }
+        // Whoever typed nothing does not mean the one that is configured, which may be wrong and the last try.
+        let pin = match pin {
+            Some(typed) if typed.is_empty() => return Err(Status::invalid_argument("the PIN is empty")),
+            pin => pin.and_then(Pin::new),
+        };
         let Some(token) = setup.tokens.get(&name) else {
             self.0.record(&entry.with("failed", "no such token"), deadline).await?;
             return Err(Status::not_found(format!("no token {name:?} is configured")));
@@ -322,7 +326,7 @@ fn identity<T>(request: &Request<T>) -> Result<Arc<Identity>, Status> {
 }
 
 /// Tells the operator which rule is missing, and the caller only that it is.
-fn denied(caller: &Identity, what: &str, name: &str, missing: &str) -> Status {
+pub(crate) fn denied(caller: &Identity, what: &str, name: &str, missing: &str) -> Status {
     tracing::warn!(%caller, missing_rule = missing, "denied: nobody lets this caller {what} {name}");
     Status::permission_denied(format!("you are not allowed to {what} {name}"))
 }

@@ -12,6 +12,8 @@ pub(super) struct AuditFile {
     durability: Durability,
     /// Set by a failed fsync: the kernel may have dropped the pages, so what the file holds is unknown.
     lost: Option<String>,
+    /// Part of a line could not be taken back.
+    torn: bool,
 }
 
 impl AuditFile {
@@ -42,7 +44,7 @@ impl AuditFile {
         })?;
         // The directory entry has to survive a power cut as well as the lines do.
         File::open(directory)?.sync_all()?;
-        let mut file = Self { file, durability, lost: None };
+        let mut file = Self { file, durability, lost: None, torn: false };
         file.finish_torn_line()?;
         Ok(file)
     }
@@ -70,11 +72,14 @@ impl AuditFile {
         Ok(())
     }
 
-    /// Appends whole lines. On failure none of them are in the file.
+    /// Appends whole lines. On failure none of them are in the file, but for part of one where the file cannot be cut: that
+    /// is ended before the next.
     pub(super) fn append(&mut self, text: &[u8]) -> io::Result<()> {
         if let Some(reason) = &self.lost {
             return Err(io::Error::other(format!("fsync failed before ({reason}); restart the agent")));
         }
+        let ended = if self.torn { [b"\n", text].concat() } else { Vec::new() };
+        let text = if self.torn { &ended[..] } else { text };
         let mut rest = text;
         while !rest.is_empty() {
             let failed = match self.file.write(rest) {
@@ -87,9 +92,12 @@ impl AuditFile {
                 Err(error) => error,
             };
             let written = u64::try_from(text.len() - rest.len()).unwrap_or(0);
-            self.file.set_len(self.file.metadata()?.len().saturating_sub(written))?;
+            let cut =
+                self.file.metadata().and_then(|file| self.file.set_len(file.len().saturating_sub(written)));
+            self.torn |= written > 0 && cut.is_err();
             return Err(failed);
         }
+        self.torn = false;
         if self.durability == Durability::Fsync
             && let Err(error) = self.file.sync_data()
         {
@@ -113,6 +121,20 @@ mod tests {
         file.append(b"{\"next\":1}\n").expect("appended");
         let text = std::fs::read_to_string(&path).expect("read");
         assert_eq!(text, "{\"whole\":1}\n{\"torn\n{\"next\":1}\n");
+    }
+
+    /// As where the log may only be appended to (chattr +a).
+    #[test]
+    fn a_line_that_cannot_be_taken_back_is_ended() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("audit.jsonl");
+        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Os).expect("opened");
+        std::fs::write(&path, b"{\"torn").expect("written");
+        file.torn = true;
+        file.append(b"{\"next\":1}\n").expect("appended");
+        file.append(b"{\"last\":1}\n").expect("appended");
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert_eq!(text, "{\"torn\n{\"next\":1}\n{\"last\":1}\n");
     }
 
     #[test]

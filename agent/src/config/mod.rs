@@ -48,7 +48,7 @@ pub struct Config {
 }
 
 /// `[listen]`
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listen {
     /// `unix = { path, mode, group }`
     pub unix: Option<UnixListen>,
@@ -283,7 +283,13 @@ impl Config {
     /// Reads and checks the file. On failure every mistake in it, in the order of the file.
     pub fn load(path: &Path) -> Result<Self, Vec<Mistake>> {
         let text = std::fs::read_to_string(path).map_err(|error| {
-            let message = format!("cannot be read: {error}; pass the right path with --config");
+            let remedy = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    "let the user who runs this read it, and enter its directory"
+                }
+                _ => "pass the right path with --config",
+            };
+            let message = format!("cannot be read: {error}; {remedy}");
             vec![Mistake { file: path.to_owned(), line: 0, key: String::new(), message }]
         })?;
         read::config(path, &text)
@@ -305,8 +311,12 @@ pub fn default_socket() -> PathBuf {
     }
 }
 
-/// `/var/lib/omsign/audit` for root, `$XDG_STATE_HOME/omsign/audit` (or `~/.local/state/…`) for others.
+/// `/var/lib/omsign/audit` for root, `$XDG_STATE_HOME/omsign/audit` (or `~/.local/state/…`) for others; where systemd gives a
+/// service a directory for its state, in there.
 pub fn default_audit_directory() -> PathBuf {
+    if let Some(directory) = std::env::var_os("STATE_DIRECTORY") {
+        return PathBuf::from(directory).join("audit");
+    }
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/var/lib/omsign/audit");
     }

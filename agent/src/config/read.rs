@@ -42,6 +42,13 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     let names = tokens.iter().flat_map(|tokens| tokens.entries().map(tokens::backend_of)).collect();
     let mut tokens = named(&mut reader, tokens, tokens::token);
     tokens::hide_pins(&mut tokens);
+    for (name, other) in tokens::doubled(&tokens) {
+        let at = text.find(&format!("[token.{name}]")).unwrap_or(0);
+        let path = format!("token.{name}.serial");
+        let message =
+            format!("token.{other} is this card; one section serves all slots, with one process and one PIN");
+        reader.mistake(at, &path, message);
+    }
     let keys = section.only_table(&mut reader, "key");
     let keys = named(&mut reader, keys, |reader, section| keys::key(reader, section, &names, callers));
     let operators = keys::operators(&mut reader, &mut section, operators);

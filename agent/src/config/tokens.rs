@@ -159,6 +159,16 @@ pub(super) fn hide_pins(tokens: &mut BTreeMap<String, Token>) {
     }
 }
 
+/// Sections for a card that another one before it is for.
+pub(super) fn doubled(tokens: &BTreeMap<String, Token>) -> Vec<(String, String)> {
+    let mut seen = BTreeMap::new();
+    let cards = tokens.iter().filter_map(|(name, token)| match token.device {
+        Device::Piv { serial } => Some((name, serial)),
+        _ => None,
+    });
+    cards.filter_map(|(name, serial)| Some((name.clone(), seen.insert(serial, name.clone())?))).collect()
+}
+
 /// `token = { label | serial | model | manufacturer | slot }` or `token = "pkcs11:…"`.
 fn selector(
     reader: &mut Reader<'_>,

@@ -92,6 +92,17 @@ pub enum InitError {
         /// What went wrong.
         error: Box<OperatorError>,
     },
+    /// The certificate request, when the key was made.
+    #[error("{error}; the key is made, and {config} names it: `omsign-agent key csr {name} --subject … --config {config}` \
+             asks for its certificate", config = .config.display())]
+    Requested {
+        /// The configuration.
+        config: PathBuf,
+        /// The key's name.
+        name: String,
+        /// What went wrong.
+        error: Box<OperatorError>,
+    },
     /// The key.
     #[error(transparent)]
     Operator(#[from] OperatorError),
@@ -105,6 +116,9 @@ impl Init {
         if let Some(there) = [&config, &request].into_iter().find(|path| path.exists()) {
             return Err(InitError::Exists(there.clone()));
         }
+        let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
+        // Before anything of the device is changed.
+        subject.check().map_err(|error| InitError::Answer(error.to_string()))?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -135,7 +149,6 @@ impl Init {
             _ => None,
         };
         let template = Template { key_type, no_da, pin_policy: None, touch_policy };
-        let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
         let generate = Command::Generate { key: self.name.clone(), template };
         let made = if made_by.is_empty() {
             say("making the key");
@@ -158,7 +171,11 @@ impl Init {
         let csr = Command::Csr { key: self.name.clone(), subject };
         let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match error {
             OperatorError::Token { .. } | OperatorError::Log(_) => InitError::Operator(error),
-            error if made_by.is_empty() => InitError::Operator(error),
+            error if made_by.is_empty() => InitError::Requested {
+                config: config.clone(),
+                name: self.name.clone(),
+                error: Box::new(error),
+            },
             error => InitError::Device(format!(
                 "{error}; this device's keys are made with {made_by}, and --name is the label of the one to sign with"
             )),

@@ -151,6 +151,11 @@ impl SelfSigned {
 }
 
 impl Subject {
+    /// Whether it can be somebody's.
+    pub fn check(&self) -> Result<(), CertificateError> {
+        self.extensions(&self.name()?).map(drop)
+    }
+
     fn name(&self) -> Result<Name, CertificateError> {
         self.name.parse().map_err(|_| CertificateError::Subject(self.name.clone()))
     }

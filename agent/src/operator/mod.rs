@@ -264,19 +264,25 @@ pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Outp
 /// The operators' socket of the agent that runs, if one does.
 async fn running(config: &Config) -> Result<Option<UnixStream>, OperatorError> {
     let closed = || OperatorError::Agent("you may not use its operators' socket, or it has none".into());
-    if let Some(path) = &config.listen.operator {
-        match UnixStream::connect(path).await {
-            Ok(stream) => return Ok(Some(stream)),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(closed()),
-            Err(_) => {}
+    let begun = Instant::now();
+    loop {
+        if let Some(path) = &config.listen.operator {
+            match UnixStream::connect(path).await {
+                Ok(stream) => return Ok(Some(stream)),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(closed()),
+                Err(_) => {}
+            }
         }
+        let Some(unix) = &config.listen.unix else { return Ok(None) };
+        if UnixStream::connect(&unix.path).await.is_err() {
+            return Ok(None);
+        }
+        // It may be systemd that answers, and starts the agent now.
+        if config.listen.operator.is_none() || begun.elapsed() > PATIENCE {
+            return Err(closed());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    if let Some(unix) = &config.listen.unix
-        && UnixStream::connect(&unix.path).await.is_ok()
-    {
-        return Err(closed());
-    }
-    Ok(None)
 }
 
 async fn tell(mut stream: UnixStream, asked: Asked, say: Say<'_>) -> Result<Output, OperatorError> {

@@ -26,7 +26,8 @@ use crate::public_key::PublicKey;
 use crate::replay::Tell;
 use crate::secret::Pin;
 
-/// How long requests that have begun keep a token open that a new configuration does not have.
+/// How long requests that have begun keep a token open that a new configuration does not have, or a process that is to look
+/// for keys anew: somebody may be on the way to touch it.
 const LAST_REQUESTS: Duration = Duration::from_secs(20);
 
 /// How long a request waits before it asks a device again that is busy: at first, and at most.

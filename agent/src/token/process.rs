@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
 use super::line::Host;
-use super::{Command, Token, TokenError, Unlocked};
+use super::{Command, LAST_REQUESTS, Token, TokenError, Unlocked};
 use crate::backend::card_holder;
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Request, Survey};
@@ -341,7 +341,7 @@ async fn drain(host: &Host) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    let _ = timeout(GRACE, idle).await;
+    let _ = timeout(LAST_REQUESTS, idle).await;
 }
 
 fn ended(error: &io::Error) -> String {
