@@ -15,6 +15,7 @@ use omsign_tests::client::{connect, request, sign};
 use omsign_tests::hashed::shell;
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic::Code;
+use tonic::codegen::{Bytes, http};
 
 /// A user that is not us and owns nothing: Debian's `nobody`.
 const NOBODY: u32 = 65534;
@@ -293,6 +294,48 @@ fn client_certificates() -> anyhow::Result<()> {
         ensure!(signs(&url, "ours", "other")?.status.code() == Some(2));
     }
     Ok(())
+}
+
+/// What strangers send is bounded for all of them together, and keeps nobody from signing.
+#[test]
+fn large_requests_that_never_end() -> anyhow::Result<()> {
+    const STREAMS: usize = 24;
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let agent = Agent::start(
+        &world,
+        &(world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k")),
+    )?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let socket = tokio::net::UnixStream::connect(world.path("agent.sock")).await?;
+        let (mut http, connection) = h2::client::handshake(socket).await?;
+        tokio::spawn(connection);
+        // A message of 15 MiB without its last byte.
+        let mut message = vec![0; 4 + (15 << 20)];
+        message[1..5].copy_from_slice(&(15_u32 << 20).to_be_bytes());
+        let message = Bytes::from(message);
+        let (mut bodies, mut answers) = (Vec::new(), tokio::task::JoinSet::new());
+        for _ in 0..STREAMS {
+            let request = http::Request::post("http://agent/omsign.v1.AgentService/GetKey");
+            let request =
+                request.header("content-type", "application/grpc").header("te", "trailers").body(())?;
+            http = http.ready().await?;
+            let (answer, mut body) = http.send_request(request, false)?;
+            body.send_data(message.clone(), false)?;
+            bodies.push(body);
+            answers.spawn(answer);
+        }
+        // Eight of them have room.
+        for _ in 0..STREAMS - 8 {
+            let answer = tokio::time::timeout(SOON, answers.join_next()).await?.context("an answer")???;
+            // RESOURCE_EXHAUSTED
+            ensure!(answer.headers().get("grpc-status").is_some_and(|status| status == "8"), "{answer:?}");
+        }
+        ensure!(agent.memory_bytes()? < 256 << 20, "{} bytes", agent.memory_bytes()?);
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        Ok(())
+    })
 }
 
 /// Somebody who takes connections and says nothing.

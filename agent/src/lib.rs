@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod host;
 pub mod identity;
 pub mod init;
+mod intake;
 mod key;
 pub mod key_life;
 pub mod listen;

@@ -21,12 +21,13 @@ use crate::agent::Agent;
 use crate::algorithm::Padding;
 use crate::audit::{self, Audit};
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
+use crate::intake;
 use crate::key_life::how_to_unlock;
 use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
 use crate::operator::{self, Reloaded};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
-use crate::server::Service;
+use crate::server::{DEADLINE, Service};
 use crate::token::{State, Token};
 
 /// Name of the service in grpc.health.v1.
@@ -224,6 +225,9 @@ async fn run(
     };
     let (serving, working) = (Arc::clone(&agent), Arc::clone(&agent));
     let server = Server::builder()
+        // Of a request that never comes to its end nothing is kept for ever.
+        .timeout(DEADLINE + Duration::from_secs(10))
+        .layer(intake::metered())
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .max_concurrent_streams(256)
         .add_service(health)

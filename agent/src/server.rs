@@ -29,7 +29,7 @@ use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
-const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Longest key's name that is recorded, in bytes.
 const NAME_BYTES: usize = 256;
