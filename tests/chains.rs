@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::ensure;
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::MODULE;
-use omsign_tests::agent::Agent;
+use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::world::{World, text};
 use openssl::pkey::PKey;
 use openssl::x509::X509;
@@ -70,6 +70,15 @@ fn a_certificate_of_another_key_is_what_doctor_finds() -> anyhow::Result<()> {
     let (status, report) = world.doctor()?;
     ensure!(status.code() == Some(1), "{report}");
     ensure!(report.contains("key.release: its certificate is for another key"), "{report}");
+    // An agent says so before anybody asks it to sign, and has nothing signed.
+    let agent = Agent::start(&world, &config)?;
+    let why = "certificate_chain is for another key than the one on the token";
+    eventually("the log's line", || Ok(agent.log()?.contains(why)))?;
+    let keys = world.omsign_ok(&["keys"])?;
+    ensure!(keys.contains("unusable") && keys.contains(why), "{keys}");
+    let said = world.omsign_fails(2, &["sign", "agent.toml", "--key", "release"])?;
+    ensure!(said.contains(why), "{said}");
+    ensure!(agent.stop()?.success());
     // Slots without a token are named, and so is a PIN file that nobody wrote.
     ensure!(report.contains("; not initialized: slot "), "{report}");
     std::fs::remove_file(world.path("user.pin"))?;

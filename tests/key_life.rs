@@ -93,6 +93,16 @@ fn whole_life(world: &World, name: &str, make: &[&str], stores: bool) -> anyhow:
     let listed: serde_json::Value = serde_json::from_str(&does(world, &["list", "--json"])?)?;
     let keys = listed["tokens"][0]["keys"].as_array().context("keys")?;
     ensure!(keys.iter().all(|key| key["names"][0] != name), "{listed}");
+    // Nor is it ready for anybody.
+    if world.omsign(&["agent", "status"])?.status.success() {
+        let state = || {
+            let keys: serde_json::Value = serde_json::from_str(&world.omsign_ok(&["keys", "--json"])?)?;
+            let keys = keys["keys"].as_array().cloned().unwrap_or_default();
+            anyhow::Ok(keys.into_iter().find(|key| key["name"] == name).map(|key| key["state"].clone()))
+        };
+        eventually("its end", || Ok(state()?.is_some_and(|state| state == "unusable")))
+            .with_context(|| format!("{:?}", state()))?;
+    }
     Ok(())
 }
 

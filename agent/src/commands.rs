@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
@@ -107,16 +107,6 @@ pub(crate) fn key(
         Output::Done => say(format_args!("done")),
     }
     Ok(Some(ExitCode::SUCCESS))
-}
-
-/// Where configurations go that nobody gave a place.
-pub(crate) fn own_directory() -> PathBuf {
-    let base = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
-    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".config")));
-    match base {
-        Some(base) if !rustix::process::geteuid().is_root() => base.join("omsign"),
-        _ => PathBuf::from("/etc/omsign"),
-    }
 }
 
 /// Runs the guided way from a device to a key, and says what comes next.

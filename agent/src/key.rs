@@ -17,6 +17,7 @@ use crate::token::{Signed, State, Token, TokenError};
 
 /// Why a token may not sign.
 const OTHER_KEY: &str = "it holds another key under this name than the other tokens";
+const OTHER_CERTIFICATE: &str = "certificate_chain is for another key than the one on the token";
 
 /// A key that callers can name.
 pub(crate) struct KeyEntry {
@@ -95,13 +96,16 @@ impl KeyEntry {
             let now = Instant::now();
             let share = now + deadline.saturating_duration_since(now) / left;
             let was_ready = matches!(place.token.state(), State::Ready);
-            let signed = place.token.sign(place.index, content, tell, share, up == 0).await;
+            let signed = match self.differs(place) {
+                false => place.token.sign(place.index, content, tell, share, up == 0).await,
+                true => Err(TokenError::Refused(self.other().to_owned())),
+            };
             let error = match signed {
                 Ok(signed) if self.is_ours(&signed.public_key) => {
                     place.breaker.worked();
                     return Ok((signed, place));
                 }
-                Ok(_) => TokenError::Refused(OTHER_KEY.to_owned()),
+                Ok(_) => TokenError::Refused(self.other().to_owned()),
                 Err(error) => error,
             };
             match error {
@@ -156,20 +160,26 @@ impl KeyEntry {
         order
     }
 
-    /// Whether a public key is this key's: that of its certificate, or the first that was seen. A token with
-    /// another one never signs: verifiers would notice too late.
+    /// Whether a public key is this key's: that of its certificate, or the first that was seen, where it is on several tokens.
+    /// A token with another one never signs: verifiers would notice too late.
     fn is_ours(&self, spki: &[u8]) -> bool {
-        self.places.len() == 1
-            || match &self.certified {
-                Some(certified) => certified == spki,
-                None => self.seen().get_or_insert_with(|| spki.to_vec()) == spki,
-            }
+        match &self.certified {
+            Some(certified) => certified == spki,
+            None if self.places.len() == 1 => true,
+            None => self.seen().get_or_insert_with(|| spki.to_vec()) == spki,
+        }
     }
 
-    /// The public key that it goes by, as far as it is known.
+    /// Why it may not sign with one that is not.
+    fn other(&self) -> &'static str {
+        if self.places.len() == 1 { OTHER_CERTIFICATE } else { OTHER_KEY }
+    }
+
+    /// The public key that it goes by, as far as it is known; where it is on one token, the one there.
     pub(crate) fn ours(&self) -> Option<Vec<u8>> {
         let seen = self.seen().clone();
-        seen.or_else(|| self.public().map(|public| public.spki.0))
+        let shown = || self.public().map(|public| public.spki.0);
+        if self.places.len() == 1 { shown().or(seen) } else { seen.or_else(shown) }
     }
 
     fn seen(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
@@ -178,10 +188,13 @@ impl KeyEntry {
 
     /// Whether a token shows another key than ours; said to the operator once.
     fn differs(&self, place: &Place) -> bool {
+        if self.places.len() == 1 && self.certified.is_none() {
+            return false;
+        }
         let known = place.token.key(place.index).and_then(Result::ok);
         let differs = known.is_some_and(|public| !self.is_ours(&public.spki.0));
         if differs && !self.warned.swap(true, Ordering::Relaxed) {
-            tracing::error!(key = %self.name, token = %place.token.name, reason = OTHER_KEY, "this token never signs");
+            tracing::error!(key = %self.name, token = %place.token.name, reason = self.other(), "this token never signs");
         }
         differs
     }
@@ -189,16 +202,14 @@ impl KeyEntry {
     /// Compares its tokens when all were opened: that one holds another key is said then, and not when somebody asks. When
     /// all have the same other one than before, somebody made it anew.
     pub(crate) fn check(&self) {
-        if self.places.len() == 1 {
-            return;
-        }
         let shown: Vec<_> = self.places.iter().filter_map(|place| place.token.key(place.index)).collect();
         if shown.len() < self.places.len() {
             return;
         }
         let keys: Option<Vec<_>> =
             shown.into_iter().map(|key| key.ok().map(|public| public.spki.0)).collect();
-        if let Some([first, others @ ..]) = keys.as_deref()
+        if self.places.len() > 1
+            && let Some([first, others @ ..]) = keys.as_deref()
             && others.iter().all(|other| other == first)
             && self.seen().replace(first.clone()).is_some_and(|before| before != *first)
         {
@@ -250,7 +261,7 @@ impl KeyEntry {
         let states = self.places.iter().map(|place| match place.token.state() {
             State::Ready => match place.token.key(place.index) {
                 Some(Err(reason)) => (KeyState::Unusable, reason),
-                _ if self.differs(place) => (KeyState::Unusable, OTHER_KEY.to_owned()),
+                _ if self.differs(place) => (KeyState::Unusable, self.other().to_owned()),
                 _ => (KeyState::Ready, String::new()),
             },
             state => token_state(state),

@@ -85,7 +85,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Init { device, directory, name, key_type, subject } => {
             secret::harden_process();
             let apart = directory.is_some();
-            let directory = directory.unwrap_or_else(commands::own_directory);
+            let directory = directory.unwrap_or_else(omsign_agent::config::own_directory);
             let directory = std::path::absolute(directory)?;
             commands::init(&Init { directory, apart, name, key_type, subject, wish: device })?;
         }

@@ -6,6 +6,9 @@ use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
 use omsign_agent::key_life::{Command, NEXT, Output, Template, how_to_unlock};
 
+use omsign_agent::operator::OperatorError;
+use omsign_agent::spki::SpkiDer;
+
 use crate::commands::{ask, say};
 
 /// A key that is rotated, and the file that names it.
@@ -17,7 +20,7 @@ pub(crate) struct Rotation<'a> {
 
 impl Rotation<'_> {
     /// Names the next key in the configuration and makes it; returns its public half, PEM.
-    pub(crate) fn begin(&self, template: Template, object: Option<&str>) -> anyhow::Result<String> {
+    pub(crate) fn begin(&self, mut template: Template, object: Option<&str>) -> anyhow::Result<String> {
         let key = self.key()?;
         ensure!(
             key.next.is_none(),
@@ -36,6 +39,11 @@ impl Rotation<'_> {
             None => following(self.name, &key.object)?,
         };
         self.is_free(key, &next)?;
+        if template.key_type.is_none() {
+            let (_, present) = der::pem::decode_vec(self.public(self.name)?.as_bytes())
+                .map_err(|error| anyhow::anyhow!("{error}"))?;
+            template.key_type = SpkiDer(present).key_type();
+        }
         let before = self.text()?;
         self.write(&edit::begin(&before, self.name, &next)?)?;
         let public = match self.make(template) {
@@ -53,7 +61,7 @@ impl Rotation<'_> {
                 let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;
-                ask(self.config, Command::Reload)?;
+                reload(self.config)?;
                 return Err(error);
             }
         };
@@ -68,7 +76,7 @@ impl Rotation<'_> {
 
     fn make(&self, template: Template) -> anyhow::Result<String> {
         let changed = self.reloaded()?;
-        ask(&changed, Command::Reload)?;
+        reload(&changed)?;
         match ask(&changed, Command::Generate { key: format!("{}{NEXT}", self.name), template })? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
@@ -99,7 +107,7 @@ impl Rotation<'_> {
             self.name
         );
         // What was written by hand, the agent has not read.
-        ask(self.config, Command::Reload)?;
+        reload(self.config)?;
         let (next, present) = (self.public(&format!("{}{NEXT}", self.name))?, self.public(self.name)?);
         let before = self.text()?;
         let written = self.written_chain(&before)?;
@@ -119,7 +127,7 @@ impl Rotation<'_> {
             return Err(error);
         }
         say(format_args!(
-            "{} is the next key once the agent reads its configuration: systemctl reload omsign-agent",
+            "{} is the next key once the agent reads its configuration: omsign-agent key reload",
             self.name
         ));
         let typed = |name: &&String| {
@@ -210,6 +218,14 @@ impl Rotation<'_> {
     }
 }
 
+/// Has the agent read its configuration, if one runs.
+fn reload(config: &Config) -> anyhow::Result<()> {
+    match ask(config, Command::Reload) {
+        Err(error) if matches!(error.downcast_ref(), Some(OperatorError::NoAgent)) => Ok(()),
+        done => done.map(drop),
+    }
+}
+
 /// Whether the files of a key say what they should: certificates are for the next one, and what is left of the
 /// present one is there.
 fn fits(config: &Config, name: &str, next: &str, present: &str) -> anyhow::Result<()> {
@@ -223,7 +239,7 @@ fn fits(config: &Config, name: &str, next: &str, present: &str) -> anyhow::Resul
          next key's into another file"
     );
     let Some(leaf) = key.certificate_chain.first() else { return Ok(()) };
-    let certified = omsign_agent::spki::SpkiDer::of_certificate(leaf);
+    let certified = SpkiDer::of_certificate(leaf);
     ensure!(
         certified.is_some_and(|found| found.0 == next),
         "the certificates are for another key, not for the next one"

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
+use tonic::service::LayerExt as _;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -32,9 +33,6 @@ use crate::token::{State, Token};
 
 /// Name of the service in grpc.health.v1.
 const SERVICE: &str = "omsign.v1.AgentService";
-
-/// A statement, and what goes with it.
-const LARGEST_REQUEST: usize = 16 << 20;
 
 /// The one key of a private agent.
 const PRIVATE_KEY: &str = "key";
@@ -224,16 +222,16 @@ async fn run(
         stopping.send_replace(true);
     };
     let (serving, working) = (Arc::clone(&agent), Arc::clone(&agent));
+    let service = AgentServiceServer::new(Service(agent)).max_decoding_message_size(intake::LARGEST);
     let server = Server::builder()
         // Of a request that never comes to its end nothing is kept for ever.
         .timeout(DEADLINE + Duration::from_secs(10))
-        .layer(intake::metered())
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .max_concurrent_streams(256)
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(older_reflection)
-        .add_service(AgentServiceServer::new(Service(agent)).max_decoding_message_size(LARGEST_REQUEST))
+        .add_service(health.max_decoding_message_size(intake::SMALL))
+        .add_service(reflection.max_decoding_message_size(intake::SMALL))
+        .add_service(older_reflection.max_decoding_message_size(intake::SMALL))
+        .add_service(intake::metered().named_layer(service))
         .serve_with_incoming_shutdown(incoming, stop);
     let overdue = async {
         if stopped.wait_for(|stopping| *stopping).await.is_err() {

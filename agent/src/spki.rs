@@ -5,7 +5,7 @@ use der::{Decode as _, Encode as _, Sequence};
 use serde::{Deserialize, Serialize};
 use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
-use crate::algorithm::{Algorithm, Curve, Padding, ParameterSet};
+use crate::algorithm::{Algorithm, Curve, KeyType, Padding, ParameterSet};
 
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
@@ -107,6 +107,27 @@ impl SpkiDer {
             exponent: UintRef::new(exponent).map_err(malformed)?,
         };
         Self::new(RSA, Some(Any::null()), &key.to_der().map_err(malformed)?)
+    }
+
+    /// What would be asked for to make one like it.
+    pub fn key_type(&self) -> Option<KeyType> {
+        Some(match self.algorithm(Padding::default()).ok()? {
+            Algorithm::Ecdsa(Curve::P256) => KeyType::P256,
+            Algorithm::Ecdsa(Curve::P384) => KeyType::P384,
+            Algorithm::Ecdsa(Curve::P521) => KeyType::P521,
+            Algorithm::Ed25519 => KeyType::Ed25519,
+            Algorithm::MlDsa(ParameterSet::MlDsa44) => KeyType::MlDsa44,
+            Algorithm::MlDsa(ParameterSet::MlDsa65) => KeyType::MlDsa65,
+            Algorithm::MlDsa(ParameterSet::MlDsa87) => KeyType::MlDsa87,
+            Algorithm::RsaPkcs1 | Algorithm::RsaPss => {
+                match openssl::pkey::PKey::public_key_from_der(&self.0).ok()?.bits() {
+                    2048 => KeyType::Rsa2048,
+                    3072 => KeyType::Rsa3072,
+                    4096 => KeyType::Rsa4096,
+                    _ => return None,
+                }
+            }
+        })
     }
 
     fn new(oid: ObjectIdentifier, parameters: Option<Any>, key: &[u8]) -> Result<Self, KeyError> {

@@ -110,6 +110,26 @@ pub fn fingerprint(certificate: &X509Ref) -> Result<String, ErrorStack> {
     Ok(format!("sha256:{}", hex::encode(certificate.digest(MessageDigest::sha256())?)))
 }
 
+/// Whether two names are one, from the most general part down, or the other way round, as RFC 4514 writes them, whatever blanks
+/// there are between their parts.
+fn is_same(own: &str, wanted: &str) -> bool {
+    let parts = |name: &str| {
+        let mut escaped = false;
+        let split = |character| {
+            let splits = character == ',' && !escaped;
+            escaped = character == '\\' && !escaped;
+            splits
+        };
+        let part = |part: &str| {
+            let (kind, value) = part.split_once('=').unwrap_or((part, ""));
+            (kind.trim().to_owned(), value.trim().to_owned())
+        };
+        name.split(split).map(part).collect::<Vec<_>>()
+    };
+    let (own, wanted) = (parts(own), parts(wanted));
+    own == wanted || own.iter().eq(wanted.iter().rev())
+}
+
 /// Whether this is how somebody may call it: its SHA-256 fingerprint (with or without `sha256:` and colons), its subject
 /// (`CN=…`), an e-mail address, a URI or a DNS name of it. What it looks like says which is meant, or else a name of one
 /// kind would pass for one of another, which other rules let an issuer certify.
@@ -123,8 +143,30 @@ pub fn is_called(certificate: &X509Ref, wanted: &str) -> bool {
     match wanted {
         "" => false,
         uri if uri.contains("://") || uri.starts_with("urn:") => names.any(|name| name.uri() == Some(uri)),
-        name if name.contains('=') => subject(certificate) == name,
+        name if name.contains('=') => is_same(&subject(certificate), name),
         address if address.contains('@') => names.any(|name| name.email() == Some(address)),
         host => names.any(|name| name.dnsname() == Some(host)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_either_order() {
+        let own = r"C=DE, O=Acme\, Inc., CN=Release";
+        for same in [own, r"CN=Release,O=Acme\, Inc.,C=DE", r"C = DE,  O = Acme\, Inc. , CN=Release"] {
+            assert!(is_same(own, same), "{same}");
+        }
+        let others = [
+            "CN=Release",
+            r"O=Acme\, Inc., C=DE, CN=Release",
+            "C=DE, O=Acme, Inc., CN=Release",
+            "C=DE, O=Acme\\, Inc., CN=release",
+        ];
+        for other in others {
+            assert!(!is_same(own, other), "{other}");
+        }
     }
 }

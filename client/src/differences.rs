@@ -311,6 +311,7 @@ impl std::error::Error for Differences {}
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::path::Path;
 
     use super::*;
@@ -323,7 +324,7 @@ mod tests {
         let changes: [(Change, &str); 5] = [
             (|_| Ok(()), ""),
             (
-                |root| std::fs::write(root.join("a"), "12345"),
+                |root| File::options().write(true).open(root.join("a"))?.set_modified(std::time::UNIX_EPOCH),
                 "\"a\" is not what was signed: it changed while",
             ),
             (|root| std::fs::rename(root.join("b"), root.join("c")), "\"b\" was signed and is not there"),

@@ -42,7 +42,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Agent(AgentError::KeyNotReady { .. }) => {
             "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()
         }
-        Error::Agent(AgentError::Status(status)) => return status_hint(status.code()),
+        Error::Agent(AgentError::Status(status)) => return status_hint(status.code(), status.message()),
         Error::Agent(AgentError::Statement) => {
             "sign with a key that takes digests (ECDSA or RSA, without a PIN for each signature), or fewer and larger shards"
                 .into()
@@ -136,8 +136,11 @@ fn only_git_paths(differences: &Differences) -> bool {
         && extra.iter().all(is_gits)
 }
 
-fn status_hint(code: Code) -> Option<String> {
+fn status_hint(code: Code, message: &str) -> Option<String> {
     Some(match code {
+        Code::PermissionDenied if message.starts_with("you are not allowed to unlock") => {
+            "ask whoever runs the agent for an [[operator]] rule in its configuration".into()
+        }
         Code::PermissionDenied => {
             "ask the agent's operator for an allow rule; the agent's log names the missing one".into()
         }

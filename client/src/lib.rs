@@ -11,6 +11,7 @@ pub mod dsse;
 pub mod hash;
 pub mod key;
 pub mod keyless;
+mod left_out;
 mod listing;
 pub mod manifest;
 pub mod manifest_file;

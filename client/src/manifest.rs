@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
+use crate::left_out;
 use crate::model::{self, Closed, GIT_PATHS, Model, ModelError, Odd, Oddity, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
@@ -126,12 +127,12 @@ impl Selection<'_> {
     pub fn serialization(&self) -> Result<Serialization, ModelError> {
         let mut ignore_paths = BTreeSet::new();
         for path in self.ignore_paths {
-            ignore_paths.insert(model::ignored(self.model, path)?);
+            ignore_paths.insert(left_out::ignored(self.model, path)?);
         }
         if self.ignore_git_paths {
             ignore_paths.extend(GIT_PATHS.map(str::to_owned));
         }
-        ignore_paths.extend(model::recorded_bundle(self.model, self.signature)?);
+        ignore_paths.extend(left_out::recorded_bundle(self.model, self.signature)?);
         let Self { method, algorithm, allow_symlinks, .. } = *self;
         Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths: Some(ignore_paths) })
     }

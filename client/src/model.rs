@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::hash::Root;
 use crate::listing::Found;
@@ -229,73 +229,6 @@ impl Model {
     }
 }
 
-/// What `--ignore-paths` means: a path below the model's root, given as such, or from the working directory,
-/// or absolute. One that is not there is an error: a typing mistake would sign what was to be left out.
-pub fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
-    let error = |reason| ModelError::Ignore { path: given.to_owned(), reason };
-    let real_root = root.canonicalize().map_err(|source| read_error(root, source))?;
-    // As it is written from the model's root: what a link on its way leads to is something else.
-    let components = given.components().filter(|part| *part != Component::CurDir);
-    let plain = components.clone().all(|part| matches!(part, Component::Normal(_)));
-    let written: PathBuf = components.collect();
-    if plain
-        && let Some(name) = written.to_str().filter(|name| !name.is_empty() && !name.contains('\\'))
-        && std::fs::symlink_metadata(real_root.join(&written)).is_ok()
-    {
-        return Ok(name.to_owned());
-    }
-    let candidates = [real_root.join(given), given.to_owned()];
-    for candidate in candidates {
-        if std::fs::symlink_metadata(&candidate).is_err() {
-            continue;
-        }
-        if let Some(name) = name_below(&real_root, &candidate) {
-            let name = name.to_str().ok_or_else(|| error("its name is not valid UTF-8; rename it"))?;
-            // Verifiers refuse such a name in the manifest.
-            return if name.contains('\\') {
-                Err(error("its name contains a backslash; rename it"))
-            } else {
-                Ok(name.into())
-            };
-        }
-    }
-    if given.to_string_lossy().contains(['*', '?', '[']) {
-        return Err(error("patterns are not part of OMS (6.2.1); name each file or directory"));
-    }
-    Err(error("there is nothing of this name in the model"))
-}
-
-/// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
-pub fn bundle_inside(model: &Path, signature: &Path) -> Option<String> {
-    path_inside(model, signature)?.to_str().map(str::to_owned)
-}
-
-/// The same, as it is recorded.
-pub(crate) fn recorded_bundle(model: &Path, signature: &Path) -> Result<Option<String>, ModelError> {
-    let Some(inside) = path_inside(model, signature) else { return Ok(None) };
-    let wrong = |reason| ModelError::Bundle { path: signature.to_owned(), reason };
-    let name = inside.to_str().ok_or_else(|| wrong("is not valid UTF-8"))?;
-    if name.contains('\\') { Err(wrong("contains a backslash")) } else { Ok(Some(name.to_owned())) }
-}
-
-fn path_inside(model: &Path, signature: &Path) -> Option<PathBuf> {
-    let root = model.canonicalize().ok().filter(|root| root.is_dir())?;
-    name_below(&root, signature)
-}
-
-/// The name of a path below a model's root, if it lies there. The path itself need not exist, and is not
-/// followed if it is a link.
-pub fn name_below(real_root: &Path, path: &Path) -> Option<PathBuf> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.canonicalize().ok()?,
-        _ => Path::new(".").canonicalize().ok()?,
-    };
-    let full = parent.join(path.file_name()?);
-    let below = full.strip_prefix(real_root).ok()?;
-    let plain = below.components().all(|part| matches!(part, Component::Normal(_)));
-    (plain && !below.as_os_str().is_empty()).then(|| below.to_owned())
-}
-
 pub(crate) fn read_error(path: &Path, source: io::Error) -> ModelError {
     ModelError::Read { path: path.to_owned(), source }
 }
@@ -389,21 +322,5 @@ mod tests {
         fs::write(root.path().join("a\\b"), "x").expect("written");
         let both = [("a\\b".into(), Oddity::Backslash), ("\u{fffd}".into(), Oddity::NotUtf8)];
         assert_eq!(odd(root.path(), &Scope::default()), both);
-    }
-
-    #[test]
-    fn an_ignored_path_has_to_be_there() {
-        let root = model();
-        assert_eq!(ignored(root.path(), Path::new("sub")).expect("there"), "sub");
-        assert_eq!(ignored(root.path(), &root.path().join("sub/x")).expect("there"), "sub/x");
-        assert_eq!(ignored(root.path(), Path::new("./sub/x/")).expect("there"), "sub/x");
-        // Not what a link on its way leads to.
-        symlink("sub", root.path().join("link")).expect("linked");
-        assert_eq!(ignored(root.path(), Path::new("link/x")).expect("there"), "link/x");
-        assert!(ignored(root.path(), Path::new("sbu")).is_err());
-        assert!(ignored(root.path(), Path::new("/etc/passwd")).is_err());
-        assert!(
-            ignored(root.path(), Path::new("*.bin")).expect_err("a pattern").to_string().contains("patterns")
-        );
     }
 }

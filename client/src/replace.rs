@@ -19,7 +19,11 @@ pub(crate) fn replace(
     let mut builder = tempfile::Builder::new();
     builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
     // Its message would name a file that nobody asked for.
-    let mut file = builder.tempfile_in(directory).map_err(|error| io::Error::from(error.kind()))?;
+    let mut file = builder.tempfile_in(directory).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => rustix::io::Errno::NOENT.into(),
+        io::ErrorKind::PermissionDenied => rustix::io::Errno::ACCESS.into(),
+        kind => io::Error::from(kind),
+    })?;
     let mut buffered = io::BufWriter::new(&mut file);
     write(&mut buffered)?;
     buffered.flush()?;

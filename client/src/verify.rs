@@ -24,9 +24,10 @@ use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
 use crate::differences::{Differences, pair};
 use crate::hash::Hasher;
+use crate::left_out::{bundle_inside, ignored};
 use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
-use crate::model::{self, GIT_PATHS, Model, Scope, at_or_below, bundle_inside};
+use crate::model::{GIT_PATHS, Model, Scope, at_or_below};
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};
@@ -223,8 +224,7 @@ fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) 
         ignore_paths.extend(GIT_PATHS.map(str::to_owned));
     }
     // One that is not there hides nothing.
-    ignore_paths
-        .extend(request.ignore_paths.iter().filter_map(|path| model::ignored(request.model, path).ok()));
+    ignore_paths.extend(request.ignore_paths.iter().filter_map(|path| ignored(request.model, path).ok()));
     let files = SignedFiles::of(signed);
     ignore_paths.retain(|path| !files.has_at_or_below(path));
     ignore_paths.extend(bundle_inside(request.model, request.signature));

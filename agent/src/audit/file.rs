@@ -72,8 +72,8 @@ impl AuditFile {
         Ok(())
     }
 
-    /// Appends whole lines. On failure none of them are in the file, but for part of one where the file cannot be cut: that
-    /// is ended before the next.
+    /// Appends whole lines. On failure none of them are in the file, unless it cannot be cut: then some are that were not
+    /// released, the last of them perhaps in part, which is ended before the next.
     pub(super) fn append(&mut self, text: &[u8]) -> io::Result<()> {
         if let Some(reason) = &self.lost {
             return Err(io::Error::other(format!("fsync failed before ({reason}); restart the agent")));

@@ -5,9 +5,10 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::defaults::service_audit_directory;
 use super::keys::group_id;
 use super::read::{Reader, Section};
-use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_audit_directory, default_socket};
+use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_socket};
 use crate::listen::check_tls;
 
 /// How the operators' socket ends, beside that of callers: `agent.operator.sock`.
@@ -146,7 +147,7 @@ fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
 }
 
 pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Audit {
-    let mut audit = Audit { directory: default_audit_directory(), durability: Durability::Fsync };
+    let mut audit = Audit { directory: service_audit_directory(), durability: Durability::Fsync };
     let Some(mut section) = section else { return audit };
     if let Some(directory) = section.path(reader, "directory") {
         if let Some(file) = directory.ancestors().find(|path| path.exists()).filter(|path| !path.is_dir()) {

@@ -1,6 +1,7 @@
 //! What the operator configured: one TOML file, every value typed. Unknown keys are errors, relative paths
 //! are relative to the file, and every mistake is reported at once.
 
+mod defaults;
 pub mod edit;
 mod key_uri;
 mod keys;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::defaults::{default_audit_directory, default_socket, own_directory};
 pub use self::key_uri::KeyUri;
 pub use self::keys::PRIVATE_RULE;
 pub(crate) use self::objects::PIV_SLOTS;
@@ -295,36 +297,11 @@ impl Config {
         read::config(path, &text)
     }
 
-    /// Where the configuration is looked for without `--config`.
+    /// Where the configuration is looked for without `--config`: the user's own, then the system's.
     pub fn default_path() -> PathBuf {
-        PathBuf::from("/etc/omsign/agent.toml")
+        let own = own_directory().join("agent.toml");
+        if own.exists() { own } else { PathBuf::from("/etc/omsign/agent.toml") }
     }
-}
-
-/// `/run/omsign/agent.sock` for root, `$XDG_RUNTIME_DIR/omsign/agent.sock` for others.
-pub fn default_socket() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(directory) if !rustix::process::geteuid().is_root() => {
-            PathBuf::from(directory).join("omsign/agent.sock")
-        }
-        _ => PathBuf::from("/run/omsign/agent.sock"),
-    }
-}
-
-/// `/var/lib/omsign/audit` for root, `$XDG_STATE_HOME/omsign/audit` (or `~/.local/state/…`) for others; where systemd gives a
-/// service a directory for its state, in there.
-pub fn default_audit_directory() -> PathBuf {
-    if let Some(directory) = std::env::var_os("STATE_DIRECTORY") {
-        return PathBuf::from(directory).join("audit");
-    }
-    if rustix::process::geteuid().is_root() {
-        return PathBuf::from("/var/lib/omsign/audit");
-    }
-    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or_else(|| {
-        let home = std::env::var_os("HOME")?;
-        Some(PathBuf::from(home).join(".local/state"))
-    });
-    state.unwrap_or_else(|| PathBuf::from(".")).join("omsign/audit")
 }
 
 impl Key {

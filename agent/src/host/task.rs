@@ -47,9 +47,9 @@ impl Task {
 /// How a key is made. What a device does not have is refused, not left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 pub struct Template {
-    /// What kind of key
-    #[arg(long = "type", value_name = "TYPE", default_value = "p384")]
-    pub key_type: KeyType,
+    /// What kind of key: p384, or that of the key whose place it is to take, where nothing is said
+    #[arg(long = "type", value_name = "TYPE")]
+    pub key_type: Option<KeyType>,
     /// TPM: keep the key out of the protection against guessing, so that nobody can lock it; its authorization value
     /// has to be long
     #[arg(long)]
@@ -60,6 +60,12 @@ pub struct Template {
     /// YubiKey: when it waits for a touch
     #[arg(long, value_name = "WHEN")]
     pub touch_policy: Option<TouchPolicy>,
+}
+
+impl Template {
+    pub(crate) fn key_type(&self) -> KeyType {
+        self.key_type.unwrap_or(KeyType::P384)
+    }
 }
 
 /// When a PIV key asks for its PIN (Yubico, "PIN and touch policies").

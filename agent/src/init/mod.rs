@@ -141,7 +141,7 @@ impl Init {
             InitError::Device(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         let typed = |_: &str| Pin::new(pin.as_ref()?.as_str().to_owned());
-        let key_type = self.key_type.unwrap_or(key_type);
+        let key_type = Some(self.key_type.unwrap_or(key_type));
         // An authorization value that init makes is too long to guess, and keys that nobody can lock stay usable.
         let no_da = matches!(self.wish, Wish::Tpm { .. });
         let touch_policy = match self.wish {

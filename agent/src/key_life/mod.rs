@@ -110,8 +110,9 @@ impl Operator<'_> {
             Command::Generate { key, template } => {
                 let place = self.place(key)?;
                 let made = place.public(Task::Generate(place.spec.clone(), template.clone()), say).await?;
-                // Whoever waits for this key need not wait for the next look.
-                if !place.token.look_again().await {
+                // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
+                // time.
+                if !key.ends_with(NEXT) && !place.token.look_again(false).await {
                     say(&format!(
                         "it signs once the PIN was typed again: {}",
                         how_to_unlock(&place.token.name)
@@ -168,6 +169,8 @@ impl Operator<'_> {
                 }
                 for place in &places {
                     place.ask(Task::Delete(place.spec.clone()), say).await?;
+                    // Nobody is to be told that it is ready.
+                    place.token.look_again(true).await;
                 }
                 Ok(Output::Done)
             }

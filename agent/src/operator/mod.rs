@@ -49,6 +49,9 @@ pub enum OperatorError {
     /// An agent that cannot be asked.
     #[error("an agent is running and owns the device, but {0}")]
     Agent(String),
+    /// Nobody whose configuration could be read anew.
+    #[error("no agent is running: it reads its configuration when it starts")]
+    NoAgent,
     /// A PIN that nobody can be asked for.
     #[error("token {0} needs a PIN, and there is no terminal")]
     NoTerminal(String),
@@ -255,6 +258,9 @@ async fn attend(
 pub async fn run(config: &Config, command: Command, say: Say<'_>) -> Result<Output, OperatorError> {
     if let Some(stream) = running(config).await? {
         return tell(stream, Asked::Command(command), say).await;
+    }
+    if matches!(command, Command::Reload) {
+        return Err(OperatorError::NoAgent);
     }
     let ask =
         |token: &str| rpassword::prompt_password(format!("PIN for token {token}: ")).ok().and_then(Pin::new);

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use self::line::{Held, Host, Place};
 pub(crate) use self::process::{prepare, survey, unblock};
@@ -94,8 +94,11 @@ enum Command {
     Unlock(Option<Pin>, Unlocked),
     /// Its PIN is to be set anew.
     Unblock(Fresh, Unlocked),
-    /// Keys were made or deleted. Whether they will be looked for.
-    LookAgain(oneshot::Sender<bool>),
+    /// Keys were made, or one that it has was deleted. Whether they will be looked for.
+    LookAgain {
+        deleted: bool,
+        looks: oneshot::Sender<bool>,
+    },
     Stop(oneshot::Sender<()>),
 }
 
@@ -251,10 +254,11 @@ impl Token {
     }
 
     /// Has the keys found anew. No, where a person has to give the PIN again for that.
-    pub(crate) async fn look_again(&self) -> bool {
+    pub(crate) async fn look_again(&self, deleted: bool) -> bool {
         let (looks, looked_for) = oneshot::channel();
-        // A supervisor that ended looks at nothing any more.
-        self.commands.send(Command::LookAgain(looks)).await.is_err() || looked_for.await.unwrap_or(true)
+        // A supervisor that ended looks at nothing any more, and one that opens the device looks by itself.
+        let sent = self.commands.send(Command::LookAgain { deleted, looks }).await;
+        sent.is_err() || timeout(process::GRACE, looked_for).await.ok().and_then(Result::ok).unwrap_or(true)
     }
 
     /// Whether it is what this configuration asks for.

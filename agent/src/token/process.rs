@@ -21,8 +21,8 @@ use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Request, Survey};
 use crate::secret::Pin;
 
-/// How long a process may take to close its device when it is told to.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long a process may take to close its device when it is told to, or a supervisor to answer.
+pub(super) const GRACE: Duration = Duration::from_secs(2);
 
 /// How a process's life ended.
 pub(super) enum End {
@@ -266,10 +266,12 @@ impl Process {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
                     // What an operator typed is not ours to offer again, and keys that are there need no look.
-                    Some(Command::LookAgain(looks)) if look_again.is_none() || !missing => {
+                    Some(Command::LookAgain { deleted, looks })
+                        if look_again.is_none() || !(missing || deleted) =>
+                    {
                         let _ = looks.send(!missing);
                     }
-                    Some(Command::LookAgain(looks)) => {
+                    Some(Command::LookAgain { looks, .. }) => {
                         let _ = looks.send(true);
                         drain(host).await;
                         return End::LookAgain;

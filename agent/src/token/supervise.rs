@@ -142,7 +142,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             Some(wake)
         };
         match command_or_wake(&token, &mut commands, wake).await {
-            None | Some(Command::LookAgain(_) | Command::Unblock(..)) => {}
+            None | Some(Command::LookAgain { .. } | Command::Unblock(..)) => {}
             Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
             Some(Command::Stop(stopped)) => {
                 let _ = stopped.send(());
@@ -175,7 +175,7 @@ async fn command_or_wake(
                     answer(&mut Some(done), unblock(&token.name, &token.config, fresh).await);
                 }
                 // It is not open, and will be looked at when it is.
-                Some(Command::LookAgain(looks)) => drop(looks.send(true)),
+                Some(Command::LookAgain { looks, .. }) => drop(looks.send(true)),
                 Some(command) => return Some(command),
                 None => return Some(Command::Stop(oneshot::channel().0)),
             },

@@ -8,7 +8,7 @@ use omsign::agent::{Agent, AgentError};
 use omsign::bundle::LARGEST_BYTES;
 use omsign::key::{KeyError, PrivateKey, read_certificates};
 use omsign::manifest_file::{self, Unsaid};
-use omsign::model::GIT_PATHS;
+use omsign::model::{GIT_PATHS, at_or_below};
 use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
 use omsign::sign::{Request, Signed, Signer, Subject};
 use omsign_proto::v1::KeyState;
@@ -91,6 +91,13 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
         allow_symlinks: files.allow_symlinks,
     };
     let (manifest, bytes) = manifest_file::read(&arguments.manifest, &unsaid)?;
+    if is_list && manifest.resources.iter().all(|resource| at_or_below(&resource.file, &manifest.model_name))
+    {
+        report::warning(&format!(
+            "every path begins with {0}/: a verifier looks for them below the model; make the list in the model's directory",
+            manifest.model_name
+        ));
+    }
     Ok(Subject::Manifest(manifest, bytes))
 }
 

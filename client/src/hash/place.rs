@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, stat, statat};
 use rustix::io::{Errno, retry_on_intr};
@@ -44,6 +45,10 @@ impl Root {
     }
 }
 
+/// A lease ends by itself before that, unless somebody set fs.lease-break-time higher; and how often it is asked for.
+const LEASE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// A file: what is at a path below a directory, or at an absolute one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'a> {
@@ -55,12 +60,14 @@ impl Place<'_> {
     /// Opens it to be read. A link or a pipe put in the file's place since it was looked at is neither followed nor
     /// waited for.
     pub(super) fn open(self) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let open = |flags| retry_on_intr(|| openat(&self.root.directory, self.path, flags, Mode::empty()));
-        match open(flags | OFlags::NONBLOCK) {
-            // Somebody has a lease on it, who is given time to give it back.
-            Err(Errno::WOULDBLOCK) if self.look().is_ok() => Ok(File::from(open(flags)?)),
-            opened => Ok(File::from(opened?)),
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let begun = Instant::now();
+        loop {
+            match retry_on_intr(|| openat(&self.root.directory, self.path, flags, Mode::empty())) {
+                // Somebody has a lease on it, and was just asked to give it back.
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < LEASE => std::thread::sleep(PAUSE),
+                opened => return Ok(File::from(opened?)),
+            }
         }
     }
 

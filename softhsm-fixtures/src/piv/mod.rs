@@ -88,15 +88,20 @@ pub struct Faults {
     pub status: Option<u16>,
     /// The card is pulled in the middle of the next command.
     pub pull: bool,
-    /// All that only where somebody shows the card a PIN.
-    pub with_pins: bool,
-    /// All that once, after so many commands more.
-    pub after: Option<usize>,
+    /// All that with these commands only.
+    pub only: Option<fn(&[u8]) -> bool>,
+    /// All that once.
+    pub once: bool,
 }
 
 /// VERIFY with a PIN in it (NIST SP 800-73-4, part 2, 3.2.1): without one it asks for the tries.
-fn shows_pin(command: &[u8]) -> bool {
+pub fn shows_pin(command: &[u8]) -> bool {
     command.get(1) == Some(&0x20) && command.get(4).is_some_and(|length| *length > 0)
+}
+
+/// GET METADATA of a slot (Yubico, "PIV extensions").
+pub fn asks_metadata(command: &[u8]) -> bool {
+    command.get(1) == Some(&0xf7)
 }
 
 impl VirtualPiv {
@@ -309,12 +314,8 @@ impl Inside {
         let faults = {
             let mut state = self.state();
             match &mut state.faults {
-                Faults { with_pins: true, .. } if !shows_pin(command) => Faults::default(),
-                Faults { after: Some(0), .. } => std::mem::take(&mut state.faults),
-                Faults { after: Some(left), .. } => {
-                    *left -= 1;
-                    Faults::default()
-                }
+                Faults { only: Some(only), .. } if !only(command) => Faults::default(),
+                faults if faults.once => std::mem::take(faults),
                 faults => {
                     let now = faults.clone();
                     faults.pull = false;

@@ -94,10 +94,10 @@ fn generate(
     if template.no_da {
         return Err(refused("--no-da is for keys of a TPM".into()));
     }
-    if template.key_type.is_rsa() && key.padding == Padding::Pss {
+    if template.key_type().is_rsa() && key.padding == Padding::Pss {
         return Err(refused("an RSA key on a card signs with padding = \"pkcs1\"".into()));
     }
-    let algorithm = match template.key_type {
+    let algorithm = match template.key_type() {
         KeyType::P256 => AlgorithmId::EccP256,
         KeyType::P384 => AlgorithmId::EccP384,
         KeyType::Rsa2048 => AlgorithmId::Rsa2048,

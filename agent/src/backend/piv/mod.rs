@@ -9,6 +9,7 @@ mod line;
 mod login;
 mod survey;
 
+use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -125,7 +126,7 @@ fn connect(serial: u32) -> Result<YubiKey, Failure> {
 
 /// Looks for it where it was, and then in all: a card that another process has wait for a finger would not answer until
 /// that is over.
-fn connect_again(Known { serial, reader, .. }: &Known) -> Result<YubiKey, Failure> {
+fn connect_again(Known { serial, reader, .. }: &mut Known) -> Result<YubiKey, Failure> {
     let unconnected = |error| unconnected(*serial, error);
     let mut readers = yubikey::reader::Context::open().map_err(unconnected)?;
     let there = readers.iter().map_err(unconnected)?.find(|there| there.name() == *reader);
@@ -133,9 +134,14 @@ fn connect_again(Known { serial, reader, .. }: &Known) -> Result<YubiKey, Failur
         Some(Ok(yubikey)) if yubikey.serial() == Serial(*serial) => return Ok(yubikey),
         // Dropped, it would be reset.
         Some(Ok(other)) => drop(other.disconnect(pcsc::Disposition::LeaveCard)),
+        Some(Err(held @ yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) })) => {
+            return Err(unconnected(held));
+        }
         _ => {}
     }
-    connect(*serial)
+    let yubikey = connect(*serial)?;
+    yubikey.name().clone_into(reader);
+    Ok(yubikey)
 }
 
 fn unconnected(serial: u32, error: yubikey::Error) -> Failure {
@@ -342,9 +348,19 @@ impl Device for OpenPiv {
         let mut card = held.card()?;
         // Other programs may have used it since.
         card.renew()?;
-        let done = life::operate(&mut card, task, notify).map_err(|failure| match failure.class {
-            // That it answers shows that nobody has to start over, which may need a person's PIN.
-            Class::Gone if card.renew().is_ok() => {
+        let offered = Cell::new(false);
+        let notify = |doing: Doing<'_>| {
+            match doing {
+                Doing::LogsIn => offered.set(true),
+                Doing::LoggedIn => offered.set(false),
+                Doing::AwaitsTouch(_) => {}
+            }
+            notify(doing);
+        };
+        let done = life::operate(&mut card, task, &notify).map_err(|failure| match failure.class {
+            // That it answers shows that nobody has to start over, which may need a person's PIN; unless nobody knows what
+            // became of one.
+            Class::Gone if !offered.get() && card.renew().is_ok() => {
                 refused(format!("{failure}; another program may have used the card meanwhile: try again"))
             }
             _ => failure,

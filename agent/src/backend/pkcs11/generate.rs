@@ -24,7 +24,7 @@ pub(super) fn generate(
     if !profile.made_by.is_empty() {
         return Err(refused(format!("this device's users cannot make keys; use {}", profile.made_by)));
     }
-    if !profile.keys.is_empty() && !profile.keys.contains(&template.key_type) {
+    if !profile.keys.is_empty() && !profile.keys.contains(&template.key_type()) {
         let known: Vec<_> = profile.keys.iter().map(|known| known.to_string()).collect();
         return Err(refused(format!("this device makes keys of type {}", known.join(", "))));
     }
@@ -54,7 +54,7 @@ pub(super) fn generate(
     let mut private = named.to_vec();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
-    let mechanism = match kind(template.key_type) {
+    let mechanism = match kind(template.key_type()) {
         Made::Curve(params) => {
             public.push(Attribute::EcParams(params.to_vec()));
             Mechanism::EccKeyPairGen

@@ -140,7 +140,7 @@ fn generate(
     if template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
     }
-    if template.key_type.is_rsa() && key.padding == Padding::Pss {
+    if template.key_type().is_rsa() && key.padding == Padding::Pss {
         return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
     if auth.is_none() && !template.no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
@@ -238,7 +238,7 @@ fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Publ
         let builder = builder.with_rsa_parameters(parameters.build()?);
         builder.with_rsa_unique_identifier(PublicKeyRsa::default()).build()
     };
-    match template.key_type {
+    match template.key_type() {
         KeyType::P256 => curve(EccCurve::NistP256, HashingAlgorithm::Sha256),
         KeyType::P384 => curve(EccCurve::NistP384, HashingAlgorithm::Sha384),
         KeyType::P521 => curve(EccCurve::NistP521, HashingAlgorithm::Sha512),
