@@ -119,6 +119,21 @@ fn the_default_socket() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where systemd says, of several the first.
+#[test]
+fn the_log_of_a_service() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let listen = "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n";
+    let config = listen.to_owned() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let state = format!("{}:/nowhere", text(&world.path("service")));
+    let agent = Agent::start_with(&world, &config, |agent| {
+        agent.env("STATE_DIRECTORY", state);
+    })?;
+    ensure!(world.path("service/audit/audit.jsonl").exists(), "{}", agent.log()?);
+    Ok(())
+}
+
 #[test]
 fn paths_in_env_are_relative_to_the_file() -> anyhow::Result<()> {
     let world = World::new()?;

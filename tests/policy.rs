@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_tests::forge;
+use omsign_tests::hashed;
 use omsign_tests::pki::{Certificate, Pki};
 use omsign_tests::sigstore::{Flaw, Sigstore};
 use omsign_tests::world::World;
@@ -268,6 +269,19 @@ fn a_project_has_a_say_only_where_it_was_allowed_to() -> anyhow::Result<()> {
         String::from_utf8_lossy(&output.stdout).contains("accepted by  them (.omsign/trust.toml)"),
         "{output:?}"
     );
+    // From a pipe, too.
+    hashed::shell(
+        &world,
+        "cat release.pub | omsign trust add piped --public-key /dev/stdin --policy piped.toml",
+    )?;
+    world.omsign_ok(&[
+        "verify",
+        "project/model",
+        "--policy",
+        "piped.toml",
+        "--signature",
+        "project/model/model.sig",
+    ])?;
     // As it is now: whoever changes it later, or a key that it names, is asked about again.
     let changed = |output: Output| {
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();

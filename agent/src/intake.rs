@@ -80,6 +80,9 @@ struct Metered {
 impl Metered {
     /// Whether so much more of it may come.
     fn comes(&mut self, data: &[u8]) -> Result<(), Status> {
+        if data.is_empty() {
+            return Ok(());
+        }
         let announced = announced(data);
         let left = self.left.unwrap_or(announced + PREFIX).checked_sub(data.len());
         let left = left.ok_or_else(|| Status::invalid_argument("a request has one message"))?;

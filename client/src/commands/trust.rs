@@ -47,9 +47,9 @@ fn path(file: &TrustFile) -> Result<PathBuf, PolicyError> {
 }
 
 fn add(name: &str, mut terms: Terms, file: &TrustFile) -> Done {
-    // What could not be used is not written.
-    terms.trust(Path::new(""))?;
+    // Files are read once: they may be pipes. What could not be used is not written.
     terms.make_self_contained(Path::new(""))?;
+    terms.trust(Path::new(""))?;
     let here = std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
     if file.project {
         // Nobody allows what is in it already by adding to it.
