@@ -100,8 +100,7 @@ fn whole_life(world: &World, name: &str, make: &[&str], stores: bool) -> anyhow:
             let keys = keys["keys"].as_array().cloned().unwrap_or_default();
             anyhow::Ok(keys.into_iter().find(|key| key["name"] == name).map(|key| key["state"].clone()))
         };
-        eventually("its end", || Ok(state()?.is_some_and(|state| state == "unusable")))
-            .with_context(|| format!("{:?}", state()))?;
+        eventually("its end", || Ok(state()?.is_some_and(|state| state == "unusable")))?;
     }
     Ok(())
 }

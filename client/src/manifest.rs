@@ -4,14 +4,13 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::hash::{Algorithm, Digest, HashError, Hasher, Looked, Piece};
-use crate::left_out;
-use crate::model::{self, Closed, GIT_PATHS, Model, ModelError, Odd, Oddity, Scope};
+use crate::model::{self, Closed, Model, ModelError, Odd, Oddity, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
@@ -101,41 +100,6 @@ pub enum Method {
     Files,
     /// Each so many bytes of each file. Empty files have none.
     Shards(NonZeroU64),
-}
-
-/// Which files of a model, and how they are hashed, as a user says it.
-#[derive(Clone, Copy, Debug)]
-pub struct Selection<'a> {
-    /// The model: a directory or a file.
-    pub model: &'a Path,
-    /// Its bundle: left out where it lies inside the model.
-    pub signature: &'a Path,
-    /// What to leave out, as the user wrote it.
-    pub ignore_paths: &'a [PathBuf],
-    /// Whether to leave git's own files out.
-    pub ignore_git_paths: bool,
-    /// Whether to follow symbolic links.
-    pub allow_symlinks: bool,
-    /// Files or shards.
-    pub method: Method,
-    /// The hash algorithm.
-    pub algorithm: Algorithm,
-}
-
-impl Selection<'_> {
-    /// What the manifest says of it: everything that is left out is recorded.
-    pub fn serialization(&self) -> Result<Serialization, ModelError> {
-        let mut ignore_paths = BTreeSet::new();
-        for path in self.ignore_paths {
-            ignore_paths.insert(left_out::ignored(self.model, path)?);
-        }
-        if self.ignore_git_paths {
-            ignore_paths.extend(GIT_PATHS.map(str::to_owned));
-        }
-        ignore_paths.extend(left_out::recorded_bundle(self.model, self.signature)?);
-        let Self { method, algorithm, allow_symlinks, .. } = *self;
-        Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths: Some(ignore_paths) })
-    }
 }
 
 /// A model as it was found, and what of it will be hashed.

@@ -12,7 +12,8 @@ use crate::bundle::{Bundle, KeyIdentifier, Material};
 use crate::dsse::Pae;
 use crate::hash::Hasher;
 use crate::key::{KeyError, PrivateKey, PublicKey};
-use crate::manifest::{Manifest, Plan, Selection};
+use crate::manifest::{Manifest, Plan};
+use crate::selection::Selection;
 use crate::trust::TrustError;
 use crate::{certificate, path, statement};
 

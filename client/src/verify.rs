@@ -22,12 +22,13 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
-use crate::differences::{Differences, pair};
+use crate::differences::Differences;
 use crate::hash::Hasher;
 use crate::left_out::{bundle_inside, ignored};
 use crate::listing::beside;
 use crate::manifest::{Manifest, Serialization};
 use crate::model::{GIT_PATHS, Model, Scope, at_or_below};
+use crate::pairs::pair;
 use crate::policy::Policy;
 use crate::proof::Proof;
 use crate::trust::{Trust, TrustError, VerifiedStatement};

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use omsign::hash::{Algorithm, MOST_JOBS};
-use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part, Selection};
+use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part};
+use omsign::selection::Selection;
 
 pub(crate) use self::verify::{
     Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What, policy_from_environment,

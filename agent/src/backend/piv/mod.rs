@@ -2,6 +2,7 @@
 //! between; what they undo (the selected application, the verified PIN) is done again. An idle card is let go of, since
 //! gpg wants one for itself.
 
+mod connect;
 mod errors;
 mod keys;
 mod life;
@@ -13,8 +14,9 @@ use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use yubikey::{PinPolicy, Serial, TouchPolicy, YubiKey, piv};
+use yubikey::{PinPolicy, TouchPolicy, YubiKey, piv};
 
+use self::connect::{connect, connect_again, in_use};
 use self::errors::classify;
 pub(crate) use self::errors::holder;
 use self::keys::Key;
@@ -113,52 +115,6 @@ pub(super) fn open(
     let opened = Opened { device, sessions: 1, keys: public, touch };
     let held = Held { yubikey: Some(yubikey), last_used: Instant::now(), known };
     Ok((Box::new(OpenPiv { held: Mutex::new(held), keys }), opened))
-}
-
-fn in_use(what: &str) -> Failure {
-    Failure { class: Class::Busy, message: format!("{what} is in use by another program{}", holder()) }
-}
-
-/// Looks for a card in all readers.
-fn connect(serial: u32) -> Result<YubiKey, Failure> {
-    YubiKey::open_by_serial(Serial(serial)).map_err(|error| unconnected(serial, error))
-}
-
-/// Looks for it where it was, and then in all: a card that another process has wait for a finger would not answer until
-/// that is over.
-fn connect_again(Known { serial, reader, .. }: &mut Known) -> Result<YubiKey, Failure> {
-    let unconnected = |error| unconnected(*serial, error);
-    let mut readers = yubikey::reader::Context::open().map_err(unconnected)?;
-    let there = readers.iter().map_err(unconnected)?.find(|there| there.name() == *reader);
-    match there.map(|there| there.open()) {
-        Some(Ok(yubikey)) if yubikey.serial() == Serial(*serial) => return Ok(yubikey),
-        // Dropped, it would be reset.
-        Some(Ok(other)) => drop(other.disconnect(pcsc::Disposition::LeaveCard)),
-        Some(Err(held @ yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) })) => {
-            return Err(unconnected(held));
-        }
-        _ => {}
-    }
-    let yubikey = connect(*serial)?;
-    yubikey.name().clone_into(reader);
-    Ok(yubikey)
-}
-
-fn unconnected(serial: u32, error: yubikey::Error) -> Failure {
-    match error {
-        yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
-        yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
-            in_use(&format!("YubiKey {serial}"))
-        }
-        yubikey::Error::PcscError { inner: Some(inner) } => gone(match inner {
-            pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
-                "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`"
-                    .to_owned()
-            }
-            inner => format!("no YubiKey with serial {serial} is connected: {inner}"),
-        }),
-        error => classify(&format!("open YubiKey {serial}"), &error),
-    }
 }
 
 impl Held {

@@ -22,7 +22,7 @@ use crate::user_directory;
 /// systems count in steps of up to two seconds.
 const RACY: Duration = Duration::from_secs(2);
 
-/// What was not looked at is kept up to so many entries (10 MB), or as many as were. Others hash a part of the model.
+/// What was not looked at is kept up to so many entries (5 MB), or as many as were. Others hash a part of the model.
 const SPARE_ENTRIES: usize = 1 << 15;
 
 /// What statfs(2) calls ext4, XFS, Btrfs, F2FS, and overlays of them: the first write to a mapped page sets a file's times

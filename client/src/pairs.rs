@@ -1,0 +1,294 @@
+//! What was signed and what was found, side by side, and so how they differ: when all of it is compared, and once more after
+//! that.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::differences::{Changed, Differences, How, Unreadable};
+use crate::hash::{Digest, HashError, Hasher, Looked, Piece};
+use crate::manifest::{Manifest, Method, Resource};
+use crate::model::Model;
+use crate::walk::leads_nowhere;
+
+/// What was signed, and what was found of it.
+pub(crate) struct Pairs<'a> {
+    signed: &'a Manifest,
+    found: &'a Model,
+    missing: Vec<String>,
+    extra: Vec<String>,
+    /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
+    unlistable: Vec<String>,
+    /// Files that were signed and are there, and that may be as they were signed.
+    files: Looked<'a>,
+    /// Their names, sorted.
+    names: Vec<&'a str>,
+    /// What of them was signed, and the digests.
+    pieces: Vec<Piece>,
+    digests: Vec<&'a Digest>,
+    /// What is known to be wrong before anything is hashed.
+    wrong: BTreeMap<&'a str, Wrong>,
+}
+
+/// Looks at what was found for each file that was signed.
+pub(crate) fn pair<'a>(
+    signed: &'a Manifest,
+    found: &'a Model,
+    single_file: bool,
+    hasher: &Hasher,
+) -> Pairs<'a> {
+    // The reference's name for the only file of a single-file model is ".".
+    let name = |resource: &'a Resource| match found.files.as_slice() {
+        [only] if single_file && resource.file == "." => only.name.as_str(),
+        _ => resource.file.as_str(),
+    };
+    let mut resources: Vec<(&str, &Resource)> =
+        signed.resources.iter().map(|resource| (name(resource), resource)).collect();
+    // As what was found is. Stable, and quick where it is sorted, as most signers do.
+    resources.sort_by_key(|(file, _)| *file);
+    let mut signed_files = resources.chunk_by(|(one, _), (other, _)| one == other).peekable();
+
+    let mut pairs = Pairs {
+        signed,
+        found,
+        missing: Vec::new(),
+        extra: Vec::new(),
+        unlistable: Vec::new(),
+        files: Looked::new(&found.root, Vec::new(), Vec::new()),
+        names: Vec::new(),
+        pieces: Vec::new(),
+        digests: Vec::new(),
+        wrong: BTreeMap::new(),
+    };
+    for (at, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
+        let file = at.name.as_str();
+        let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
+        while let Some(missing) = signed_files.next_if(before) {
+            pairs.missing.extend(missing.first().map(|(name, _)| (*name).to_owned()));
+        }
+        let same = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own == file);
+        let Some(shards) = signed_files.next_if(same) else {
+            let empty = stamp.is_ok_and(|stamp| stamp.size == 0);
+            let listable = signed.serialization.method == Method::Files || !empty;
+            if listable { &mut pairs.extra } else { &mut pairs.unlistable }.push(file.to_owned());
+            continue;
+        };
+        let stamp = match stamp {
+            Ok(stamp) => stamp,
+            Err(error) => {
+                pairs.wrong.insert(file, Wrong::from(error));
+                continue;
+            }
+        };
+        let signed_size = shards.iter().filter_map(|(_, resource)| Some(resource.shard.as_ref()?.end)).max();
+        if let Some(signed) = signed_size.filter(|signed| *signed != stamp.size) {
+            pairs.wrong.insert(file, Wrong::Changed(How::Size { signed, found: stamp.size }));
+            continue;
+        }
+        let index = pairs.files.push(at.path(), stamp);
+        pairs.names.push(file);
+        for (_, resource) in shards {
+            pairs.pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
+            pairs.digests.push(&resource.digest);
+        }
+    }
+    let rest = signed_files.filter_map(|shards| shards.first());
+    pairs.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
+    pairs
+}
+
+impl<'a> Pairs<'a> {
+    /// How many files are as they were signed, where there are no differences.
+    pub(crate) fn files(&self) -> usize {
+        self.names.len()
+    }
+
+    /// The size in bytes of what was signed.
+    pub(crate) fn bytes(&self) -> u64 {
+        Piece::total(&self.pieces)
+    }
+
+    /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
+    pub(crate) fn unlistable(&self) -> &[String] {
+        &self.unlistable
+    }
+
+    /// Compares each file's content with what was signed. Nothing else is read.
+    pub(crate) fn compare(&self, hasher: &Hasher) -> Differences {
+        let mut wrong = self.wrong.clone();
+        let digests = hasher.digests_of_each(self.signed.serialization.algorithm, &self.files, &self.pieces);
+        for ((piece, signed), found) in self.pieces.iter().zip(&self.digests).zip(digests) {
+            let how = match found {
+                Ok(found) if found == **signed => continue,
+                Ok(found) => Wrong::Changed(How::Digest { signed: **signed, found }),
+                Err(error) => Wrong::from(error),
+            };
+            let Some(file) = self.names.get(piece.file) else { continue };
+            // One shard that differs is enough, whatever became of the others.
+            match wrong.get(file) {
+                Some(Wrong::Changed(_)) => {}
+                _ => drop(wrong.insert(file, how)),
+            }
+        }
+        self.differences(wrong)
+    }
+
+    /// What is different now that all of it was compared `before`, and found right: that may have taken hours.
+    pub(crate) fn since(&self, before: &Self) -> Differences {
+        let mut wrong = self.wrong.clone();
+        let missing: BTreeSet<&str> = self.missing.iter().map(String::as_str).collect();
+        for (index, name) in before.names.iter().enumerate() {
+            let same = match self.names.binary_search(name) {
+                Ok(now) => self.files.stamp(now) == before.files.stamp(index),
+                // An only file may be another one, by another name. What is missing, or wrong, is told as that.
+                Err(_) => missing.contains(name) || wrong.contains_key(name),
+            };
+            if !same {
+                wrong.insert(name, Wrong::Changed(How::Meanwhile));
+            }
+        }
+        self.differences(wrong)
+    }
+
+    fn differences(&self, wrong: BTreeMap<&str, Wrong>) -> Differences {
+        let (missing, extra) = (self.missing.clone(), self.extra.clone());
+        let mut differences = Differences { missing, extra, ..Differences::default() };
+        for (name, wrong) in wrong {
+            let name = name.to_owned();
+            match wrong {
+                Wrong::Changed(how) => differences.changed.push(Changed { file: name, how }),
+                Wrong::Unreadable(why) => differences.unreadable.push(Unreadable { name, why }),
+            }
+        }
+        differences.add(self.found);
+        differences
+    }
+}
+
+/// What is wrong with a file that was signed and is there.
+#[derive(Clone)]
+enum Wrong {
+    Changed(How),
+    Unreadable(String),
+}
+
+impl From<HashError> for Wrong {
+    fn from(error: HashError) -> Self {
+        match error {
+            HashError::Changed(_) => Self::Changed(How::Meanwhile),
+            // It was there a moment ago, and no link.
+            HashError::Read { source, .. } if leads_nowhere(&source) => Self::Changed(How::Meanwhile),
+            HashError::Read { source, .. } => Self::Unreadable(source.to_string()),
+            error => Self::Unreadable(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
+    use super::*;
+    use crate::manifest::{Plan, Serialization};
+    use crate::model::Scope;
+
+    #[test]
+    fn what_changes_after_it_was_compared() {
+        type Change = fn(&Path) -> std::io::Result<()>;
+        let changes: [(Change, &str); 5] = [
+            (|_| Ok(()), ""),
+            (
+                |root| File::options().write(true).open(root.join("a"))?.set_modified(std::time::UNIX_EPOCH),
+                "\"a\" is not what was signed: it changed while",
+            ),
+            (|root| std::fs::rename(root.join("b"), root.join("c")), "\"b\" was signed and is not there"),
+            (|root| std::fs::write(root.join("d"), ""), "\"d\" is there and was not signed"),
+            (|root| std::os::unix::fs::symlink("a", root.join("e")), "\"e\" is a symbolic link"),
+        ];
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        for (change, expected) in changes {
+            let root = tempfile::tempdir().expect("a directory");
+            for name in ["a", "b"] {
+                std::fs::write(root.path().join(name), "12345").expect("written");
+            }
+            let walk = || Model::walk(root.path(), &Scope::default()).expect("a model");
+            let found = walk();
+            let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
+            let (signed, _) = plan.hash(&hasher).expect("hashed");
+            let pairs = pair(&signed, &found, false, &hasher);
+            assert_eq!(pairs.compare(&hasher), Differences::default());
+            change(root.path()).expect("changed");
+            let again = walk();
+            let since = pair(&signed, &again, false, &hasher).since(&pairs).first().unwrap_or_default();
+            assert!(since.starts_with(expected) && since.is_empty() == expected.is_empty(), "{since}");
+        }
+    }
+
+    /// By the name that the reference gives it, and a link to it.
+    #[test]
+    fn another_only_file_after_it_was_compared() {
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let root = tempfile::tempdir().expect("a directory");
+        let current = root.path().join("current");
+        let walk = |name: &str| {
+            let _ = std::fs::remove_file(&current);
+            std::fs::write(root.path().join(name), "12345").expect("written");
+            std::os::unix::fs::symlink(name, &current).expect("linked");
+            Model::walk(&current, &Scope::default()).expect("a model")
+        };
+        let found = walk("one");
+        let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
+        let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+        signed.resources[0].file = ".".into();
+        let pairs = pair(&signed, &found, true, &hasher);
+        assert!(pairs.compare(&hasher).is_empty());
+        let again = walk("two");
+        let changed = pair(&signed, &again, true, &hasher).since(&pairs).changed;
+        assert!(matches!(changed.as_slice(), [Changed { file, how: How::Meanwhile }] if file == "one"));
+    }
+
+    #[test]
+    fn every_difference_is_listed() {
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let two = Method::Shards(2.try_into().expect("not zero"));
+        for (method, size) in [(Method::Files, 5), (two, 5), (two, 6)] {
+            let root = tempfile::tempdir().expect("a directory");
+            let write = |name: &str, content: &[u8]| {
+                std::fs::write(root.path().join(name), content).expect("written")
+            };
+            ["a", "b", "c"].iter().for_each(|name| write(name, b"12345"));
+            let serialization = Serialization { method, ..Serialization::default() };
+            let model = serialization.walk(root.path()).expect("a model");
+            let plan = Plan::new(&model, serialization, &hasher).expect("planned");
+            let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+            // In whatever order it is listed.
+            signed.resources.reverse();
+            let compared = || {
+                let found = Model::walk(root.path(), &Scope::default()).expect("a model");
+                let pairs = pair(&signed, &found, false, &hasher);
+                (pairs.compare(&hasher), pairs.unlistable().len(), pairs.files(), pairs.bytes())
+            };
+            assert_eq!(compared(), (Differences::default(), 0, 3, 15));
+            write("b", &b"123x567"[..size]);
+            write("d", b"");
+            write("e", b"more");
+            std::fs::remove_file(root.path().join("c")).expect("removed");
+            let (found, unlistable, ..) = compared();
+            assert_eq!(unlistable, usize::from(method != Method::Files));
+            let extra: &[&str] = if method == Method::Files { &["d", "e"] } else { &["e"] };
+            assert_eq!((found.missing.as_slice(), found.changed.len()), (&["c".to_owned()][..], 1));
+            let first = found.first().expect("a difference");
+            let how = if method == two && size == 6 {
+                "its shards end at byte 5, the file has 6 bytes (OMS 6.3.2)"
+            } else {
+                " was signed, "
+            };
+            assert!(first.starts_with("\"b\" is not what was signed: ") && first.contains(how), "{first}");
+            assert_eq!(found.extra, extra);
+            let text = format!(
+                "the model is not what was signed (OMS 8.4): 1 changed, 1 missing, {} not signed",
+                extra.len()
+            );
+            assert_eq!(found.to_string(), text);
+        }
+    }
+}
