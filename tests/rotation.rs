@@ -277,3 +277,22 @@ fn no_request_is_lost_when_a_token_is_opened_anew() -> anyhow::Result<()> {
     })?;
     eventually("another process", || Ok(agent.hosts()? != first && agent.hosts()?.len() == 1))
 }
+
+/// What an operator asks for while the process is replaced is done by the next one.
+#[test]
+fn operators_wait_while_a_token_is_opened_anew() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (SoftHsm::create(&world.path("t"), "t")?, world.proxy()?);
+    let config = world.listen()
+        + &proxy.before(&token_section("t", &token, ""))?
+        + &key_section("k", "t", "k")
+        + &key_section("l", "t", "l");
+    let _agent = Agent::start(&world, &config)?;
+    // A new key has its token opened anew, and the process before it takes its time to end.
+    proxy.set("C_CloseSession 0 200\n")?;
+    does(&world, &["generate", "k", "--type", "p256"])?;
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.lines().any(|line| line.contains("label \"k\"")), "{listed}");
+    does(&world, &["generate", "l", "--type", "p256"])?;
+    does(&world, &["csr", "l", "--subject", "CN=l"]).map(drop)
+}

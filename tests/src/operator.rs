@@ -43,7 +43,7 @@ pub fn unblocking(world: &World, token: &str, answers: &str) -> anyhow::Result<O
 /// It does it; returns what it printed.
 pub fn does(world: &World, arguments: &[&str]) -> anyhow::Result<String> {
     let output = key(world, arguments)?;
-    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{arguments:?}: {output:?}");
     Ok(String::from_utf8(output.stdout)?)
 }
 

@@ -11,7 +11,7 @@ use crate::config::Object;
 use crate::public_key::PublicKey;
 
 /// What to do.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Task {
     /// Name every key on the device, and those of these that it does not list itself: key files.
     List(Vec<Object>),

@@ -191,7 +191,7 @@ impl Token {
         }
     }
 
-    /// Does what an operator asks for. Not tried again: what a device did before it failed, nobody knows.
+    /// Does what an operator asks for. Once begun it is not tried again: nobody knows what a device did before it failed.
     pub(crate) async fn operate(
         &self,
         task: Task,
@@ -199,19 +199,21 @@ impl Token {
         deadline: Instant,
     ) -> Result<Done, TokenError> {
         let place = Arc::new(self.queue()?);
-        let host = self.ready(deadline).await?;
-        let answer = self.ask(&host, Asked::Do(task), tell, &place, deadline).await?;
-        match answer {
-            Some(Ok(Ok(done))) => {
-                serde_json::from_slice(&done).map_err(|error| TokenError::Unavailable(error.to_string()))
-            }
-            Some(Ok(Err(failure))) => Err(failure.into()),
-            Some(Err(killed)) => Err(TokenError::Unavailable(killed)),
-            None => Err(TokenError::Unavailable("it is being replaced".into())),
+        loop {
+            let host = self.ready(deadline).await?;
+            let asked = Asked::Do(task.clone());
+            let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
+            return match answer {
+                Ok(Ok(done)) => {
+                    serde_json::from_slice(&done).map_err(|error| TokenError::Unavailable(error.to_string()))
+                }
+                Ok(Err(failure)) => Err(failure.into()),
+                Err(killed) => Err(TokenError::Unavailable(killed)),
+            };
         }
     }
 
-    /// Has the process do it once it has room. None: this process is being replaced; ask the next one.
+    /// Has the process do it once it has room. None: nothing has begun, this process is being replaced; ask the next one.
     async fn ask(
         &self,
         host: &Arc<Host>,
