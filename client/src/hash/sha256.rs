@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::digest::Digest;
 use super::kernels::{BLOCK, Kernel, MOST_LANES, State, usable};
 use super::schedule::{Streams, Unit};
+use super::source::Buffer;
 
 /// FIPS 180-4, 5.3.3.
 const START: State =
@@ -67,8 +68,9 @@ fn choose(measured: &[(f64, Kernel)]) -> Option<[Kernel; MOST_LANES + 1]> {
 /// With each kernel the shortest time that it took, in all its lanes together. They are measured in turns: a core that
 /// just woke up gets faster.
 fn measure(kernels: Vec<Kernel>) -> Vec<(f64, Kernel)> {
-    let data = vec![0; MOST_LANES * PROBE_BYTES];
-    let data: Vec<&[u8]> = data.chunks(PROBE_BYTES).collect();
+    // Where files' bytes are, too: from elsewhere each vector is read in two pieces.
+    let data = Buffer::new(MOST_LANES * PROBE_BYTES);
+    let data: Vec<&[u8]> = data.get(0..MOST_LANES * PROBE_BYTES).chunks(PROBE_BYTES).collect();
     let mut measured: Vec<_> = kernels.into_iter().map(|kernel| (f64::MAX, kernel)).collect();
     for _ in 0..PROBES {
         for (shortest, kernel) in &mut measured {

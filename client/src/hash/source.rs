@@ -150,7 +150,7 @@ impl Buffer {
         self.bytes.len() - PAGE_BYTES
     }
 
-    fn get(&self, range: Range<usize>) -> &[u8] {
+    pub(super) fn get(&self, range: Range<usize>) -> &[u8] {
         self.bytes.get(self.start + range.start..self.start + range.end).unwrap_or_default()
     }
 
