@@ -254,12 +254,7 @@ fn client_certificates() -> anyhow::Result<()> {
     ] {
         let config = listen.to_owned() + &token_section("t", &token, "") + &with_rule(&rule);
         let agent = Agent::start(&world, &config)?;
-        // The port is the system's choice; the log says which.
-        let log = agent.log()?;
-        let line =
-            log.lines().find(|line| line.contains("listening with mutual TLS")).context("its address")?;
-        let line: serde_json::Value = serde_json::from_str(line)?;
-        let url = format!("https://{}", line["address"].as_str().context("its address")?);
+        let url = agent.tls_url()?;
         let output = signs(&url, "ours", "ours")?;
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.success() == allowed, "{rule}: {errors}");

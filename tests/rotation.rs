@@ -296,3 +296,42 @@ fn operators_wait_while_a_token_is_opened_anew() -> anyhow::Result<()> {
     does(&world, &["generate", "l", "--type", "p256"])?;
     does(&world, &["csr", "l", "--subject", "CN=l"]).map(drop)
 }
+
+/// Whoever renews certificates has the agent read them, and interrupts nobody.
+#[test]
+fn certificates_are_renewed_while_it_runs() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.tls("a")?;
+    world.tls("b")?;
+    let tls = "tls = { address = \"127.0.0.1:0\", certificate = \"a-server.pem\", private_key = \"a-server.key\", \
+         client_ca = \"a-ca.pem\" }";
+    let listen = world.listen().replacen("[listen]\n", &format!("[listen]\n{tls}\n"), 1);
+    let token = world.token("t", "k", KeyType::P256)?;
+    let rule = "[[key.k.allow]]\ncertificate = { subject = \"CN=ci\" }\n";
+    let agent = Agent::start(
+        &world,
+        &(listen + &token_section("t", &token, "") + &key_section("k", "t", "k") + rule),
+    )?;
+    let url = agent.tls_url()?;
+    let keys = |ca: &str| {
+        let files = ["ca.pem", "client.pem", "client.key"].map(|file| format!("{ca}-{file}"));
+        let [authority, pem, key] = &files;
+        let tls = ["--agent-ca", authority, "--agent-certificate", pem, "--agent-key", key];
+        Ok::<_, anyhow::Error>(
+            world.omsign(&[&["keys", "--agent", &url], &tls[..]].concat())?.status.success(),
+        )
+    };
+    ensure!(keys("a")? && !keys("b")?);
+    // What cannot be used changes nothing.
+    let server = std::fs::read(world.path("b-server.pem"))?;
+    world.write("a-server.pem", &server)?;
+    refuses(&world, &["reload"], "cannot be used with the private key")?;
+    ensure!(keys("a")? && !keys("b")?);
+    for file in ["server.key", "ca.pem"] {
+        std::fs::copy(world.path(&format!("b-{file}")), world.path(&format!("renewed-{file}")))?;
+        std::fs::rename(world.path(&format!("renewed-{file}")), world.path(&format!("a-{file}")))?;
+    }
+    does(&world, &["reload"])?;
+    ensure!(keys("b")? && !keys("a")?);
+    Ok(())
+}

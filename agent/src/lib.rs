@@ -29,5 +29,6 @@ pub mod serve;
 mod server;
 mod setup;
 pub mod spki;
+mod tls;
 pub mod token;
 pub mod verifier;

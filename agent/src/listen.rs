@@ -3,27 +3,23 @@
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::unix::UCred;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Sleep, timeout};
-use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
-use crate::config::{Listen, TlsListen, UnixListen};
+use crate::config::{Listen, UnixListen};
 use crate::identity::Identity;
 use crate::places::{Place, Places};
+use crate::tls::{Tls, TlsError};
 
 /// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
 /// whether somebody is there.
@@ -55,7 +51,7 @@ enum Held {
 /// The sockets, bound and listening.
 pub struct Listeners {
     unix: Vec<UnixListener>,
-    tls: Vec<(TcpListener, TlsAcceptor)>,
+    tcp: Vec<(TcpListener, Arc<Tls>)>,
     files: SocketFiles,
 }
 
@@ -89,13 +85,8 @@ pub enum ListenError {
         source: io::Error,
     },
     /// A certificate or key cannot be used.
-    #[error("{path}: {reason}")]
-    Tls {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// systemd handed over a TCP socket, and there is no TLS configuration for it.
     #[error("systemd handed over a TCP socket, but [listen] has no tls; plain TCP is never served")]
     TcpWithoutTls,
@@ -103,9 +94,8 @@ pub enum ListenError {
 
 impl Listeners {
     /// Takes over the sockets that systemd passed, and binds those of the configuration that it did not.
-    pub fn bind(config: &Listen) -> Result<Self, ListenError> {
-        let mut listeners = Self { unix: Vec::new(), tls: Vec::new(), files: SocketFiles::default() };
-        let acceptor = config.tls.as_ref().map(acceptor).transpose()?;
+    pub(crate) fn bind(config: &Listen, proof: Option<&Arc<Tls>>) -> Result<Self, ListenError> {
+        let mut listeners = Self { unix: Vec::new(), tcp: Vec::new(), files: SocketFiles::default() };
         let mut inherited = listenfd::ListenFd::from_env();
         for index in 0..inherited.len() {
             let at = format!("systemd socket {index}");
@@ -113,9 +103,9 @@ impl Listeners {
             if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
                 listeners.unix.push(unix_listener(socket).map_err(fail)?);
             } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
-                let acceptor = acceptor.clone().ok_or(ListenError::TcpWithoutTls)?;
+                let proof = proof.cloned().ok_or(ListenError::TcpWithoutTls)?;
                 socket.set_nonblocking(true).map_err(fail)?;
-                listeners.tls.push((TcpListener::from_std(socket).map_err(fail)?, acceptor));
+                listeners.tcp.push((TcpListener::from_std(socket).map_err(fail)?, proof));
             }
         }
         // What systemd did not hand over is bound here.
@@ -123,7 +113,7 @@ impl Listeners {
             listeners.unix.push(bind_unix(unix)?);
             listeners.files.0.push(unix.path.clone());
         }
-        if let (Some(tls), Some(acceptor)) = (&config.tls, acceptor.filter(|_| listeners.tls.is_empty())) {
+        if let (Some(tls), Some(proof)) = (&config.tls, proof.filter(|_| listeners.tcp.is_empty())) {
             let fail = |source| ListenError::System { at: tls.address.to_string(), source };
             let socket = std::net::TcpListener::bind(tls.address).map_err(fail)?;
             socket.set_nonblocking(true).map_err(fail)?;
@@ -131,7 +121,7 @@ impl Listeners {
             if let Ok(address) = socket.local_addr() {
                 tracing::info!(%address, "listening with mutual TLS");
             }
-            listeners.tls.push((socket, acceptor));
+            listeners.tcp.push((socket, Arc::clone(proof)));
         }
         Ok(listeners)
     }
@@ -144,8 +134,8 @@ impl Listeners {
         for socket in self.unix {
             tasks.spawn(accept_unix(socket, Places::new(), accepted.clone()));
         }
-        for (socket, acceptor) in self.tls {
-            tasks.spawn(accept_tls(socket, acceptor, Places::new(), accepted.clone()));
+        for (socket, proof) in self.tcp {
+            tasks.spawn(accept_tls(socket, proof, Places::new(), accepted.clone()));
         }
         let files = self.files;
         tokio::spawn(async move {
@@ -205,7 +195,7 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
 
 async fn accept_tls(
     socket: TcpListener,
-    acceptor: TlsAcceptor,
+    proof: Arc<Tls>,
     places: Places,
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
@@ -218,12 +208,12 @@ async fn accept_tls(
                 continue;
             }
         };
-        let (acceptor, accepted, taken) = (acceptor.clone(), accepted.clone(), Arc::clone(&places.taken));
+        let (proof, accepted, taken) = (Arc::clone(&proof), accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
-            match timeout(HANDSHAKE, handshake(stream, acceptor)).await {
-                Ok(Ok((io, identity))) => {
+            match timeout(HANDSHAKE, proof.handshake(stream)).await {
+                Ok(Ok((stream, identity))) => {
                     let Some(place) = Place::of(&identity, place, &taken) else { return };
-                    let connection = Connection::new(io, identity, Held::Place(place));
+                    let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                     let _ = accepted.send(Ok(connection)).await;
                 }
                 Ok(Err(error)) => tracing::warn!(%address, %error, "TLS handshake refused"),
@@ -231,16 +221,6 @@ async fn accept_tls(
             }
         });
     }
-}
-
-async fn handshake(stream: TcpStream, acceptor: TlsAcceptor) -> io::Result<(Box<dyn Io>, Identity)> {
-    // Nagle and delayed ACK together cost 40 ms a signature.
-    stream.set_nodelay(true)?;
-    let stream = acceptor.accept(stream).await?;
-    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let identity = certificate.and_then(|der| Identity::from_certificate(der));
-    let identity = identity.ok_or_else(|| io::Error::other("the client certificate cannot be read"))?;
-    Ok((Box::new(stream), identity))
 }
 
 /// Out of descriptors, mostly: accepting again at once would spin.
@@ -290,53 +270,6 @@ pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError
     let bound = bound.inspect_err(|_| drop(std::fs::remove_file(&temporary))).map_err(fail)?;
     tracing::info!(path = %path.display(), mode = format_args!("{:04o}", config.mode), "listening");
     Ok(bound)
-}
-
-/// Whether the files of `tls` can be used, for `check-config` and `doctor`.
-pub fn check_tls(config: &TlsListen) -> Result<(), ListenError> {
-    acceptor(config).map(drop)
-}
-
-fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, ListenError> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |reason: String| ListenError::Tls { path, reason }
-    };
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&config.client_ca)? {
-        roots.add(certificate).map_err(|error| at(&config.client_ca)(error.to_string()))?;
-    }
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .build()
-        .map_err(|error| at(&config.client_ca)(error.to_string()))?;
-    let key = PrivateKeyDer::from_pem_file(&config.private_key)
-        .map_err(|error| at(&config.private_key)(format!("no private key in PEM: {error}")))?;
-    let mut server = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| at(&config.certificate)(error.to_string()))?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(certificates(&config.certificate)?, key)
-        .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
-    server.alpn_protocols = vec![b"h2".to_vec()];
-    // A session that is resumed has the certificate that was checked at its start, and nobody would ask whether it still is
-    // valid.
-    server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    server.send_tls13_tickets = 0;
-    Ok(TlsAcceptor::from(Arc::new(server)))
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ListenError> {
-    let fail = |reason| ListenError::Tls { path: path.to_owned(), reason };
-    let found: Result<Vec<_>, _> = match CertificateDer::pem_file_iter(path) {
-        Ok(found) => found.collect(),
-        Err(error) => return Err(fail(format!("no certificates in PEM: {error}"))),
-    };
-    let found = found.map_err(|error| fail(format!("no certificates in PEM: {error}")))?;
-    if found.is_empty() {
-        return Err(fail("no certificates in PEM".into()));
-    }
-    Ok(found)
 }
 
 impl Connected for Connection {

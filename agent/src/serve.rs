@@ -29,6 +29,7 @@ use crate::operator::{self, Reloaded};
 use crate::policy::{Match, Rule};
 use crate::secret::Pin;
 use crate::server::{DEADLINE, Service};
+use crate::tls::Tls;
 use crate::token::{State, Token};
 
 /// Name of the service in grpc.health.v1.
@@ -67,7 +68,8 @@ pub enum ServeError {
 
 /// Runs the daemon until SIGTERM or SIGINT. SIGHUP has it read its configuration, from `path`, anew.
 pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
-    let listeners = Listeners::bind(&config.listen)?;
+    let tls = config.listen.tls.as_ref().map(Tls::load).transpose().map_err(ListenError::from)?.map(Arc::new);
+    let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
     let audit = Audit::open(&config.audit, audit::FILE).map_err(ServeError::Audit)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let hangup = signal(SignalKind::hangup())?;
@@ -107,7 +109,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     };
     let (ask, asked) = mpsc::channel(1);
     let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent), ask)));
-    let reload = Reload { path: path.to_owned(), listen, audit: audit_config, hangup, asked };
+    let reload = Reload { path: path.to_owned(), listen, tls, audit: audit_config, hangup, asked };
     run(agent, incoming, shutdown_timeout, stop, Some(reload)).await?;
     if let Some(served) = served {
         served.abort();
@@ -268,6 +270,8 @@ struct Reload {
     /// What cannot be changed while it runs, as it was at the start.
     listen: Listen,
     audit: config::Audit,
+    /// But not what is in these files.
+    tls: Option<Arc<Tls>>,
     hangup: Signal,
     /// Operators who wait for it.
     asked: mpsc::Receiver<Reloaded>,
@@ -294,12 +298,16 @@ impl Reload {
 
     /// A configuration with mistakes changes nothing.
     async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<Vec<String>, String> {
-        let path = self.path.clone();
+        let (path, tls) = (self.path.clone(), self.tls.clone());
         // The user database may be a slow directory server.
-        let loaded = tokio::task::spawn_blocking(move || Config::load(&path)).await;
-        let config = loaded
-            .map_err(|error| error.to_string())?
-            .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
+        let loaded = tokio::task::spawn_blocking(move || {
+            let config = Config::load(&path).map_err(|mistakes| {
+                mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+            })?;
+            tls.map_or(Ok(()), |tls| tls.renew()).map_err(|error| error.to_string())?;
+            Ok::<_, String>(config)
+        });
+        let config = loaded.await.map_err(|error| error.to_string())??;
         if config.listen != self.listen || config.audit != self.audit {
             tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
         }

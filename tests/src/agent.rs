@@ -79,6 +79,14 @@ impl Agent {
         Ok(std::fs::read_to_string(&self.log)?)
     }
 
+    /// Where it listens with mutual TLS: a URL, with the port that the system chose.
+    pub fn tls_url(&self) -> anyhow::Result<String> {
+        let log = self.log()?;
+        let line = log.lines().find(|line| line.contains("listening with mutual TLS")).context("the line")?;
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        Ok(format!("https://{}", line["address"].as_str().context("its address")?))
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -9,7 +9,7 @@ use super::defaults::service_audit_directory;
 use super::keys::group_id;
 use super::read::{Reader, Section};
 use super::{Audit, Durability, Listen, TlsListen, UnixListen, default_socket};
-use crate::listen::check_tls;
+use crate::tls::Tls;
 
 /// How the operators' socket ends, beside that of callers: `agent.operator.sock`.
 const OPERATOR: &str = "operator.sock";
@@ -140,7 +140,7 @@ fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
         private_key: private_key?,
         client_ca: client_ca?,
     };
-    if let Err(error) = check_tls(&tls) {
+    if let Err(error) = Tls::load(&tls) {
         reader.mistake(at, "listen.tls", error.to_string());
     }
     Some(tls)
