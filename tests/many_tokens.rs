@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use omsign_fixtures::ca::{Ca, write_chain};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
@@ -11,7 +11,7 @@ use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, eventually, freeze, refused, signal};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::forge::pae;
-use omsign_tests::operator::{does, refuses};
+use omsign_tests::operator::{answering, does, refuses};
 use omsign_tests::world::{World, key, key_section, text, token_section};
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
@@ -353,4 +353,28 @@ fn a_required_token_has_to_be_there() -> anyhow::Result<()> {
     ensure!(code == Some(2) && errors.contains("token t is required, and cannot be opened"), "{errors}");
     ensure!(!world.path("agent.sock").exists());
     Ok(())
+}
+
+/// A deletion that failed on one of them is finished by the next.
+#[test]
+fn what_is_left_of_a_key_is_deleted() -> anyhow::Result<()> {
+    let Twins { world, _beside, right, agent: _agent, .. } = twins()?;
+    let asked = answering(&world, &["delete", "k"], "")?;
+    let asked = String::from_utf8(asked.stderr)?;
+    let fingerprint = asked.lines().find_map(|line| line.trim().strip_prefix("SHA-256 "));
+    let answers = format!("k\n{}\n", fingerprint.and_then(|all| all.get(..8)).context("a fingerprint")?);
+    right.set("C_DestroyObject 30 0\n")?;
+    let failed = answering(&world, &["delete", "k"], &answers)?;
+    let said = String::from_utf8(failed.stderr)?;
+    ensure!(failed.status.code() == Some(2) && said.contains("token b"), "{said}");
+    right.set("")?;
+    let listed = does(&world, &["list"])?;
+    ensure!(listed.contains("a: no keys") && listed.contains("label \"k\""), "{listed}");
+    // Whoever wants the key on both still hears that it is not.
+    refuses(&world, &["import-certificate", "k", "agent.toml"], "token a")?;
+    let finished = answering(&world, &["delete", "k"], &answers)?;
+    let said = String::from_utf8(finished.stderr)?;
+    ensure!(finished.status.success() && said.contains("it is not on a"), "{said}");
+    ensure!(does(&world, &["list"])? == "a: no keys\nb: no keys\n");
+    refuses(&world, &["delete", "k"], "token")
 }

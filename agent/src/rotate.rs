@@ -58,7 +58,8 @@ impl Rotation<'_> {
                         return Err(error);
                     }
                 };
-                let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
+                let there =
+                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), left: false });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;
                 reload(self.config)?;
@@ -140,7 +141,7 @@ impl Rotation<'_> {
     }
 
     fn public(&self, name: &str) -> anyhow::Result<String> {
-        match ask(self.config, Command::Public { key: name.to_owned() })? {
+        match ask(self.config, Command::Public { key: name.to_owned(), left: false })? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
         }

@@ -120,7 +120,7 @@ impl Operator<'_> {
                 }
                 Ok(Output::Pem(pem(&made.spki)?))
             }
-            Command::Public { key } => {
+            Command::Public { key, .. } => {
                 let (_, public) = self.everywhere(command, key, say).await?;
                 Ok(Output::Pem(pem(&public.spki)?))
             }
@@ -225,25 +225,40 @@ impl Operator<'_> {
         Ok(Place { name, token, spec })
     }
 
-    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one.
+    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one. Of
+    /// what is left of a key, on those that have it.
     async fn everywhere<'b>(
         &'b self,
         command: &Command,
         key: &'b str,
         say: Say<'_>,
     ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
-        let first = self.place(key)?;
-        let public = first.public(Task::Find(first.spec.clone()), say).await?;
-        let mut places = vec![first];
-        for token in command.tokens(self.config).into_iter().skip(1) {
-            let other = self.place_on(key, Some(token))?;
-            if other.public(Task::Find(other.spec.clone()), say).await?.spki != public.spki {
+        self.place(key)?;
+        let tokens = command.tokens(self.config);
+        let (mut places, mut public, mut missing) = (Vec::new(), None::<PublicKey>, None);
+        for token in &tokens {
+            let place = self.place_on(key, Some(token))?;
+            let found = match place.public(Task::Find(place.spec.clone()), say).await {
+                Err(error)
+                    if tokens.len() > 1 && command.is_about_what_is_left() && place.is_empty(say).await? =>
+                {
+                    say(&format!("it is not on {token}"));
+                    missing = Some(error);
+                    continue;
+                }
+                found => found?,
+            };
+            if public.as_ref().is_some_and(|public| public.spki != found.spki) {
                 let why = "it holds another key than the others";
-                return Err(other.failed(TokenError::Refused(why.into())));
+                return Err(place.failed(TokenError::Refused(why.into())));
             }
-            places.push(other);
+            places.push(place);
+            public = Some(found);
         }
-        Ok((places, public))
+        match public {
+            Some(public) => Ok((places, public)),
+            None => Err(missing.unwrap_or_else(|| KeyLifeError::NoKey(key.to_owned()))),
+        }
     }
 
     async fn record(
@@ -288,6 +303,14 @@ impl Place<'_> {
     async fn sign(&self, message: Vec<u8>, say: Say<'_>) -> Result<Vec<u8>, KeyLifeError> {
         match self.ask(Task::Sign(self.spec.clone(), message), say).await? {
             Done::Signature(signature) => Ok(signature),
+            _ => Err(self.failed(surprise())),
+        }
+    }
+
+    /// Whether the device lists no such key.
+    async fn is_empty(&self, say: Say<'_>) -> Result<bool, KeyLifeError> {
+        match self.ask(Task::List(vec![self.spec.object.clone()]), say).await? {
+            Done::Listed(listed) => Ok(listed.iter().all(|key| !self.spec.object.names(&key.object))),
             _ => Err(self.failed(surprise())),
         }
     }

@@ -69,6 +69,7 @@ macro_rules! wrap {
         list.C_GetTokenInfo = Some(of_token);
         list.C_OpenSession = Some(perhaps_only_writing);
         list.C_CloseSession = Some(C_CloseSession);
+        list.C_DestroyObject = Some(C_DestroyObject);
         list.C_Login = Some(C_Login);
         list.C_FindObjectsInit = Some(private_only);
         list.C_GetMechanismInfo = Some(luna::of_mechanism);
@@ -193,6 +194,7 @@ functions! {
     C_OpenSession(slot: CK_SLOT_ID, flags: CK_FLAGS, application: CK_VOID_PTR, notify: CK_NOTIFY,
         session: CK_SESSION_HANDLE_PTR);
     C_CloseSession(session: CK_SESSION_HANDLE);
+    C_DestroyObject(session: CK_SESSION_HANDLE, object: CK_OBJECT_HANDLE);
     C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: CK_UTF8CHAR_PTR, length: CK_ULONG);
     C_FindObjectsInit(session: CK_SESSION_HANDLE, template: CK_ATTRIBUTE_PTR, count: CK_ULONG);
     C_GenerateKeyPair(session: CK_SESSION_HANDLE, mechanism: CK_MECHANISM_PTR, public: CK_ATTRIBUTE_PTR,
