@@ -160,6 +160,14 @@ fn what_would_not_fit_into_memory_is_refused() -> anyhow::Result<()> {
     let world = World::new()?;
     std::fs::create_dir(world.path("model"))?;
     std::fs::File::create(world.path("model/sparse"))?.set_len(1 << 40)?;
+    for size in ["1M", "0", "MB", "-1", "99999999999GB"] {
+        let size = format!("--shard-size={size}");
+        world.omsign_refuses(
+            2,
+            &["digest", "model", &size],
+            &["write a number of bytes, as 1000000000, 1GB or 128MiB"],
+        )?;
+    }
     let shards = ["digest", "model", "--shard-size", "1000"];
     world.omsign_refuses(2, &shards, &["would have more than 16777216 shards; make them larger"])?;
     let sparse = std::fs::File::create(world.path("manifest.json"))?;

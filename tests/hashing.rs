@@ -20,7 +20,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 fn every_algorithm_and_serialization_beside_other_tools() -> anyhow::Result<()> {
     let world = world()?;
     for (algorithm, tool) in [("sha256", "sha256sum"), ("blake2b", "b2sum"), ("blake3", "b3sum")] {
-        for (shard_size, more) in [(None, &[][..]), (Some(1 << 20), &["--shard-size", "1048576"])] {
+        for (shard_size, more) in [(None, &[][..]), (Some(1 << 20), &["--shard-size", "1MiB"])] {
             sign(&world, &[&["--hash-type", algorithm], more].concat())?;
             let signed = inspect(&world)?;
             ensure!(
@@ -148,7 +148,7 @@ fn memory_stays_small_whatever_the_model() -> anyhow::Result<()> {
     };
     (0..80).try_for_each(|file| write(format!("model/{file}"), 16 << 20))?;
     for more in
-        [&["--jobs", "64"][..], &["--jobs", "1"], &["--hash-type", "blake3"], &["--shard-size", "1000000"]]
+        [&["--jobs", "64"][..], &["--jobs", "1"], &["--hash-type", "blake3"], &["--shard-size", "1MB"]]
     {
         world.omsign_ok(&[&["digest", "model"], more].concat())?;
     }

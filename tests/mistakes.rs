@@ -170,7 +170,12 @@ fn pem_keys_and_their_passwords() -> anyhow::Result<()> {
     world.omsign_refuses(
         2,
         &[&sign[..], &["pub.pem"]].concat(),
-        &["pub.pem does not hold a private key in PEM"],
+        &["pub.pem does not hold a private key in PEM, but: PUBLIC KEY"],
+    )?;
+    world.omsign_refuses(
+        2,
+        &["verify", "model", "--signature", "pub.pem", "--public-key", "rsa.pem"],
+        &["rsa.pem does not hold a public key in PEM, but: ", "hint: `openssl pkey -in rsa.pem -pubout`"],
     )?;
     Ok(())
 }

@@ -216,7 +216,7 @@ fn mistakes_in_a_policy() -> anyhow::Result<()> {
     };
     add(&["b"], "give exactly one of")?;
     add(&["b", "--public-key", "nowhere"], "cannot read nowhere")?;
-    add(&["b", "--public-key", "root.pem"], "root.pem does not hold a public key")?;
+    add(&["b", "--public-key", "root.pem"], "root.pem does not hold a public key in PEM, but: CERTIFICATE")?;
     add(&["a", "--public-key", "other.pub"], "p.toml has a signer \"a\" already")?;
     add(&["b/c", "--public-key", "other.pub"], "\"b/c\" is no name for a signer")?;
     add(&["b", "--public-key", "other.pub", "--models", "["], "\"[\" is not a pattern")?;

@@ -58,11 +58,11 @@ impl Crls {
     pub fn read(&mut self, path: &Path) -> Result<(), KeyError> {
         const END: &str = "-----END X509 CRL-----";
         let bytes = read(path)?;
-        let content = |what| KeyError::Content { path: path.to_owned(), what };
+        let content = |what| KeyError::content(path, what, &bytes);
         let lists = match X509Crl::from_der(&bytes) {
             Ok(list) => vec![list],
             Err(_) => {
-                let text = String::from_utf8(bytes).map_err(|_| content("a CRL"))?;
+                let text = std::str::from_utf8(&bytes).map_err(|_| content("a CRL"))?;
                 let blocks = text.split_inclusive(END).filter(|block| block.contains(END));
                 let lists = blocks.map(|block| X509Crl::from_pem(block.as_bytes()));
                 lists.collect::<Result<_, _>>().map_err(|_| content("a CRL"))?

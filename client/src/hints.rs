@@ -13,6 +13,7 @@ use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
 use omsign::policy::PolicyError;
+use omsign::terms::TermsError;
 use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
 use tonic::Code;
@@ -118,6 +119,13 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "--allow-nonstandard-key signs all the same; omsign verifies it, the reference implementation does not"
                 .into()
         }
+        Error::Terms(TermsError::Key(KeyError::Content { what: "a public key", label: Some(label), path })) => match label.as_str() {
+            "CERTIFICATE" => "give the certificate of the signer's CA with --certificate-chain".into(),
+            _ if label.ends_with("PRIVATE KEY") => {
+                format!("`openssl pkey -in {} -pubout` prints its public half", path.display())
+            }
+            _ => return None,
+        },
         Error::Key(KeyError::Password { .. }) => {
             "give the password with --password-file or --password-env, or at a terminal".into()
         }

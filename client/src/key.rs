@@ -34,12 +34,14 @@ pub enum KeyError {
         source: std::io::Error,
     },
     /// It does not hold what it should.
-    #[error("{path} does not hold {what} in PEM")]
+    #[error("{path} does not hold {what} in PEM{}", .label.as_ref().map(|label| format!(", but: {label}")).unwrap_or_default())]
     Content {
         /// The file.
         path: PathBuf,
         /// What it should hold.
         what: &'static str,
+        /// What it says that it holds (RFC 7468).
+        label: Option<String>,
     },
     /// It is not the JSON that it should be.
     #[error("{path} is not {what} in JSON")]
@@ -188,7 +190,7 @@ impl PublicKey {
 
     /// From PEM. `path` is where it came from, for errors.
     pub(crate) fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
-        let content = || KeyError::Content { path: path.to_owned(), what: "a public key" };
+        let content = || KeyError::content(path, "a public key", pem);
         let spki = match der::pem::decode_vec(pem) {
             Ok(("PUBLIC KEY", spki)) => spki,
             // With text around it, or of another kind.
@@ -329,7 +331,7 @@ impl PrivateKey {
             Ok(given.len())
         });
         let key = parsed.map_err(|_| match asked {
-            None => KeyError::Content { path: path.to_owned(), what: "a private key" },
+            None => KeyError::content(path, "a private key", &pem),
             Some(true) => KeyError::Password { path: path.to_owned(), reason: "the password is wrong" },
             Some(false) => KeyError::Password { path: path.to_owned(), reason: "it needs a password" },
         })?;
@@ -365,9 +367,22 @@ pub fn read_certificates(paths: &[PathBuf]) -> Result<Vec<X509>, KeyError> {
 pub(crate) fn certificates_from_pem(pem: &[u8], path: &Path) -> Result<Vec<X509>, KeyError> {
     let found = X509::stack_from_pem(pem).unwrap_or_default();
     if found.is_empty() {
-        return Err(KeyError::Content { path: path.to_owned(), what: "a certificate" });
+        return Err(KeyError::content(path, "a certificate", pem));
     }
     Ok(found)
+}
+
+impl KeyError {
+    /// A file with something else.
+    pub(crate) fn content(path: &Path, what: &'static str, pem: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(pem);
+        let label = text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----"));
+        // Files may hold anything, and this is shown.
+        let known =
+            |label: &&str| label.len() < 40 && label.bytes().all(|b| b.is_ascii_uppercase() || b == b' ');
+        let label = label.map(|(label, _)| label).filter(known).map(str::to_owned);
+        Self::Content { path: path.to_owned(), what, label }
+    }
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, KeyError> {

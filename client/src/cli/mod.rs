@@ -83,9 +83,27 @@ pub(crate) struct Files {
     /// What has a digest: files, or shards of them, so that many cores or machines share one file [default: files]
     #[arg(long, value_name = "METHOD")]
     pub(crate) serialization: Option<Serialization>,
-    /// Bytes in a shard; makes shards [default: 1000000000]
-    #[arg(long, value_name = "BYTES")]
+    /// Bytes in a shard, as 1000000, 1MB or 1MiB; makes shards [default: 1GB]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) shard_size: Option<NonZeroU64>,
+}
+
+/// A number of bytes, or of as many as a unit has (IEC 80000-13).
+fn bytes(text: &str) -> Result<NonZeroU64, &'static str> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit: u64 = match unit {
+        "" | "B" => 1,
+        "kB" | "KB" => 1000,
+        "MB" => 1000 * 1000,
+        "GB" => 1000 * 1000 * 1000,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => 0,
+    };
+    let bytes = number.parse().ok().and_then(|number: u64| number.checked_mul(unit));
+    bytes.and_then(NonZeroU64::new).ok_or("write a number of bytes, as 1000000000, 1GB or 128MiB")
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
