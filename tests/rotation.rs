@@ -297,41 +297,55 @@ fn operators_wait_while_a_token_is_opened_anew() -> anyhow::Result<()> {
     does(&world, &["csr", "l", "--subject", "CN=l"]).map(drop)
 }
 
-/// Whoever renews certificates has the agent read them, and interrupts nobody.
+/// Whoever renews certificates has the agent read them.
 #[test]
 fn certificates_are_renewed_while_it_runs() -> anyhow::Result<()> {
     let world = World::new()?;
-    world.tls("a")?;
-    world.tls("b")?;
+    ["a", "b"].into_iter().try_for_each(|ca| world.tls(ca))?;
     let tls = "tls = { address = \"127.0.0.1:0\", certificate = \"a-server.pem\", private_key = \"a-server.key\", \
          client_ca = \"a-ca.pem\" }";
     let listen = world.listen().replacen("[listen]\n", &format!("[listen]\n{tls}\n"), 1);
     let token = world.token("t", "k", KeyType::P256)?;
     let rule = "[[key.k.allow]]\ncertificate = { subject = \"CN=ci\" }\n";
-    let agent = Agent::start(
-        &world,
-        &(listen + &token_section("t", &token, "") + &key_section("k", "t", "k") + rule),
-    )?;
+    let config = listen + &token_section("t", &token, "") + &key_section("k", "t", "k") + rule;
+    let agent = Agent::start(&world, &config)?;
     let url = agent.tls_url()?;
-    let keys = |ca: &str| {
-        let files = ["ca.pem", "client.pem", "client.key"].map(|file| format!("{ca}-{file}"));
+    // A client of one CA, which wants an agent of another.
+    let served = |client: &str, wants: &str| {
+        let files =
+            [format!("{wants}-ca.pem"), format!("{client}-client.pem"), format!("{client}-client.key")];
         let [authority, pem, key] = &files;
         let tls = ["--agent-ca", authority, "--agent-certificate", pem, "--agent-key", key];
         Ok::<_, anyhow::Error>(
             world.omsign(&[&["keys", "--agent", &url], &tls[..]].concat())?.status.success(),
         )
     };
-    ensure!(keys("a")? && !keys("b")?);
+    world.write("was-ca.pem", std::fs::read(world.path("a-ca.pem"))?)?;
+    ensure!(served("a", "was")? && !served("b", "was")?);
     // What cannot be used changes nothing.
-    let server = std::fs::read(world.path("b-server.pem"))?;
-    world.write("a-server.pem", &server)?;
+    world.write("a-server.pem", std::fs::read(world.path("b-server.pem"))?)?;
     refuses(&world, &["reload"], "cannot be used with the private key")?;
-    ensure!(keys("a")? && !keys("b")?);
+    ensure!(served("a", "was")? && !served("b", "was")?);
     for file in ["server.key", "ca.pem"] {
-        std::fs::copy(world.path(&format!("b-{file}")), world.path(&format!("renewed-{file}")))?;
-        std::fs::rename(world.path(&format!("renewed-{file}")), world.path(&format!("a-{file}")))?;
+        std::fs::copy(world.path(&format!("b-{file}")), world.path("renewed"))?;
+        std::fs::rename(world.path("renewed"), world.path(&format!("a-{file}")))?;
     }
     does(&world, &["reload"])?;
-    ensure!(keys("b")? && !keys("a")?);
+    ensure!(served("b", "b")? && !served("b", "was")? && !served("a", "b")?);
+    // Other files take a restart; everything else does not, also when those of before are gone.
+    let others = config.replace("\"a-", "\"b-").replace("CN=ci", "CN=cd");
+    world.write("agent.toml", others)?;
+    for file in ["server.pem", "server.key", "ca.pem"] {
+        std::fs::remove_file(world.path(&format!("a-{file}")))?;
+    }
+    does(&world, &["reload"])?;
+    ensure!(agent.log()?.contains("[listen] or [audit] changed, which takes a restart"));
+    ensure!(served("b", "b")?);
+    let sign =
+        ["sign", "model", "--key", "k", "--agent", &url, "--agent-ca", "b-ca.pem", "--agent-certificate"];
+    world.model()?;
+    let sign = [&sign[..], &["b-client.pem", "--agent-key", "b-client.key"]].concat();
+    let refused = world.omsign(&sign)?;
+    ensure!(String::from_utf8_lossy(&refused.stderr).contains("you are not allowed"), "{refused:?}");
     Ok(())
 }

@@ -80,7 +80,7 @@ pub(crate) fn key(
             Command::Attest { key: name, asking: Asking { nonce: nonce_of(&nonce)?, challenge } }
         }
         KeyCommand::Delete { name } => {
-            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone(), left: true })? else {
+            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
                 bail!("the device did not answer");
             };
             confirmed(&config, &name, &public)?;

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Sleep, timeout};
 use tonic::transport::server::Connected;
 
-use crate::config::{Listen, UnixListen};
+use crate::config::{Listen, TlsListen, UnixListen};
 use crate::identity::Identity;
 use crate::places::{Place, Places};
 use crate::tls::{Tls, TlsError};
@@ -94,7 +94,7 @@ pub enum ListenError {
 
 impl Listeners {
     /// Takes over the sockets that systemd passed, and binds those of the configuration that it did not.
-    pub(crate) fn bind(config: &Listen, proof: Option<&Arc<Tls>>) -> Result<Self, ListenError> {
+    pub(crate) fn bind(config: &Listen, tls: Option<&Arc<Tls>>) -> Result<Self, ListenError> {
         let mut listeners = Self { unix: Vec::new(), tcp: Vec::new(), files: SocketFiles::default() };
         let mut inherited = listenfd::ListenFd::from_env();
         for index in 0..inherited.len() {
@@ -103,9 +103,9 @@ impl Listeners {
             if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
                 listeners.unix.push(unix_listener(socket).map_err(fail)?);
             } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
-                let proof = proof.cloned().ok_or(ListenError::TcpWithoutTls)?;
+                let tls = tls.cloned().ok_or(ListenError::TcpWithoutTls)?;
                 socket.set_nonblocking(true).map_err(fail)?;
-                listeners.tcp.push((TcpListener::from_std(socket).map_err(fail)?, proof));
+                listeners.tcp.push((TcpListener::from_std(socket).map_err(fail)?, tls));
             }
         }
         // What systemd did not hand over is bound here.
@@ -113,15 +113,17 @@ impl Listeners {
             listeners.unix.push(bind_unix(unix)?);
             listeners.files.0.push(unix.path.clone());
         }
-        if let (Some(tls), Some(proof)) = (&config.tls, proof.filter(|_| listeners.tcp.is_empty())) {
-            let fail = |source| ListenError::System { at: tls.address.to_string(), source };
-            let socket = std::net::TcpListener::bind(tls.address).map_err(fail)?;
+        if let (Some(TlsListen { address, .. }), Some(tls)) =
+            (&config.tls, tls.filter(|_| listeners.tcp.is_empty()))
+        {
+            let fail = |source| ListenError::System { at: address.to_string(), source };
+            let socket = std::net::TcpListener::bind(address).map_err(fail)?;
             socket.set_nonblocking(true).map_err(fail)?;
             let socket = TcpListener::from_std(socket).map_err(fail)?;
             if let Ok(address) = socket.local_addr() {
                 tracing::info!(%address, "listening with mutual TLS");
             }
-            listeners.tcp.push((socket, Arc::clone(proof)));
+            listeners.tcp.push((socket, Arc::clone(tls)));
         }
         Ok(listeners)
     }
@@ -134,8 +136,8 @@ impl Listeners {
         for socket in self.unix {
             tasks.spawn(accept_unix(socket, Places::new(), accepted.clone()));
         }
-        for (socket, proof) in self.tcp {
-            tasks.spawn(accept_tls(socket, proof, Places::new(), accepted.clone()));
+        for (socket, tls) in self.tcp {
+            tasks.spawn(accept_tls(socket, tls, Places::new(), accepted.clone()));
         }
         let files = self.files;
         tokio::spawn(async move {
@@ -195,7 +197,7 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
 
 async fn accept_tls(
     socket: TcpListener,
-    proof: Arc<Tls>,
+    tls: Arc<Tls>,
     places: Places,
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
@@ -208,9 +210,9 @@ async fn accept_tls(
                 continue;
             }
         };
-        let (proof, accepted, taken) = (Arc::clone(&proof), accepted.clone(), Arc::clone(&places.taken));
+        let (tls, accepted, taken) = (Arc::clone(&tls), accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
-            match timeout(HANDSHAKE, proof.handshake(stream)).await {
+            match timeout(HANDSHAKE, tls.handshake(stream)).await {
                 Ok(Ok((stream, identity))) => {
                     let Some(place) = Place::of(&identity, place, &taken) else { return };
                     let connection = Connection::new(Box::new(stream), identity, Held::Place(place));

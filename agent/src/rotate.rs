@@ -58,8 +58,7 @@ impl Rotation<'_> {
                         return Err(error);
                     }
                 };
-                let there =
-                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), left: false });
+                let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;
                 reload(self.config)?;
@@ -141,7 +140,7 @@ impl Rotation<'_> {
     }
 
     fn public(&self, name: &str) -> anyhow::Result<String> {
-        match ask(self.config, Command::Public { key: name.to_owned(), left: false })? {
+        match ask(self.config, Command::Public { key: name.to_owned() })? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
         }

@@ -304,7 +304,10 @@ impl Reload {
             let config = Config::load(&path).map_err(|mistakes| {
                 mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
             })?;
-            tls.map_or(Ok(()), |tls| tls.renew()).map_err(|error| error.to_string())?;
+            // Other files take a restart, and those of before may be gone.
+            if let Some(tls) = tls.filter(|tls| tls.is_for(config.listen.tls.as_ref())) {
+                tls.renew().map_err(|error| error.to_string())?;
+            }
             Ok::<_, String>(config)
         });
         let config = loaded.await.map_err(|error| error.to_string())??;

@@ -36,6 +36,11 @@ impl Tls {
         Ok(Self { acceptor: RwLock::new(acceptor(config)?), config: config.clone() })
     }
 
+    /// Whether these are its files.
+    pub(crate) fn is_for(&self, config: Option<&TlsListen>) -> bool {
+        config == Some(&self.config)
+    }
+
     /// Reads the files anew, for the connections that come from now on.
     pub(crate) fn renew(&self) -> Result<(), TlsError> {
         let acceptor = acceptor(&self.config)?;

@@ -58,7 +58,7 @@ impl Crls {
     pub fn read(&mut self, path: &Path) -> Result<(), KeyError> {
         const END: &str = "-----END X509 CRL-----";
         let bytes = read(path)?;
-        let content = |what| KeyError::content(path, what, &bytes);
+        let content = |what| KeyError::Content { path: path.to_owned(), what, instead: None };
         let lists = match X509Crl::from_der(&bytes) {
             Ok(list) => vec![list],
             Err(_) => {

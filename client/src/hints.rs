@@ -8,7 +8,7 @@ use omsign::bundle::BundleError;
 use omsign::differences::Differences;
 use omsign::hash::HashError;
 use omsign::hash::cache::CacheError;
-use omsign::key::KeyError;
+use omsign::key::{KeyError, PRIVATE_KEYS, PUBLIC_KEY};
 use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
@@ -119,13 +119,15 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "--allow-nonstandard-key signs all the same; omsign verifies it, the reference implementation does not"
                 .into()
         }
-        Error::Terms(TermsError::Key(KeyError::Content { what: "a public key", label: Some(label), path })) => match label.as_str() {
-            "CERTIFICATE" => "give the certificate of the signer's CA with --certificate-chain".into(),
-            _ if label.ends_with("PRIVATE KEY") => {
-                format!("`openssl pkey -in {} -pubout` prints its public half", path.display())
+        Error::Terms(TermsError::Key(KeyError::Content { what: PUBLIC_KEY, instead: Some(label), path })) => {
+            match *label {
+                "CERTIFICATE" => "give the certificate of the signer's CA with --certificate-chain".into(),
+                label if PRIVATE_KEYS.contains(&label) => {
+                    format!("`openssl pkey -in {} -pubout` prints its public half", path.display())
+                }
+                _ => return None,
             }
-            _ => return None,
-        },
+        }
         Error::Key(KeyError::Password { .. }) => {
             "give the password with --password-file or --password-env, or at a terminal".into()
         }

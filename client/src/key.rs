@@ -22,6 +22,13 @@ use crate::path::PathError;
 /// The shortest RSA modulus: 112 bits of security (NIST SP 800-57).
 const LEAST_RSA_BITS: u32 = 2048;
 
+/// What a file may not hold that should: see [`KeyError::Content`].
+pub const PUBLIC_KEY: &str = "a public key";
+
+/// How files in PEM begin that hold a private key (RFC 7468, RFC 5915; and before them, for RSA).
+pub const PRIVATE_KEYS: [&str; 4] =
+    ["PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY"];
+
 /// A file with a key or certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -34,14 +41,14 @@ pub enum KeyError {
         source: std::io::Error,
     },
     /// It does not hold what it should.
-    #[error("{path} does not hold {what} in PEM{}", .label.as_ref().map(|label| format!(", but: {label}")).unwrap_or_default())]
+    #[error("{path} does not hold {what} in PEM{}", .instead.map(|label| format!(", but: {label}")).unwrap_or_default())]
     Content {
         /// The file.
         path: PathBuf,
         /// What it should hold.
         what: &'static str,
-        /// What it says that it holds (RFC 7468).
-        label: Option<String>,
+        /// What it says that it holds, if that is something else.
+        instead: Option<&'static str>,
     },
     /// It is not the JSON that it should be.
     #[error("{path} is not {what} in JSON")]
@@ -190,7 +197,7 @@ impl PublicKey {
 
     /// From PEM. `path` is where it came from, for errors.
     pub(crate) fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
-        let content = || KeyError::content(path, "a public key", pem);
+        let content = || KeyError::content(path, PUBLIC_KEY, &["PUBLIC KEY"], pem);
         let spki = match der::pem::decode_vec(pem) {
             Ok(("PUBLIC KEY", spki)) => spki,
             // With text around it, or of another kind.
@@ -331,7 +338,7 @@ impl PrivateKey {
             Ok(given.len())
         });
         let key = parsed.map_err(|_| match asked {
-            None => KeyError::content(path, "a private key", &pem),
+            None => KeyError::content(path, "a private key", &PRIVATE_KEYS, &pem),
             Some(true) => KeyError::Password { path: path.to_owned(), reason: "the password is wrong" },
             Some(false) => KeyError::Password { path: path.to_owned(), reason: "it needs a password" },
         })?;
@@ -367,21 +374,23 @@ pub fn read_certificates(paths: &[PathBuf]) -> Result<Vec<X509>, KeyError> {
 pub(crate) fn certificates_from_pem(pem: &[u8], path: &Path) -> Result<Vec<X509>, KeyError> {
     let found = X509::stack_from_pem(pem).unwrap_or_default();
     if found.is_empty() {
-        return Err(KeyError::content(path, "a certificate", pem));
+        return Err(KeyError::content(path, "a certificate", &["CERTIFICATE"], pem));
     }
     Ok(found)
 }
 
 impl KeyError {
-    /// A file with something else.
-    pub(crate) fn content(path: &Path, what: &'static str, pem: &[u8]) -> Self {
-        let text = String::from_utf8_lossy(pem);
-        let label = text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----"));
-        // Files may hold anything, and this is shown.
+    /// A file without what it should hold: that has one of these labels.
+    fn content(path: &Path, what: &'static str, labels: &[&str], pem: &[u8]) -> Self {
+        // Only these are shown: files may hold anything.
         let known =
-            |label: &&str| label.len() < 40 && label.bytes().all(|b| b.is_ascii_uppercase() || b == b' ');
-        let label = label.map(|(label, _)| label).filter(known).map(str::to_owned);
-        Self::Content { path: path.to_owned(), what, label }
+            PRIVATE_KEYS.into_iter().chain(["PUBLIC KEY", "CERTIFICATE", "CERTIFICATE REQUEST", "X509 CRL"]);
+        let begins = |label: &&str| {
+            let begin = format!("-----BEGIN {label}-----");
+            pem.windows(begin.len()).any(|window| window == begin.as_bytes())
+        };
+        let instead = known.filter(|label| !labels.contains(label)).find(begins);
+        Self::Content { path: path.to_owned(), what, instead }
     }
 }
 

@@ -9,6 +9,7 @@ use super::wire::KeySpec;
 use crate::algorithm::KeyType;
 use crate::config::Object;
 use crate::public_key::PublicKey;
+use crate::spki::SpkiDer;
 
 /// What to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,8 +26,8 @@ pub(crate) enum Task {
     Store(KeySpec, #[serde(with = "hex")] Vec<u8>),
     /// Show how this key came to be.
     Attest(KeySpec, Asking),
-    /// Delete this key and what belongs to it.
-    Delete(KeySpec),
+    /// Delete this key and what belongs to it, if this is its public half.
+    Delete(KeySpec, SpkiDer),
 }
 
 impl Task {
@@ -37,7 +38,7 @@ impl Task {
             Self::Generate(..) | Self::Attest(..) => Duration::from_secs(300),
             // Three calls for each of ten thousand objects in another building.
             Self::List(_) => Duration::from_secs(60),
-            Self::Find(_) | Self::Sign(..) | Self::Store(..) | Self::Delete(_) => Duration::ZERO,
+            Self::Find(_) | Self::Sign(..) | Self::Store(..) | Self::Delete(..) => Duration::ZERO,
         };
         // To find a key and check it takes some ten calls; most are quick where one is slow.
         least.max(one.saturating_mul(6))

@@ -30,8 +30,6 @@ pub enum Command {
     Public {
         /// Name of the key.
         key: String,
-        /// Whether tokens without the key do not count, as when what is left of it is to be deleted.
-        left: bool,
     },
     /// A certificate request (PKCS#10, RFC 2986), signed by the key.
     Csr {
@@ -113,7 +111,7 @@ impl Command {
             Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
             Self::Reload => return Vec::new(),
             Self::Generate { key, .. }
-            | Self::Public { key, .. }
+            | Self::Public { key }
             | Self::Csr { key, .. }
             | Self::SelfSign { key, .. }
             | Self::ImportCertificate { key, .. }
@@ -126,11 +124,6 @@ impl Command {
             matches!(self, Self::Delete { .. } | Self::Public { .. } | Self::ImportCertificate { .. });
         let all = if everywhere { tokens.len() } else { 1 };
         tokens.iter().take(all).map(String::as_str).collect()
-    }
-
-    /// Whether tokens without the key do not count: a deletion that failed on one of several is finished by another.
-    pub(super) fn is_about_what_is_left(&self) -> bool {
-        matches!(self, Self::Delete { .. } | Self::Public { left: true, .. })
     }
 
     /// What the record calls it, and the key; none where nothing is recorded.

@@ -56,6 +56,21 @@ pub enum KeyLifeError {
         /// Why.
         error: TokenError,
     },
+    /// It could be deleted on some of its tokens only.
+    #[error(
+        "token {token}: {error}; the key is gone from {gone}: to delete it on the others, too, name only those as the \
+         token of [key.{key}]"
+    )]
+    Undeleted {
+        /// The key's name.
+        key: String,
+        /// The token that it could not be deleted on.
+        token: String,
+        /// Why.
+        error: TokenError,
+        /// Where there is no key any more.
+        gone: String,
+    },
     /// A certificate that cannot be made or taken.
     #[error(transparent)]
     Certificate(#[from] certificate::CertificateError),
@@ -120,7 +135,7 @@ impl Operator<'_> {
                 }
                 Ok(Output::Pem(pem(&made.spki)?))
             }
-            Command::Public { key, .. } => {
+            Command::Public { key } => {
                 let (_, public) = self.everywhere(command, key, say).await?;
                 Ok(Output::Pem(pem(&public.spki)?))
             }
@@ -167,10 +182,20 @@ impl Operator<'_> {
                     let why = "it holds another key than was confirmed";
                     return Err(self.place(key)?.failed(TokenError::Refused(why.into())));
                 }
+                let mut gone: Vec<&str> = Vec::new();
                 for place in &places {
-                    place.ask(Task::Delete(place.spec.clone()), say).await?;
+                    let delete = Task::Delete(place.spec.clone(), found.spki.clone());
+                    match ask(place.token, delete, say).await {
+                        Err(error) if !gone.is_empty() => {
+                            let (key, token) = (key.clone(), place.token.name.clone());
+                            let gone = gone.join(" and ");
+                            return Err(KeyLifeError::Undeleted { key, token, error, gone });
+                        }
+                        done => done.map_err(|error| place.failed(error))?,
+                    };
                     // Nobody is to be told that it is ready.
                     place.token.look_again(true).await;
+                    gone.push(&place.token.name);
                 }
                 Ok(Output::Done)
             }
@@ -225,40 +250,25 @@ impl Operator<'_> {
         Ok(Place { name, token, spec })
     }
 
-    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one. Of
-    /// what is left of a key, on those that have it.
+    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one.
     async fn everywhere<'b>(
         &'b self,
         command: &Command,
         key: &'b str,
         say: Say<'_>,
     ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
-        self.place(key)?;
-        let tokens = command.tokens(self.config);
-        let (mut places, mut public, mut missing) = (Vec::new(), None::<PublicKey>, None);
-        for token in &tokens {
-            let place = self.place_on(key, Some(token))?;
-            let found = match place.public(Task::Find(place.spec.clone()), say).await {
-                Err(error)
-                    if tokens.len() > 1 && command.is_about_what_is_left() && place.is_empty(say).await? =>
-                {
-                    say(&format!("it is not on {token}"));
-                    missing = Some(error);
-                    continue;
-                }
-                found => found?,
-            };
-            if public.as_ref().is_some_and(|public| public.spki != found.spki) {
+        let first = self.place(key)?;
+        let public = first.public(Task::Find(first.spec.clone()), say).await?;
+        let mut places = vec![first];
+        for token in command.tokens(self.config).into_iter().skip(1) {
+            let other = self.place_on(key, Some(token))?;
+            if other.public(Task::Find(other.spec.clone()), say).await?.spki != public.spki {
                 let why = "it holds another key than the others";
-                return Err(place.failed(TokenError::Refused(why.into())));
+                return Err(other.failed(TokenError::Refused(why.into())));
             }
-            places.push(place);
-            public = Some(found);
+            places.push(other);
         }
-        match public {
-            Some(public) => Ok((places, public)),
-            None => Err(missing.unwrap_or_else(|| KeyLifeError::NoKey(key.to_owned()))),
-        }
+        Ok((places, public))
     }
 
     async fn record(
@@ -303,14 +313,6 @@ impl Place<'_> {
     async fn sign(&self, message: Vec<u8>, say: Say<'_>) -> Result<Vec<u8>, KeyLifeError> {
         match self.ask(Task::Sign(self.spec.clone(), message), say).await? {
             Done::Signature(signature) => Ok(signature),
-            _ => Err(self.failed(surprise())),
-        }
-    }
-
-    /// Whether the device lists no such key.
-    async fn is_empty(&self, say: Say<'_>) -> Result<bool, KeyLifeError> {
-        match self.ask(Task::List(vec![self.spec.object.clone()]), say).await? {
-            Done::Listed(listed) => Ok(listed.iter().all(|key| !self.spec.object.names(&key.object))),
             _ => Err(self.failed(surprise())),
         }
     }

@@ -327,3 +327,15 @@ pub(crate) enum CacheCommand {
     /// Forgets all digests
     Clear,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_units() {
+        let all = ["7", "7B", "7kB", "7KB", "7MB", "7GB", "7KiB", "7MiB", "7GiB"];
+        let bytes = all.map(|text| bytes(text).map(|bytes| bytes.get() / 7));
+        assert_eq!(bytes, [1, 1, 1000, 1000, 1_000_000, 1_000_000_000, 1 << 10, 1 << 20, 1 << 30].map(Ok));
+    }
+}

@@ -41,7 +41,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
             written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
-        Task::Delete(key) => delete(card, slot(key)?, notify),
+        Task::Delete(key, _) => delete(card, slot(key)?, notify),
     }
 }
 

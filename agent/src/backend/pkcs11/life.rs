@@ -37,7 +37,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task, notify: Notify<'_>) -> Res
         }
         Task::Store(key, certificate) => store(&session, selector(key)?, certificate),
         Task::Attest(key, _) => attest(&session, &token.profile, selector(key)?).map(Done::Attested),
-        Task::Delete(key) => delete(&session, selector(key)?),
+        Task::Delete(key, _) => delete(&session, selector(key)?),
     }
 }
 

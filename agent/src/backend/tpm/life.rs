@@ -54,7 +54,7 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
         Task::Attest(key, asking) => open(context, auth, key, |context, _, handle| {
             attest::attest(context, handle, asking).map(Done::Attested)
         }),
-        Task::Delete(key) => delete(context, &key.object),
+        Task::Delete(key, _) => delete(context, &key.object),
     }
 }
 
