@@ -9,7 +9,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::{built, write_private};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, next_event, request, sign};
 use omsign_tests::device::{Device, card};
 use omsign_tests::world::{World, key};
 use rustix::process::Signal;
@@ -337,18 +337,18 @@ fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
         let mut client = connect(socket).await?;
         let started = Instant::now();
         let mut events = client.sign(request("touch", 1 << 64, &DIGEST)).await?.into_inner();
-        let first = events.message().await?.context("an event")?.event;
+        let first = next_event(&mut events).await?;
         let told = started.elapsed();
         ensure!(told < Duration::from_millis(300), "told after {told:?}");
-        let Some(Event::Touch(touch)) = first else { anyhow::bail!("{first:?}") };
+        let Event::Touch(touch) = first else { anyhow::bail!("{first:?}") };
         ensure!(touch.message == "touch your YubiKey (serial 11223344)", "{touch:?}");
         eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
         // A person takes longer than any operation of the device: that is no hang.
         let walking = Instant::now();
         eventually("a person's walk", || Ok(walking.elapsed() > SECOND * 3))?;
         stand_in.touch();
-        let last = events.message().await?.context("an event")?.event;
-        ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");
+        let last = next_event(&mut events).await?;
+        ensure!(matches!(last, Event::Signed(_)), "{last:?}");
         Ok(())
     })?;
     // Two at once: both are told before anybody touched it, and each signature wants a touch of its own.
@@ -360,18 +360,18 @@ fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
             waiting.push(client.sign(request("touch", id, &DIGEST)).await?.into_inner());
         }
         for events in &mut waiting {
-            let first = events.message().await?.context("an event")?.event;
-            ensure!(matches!(first, Some(Event::Touch(_))), "{first:?}");
+            let first = next_event(events).await?;
+            ensure!(matches!(first, Event::Touch(_)), "{first:?}");
         }
         let mut signing = tokio::task::JoinSet::new();
         for mut events in waiting {
-            signing.spawn(async move { events.message().await });
+            signing.spawn(async move { next_event(&mut events).await });
         }
         for _ in 0..2 {
             eventually("the wait of one of two", || Ok(stand_in.waits_for_touch()))?;
             stand_in.touch();
-            let last = signing.join_next().await.context("one of two")???.context("an event")?.event;
-            ensure!(matches!(last, Some(Event::Signed(_))), "{last:?}");
+            let last = signing.join_next().await.context("one of two")???;
+            ensure!(matches!(last, Event::Signed(_)), "{last:?}");
         }
         anyhow::Ok(())
     })?;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
-use omsign_tests::client::{connect, request};
+use omsign_tests::client::{connect, next_event, request};
 use omsign_tests::operator::{does, refuses, unblocking};
 use omsign_tests::world::{World, key};
 use openssl::ec::{EcGroup, EcKey};
@@ -46,16 +46,16 @@ impl Desk {
         self.runtime.block_on(async {
             let mut client = connect(socket).await?;
             let mut events = client.sign(request(key, id, &[7; 32])).await?.into_inner();
-            let event = events.message().await?.context("an event")?.event;
-            if !matches!(event, Some(Event::Touch(_))) {
-                ensure!(matches!(event, Some(Event::Signed(_))), "{event:?}");
+            let event = next_event(&mut events).await?;
+            if !matches!(event, Event::Touch(_)) {
+                ensure!(matches!(event, Event::Signed(_)), "{event:?}");
                 return Ok(false);
             }
             // Nobody is that quick; and a card for which an earlier touch counts signs without one.
-            let (mut next, mut waits_since, mut touched) = (Box::pin(events.message()), None, false);
+            let (mut next, mut waits_since, mut touched) = (Box::pin(next_event(&mut events)), None, false);
             let event = loop {
                 if let Ok(signed) = tokio::time::timeout(Duration::from_millis(20), &mut next).await {
-                    break signed?.context("an event")?.event;
+                    break signed?;
                 }
                 // Once.
                 if !touched
@@ -66,7 +66,7 @@ impl Desk {
                     touched = true;
                 }
             };
-            ensure!(matches!(event, Some(Event::Signed(_))), "{event:?}");
+            ensure!(matches!(event, Event::Signed(_)), "{event:?}");
             Ok(touched)
         })
     }

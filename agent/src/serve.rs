@@ -68,11 +68,12 @@ pub enum ServeError {
 
 /// Runs the daemon until SIGTERM or SIGINT. SIGHUP has it read its configuration, from `path`, anew.
 pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
+    // First: who sees the socket may send a signal, and is not to end an agent that leaves its files behind.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let hangup = signal(SignalKind::hangup())?;
     let tls = config.listen.tls.as_ref().map(Tls::load).transpose().map_err(ListenError::from)?.map(Arc::new);
     let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
     let audit = Audit::open(&config.audit, audit::FILE).map_err(ServeError::Audit)?;
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let hangup = signal(SignalKind::hangup())?;
     let (operators, _operators_file) = match &config.listen.operator {
         Some(path) => (Some(operator::bind(path, &config.operators)?), SocketFiles(vec![path.clone()])),
         None => (None, SocketFiles::default()),

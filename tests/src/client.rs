@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use hyper_util::rt::TokioIo;
 use omsign_proto::v1::agent_service_client::AgentServiceClient;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
-use omsign_proto::v1::{SignRequest, Signed};
+use omsign_proto::v1::{SignRequest, SignResponse, Signed};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 use tower::service_fn;
 
 /// The generated client.
@@ -51,4 +52,14 @@ pub async fn sign(client: &mut Client, message: SignRequest, within: Duration) -
         }
     }
     Err(Status::internal("the stream ended without an answer"))
+}
+
+/// What whoever waits is told next, but for that they wait: on a busy machine they hear that, too.
+pub async fn next_event(events: &mut Streaming<SignResponse>) -> anyhow::Result<Event> {
+    loop {
+        match events.message().await?.and_then(|event| event.event) {
+            Some(Event::Queued(_)) => {}
+            event => return event.context("an event"),
+        }
+    }
 }
