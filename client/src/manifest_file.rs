@@ -13,7 +13,7 @@ use crate::hash::Digest;
 use crate::manifest::{Manifest, Part};
 use crate::object::{Object, present};
 use crate::parts;
-use crate::predicate::{Predicate, PredicateError};
+use crate::predicate::{Listed, Predicate, PredicateError};
 use crate::sha256sum::{self, SumsError};
 
 /// The version of the format.
@@ -89,7 +89,7 @@ pub struct PartOf {
 /// The file's content (docs/manifest.schema.json).
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct File<'a> {
+pub(crate) struct File<R> {
     omsign_manifest: u32,
     pub(crate) model: String,
     pub(crate) bytes: u64,
@@ -97,8 +97,7 @@ pub(crate) struct File<'a> {
     pub(crate) root_digest: String,
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub(crate) part: Option<Object<FilePart>>,
-    #[serde(borrow)]
-    pub(crate) predicate: Object<Predicate<'a>>,
+    pub(crate) predicate: Object<Predicate<R>>,
 }
 
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +162,7 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
     for (path, bytes) in paths.iter().zip(&contents) {
         let malformed = |reason: String| ManifestFileError::Malformed { path: path.clone(), reason };
         if bytes.trim_ascii_start().starts_with(b"{") {
-            let Object(file): Object<File<'_>> =
+            let Object(file): Object<File<Listed<'_>>> =
                 serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
             if file.omsign_manifest != VERSION {
                 return Err(malformed(format!("it is of version {}, not {VERSION}", file.omsign_manifest)));

@@ -1,6 +1,7 @@
 //! JSON as strictly as its schemas: structs that serde derives take lists in the place of objects, `Option` takes null
 //! for absent, and a list is as long as somebody likes.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -35,6 +36,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
         deserializer.deserialize_map(OnlyMaps(PhantomData))
     }
 }
+
+/// Borrowed where it can be: serde borrows fields of its own only.
+#[derive(PartialEq, serde::Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
 /// The fields of an object of which nothing is used.
 #[derive(serde::Deserialize)]

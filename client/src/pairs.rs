@@ -52,10 +52,14 @@ pub(crate) fn pair<'a>(
         missing: Vec::new(),
         extra: Vec::new(),
         unlistable: Vec::new(),
-        files: Looked::new(&found.root, Vec::new(), Vec::new()),
-        names: Vec::new(),
-        pieces: Vec::new(),
-        digests: Vec::new(),
+        files: Looked::new(
+            &found.root,
+            Vec::with_capacity(found.files.len()),
+            Vec::with_capacity(found.files.len()),
+        ),
+        names: Vec::with_capacity(found.files.len()),
+        pieces: Vec::with_capacity(resources.len()),
+        digests: Vec::with_capacity(resources.len()),
         wrong: BTreeMap::new(),
     };
     for (at, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
@@ -114,12 +118,15 @@ impl<'a> Pairs<'a> {
     /// Compares each file's content with what was signed. Nothing else is read.
     pub(crate) fn compare(&self, hasher: &Hasher) -> Differences {
         let mut wrong = self.wrong.clone();
-        let digests = hasher.digests_of_each(self.signed.serialization.algorithm, &self.files, &self.pieces);
-        for ((piece, signed), found) in self.pieces.iter().zip(&self.digests).zip(digests) {
-            let how = match found {
-                Ok(found) if found == **signed => continue,
-                Ok(found) => Wrong::Changed(How::Digest { signed: **signed, found }),
-                Err(error) => Wrong::from(error),
+        let algorithm = self.signed.serialization.algorithm;
+        let (digests, mut failures) = hasher.digests_of_each(algorithm, &self.files, &self.pieces);
+        for (index, ((piece, signed), found)) in
+            self.pieces.iter().zip(&self.digests).zip(digests).enumerate()
+        {
+            let how = match failures.remove(&index) {
+                Some(error) => Wrong::from(error),
+                None if found == **signed => continue,
+                None => Wrong::Changed(How::Digest { signed: **signed, found }),
             };
             let Some(file) = self.names.get(piece.file) else { continue };
             // One shard that differs is enough, whatever became of the others.

@@ -5,11 +5,13 @@ use std::path::Path;
 use crate::manifest::{Manifest, Resource, Serialization, names_digest, root_digest};
 use crate::manifest_file::{File, FilePart, ManifestFileError, sha256};
 use crate::object::Object;
-use crate::predicate::{PredicateError, complete, possible};
+use crate::predicate::{Listed, PredicateError, complete, possible};
 
 /// Puts them together. Also returns the model's size in bytes, as the files say it. One that is of a whole model comes
 /// alone.
-pub(crate) fn together(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u64), ManifestFileError> {
+pub(crate) fn together(
+    mut files: Vec<(&Path, File<Listed<'_>>)>,
+) -> Result<(Manifest, u64), ManifestFileError> {
     files.sort_by_key(|(_, file)| file.part.as_ref().map(|Object(part)| part.index));
     let mut files = files.into_iter();
     let Some((first, file)) = files.next() else { return Err(ManifestFileError::Name("no file is given")) };
@@ -67,7 +69,7 @@ pub(crate) fn together(mut files: Vec<(&Path, File<'_>)>) -> Result<(Manifest, u
 }
 
 /// What one file lists.
-fn checked(path: &Path, file: File<'_>) -> Result<(Vec<Resource>, Serialization), ManifestFileError> {
+fn checked(path: &Path, file: File<Listed<'_>>) -> Result<(Vec<Resource>, Serialization), ManifestFileError> {
     let Object(predicate) = file.predicate;
     let checked = predicate.check();
     let (resources, serialization) =

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::num::NonZeroU64;
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::hash::{Algorithm, Digest};
 use crate::manifest::{Method, Resource, Serialization};
@@ -67,18 +67,23 @@ pub enum PredicateError {
     },
 }
 
-/// A predicate as JSON has it.
+/// A predicate as JSON has it: [`Written`], or [`Listed`].
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Predicate<'a> {
-    #[serde(borrow)]
-    resources: Vec<Object<Descriptor<'a>>>,
+pub(crate) struct Predicate<R> {
+    resources: R,
     serialization: Object<Parameters>,
 }
 
+/// The resources of one that is written. Each is made when it is: there may be a hundred thousand.
+pub(crate) struct Written<'a>(&'a [Resource], Algorithm);
+
+/// The resources of one that was read.
+pub(crate) type Listed<'a> = Vec<Object<Descriptor<'a>>>;
+
 /// Unknown fields are ignored, as OMS v1.0, 5.2.1 asks. Borrowed: there may be a hundred thousand.
 #[derive(Serialize, Deserialize)]
-struct Descriptor<'a> {
+pub(crate) struct Descriptor<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
     #[serde(borrow)]
@@ -99,42 +104,54 @@ struct Parameters {
     ignore_paths: Option<BTreeSet<String>>,
 }
 
-impl<'a> Predicate<'a> {
-    /// What is written for a manifest's resources: the same ones give the same bytes.
-    pub(crate) fn new(resources: &'a [Resource], serialization: &Serialization) -> Self {
-        let algorithm = serialization.algorithm.name();
-        let descriptor = |resource: &'a Resource| Descriptor {
+impl Serialize for Written<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(resources, algorithm) = self;
+        serializer.collect_seq(resources.iter().map(|resource| Descriptor {
             name: if resource.shard.is_none() {
                 resource.file.as_str().into()
             } else {
                 resource.name().into()
             },
             digest: resource.digest.to_string().into(),
-            algorithm: algorithm.into(),
-        };
+            algorithm: algorithm.name().into(),
+        }))
+    }
+}
+
+impl From<&Serialization> for Parameters {
+    fn from(serialization: &Serialization) -> Self {
         let (method, shard_size) = match serialization.method {
             Method::Files => ("files", None),
             Method::Shards(size) => ("shards", Some(size.get().into())),
         };
         Self {
-            resources: resources.iter().map(descriptor).map(Object).collect(),
-            serialization: Object(Parameters {
-                method: method.into(),
-                hash_type: algorithm.into(),
-                shard_size,
-                allow_symlinks: serialization.allow_symlinks,
-                ignore_paths: serialization.ignore_paths.clone(),
-            }),
+            method: method.into(),
+            hash_type: serialization.algorithm.name().into(),
+            shard_size,
+            allow_symlinks: serialization.allow_symlinks,
+            ignore_paths: serialization.ignore_paths.clone(),
         }
     }
+}
 
+impl<'a> Predicate<Written<'a>> {
+    /// What is written for a manifest's resources: the same ones give the same bytes.
+    pub(crate) fn new(resources: &'a [Resource], serialization: &Serialization) -> Self {
+        let resources = Written(resources, serialization.algorithm);
+        Self { resources, serialization: Object(serialization.into()) }
+    }
+}
+
+impl<'a> Predicate<Listed<'a>> {
     /// What release 0.2.0 said in another form: names and SHA-256 digests of files.
     pub(crate) fn of_files(files: Vec<(Cow<'a, str>, Cow<'a, str>)>) -> Self {
         let algorithm = Algorithm::Sha256.name();
         let descriptor = |(name, digest)| Descriptor { name, digest, algorithm: algorithm.into() };
-        let mut predicate = Self::new(&[], &Serialization::default());
-        predicate.resources = files.into_iter().map(descriptor).map(Object).collect();
-        predicate
+        Self {
+            resources: files.into_iter().map(descriptor).map(Object).collect(),
+            serialization: Object((&Serialization::default()).into()),
+        }
     }
 
     /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool recorded the

@@ -7,8 +7,8 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Manifest;
-use crate::object::{Anything, Bounded, Object};
-use crate::predicate::{Predicate, PredicateError, complete};
+use crate::object::{Anything, Bounded, Object, Text};
+use crate::predicate::{Listed, Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
 const PREDICATE_TYPE: &str = "https://model_signing/signature/v1.0";
@@ -115,11 +115,6 @@ impl<'de: 'a, 'a> Deserialize<'de> for DigestSet<'a> {
     }
 }
 
-/// Borrowed where it can be: serde borrows fields of its own only.
-#[derive(PartialEq, Deserialize)]
-#[serde(transparent)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
 /// The statement's bytes for a manifest: the same manifest gives the same bytes.
 pub fn encode(manifest: &Manifest) -> Vec<u8> {
     let statement = Statement {
@@ -137,7 +132,7 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
 pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
     let (mut subjects, predicate) =
-        parse::<Bounded<Object<Subject<'_>>, 1>, Predicate<'_>>(bytes, PREDICATE_TYPE)?;
+        parse::<Bounded<Object<Subject<'_>>, 1>, Predicate<Listed<'_>>>(bytes, PREDICATE_TYPE)?;
     let (Some(Object(subject)), 1) = (subjects.kept.pop(), subjects.count) else {
         return Err(StatementError::Subjects(subjects.count));
     };

@@ -1,28 +1,27 @@
 //! A bundle as JSON has it (the schemas of OMS v1.0, and `sigstore_bundle.proto`).
 
-use std::borrow::Cow;
 use std::io;
 
 use base64::Engine as _;
+use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::log::EntryJson;
 use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
 use crate::dsse::PAYLOAD_TYPE;
-use crate::object::{Bounded, Object, present};
+use crate::object::{Bounded, Object, Text, present};
 
 /// No other fields anywhere: the schemas of OMS allow them in the verification material, but no parser of Sigstore
 /// bundles does.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct BundleJson<'a> {
+struct BundleJson<'a, P> {
     media_type: String,
     #[serde(borrow)]
     verification_material: Object<MaterialJson<'a>>,
-    #[serde(borrow)]
-    dsse_envelope: Object<EnvelopeJson<'a>>,
+    dsse_envelope: Object<EnvelopeJson<P>>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -85,12 +84,19 @@ struct TimestampJson {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct EnvelopeJson<'a> {
-    /// Borrowed: it may be nearly all of the bundle.
-    #[serde(borrow)]
-    payload: Cow<'a, str>,
+struct EnvelopeJson<P> {
+    /// It may be nearly all of the bundle: borrowed when it is read, and encoded as it is written.
+    payload: P,
     payload_type: String,
     signatures: Bounded<Object<SignatureJson>, MOST>,
+}
+
+struct Encoded<'a>(&'a [u8]);
+
+impl Serialize for Encoded<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&Base64Display::new(self.0, &STANDARD))
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -105,7 +111,7 @@ struct SignatureJson {
 impl Bundle {
     /// Parses a bundle.
     pub fn parse(bytes: &[u8]) -> Result<Self, BundleError> {
-        let bundle: Object<BundleJson<'_>> =
+        let bundle: Object<BundleJson<'_, Text<'_>>> =
             serde_json::from_slice(bytes).map_err(|error| BundleError::Malformed(error.to_string()))?;
         let BundleJson { media_type, verification_material, dsse_envelope } = bundle.0;
         let (Object(material), Object(envelope)) = (verification_material, dsse_envelope);
@@ -137,7 +143,7 @@ impl Bundle {
                 return Err(BundleError::Methods(given.into_iter().filter(|given| *given).count()));
             }
         };
-        let payload = decode("payload", &envelope.payload)?;
+        let payload = decode("payload", &envelope.payload.0)?;
         Ok(Self { material, timestamps, payload, signature: decode("sig", &signature.sig)? })
     }
 
@@ -181,7 +187,7 @@ impl Bundle {
             media_type: MEDIA_TYPE.into(),
             verification_material: Object(material),
             dsse_envelope: Object(EnvelopeJson {
-                payload: STANDARD.encode(&self.payload).into(),
+                payload: Encoded(&self.payload),
                 payload_type: PAYLOAD_TYPE.into(),
                 signatures: vec![Object(signature)].into(),
             }),

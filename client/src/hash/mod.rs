@@ -11,6 +11,7 @@ mod sha256;
 mod share;
 mod source;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -168,15 +169,9 @@ impl Hasher {
         algorithm: Algorithm,
         files: &Looked<'_>,
         pieces: &[Piece],
-    ) -> Vec<Result<Digest, HashError>> {
+    ) -> (Vec<Digest>, BTreeMap<usize, HashError>) {
         let Hashed { digests, failures } = self.look_up(algorithm, files, pieces, OnFailure::GoOn);
-        let mut digests: Vec<_> = digests.into_iter().map(Ok).collect();
-        for (piece, error) in failures {
-            if let Some(digest) = digests.get_mut(piece) {
-                *digest = Err(error);
-            }
-        }
-        digests
+        (digests, failures.into_iter().collect())
     }
 
     /// Looks digests up in the cache, if there is one, and hashes what is not there.
