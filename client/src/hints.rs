@@ -8,7 +8,7 @@ use omsign::bundle::BundleError;
 use omsign::differences::Differences;
 use omsign::hash::HashError;
 use omsign::hash::cache::CacheError;
-use omsign::key::{KeyError, PRIVATE_KEYS, PUBLIC_KEY};
+use omsign::key::{KeyError, NO_PASSWORD, PRIVATE_KEYS, PUBLIC_KEY};
 use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
@@ -81,7 +81,20 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Differs(differences)
             if !differences.extra.is_empty() && differences.missing.is_empty() && differences.changed.is_empty() =>
         {
-            "--ignore-unsigned-files accepts files that were added after signing".into()
+            match hidden_directory(&differences.extra) {
+                Some(tools) => format!("--ignore-paths {tools} accepts what is below {tools} alone"),
+                None => "--ignore-unsigned-files accepts files that were added after signing".into(),
+            }
+        }
+        Error::Differs(differences) if differences.odd.iter().any(|odd| odd.what == Oddity::Symlink) => {
+            "the signer followed no links; a copy without them can be verified: `cp -rL`, or for a download \
+             `hf download --local-dir`"
+                .into()
+        }
+        Error::Trust(TrustError::Identity { wanted, found })
+            if !wanted.contains(['=', '@', ':']) && found.contains(&format!("={wanted}")) =>
+        {
+            format!("a subject is written with its attributes: --certificate-identity 'CN={wanted}'")
         }
         Error::Trust(TrustError::Method { found: "certificate", .. }) => {
             "verify it with --certificate-chain and the certificate of the signer's CA".into()
@@ -128,11 +141,19 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                 _ => return None,
             }
         }
-        Error::Key(KeyError::Password { .. }) => {
+        Error::Key(KeyError::Password { reason: NO_PASSWORD, .. }) => {
             "give the password with --password-file or --password-env, or at a terminal".into()
         }
         _ => return None,
     })
+}
+
+/// The hidden directory at the root that all of these are in, as tools make them.
+fn hidden_directory(files: &[String]) -> Option<&str> {
+    let directory = |file: &'_ String| file.split_once('/').map(|(directory, _)| directory.len());
+    let first = files.first()?;
+    let name = first.get(..directory(first)?).filter(|name| name.starts_with('.'))?;
+    files.iter().all(|file| at_or_below(file, name)).then_some(name)
 }
 
 /// Whether nothing is wrong but that git's own files are there.

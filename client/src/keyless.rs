@@ -19,7 +19,8 @@ use sigstore_verify::{
 };
 
 use crate::bundle::Bundle;
-use crate::key::{KeyError, read};
+use crate::files::Files;
+use crate::key::KeyError;
 use crate::wanted::Wanted;
 use crate::{certificate, provider, timestamp};
 
@@ -127,6 +128,7 @@ impl Keyless {
         instance: &Instance<'_>,
         identity: Wanted,
         identity_provider: Wanted,
+        files: &mut Files,
     ) -> Result<Self, KeyError> {
         provider::install();
         let (root, path) = match instance {
@@ -134,10 +136,10 @@ impl Keyless {
                 (SIGSTORE_PRODUCTION_TRUSTED_ROOT.to_owned(), Path::new("the public-good root"))
             }
             Instance::Staging => (SIGSTORE_STAGING_TRUSTED_ROOT.to_owned(), Path::new("the staging root")),
-            Instance::TrustedRoot(path) => (text(path, "a Sigstore trusted root")?, *path),
+            Instance::TrustedRoot(path) => (text(path, "a Sigstore trusted root", files)?, *path),
             Instance::TrustConfig(path) => {
                 const WHAT: &str = "a Sigstore client trust configuration";
-                let text = text(path, WHAT)?;
+                let text = text(path, WHAT, files)?;
                 let config: ClientTrustConfig<'_> = serde_json::from_str(&text)
                     .map_err(|_| KeyError::Json { path: path.to_path_buf(), what: WHAT })?;
                 (config.trusted_root.get().to_owned(), *path)
@@ -216,8 +218,9 @@ pub fn claimed_identity(certificate: &[u8]) -> Option<(String, String)> {
     Some((info.identity?.as_str().to_owned(), info.issuer?))
 }
 
-fn text(path: &Path, what: &'static str) -> Result<String, KeyError> {
-    String::from_utf8(read(path)?).map_err(|_| KeyError::Json { path: path.to_owned(), what })
+fn text(path: &Path, what: &'static str, files: &mut Files) -> Result<String, KeyError> {
+    let read = files.read(path).map_err(|source| KeyError::Read { path: path.to_owned(), source })?;
+    String::from_utf8(read.to_vec()).map_err(|_| KeyError::Json { path: path.to_owned(), what })
 }
 
 fn explain(error: Error) -> KeylessError {

@@ -1,8 +1,9 @@
 //! What is left out of a model, by name: paths that somebody gives, and the bundle.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-use crate::model::{ModelError, read_error};
+use crate::model::{Model, ModelError, read_error};
 
 /// What `--ignore-paths` means: a path below the model's root, given as such, or from the working directory,
 /// or absolute. One that is not there is an error: a typing mistake would sign what was to be left out.
@@ -56,6 +57,26 @@ pub(crate) fn recorded_bundle(model: &Path, signature: &Path) -> Result<Option<S
     let wrong = |reason| ModelError::Bundle { path: signature.to_owned(), reason };
     let name = inside.to_str().ok_or_else(|| wrong("is not valid UTF-8"))?;
     if name.contains('\\') { Err(wrong("contains a backslash")) } else { Ok(Some(name.to_owned())) }
+}
+
+/// Refuses a bundle that has a second name in a model, behind a link: it cannot be left out by one.
+pub(crate) fn check_one_name(model: &Model, own: &Path, signature: &Path) -> Result<(), ModelError> {
+    let (Some(inside), Some(name)) = (path_inside(own, signature), signature.file_name()) else {
+        return Ok(());
+    };
+    let real = |below: &Path| model.root.path_of(below).canonicalize().ok();
+    let directory = real(inside.parent().unwrap_or(Path::new("")));
+    let bundle = directory.as_ref().map(|directory| directory.join(name));
+    let linked =
+        model.files.iter().any(|file| file.target.is_some() && file.target.as_deref() == bundle.as_deref());
+    let directories: BTreeSet<&Path> =
+        model.files.iter().filter_map(|file| Path::new(&file.name).parent()).collect();
+    let mut elsewhere = directories.into_iter().filter(|parent| Some(*parent) != inside.parent());
+    if linked || elsewhere.any(|parent| real(parent) == directory) {
+        let reason = "is one of several there, through a symbolic link";
+        return Err(ModelError::Bundle { path: signature.to_owned(), reason });
+    }
+    Ok(())
 }
 
 fn path_inside(model: &Path, signature: &Path) -> Option<PathBuf> {

@@ -8,6 +8,7 @@ pub mod certificate;
 pub mod crl;
 pub mod differences;
 pub mod dsse;
+pub mod files;
 pub mod hash;
 pub mod key;
 pub mod keyless;

@@ -1,11 +1,33 @@
 //! What is in a directory and below it, before anybody says what of it is a model's. Links are not followed.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crate::model::GIT_PATHS;
+
+/// What is below a directory, whatever is at its path by now.
+pub(crate) struct Listing {
+    found: Vec<Found>,
+    directory: Directory,
+}
+
+/// A directory, by device and inode.
+type Directory = (u64, u64);
+
+impl Listing {
+    /// What is in it, if it is of this directory.
+    pub(crate) fn of(self, directory: Directory) -> Option<Vec<Found>> {
+        (self.directory == directory).then_some(self.found)
+    }
+}
+
+fn directory_at(path: &Path) -> Option<Directory> {
+    let found = path.metadata().ok()?;
+    Some((found.dev(), found.ino()))
+}
 
 /// Something in it.
 pub(crate) struct Found {
@@ -67,17 +89,21 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
     Ok(())
 }
 
-/// Lists a directory while something else is done that does not need it. None where there is no directory, or no
-/// thread. If the other thing fails, nobody waits for more than the directory it is in.
+/// Lists a directory while something else is done that does not need it. None where there is no directory, not the same
+/// one from start to end, or no thread. If the other thing fails, nobody waits for more than the directory it is in.
 pub(crate) fn beside<T, E>(
     directory: &Path,
     other: impl FnOnce() -> Result<T, E>,
-) -> Result<(T, Option<Vec<Found>>), E> {
+) -> Result<(T, Option<Listing>), E> {
     let unwanted = AtomicBool::new(false);
     // Git's own are mostly many, and left out.
     let skip = |name: &str| unwanted.load(Ordering::Relaxed) || GIT_PATHS.contains(&name);
     thread::scope(|scope| {
-        let list = || list(directory, "", &skip).ok();
+        let list = || {
+            let listed = directory_at(directory)?;
+            let found = list(directory, "", &skip).ok()?;
+            (directory_at(directory) == Some(listed)).then_some(Listing { found, directory: listed })
+        };
         let listing = thread::Builder::new().name("listing".into()).spawn_scoped(scope, list);
         let done = other().inspect_err(|_| unwanted.store(true, Ordering::Relaxed))?;
         Ok((done, listing.ok().and_then(|listing| listing.join().ok().flatten())))

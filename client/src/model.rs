@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
 use crate::hash::Root;
-use crate::listing::Found;
+use crate::listing::Listing;
 use crate::walk::{MOST_LINKED, MOST_LINKED_FILES, Walked, walk};
 
 /// What is left out at the model's root by default (OMS v1.0, 6.2).
@@ -98,14 +99,19 @@ pub struct Scope {
     /// Whether symbolic links are followed. Otherwise they are errors.
     pub allow_symlinks: bool,
     /// Where it is not empty, only these paths below the model's root are looked at, with everything below them.
-    pub only: Vec<String>,
+    pub only: BTreeSet<String>,
 }
 
 impl Scope {
     /// Whether a path is looked at, or leads to one that is.
     pub(crate) fn concerns(&self, name: &str) -> bool {
-        self.only.is_empty()
-            || self.only.iter().any(|only| at_or_below(name, only) || at_or_below(only, name))
+        let below = (Bound::Included(format!("{name}/")), Bound::Unbounded);
+        self.includes(name) || self.only.range(below).next().is_some_and(|only| at_or_below(only, name))
+    }
+
+    /// Whether a path is looked at.
+    pub(crate) fn includes(&self, name: &str) -> bool {
+        self.only.is_empty() || above(name).chain([name]).any(|path| self.only.contains(path))
     }
 }
 
@@ -168,7 +174,10 @@ pub enum ModelError {
 impl ModelError {
     /// Whether the model itself is wrong.
     pub fn found_wrong(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Ignore { .. } | Self::Bundle { .. } | Self::Shards(_))
+        !matches!(
+            self,
+            Self::Read { .. } | Self::Ignore { .. } | Self::Bundle { .. } | Self::Shards(_) | Self::Linked(_)
+        )
     }
 }
 
@@ -179,21 +188,18 @@ impl Model {
     }
 
     /// The same, with what was listed before.
-    pub(crate) fn listed(
-        root: &Path,
-        scope: &Scope,
-        listing: Option<Vec<Found>>,
-    ) -> Result<Self, ModelError> {
+    pub(crate) fn listed(root: &Path, scope: &Scope, listing: Option<Listing>) -> Result<Self, ModelError> {
         let real = root.canonicalize().map_err(|source| read_error(root, source))?;
         let name = match real.file_name() {
-            Some(name) => {
-                let odd = || ModelError::Odd(root.to_owned(), Oddity::NotUtf8);
-                name.to_str().ok_or_else(odd)?.to_owned()
-            }
+            Some(name) => name.to_string_lossy().into_owned(),
             None => "/".to_owned(),
         };
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
+            // It is the file's name, too.
+            if real.file_name().is_some_and(|name| name.to_str().is_none()) {
+                return Err(ModelError::Odd(root.to_owned(), Oddity::NotUtf8));
+            }
             let directory = real.parent().expect("a file is in a directory");
             let only = File { name: name.clone(), target: None };
             return Ok(Self {
@@ -209,6 +215,7 @@ impl Model {
             return Err(ModelError::Odd(root.to_owned(), Oddity::Special));
         }
         let opened = Root::open_really(root, &real).map_err(|source| read_error(root, source))?;
+        let listing = listing.zip(opened.identity()).and_then(|(listing, root)| listing.of(root));
         let Walked { mut files, mut left_out, mut odd, mut closed } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -294,6 +301,13 @@ mod tests {
         };
         assert_eq!(listed(&Scope::default()), 6);
         assert_eq!(listed(&Scope { ignore_paths: ["sub".to_owned()].into(), ..Scope::default() }), 4);
+        // But not what was listed of another directory.
+        let (here, other) = (root.path().join("here"), tempfile::tempdir().expect("a directory"));
+        symlink("sub", &here).expect("linked");
+        let ((), listing) = beside(&here, || Ok::<_, ()>(())).expect("nothing fails");
+        fs::remove_file(&here).expect("removed");
+        symlink(other.path(), &here).expect("linked");
+        assert!(Model::listed(&here, &Scope::default(), listing).expect("a model").files.is_empty());
         let failed = beside(root.path(), || Err::<(), _>("refused"));
         assert!(failed.is_err_and(|error| error == "refused"));
     }

@@ -91,7 +91,7 @@ pub enum PathError {
 impl PathError {
     /// Whether the certificates were found wrong, as opposed to could not be checked.
     pub(crate) fn found_wrong(&self) -> bool {
-        !matches!(self, Self::OpenSsl(_) | Self::Handed(_) | Self::OldCrl { .. })
+        !matches!(self, Self::OpenSsl(_) | Self::Handed(_) | Self::OldCrl { .. } | Self::NoCrl(..))
     }
 }
 

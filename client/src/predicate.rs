@@ -154,15 +154,20 @@ impl<'a> Predicate<Listed<'a>> {
         }
     }
 
-    /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool recorded the
-    /// bundle's path as it was typed until June 2026: from the signer's working directory, or absolute, wherever the
-    /// model was. And without those with a backslash, as the reference writes them on Windows: here nothing is called so.
+    /// The same without ignored paths that lead outside, or are absolute: they hide nothing. The Go tool records paths as
+    /// they were typed, with `./` and a slash at the end, and until June 2026 the bundle's: from the signer's working
+    /// directory, or absolute, wherever the model was. And without those with a backslash, as the reference writes them on
+    /// Windows: here nothing is called so.
     pub(crate) fn without_outside_paths(mut self) -> Self {
         let Object(Parameters { ignore_paths, .. }) = &mut self.serialization;
         let below = |path: String| {
-            let plain = path.strip_prefix("./").unwrap_or(&path);
-            let outside = plain.starts_with('/') || plain.starts_with("../") || plain.contains('\\');
-            (!outside).then(|| plain.to_owned())
+            let parts = path.split('/').filter(|part| !matches!(*part, "" | "."));
+            let plain = parts.collect::<Vec<_>>().join("/");
+            let outside =
+                path.starts_with('/') || plain.split('/').next() == Some("..") || path.contains('\\');
+            // An empty one is none in the format.
+            let nothing = plain.is_empty() && !path.is_empty();
+            (!outside && !nothing).then_some(plain)
         };
         *ignore_paths = ignore_paths.take().map(|paths| paths.into_iter().filter_map(below).collect());
         self

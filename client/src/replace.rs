@@ -1,9 +1,13 @@
-//! Replaces a file as a whole, or not at all.
+//! Replaces a file as a whole, or not at all, and one after the other.
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use tempfile::NamedTempFile;
 
 /// Writes a temporary file beside it, syncs it and renames it. On failure nothing is left, and what was there before is
 /// untouched. `mode` is that of a new file.
@@ -12,18 +16,8 @@ pub(crate) fn replace(
     mode: u32,
     write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
-    // Its message would name a file that nobody asked for.
-    let mut file = builder.tempfile_in(directory).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => rustix::io::Errno::NOENT.into(),
-        io::ErrorKind::PermissionDenied => rustix::io::Errno::ACCESS.into(),
-        kind => io::Error::from(kind),
-    })?;
+    let directory = directory_of(path);
+    let mut file = temporary(directory, mode)?;
     let mut buffered = io::BufWriter::new(&mut file);
     write(&mut buffered)?;
     buffered.flush()?;
@@ -34,4 +28,38 @@ pub(crate) fn replace(
     // It is in place, whatever comes of this.
     let _ = opened.sync_all();
     Ok(())
+}
+
+/// Whether it could be written now: a directory may be missing, read-only, or full.
+pub(crate) fn check_replace(path: &Path) -> io::Result<()> {
+    temporary(directory_of(path), 0o600).map(drop)
+}
+
+fn temporary(directory: &Path, mode: u32) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
+    // Its message would name a file that nobody asked for.
+    builder.tempfile_in(directory).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Errno::NOENT.into(),
+        io::ErrorKind::PermissionDenied => Errno::ACCESS.into(),
+        kind => io::Error::from(kind),
+    })
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// As long as it lives, nobody else has one for files in this directory. None where that took too long.
+pub(crate) fn turn(directory: &Path, patience: Duration) -> io::Result<Option<File>> {
+    let directory = File::open(directory)?;
+    let since = Instant::now();
+    // Some file systems have no locks.
+    while let Err(std::fs::TryLockError::WouldBlock) = directory.try_lock() {
+        if since.elapsed() > patience {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Some(directory))
 }

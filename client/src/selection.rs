@@ -3,16 +3,19 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::bundle::Bundle;
 use crate::hash::Algorithm;
 use crate::left_out;
 use crate::manifest::{Method, Serialization};
-use crate::model::{GIT_PATHS, ModelError};
+use crate::model::{GIT_PATHS, Model, ModelError};
 
 /// Which files of a model, and how they are hashed, as a user says it.
 #[derive(Clone, Copy, Debug)]
 pub struct Selection<'a> {
     /// The model: a directory or a file.
     pub model: &'a Path,
+    /// What it is called; none, as its directory or its only file is.
+    pub model_name: Option<&'a str>,
     /// Its bundle: left out where it lies inside the model.
     pub signature: &'a Path,
     /// What to leave out, as the user wrote it.
@@ -27,17 +30,42 @@ pub struct Selection<'a> {
     pub algorithm: Algorithm,
 }
 
+/// Where publishers put a model's bundle, and where `omsign verify` looks for it.
+pub const PUBLISHED: &str = "model.sig";
+
 impl Selection<'_> {
+    /// Whether there is a bundle where publishers put it: it is no part of the model, whichever bundle is written.
+    pub fn published_bundle(&self) -> bool {
+        Bundle::seems_one(&self.model.join(PUBLISHED)).unwrap_or(false)
+    }
+
+    /// Finds its files.
+    pub fn walk(&self, serialization: &Serialization) -> Result<Model, ModelError> {
+        let mut found = serialization.walk(self.model)?;
+        if let Some(name) = self.model_name {
+            name.clone_into(&mut found.name);
+        }
+        Ok(found)
+    }
+
     /// What the manifest says of it: everything that is left out is recorded.
     pub fn serialization(&self) -> Result<Serialization, ModelError> {
         let mut ignore_paths = BTreeSet::new();
         for path in self.ignore_paths {
             ignore_paths.insert(left_out::ignored(self.model, path)?);
         }
+        if self.published_bundle() {
+            ignore_paths.insert(PUBLISHED.to_owned());
+        }
         if self.ignore_git_paths {
             ignore_paths.extend(GIT_PATHS.map(str::to_owned));
         }
         ignore_paths.extend(left_out::recorded_bundle(self.model, self.signature)?);
+        if let Some(path) = ignore_paths.iter().find(|path| path.contains(['*', '?', '['])) {
+            let reason =
+                "other verifiers take *, ? and [ in it for a pattern (6.2.1); rename it, or what it is in";
+            return Err(ModelError::Ignore { path: path.into(), reason });
+        }
         let Self { method, algorithm, allow_symlinks, .. } = *self;
         Ok(Serialization { method, algorithm, allow_symlinks, ignore_paths: Some(ignore_paths) })
     }

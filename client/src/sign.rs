@@ -15,7 +15,7 @@ use crate::key::{KeyError, PrivateKey, PublicKey};
 use crate::manifest::{Manifest, Plan};
 use crate::selection::Selection;
 use crate::trust::TrustError;
-use crate::{certificate, path, statement};
+use crate::{certificate, left_out, path, statement};
 
 /// What to sign and how.
 pub struct Request<'a> {
@@ -59,18 +59,27 @@ pub struct Signed {
     pub files: usize,
     /// Their size in bytes, where it is known.
     pub bytes: Option<u64>,
+    /// What the model is called.
+    pub model_name: String,
     /// The manifest's root digest.
     pub root_digest: String,
     /// The key.
     pub public_key: PublicKey,
     /// "key" or "certificate".
     pub method: &'static str,
+    /// What the model was called whose bundle was there before.
+    pub replaced: Option<String>,
 }
+
+/// A longer bundle is not read to say whose it was.
+const LARGEST_REPLACED_BYTES: u64 = 4 << 20;
 
 /// Signs a model and writes the bundle. On failure nothing is written.
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
     Bundle::may_replace(request.bundle)?;
+    let before = Bundle::read(request.bundle, LARGEST_REPLACED_BYTES).ok();
+    let replaced = before.and_then(|before| statement::claimed_model_name(&before.payload));
     let (public_key, needs_statement, own_chain) = match signer {
         Signer::Agent { agent, key, .. } => {
             let key = agent.ready_key(key)?;
@@ -91,13 +100,16 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
 
     // Of many files a manifest is as large as its statement: it goes when that is made.
     let stated = |manifest: &Manifest| {
-        let context = format!("{}: {} files", manifest.model_name, manifest.files());
-        (statement::encode(manifest), context, manifest.files(), manifest.root_digest().to_string())
+        let name = manifest.model_name.clone();
+        (statement::encode(manifest), name, manifest.files(), manifest.root_digest().to_string())
     };
-    let ((payload, context, files, root_digest), bytes) = match &request.subject {
+    let ((payload, model_name, files, root_digest), bytes) = match &request.subject {
         Subject::Model(selection, hasher) => {
             let serialization = selection.serialization()?;
-            let model = serialization.walk(selection.model)?;
+            let model = selection.walk(&serialization)?;
+            if selection.allow_symlinks {
+                left_out::check_one_name(&model, selection.model, request.bundle)?;
+            }
             let plan = Plan::new(&model, serialization.clone(), hasher)?;
             // Hashing may take hours.
             if needs_statement && plan.statement_bytes() > LARGEST_STATEMENT_BYTES {
@@ -117,7 +129,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
                 _ if payload.len() > LARGEST_STATEMENT_BYTES => return Err(AgentError::Statement.into()),
                 _ => Content::Statement(payload.clone()),
             };
-            agent.sign(key, content, &context, waiting)?
+            agent.sign(key, content, &format!("{model_name}: {files} files"), waiting)?
         }
         Signer::File(key) => key.sign(&pae)?,
     };
@@ -132,7 +144,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
     Bundle { material, timestamps: Vec::new(), payload, signature }.write(request.bundle)?;
-    Ok(Signed { files, bytes, root_digest, public_key, method })
+    Ok(Signed { files, bytes, root_digest, model_name, public_key, method, replaced })
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.

@@ -156,6 +156,12 @@ pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
     Ok(Manifest { model_name: String::new(), resources, serialization })
 }
 
+/// What a statement says that its model is called. Nothing about it is proven.
+pub fn claimed_model_name(bytes: &[u8]) -> Option<String> {
+    let claim: Claim<'_> = serde_json::from_slice(bytes).ok()?;
+    claim.subject.kept.first().map(|Object(subject)| subject.name.clone().into_owned())
+}
+
 /// What a statement says is its root digest. Nothing about it is proven, nor whether it is one.
 pub(crate) fn claimed_root_digest(bytes: &[u8]) -> Result<String, StatementError> {
     let claim: Option<Claim<'_>> = serde_json::from_slice(bytes).ok();

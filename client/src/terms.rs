@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use openssl::x509::X509;
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::crl::Crls;
-use crate::key::{KeyError, PublicKey, certificates_from_pem, read};
+use crate::files::Files;
+use crate::key::{KeyError, PublicKey, certificates_from_pem};
 use crate::keyless::{Instance, Keyless};
 use crate::trust::{Anchors, Signers, Trust};
 use crate::wanted::{PatternError, Wanted};
@@ -16,22 +18,22 @@ use crate::wanted::{PatternError, Wanted};
 #[serde(deny_unknown_fields, default)]
 pub struct Terms {
     /// Patterns of what the signer may call a model. None: anything.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "some")]
     pub models: Vec<String>,
     /// Method "key": the signer's public key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub public_key: Option<Source>,
     /// Method "certificate": what certificates have to lead to.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "some")]
     pub roots: Vec<Source>,
     /// And how the signer's is called: subject, alternative name or SHA-256 fingerprint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate_identity: Option<String>,
     /// Files with lists of revoked certificates.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "some")]
     pub crls: Vec<PathBuf>,
     /// What certificates of RFC 3161 authorities have to lead to.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "some")]
     pub timestamp_roots: Vec<Source>,
     /// Whether bundles of release 0.2.0 of the reference are accepted.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -57,6 +59,12 @@ pub struct Terms {
     /// Whether Sigstore's staging area is meant.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub use_staging: bool,
+}
+
+/// A list that is there has something in it: one that a template left empty would mean that nothing is asked for.
+fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let list = Vec::deserialize(deserializer)?;
+    if list.is_empty() { Err(D::Error::custom("an empty list; leave it out, or fill it")) } else { Ok(list) }
 }
 
 /// PEM: itself, or the name of a file that holds it.
@@ -97,12 +105,15 @@ impl Source {
         self.0.trim_start().starts_with("-----BEGIN ")
     }
 
-    fn pem(&self, base: &Path) -> Result<(Vec<u8>, PathBuf), KeyError> {
+    fn pem(&self, base: &Path, files: &mut Files) -> Result<(Vec<u8>, PathBuf), KeyError> {
         if self.is_pem() {
             return Ok((self.0.clone().into_bytes(), "the PEM in the policy".into()));
         }
         let path = base.join(&self.0);
-        Ok((read(&path)?, path))
+        match files.read(&path) {
+            Ok(bytes) => Ok((bytes.to_vec(), path)),
+            Err(source) => Err(KeyError::Read { path, source }),
+        }
     }
 }
 
@@ -137,29 +148,29 @@ impl Terms {
     }
 
     /// Reads what they name. Relative paths are relative to `base`.
-    pub fn trust(&self, base: &Path) -> Result<Trust, TermsError> {
+    pub fn trust(&self, base: &Path, files: &mut Files) -> Result<Trust, TermsError> {
         self.scope()?;
         if self.certificate_identity.as_deref() == Some("") {
             return Err(TermsError::Nameless);
         }
         let signers = match (self.method()?, &self.public_key) {
             ("key", Some(key)) => {
-                let (pem, path) = key.pem(base)?;
+                let (pem, path) = key.pem(base, files)?;
                 Signers::PublicKey(PublicKey::from_pem(&pem, &path)?)
             }
             ("certificate", _) => {
                 let mut crls = Crls::default();
                 self.crls.iter().try_for_each(|path| crls.read(&base.join(path)))?;
-                let roots = certificates(&self.roots, base)?;
+                let roots = certificates(&self.roots, base, files)?;
                 Signers::Certified(Anchors { roots, crls, identity: self.certificate_identity.clone() })
             }
-            _ => Signers::Keyless(Box::new(self.keyless(base)?)),
+            _ => Signers::Keyless(Box::new(self.keyless(base, files)?)),
         };
-        let timestamp_roots = certificates(&self.timestamp_roots, base)?;
+        let timestamp_roots = certificates(&self.timestamp_roots, base, files)?;
         Ok(Trust { signers, timestamp_roots, accept_legacy: self.accept_legacy })
     }
 
-    fn keyless(&self, base: &Path) -> Result<Keyless, TermsError> {
+    fn keyless(&self, base: &Path, files: &mut Files) -> Result<Keyless, TermsError> {
         let identity = wanted(self.identity.as_ref(), self.identity_pattern.as_ref())?;
         let provider = wanted(self.identity_provider.as_ref(), self.identity_provider_pattern.as_ref())?;
         let path = |path: &PathBuf| base.join(path);
@@ -171,7 +182,7 @@ impl Terms {
             (None, Some(path), false) => Instance::TrustConfig(path),
             _ => return Err(TermsError::Instance),
         };
-        Ok(Keyless::new(&instance, identity, provider)?)
+        Ok(Keyless::new(&instance, identity, provider, files)?)
     }
 
     /// The patterns of models.
@@ -182,15 +193,16 @@ impl Terms {
     /// Takes keys and certificates in, so that the terms stay what they are when files change; names other files
     /// from the root. Nothing else that is in those files comes along.
     pub fn make_self_contained(&mut self, base: &Path) -> Result<(), TermsError> {
+        let files = &mut Files::default();
         let text = |pem: Vec<u8>| Source(String::from_utf8(pem).unwrap_or_default());
         if let Some(key) = &mut self.public_key {
-            let (pem, path) = key.pem(base)?;
+            let (pem, path) = key.pem(base, files)?;
             *key = text(PublicKey::from_pem(&pem, &path)?.to_pem());
         }
         for roots in [&mut self.roots, &mut self.timestamp_roots] {
             let pem =
                 |certificate: &X509| certificate.to_pem().expect("a parsed certificate always serializes");
-            *roots = certificates(roots, base)?.iter().map(pem).map(text).collect();
+            *roots = certificates(roots, base, files)?.iter().map(pem).map(text).collect();
         }
         for path in self.crls.iter_mut().chain(&mut self.trusted_root).chain(&mut self.trust_config) {
             let absolute = base.join(&path).canonicalize();
@@ -216,10 +228,10 @@ fn wanted(name: Option<&String>, pattern: Option<&String>) -> Result<Wanted, Ter
     }
 }
 
-fn certificates(sources: &[Source], base: &Path) -> Result<Vec<X509>, KeyError> {
+fn certificates(sources: &[Source], base: &Path, files: &mut Files) -> Result<Vec<X509>, KeyError> {
     let mut all = Vec::new();
     for source in sources {
-        let (pem, path) = source.pem(base)?;
+        let (pem, path) = source.pem(base, files)?;
         all.extend(certificates_from_pem(&pem, &path)?);
     }
     Ok(all)
@@ -251,6 +263,6 @@ mod tests {
         }
         let both: Terms =
             toml::from_str("identity = 'a'\nidentity_pattern = 'b'\nidentity_provider = 'c'").expect("TOML");
-        assert!(matches!(both.trust(Path::new(".")), Err(TermsError::Identity)));
+        assert!(matches!(both.trust(Path::new("."), &mut Files::default()), Err(TermsError::Identity)));
     }
 }

@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -149,11 +150,11 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
         return Err(SubjectError::ModelName { wanted: wanted.to_owned(), found: signed.model_name }.into());
     }
     let (root_digest, all_files) = (signed.root_digest().to_string(), signed.files());
-    let partial = !request.partial.is_empty();
     let only = only(request, &signed)?;
+    let partial = !only.is_empty();
     let scope = what_to_look_at(&signed, request, only);
     if partial {
-        signed.resources.retain(|resource| scope.only.iter().any(|only| at_or_below(&resource.file, only)));
+        signed.resources.retain(|resource| scope.includes(&resource.file));
     }
     let found = Model::listed(request.model, &scope, listing)?;
     let single_file = !request.model.is_dir();
@@ -196,9 +197,15 @@ fn accepted(
     if differences.is_empty() { Ok(ignored) } else { Err(Box::new(differences).into()) }
 }
 
+/// Whether a name below the root is the root itself.
+fn is_root(name: impl AsRef<str>) -> bool {
+    matches!(name.as_ref(), "" | ".")
+}
+
 /// Names of what alone is looked at, as the manifest has them. A path is taken as it is written, from the model's root
 /// or from here: to follow a link on its way would be to look at another file than the one that is named.
-fn only(request: &Request<'_>, signed: &Manifest) -> Result<Vec<String>, SubjectError> {
+fn only(request: &Request<'_>, signed: &Manifest) -> Result<BTreeSet<String>, SubjectError> {
+    let files = SignedFiles::of(signed);
     let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let roots = [absolute(request.model), request.model.canonicalize().unwrap_or_default()];
     let name = |path: &PathBuf| {
@@ -208,16 +215,17 @@ fn only(request: &Request<'_>, signed: &Manifest) -> Result<Vec<String>, Subject
         // Without `.` and a slash at the end.
         let names = candidates.filter_map(|path| path.components().as_path().to_str());
         let mut names = names.map(|name| name.strip_prefix("./").unwrap_or(name).to_owned());
-        let is_signed =
-            |name: &String| signed.resources.iter().any(|resource| at_or_below(&resource.file, name));
+        let is_signed = |name: &String| is_root(name) || files.has_at_or_below(name);
         names.find(is_signed).ok_or_else(|| SubjectError::NotSigned(path.clone()))
     };
-    request.partial.iter().map(name).collect()
+    let only: BTreeSet<_> = request.partial.iter().map(name).collect::<Result<_, _>>()?;
+    // The root is all of it.
+    if only.iter().any(is_root) { Ok(BTreeSet::new()) } else { Ok(only) }
 }
 
 /// The signed parameters bind, not the command line (OMS v1.0, 8.4). What was signed is looked at even below
 /// a path that is ignored by default, or releases before 1.1 could not be verified.
-fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: Vec<String>) -> Scope {
+fn what_to_look_at(signed: &Manifest, request: &Request<'_>, only: BTreeSet<String>) -> Scope {
     let Serialization { ignore_paths, allow_symlinks, .. } = &signed.serialization;
     let unsaid = ignore_paths.is_none();
     let mut ignore_paths = ignore_paths.clone().unwrap_or_default();

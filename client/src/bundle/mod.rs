@@ -108,6 +108,14 @@ pub enum BundleError {
     /// Not JSON, a field missing, doubled or unknown, or of the wrong type.
     #[error("the bundle is malformed (OMS 4): {0}")]
     Malformed(String),
+    /// Another kind of file.
+    #[error("{path} is no bundle: {what} (OMS 4)")]
+    NoBundle {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+    },
     /// Something else is where the bundle is to be written. It stays.
     #[error("{0} exists and is not a bundle")]
     Occupied(PathBuf),
@@ -159,6 +167,13 @@ pub enum BundleError {
 impl BundleError {
     /// Whether the bundle itself is wrong.
     pub fn found_wrong(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Write { .. } | Self::Occupied(_))
+        !matches!(
+            self,
+            Self::Read { .. }
+                | Self::Write { .. }
+                | Self::Occupied(_)
+                | Self::TooLarge(_)
+                | Self::TooMany { .. }
+        )
     }
 }

@@ -74,6 +74,9 @@ pub(crate) struct Files {
     /// Follows symbolic links inside the model; without it, one is an error
     #[arg(long, visible_alias = "allow_symlinks")]
     pub(crate) allow_symlinks: bool,
+    /// What the model is called: trust policies go by it [default: the name of its directory, or of its only file]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
     /// The bundle: written by sign, and left out where it lies inside the model
     #[arg(long, value_name = "FILE", default_value = "model.sig")]
     pub(crate) signature: PathBuf,
@@ -136,6 +139,7 @@ impl Files {
         };
         Ok(Selection {
             model,
+            model_name: self.model_name.as_deref(),
             signature: &self.signature,
             ignore_paths: &self.ignore_paths,
             ignore_git_paths: !self.no_ignore_git_paths,
@@ -195,9 +199,6 @@ pub(crate) struct Sign {
         conflicts_with_all = ["model", "hash_type", "serialization", "shard_size", "digest_cache"]
     )]
     pub(crate) manifest: Vec<PathBuf>,
-    /// The model's name, for a list of sha256sum
-    #[arg(long, value_name = "NAME", requires = "manifest")]
-    pub(crate) model_name: Option<String>,
     #[command(flatten)]
     pub(crate) files: Files,
     #[command(flatten)]

@@ -1,12 +1,12 @@
 //! What can be typed to verify, and to say whom to trust.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Subcommand};
-use omsign::bundle::LARGEST_BYTES;
 use omsign::terms::{self, Source};
 
-use super::Work;
+use super::{Work, bytes};
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -22,6 +22,9 @@ pub(crate) struct Verify {
     #[arg(long, value_name = "FILE", conflicts_with_all = TERMS)]
     pub(crate) policy: Option<PathBuf>,
 }
+
+/// [`omsign::bundle::LARGEST_BYTES`].
+const LARGEST: &str = "64MiB";
 
 /// What says whose signature to accept, and on which terms.
 const TERMS: [&str; 13] = [
@@ -90,7 +93,7 @@ pub(crate) struct What {
     #[arg(value_name = "MODEL", required = true)]
     model: Option<PathBuf>,
     /// The bundle [default: model.sig in the model or in the working directory]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", alias = "bundle")]
     pub(crate) signature: Option<PathBuf>,
     /// Accepts files that were not signed
     #[arg(long, visible_alias = "ignore_unsigned_files", overrides_with = "no_ignore_unsigned_files")]
@@ -118,8 +121,8 @@ pub(crate) struct What {
     #[arg(long, value_name = "NAME")]
     pub(crate) model_name: Option<String>,
     /// Bytes that the bundle may be long
-    #[arg(long, value_name = "BYTES", default_value_t = LARGEST_BYTES)]
-    pub(crate) max_bundle_size: u64,
+    #[arg(long, value_name = "BYTES", default_value = LARGEST, value_parser = bytes)]
+    pub(crate) max_bundle_size: NonZeroU64,
     #[command(flatten)]
     pub(crate) work: Work,
     /// Prints one JSON object
@@ -294,8 +297,8 @@ pub(crate) struct Inspect {
     #[arg(value_name = "BUNDLE")]
     pub(crate) bundle: PathBuf,
     /// Bytes that it may be long
-    #[arg(long, value_name = "BYTES", default_value_t = LARGEST_BYTES)]
-    pub(crate) max_bundle_size: u64,
+    #[arg(long, value_name = "BYTES", default_value = LARGEST, value_parser = bytes)]
+    pub(crate) max_bundle_size: NonZeroU64,
     /// Prints one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -14,7 +14,7 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let selection = files.selection(model).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
-    let found = serialization.walk(model)?;
+    let found = selection.walk(&serialization)?;
     let plan = Plan::new(&found, serialization.clone(), &hashing.hasher)?;
     let output = fstat(std::io::stdout()).map_err(|errno| Failure::Unprinted(errno.into()))?;
     if plan.has(output.st_dev, output.st_ino) {

@@ -17,7 +17,7 @@ use crate::cli;
 use crate::report;
 
 pub(crate) fn inspect(arguments: &cli::Inspect) -> Done {
-    let bundle = match Bundle::read(&arguments.bundle, arguments.max_bundle_size) {
+    let bundle = match Bundle::read(&arguments.bundle, arguments.max_bundle_size.get()) {
         Ok(bundle) => bundle,
         Err(error) => {
             // Whoever looks into it wants to know what it is all the more.

@@ -10,6 +10,7 @@ use omsign::key::{KeyError, PrivateKey, read_certificates};
 use omsign::manifest_file::{self, Unsaid};
 use omsign::model::{GIT_PATHS, at_or_below};
 use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
+use omsign::selection::PUBLISHED;
 use omsign::sign::{Request, Signed, Signer, Subject};
 use omsign_proto::v1::KeyState;
 use openssl::x509::X509;
@@ -23,10 +24,19 @@ use crate::report::{self, count, size};
 
 pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     let model = arguments.model.as_deref();
+    if arguments.files.signature == Path::new("-") {
+        return Err(Failure::Usage(
+            "a bundle replaces the one before it as a whole: name a file with --signature",
+        ));
+    }
     let hashing = Hashing::start(&arguments.work, model.unwrap_or(Path::new("")))?;
     let subject = match model {
         Some(model) => {
-            Subject::Model(arguments.files.selection(model).map_err(Failure::Usage)?, &hashing.hasher)
+            let selection = arguments.files.selection(model).map_err(Failure::Usage)?;
+            if selection.published_bundle() {
+                report::say(format_args!("note: {PUBLISHED} in the model is a bundle, and no part of it"));
+            }
+            Subject::Model(selection, &hashing.hasher)
         }
         None => from_manifests(arguments)?,
     };
@@ -38,6 +48,9 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     };
     let signed = signed(arguments, &request)?;
     hashing.end();
+    if let Some(other) = signed.replaced.filter(|other| *other != signed.model_name) {
+        report::warning(&format!("this replaced the bundle of a model called {other:?}"));
+    }
     if arguments.files.signature.metadata().is_ok_and(|bundle| bundle.len() > LARGEST_BYTES) {
         report::warning(&format!(
             "omsign verify takes a bundle of more than {} only with --max-bundle-size: larger shards, or none, make it \
@@ -70,7 +83,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
 /// What `--manifest` names.
 fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
     let files = &arguments.files;
-    let is_list = arguments.model_name.is_some();
+    let is_list = files.model_name.is_some();
     if !is_list && (!files.ignore_paths.is_empty() || files.no_ignore_git_paths || files.allow_symlinks) {
         return Err(Failure::Usage(
             "what is left out, and whether links are followed, was said when the manifest was made: leave \
@@ -85,11 +98,8 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
     if !files.no_ignore_git_paths {
         ignore_paths.extend(GIT_PATHS.map(str::to_owned));
     }
-    let unsaid = Unsaid {
-        model_name: arguments.model_name.clone(),
-        ignore_paths,
-        allow_symlinks: files.allow_symlinks,
-    };
+    let unsaid =
+        Unsaid { model_name: files.model_name.clone(), ignore_paths, allow_symlinks: files.allow_symlinks };
     let (manifest, bytes) = manifest_file::read(&arguments.manifest, &unsaid)?;
     if is_list && manifest.resources.iter().all(|resource| at_or_below(&resource.file, &manifest.model_name))
     {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use omsign::Error;
 use omsign::bundle::{Bundle, LARGEST_BYTES};
+use omsign::files::Files;
 use omsign::policy::{self, Edit, Entry, PROJECT_FILE, Policy, PolicyError, own_file};
 use omsign::terms::Terms;
 use serde_json::json;
@@ -49,18 +50,16 @@ fn path(file: &TrustFile) -> Result<PathBuf, PolicyError> {
 fn add(name: &str, mut terms: Terms, file: &TrustFile) -> Done {
     // Files are read once: they may be pipes. What could not be used is not written.
     terms.make_self_contained(Path::new(""))?;
-    terms.trust(Path::new(""))?;
-    let here = std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
-    if file.project {
-        // Nobody allows what is in it already by adding to it.
-        policy::check_allowed(&here)?;
-    }
+    terms.trust(Path::new(""), &mut Files::default())?;
     let path = path(file)?;
-    let mut edit = Edit::open(&path)?;
-    edit.add(name, &terms)?;
-    edit.save()?;
     if file.project {
-        policy::allow(&here)?;
+        let here = std::env::current_dir();
+        let here = here.map_err(|source| PolicyError::Read { path: ".".into(), source })?;
+        policy::add_to_project(&here, name, &terms)?;
+    } else {
+        let mut edit = Edit::open(&path)?;
+        edit.add(name, &terms)?;
+        edit.save()?;
     }
     report::line(format_args!("added {name} to {}", path.display()))
 }
@@ -98,6 +97,9 @@ fn list(file: &TrustFile, as_json: bool) -> Done {
 /// Exit status 0 where somebody is trusted with it, 1 where nobody is.
 fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
     let policy = policy(file)?;
+    if policy.entries.is_empty() {
+        return Err(PolicyError::Nothing.into());
+    }
     let bundle = Bundle::read(bundle, LARGEST_BYTES).map_err(|error| checked(error.into()))?;
     let mut lines = Vec::new();
     let mut accepted = false;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use omsign::Error;
 use omsign::bundle::{Bundle, Material};
 use omsign::certificate;
+use omsign::files::Files;
 use omsign::policy::{Policy, PolicyError};
 use omsign::terms::Terms;
 use omsign::verify::{Judge, Request, Verified};
@@ -54,10 +55,10 @@ fn verified(
         ignore_git_paths: what.ignore_git_paths(),
         partial: &what.partial,
         model_name: what.model_name.as_deref(),
-        largest_bundle: what.max_bundle_size,
+        largest_bundle: what.max_bundle_size.get(),
     };
     if fingerprints {
-        let bundle = Bundle::read(&signature, what.max_bundle_size);
+        let bundle = Bundle::read(&signature, what.max_bundle_size.get());
         print_fingerprints(&bundle.map_err(|error| checked(error.into()))?);
     }
     let hashing = Hashing::start(&what.work, what.model())?;
@@ -68,7 +69,7 @@ fn verified(
 
 fn judge(terms: Option<Terms>, policy: Option<PathBuf>) -> Result<Judge, Error> {
     if let Some(terms) = terms {
-        return Ok(Judge::Trust(terms.trust(Path::new(""))?));
+        return Ok(Judge::Trust(terms.trust(Path::new(""), &mut Files::default())?));
     }
     let policy = Policy::find(policy.or_else(cli::policy_from_environment).as_deref())?;
     if policy.entries.is_empty() {

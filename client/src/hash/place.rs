@@ -34,15 +34,23 @@ impl Root {
 
     /// Whether another directory, or none, is in its place now: a link to it may lead to the next release.
     pub(crate) fn check_in_place(&self) -> Result<(), HashError> {
-        let of = |found: Stat| (found.st_dev, found.st_ino);
-        let same = fstat(&self.directory).map(of).is_ok_and(|opened| stat(&self.path).map(of) == Ok(opened));
+        let same = self.identity().is_some_and(|own| stat(&self.path).map(identity) == Ok(own));
         if same { Ok(()) } else { Err(HashError::Changed(self.path.clone())) }
+    }
+
+    /// Its device and inode.
+    pub(crate) fn identity(&self) -> Option<(u64, u64)> {
+        fstat(&self.directory).map(identity).ok()
     }
 
     /// The path of a file below it.
     pub(crate) fn path_of(&self, below: &Path) -> PathBuf {
         self.path.join(below)
     }
+}
+
+fn identity(found: Stat) -> (u64, u64) {
+    (found.st_dev, found.st_ino)
 }
 
 /// A lease ends by itself before that, unless somebody set fs.lease-break-time higher; and how often it is asked for.

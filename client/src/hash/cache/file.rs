@@ -6,13 +6,14 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
 use super::{CacheError, Entry};
 use crate::hash::Stamp;
 use crate::hash::digest::{Algorithm, Digest};
+use crate::replace;
 
 const HEADER: &str = "omsign digests 2";
 
@@ -21,16 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Keeps others from writing as long as it lives.
 pub(super) fn turn(path: &Path) -> Option<File> {
-    let directory = File::open(path.parent()?).ok()?;
-    let since = Instant::now();
-    // Some file systems have no locks.
-    while let Err(std::fs::TryLockError::WouldBlock) = directory.try_lock() {
-        if since.elapsed() > PATIENCE {
-            return None;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Some(directory)
+    replace::turn(path.parent()?, PATIENCE).ok()?
 }
 
 /// What it holds; nothing, where it is none.

@@ -1,15 +1,18 @@
 //! The trust policy, `trust.toml`: who may sign which models.
 
+mod edit;
+mod project;
+
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
-use toml_edit::DocumentMut;
 
+pub use self::edit::Edit;
+use self::project::Fingerprint;
+pub use self::project::{PROJECT_FILE, add_to_project, allow};
 use crate::bundle::Bundle;
-use crate::hash::Digest;
-use crate::replace::replace;
+use crate::files::Files;
 use crate::terms::{Terms, TermsError};
 use crate::trust::{Signers, Trust, TrustError, VerifiedStatement};
 use crate::user_directory;
@@ -94,6 +97,9 @@ pub enum PolicyError {
     /// The policy of a project that was not allowed.
     #[error("{0} is there, and you did not allow it")]
     NotAllowed(PathBuf),
+    /// Somebody else changes it, and does not come to an end.
+    #[error("{0} is being changed by another omsign; try again when that is done")]
+    Busy(PathBuf),
     /// There is no policy.
     #[error("there is no trust policy, and nothing else says whose signature to accept")]
     Nothing,
@@ -136,38 +142,49 @@ impl Policy {
     /// working directory.
     pub fn find(explicit: Option<&Path>) -> Result<Self, PolicyError> {
         let mut policy = Self::default();
+        let mut files = Files::default();
         if let Some(path) = explicit {
-            policy.add(path)?;
+            let text = text(path, &mut files)?;
+            policy.add(path, &text, &mut files)?;
             return Ok(policy);
         }
         let own = own_file()?;
         if !own.exists() {
             return Err(PolicyError::Nothing);
         }
-        let projects = policy.add(&own)?;
+        let projects = policy.add(&own, &text(&own, &mut files)?, &mut files)?;
         let here =
             std::env::current_dir().map_err(|source| PolicyError::Read { path: ".".into(), source })?;
         let file = Path::new(PROJECT_FILE);
         // One that is gone trusts nobody.
         if let Some(allowed) = projects.get(&here).filter(|_| file.symlink_metadata().is_ok()) {
-            if fingerprint(file)? != *allowed {
-                return Err(PolicyError::Changed(here.join(file)));
+            let changed = || PolicyError::Changed(here.join(file));
+            // Nobody waits for a pipe in its place.
+            if !file.is_file() {
+                return Err(changed());
             }
-            policy.add(file)?;
+            let text = text(file, &mut files)?;
+            if !Fingerprint::of(file, &text).is(allowed, &mut files)? {
+                return Err(changed());
+            }
+            policy.add(file, &text, &mut files)?;
         }
         Ok(policy)
     }
 
     /// Adds the entries of a file, and returns the projects that it allows.
-    fn add(&mut self, path: &Path) -> Result<BTreeMap<PathBuf, String>, PolicyError> {
-        let text = std::fs::read_to_string(path);
-        let text = text.map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
-        let PolicyToml { projects, signer } = parse(&text, path)?;
+    fn add(
+        &mut self,
+        path: &Path,
+        text: &str,
+        files: &mut Files,
+    ) -> Result<BTreeMap<PathBuf, String>, PolicyError> {
+        let PolicyToml { projects, signer } = parse(text, path)?;
         let base = path.parent().unwrap_or(Path::new("."));
         for (name, terms) in signer {
             let wrong = |source| PolicyError::Terms { path: path.to_owned(), name: name.clone(), source };
             check_name(&name)?;
-            let trust = terms.trust(base).map_err(wrong)?;
+            let trust = terms.trust(base, files).map_err(wrong)?;
             let models = terms.scope().map_err(|error: PatternError| wrong(error.into()))?;
             self.entries.push(Entry { name, file: path.to_owned(), terms, trust, models });
         }
@@ -225,53 +242,16 @@ impl Entry {
     }
 }
 
-/// Where a project's policy is, from its directory.
-pub const PROJECT_FILE: &str = ".omsign/trust.toml";
-
 /// Where the user's own policy is: `$XDG_CONFIG_HOME/omsign/trust.toml`.
 pub fn own_file() -> Result<PathBuf, PolicyError> {
     Ok(user_directory("XDG_CONFIG_HOME", ".config").ok_or(PolicyError::Nowhere)?.join("omsign/trust.toml"))
 }
 
-/// What a project's policy is allowed by: SHA-256 of it and of the keys, certificates and trusted roots that it names.
-/// Lists of revoked certificates may change: somebody who is trusted signed them.
-fn fingerprint(path: &Path) -> Result<String, PolicyError> {
-    let read = |path: &Path| {
-        std::fs::read(path).map_err(|source| PolicyError::Read { path: path.to_owned(), source })
-    };
-    let bytes = read(path)?;
-    let text = String::from_utf8_lossy(&bytes).into_owned();
-    let base = path.parent().unwrap_or(Path::new(""));
-    let mut digests = vec![Digest::sha256(&bytes)];
-    for mut terms in parse(&text, path)?.signer.into_values() {
-        terms.crls.clear();
-        for file in terms.files(base) {
-            digests.push(Digest::sha256(&read(&file)?));
-        }
-    }
-    let digests: Vec<u8> = digests.iter().flat_map(Digest::as_bytes).copied().collect();
-    Ok(format!("sha256:{}", Digest::sha256(&digests)))
-}
-
-/// Lets the policy of a project count, as it is now, when the user works in its directory.
-pub fn allow(project: &Path) -> Result<(), PolicyError> {
-    let fingerprint = fingerprint(&project.join(PROJECT_FILE))?;
-    let mut own = Edit::open(&own_file()?)?;
-    own.allow(project, &fingerprint)?;
-    own.save()
-}
-
-/// Whether a project's policy may be added to: there is none yet, or it is as it was allowed.
-pub fn check_allowed(project: &Path) -> Result<(), PolicyError> {
-    let file = project.join(PROJECT_FILE);
-    if !file.exists() {
-        return Ok(());
-    }
-    let own = std::fs::read_to_string(own_file()?).unwrap_or_default();
-    match parse(&own, Path::new("trust.toml"))?.projects.get(project) {
-        Some(allowed) if *allowed == fingerprint(&file)? => Ok(()),
-        _ => Err(PolicyError::NotAllowed(file)),
-    }
+/// The text of a policy.
+fn text(path: &Path, files: &mut Files) -> Result<String, PolicyError> {
+    let read = |source| PolicyError::Read { path: path.to_owned(), source };
+    let bytes = files.read(path).map_err(read)?;
+    String::from_utf8(bytes.to_vec()).map_err(|_| read(std::io::ErrorKind::InvalidData.into()))
 }
 
 fn parse(text: &str, path: &Path) -> Result<PolicyToml, PolicyError> {
@@ -288,74 +268,5 @@ fn check_name(name: &str) -> Result<(), PolicyError> {
         Ok(())
     } else {
         Err(PolicyError::Name(name.to_owned()))
-    }
-}
-
-/// A policy file that is changed. Comments and order stay.
-pub struct Edit {
-    path: PathBuf,
-    document: DocumentMut,
-}
-
-impl Edit {
-    /// Starts with what is there.
-    pub fn open(path: &Path) -> Result<Self, PolicyError> {
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            text => text.map_err(|source| PolicyError::Read { path: path.to_owned(), source })?,
-        };
-        parse(&text, path)?;
-        let document = text.parse().expect("TOML, as it was just parsed");
-        Ok(Self { path: path.to_owned(), document })
-    }
-
-    /// Adds a signer.
-    pub fn add(&mut self, name: &str, terms: &Terms) -> Result<(), PolicyError> {
-        check_name(name)?;
-        let signers = self.document.entry("signer").or_insert(toml_edit::table());
-        let Some(signers) = signers.as_table_mut() else { return Err(self.taken("signer")) };
-        signers.set_implicit(true);
-        if signers.contains_key(name) {
-            return Err(self.taken(name));
-        }
-        let table = toml::to_string_pretty(terms).map_err(|_| PolicyError::NotUtf8(name.to_owned()))?;
-        let table: DocumentMut = table.parse().expect("TOML, as it was just written");
-        signers.insert(name, toml_edit::Item::Table(table.as_table().clone()));
-        Ok(())
-    }
-
-    fn taken(&self, name: &str) -> PolicyError {
-        PolicyError::Taken { path: self.path.clone(), name: name.to_owned() }
-    }
-
-    /// Removes a signer.
-    pub fn remove(&mut self, name: &str) -> Result<(), PolicyError> {
-        let signers = self.document.get_mut("signer").and_then(toml_edit::Item::as_table_like_mut);
-        match signers.and_then(|signers| signers.remove(name)) {
-            Some(_) => Ok(()),
-            None => Err(PolicyError::Unknown { path: self.path.clone(), name: name.to_owned() }),
-        }
-    }
-
-    fn allow(&mut self, project: &Path, fingerprint: &str) -> Result<(), PolicyError> {
-        let projects = self.document.entry("projects").or_insert(toml_edit::table());
-        let Some(projects) = projects.as_table_like_mut() else { return Err(self.taken("projects")) };
-        let name = project.to_str().ok_or_else(|| PolicyError::Name(project.display().to_string()))?;
-        projects.insert(name, toml_edit::value(fingerprint));
-        Ok(())
-    }
-
-    /// Writes it as a whole, or not at all. Nothing is written that could not be read again.
-    pub fn save(self) -> Result<(), PolicyError> {
-        let text = self.document.to_string();
-        parse(&text, &self.path)?;
-        let error = |source| PolicyError::Write { path: self.path.clone(), source };
-        // Where it is a link, what it leads to is replaced.
-        let path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory).map_err(error)?;
-        }
-        let mode = std::fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o777);
-        replace(&path, mode, |file| file.write_all(text.as_bytes())).map_err(error)
     }
 }

@@ -1,4 +1,6 @@
-//! Public keys, private keys in PEM files, and certificates, as they come from files and from the agent.
+//! Public keys and certificates, as they come from files and from the agent.
+
+mod private;
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +9,14 @@ use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
 use openssl::hash::{Hasher, MessageDigest};
 use openssl::nid::Nid;
-use openssl::pkey::{HasPublic, Id, PKey, PKeyRef, Private, Public};
+use openssl::pkey::{HasPublic, Id, PKey, PKeyRef, Public};
 use openssl::rsa::Padding;
 use openssl::sign::{RsaPssSaltlen, Verifier};
 use openssl::x509::X509;
-use zeroize::Zeroizing;
 
+pub use self::private::PrivateKey;
 use crate::dsse::{Pae, digest_of_release_0_2_0};
+use crate::files;
 use crate::hash::Digest;
 use crate::ml_dsa::MlDsaKey;
 pub use crate::ml_dsa::ParameterSet;
@@ -21,6 +24,9 @@ use crate::path::PathError;
 
 /// The shortest RSA modulus: 112 bits of security (NIST SP 800-57).
 const LEAST_RSA_BITS: u32 = 2048;
+
+/// Why an encrypted key cannot be read.
+pub const NO_PASSWORD: &str = "it needs a password";
 
 /// What a file may not hold that should: see [`KeyError::Content`].
 pub const PUBLIC_KEY: &str = "a public key";
@@ -225,7 +231,13 @@ impl PublicKey {
     }
 
     fn new(key: PKey<Public>) -> Result<Self, KeyError> {
-        Ok(Self { algorithm: Algorithm::of(&key)?, half: Half::OpenSsl(key) })
+        let algorithm = Algorithm::of(&key)?;
+        // However its point was written, its PEM is one, and so its hint.
+        let key = match key.ec_key() {
+            Ok(ec) => EcKey::from_public_key(ec.group(), ec.public_key()).and_then(PKey::from_ec_key),
+            Err(_) => Ok(key),
+        };
+        Ok(Self { algorithm, half: Half::OpenSsl(key.map_err(sign_error)?) })
     }
 
     /// SubjectPublicKeyInfo in PEM, lines of 64 characters, newline at the end.
@@ -315,48 +327,6 @@ fn digest(algorithm: MessageDigest, pae: &Pae<'_>) -> Vec<u8> {
     hasher.finish().expect("hashing memory does not fail").to_vec()
 }
 
-/// A private key from a PEM file.
-pub struct PrivateKey {
-    /// Its public half.
-    pub public: PublicKey,
-    key: PKey<Private>,
-}
-
-impl PrivateKey {
-    /// Reads PKCS#8 or SEC 1 PEM. `password` is asked only when the file is encrypted.
-    pub fn read(path: &Path, password: impl FnOnce() -> Option<Zeroizing<String>>) -> Result<Self, KeyError> {
-        let pem = Zeroizing::new(read(path)?);
-        let mut asked = None;
-        let parsed = PKey::private_key_from_pem_callback(&pem, |buffer| {
-            let given = password();
-            asked = Some(given.is_some());
-            let Some(given) = given else { return Ok(0) };
-            match buffer.get_mut(..given.len()) {
-                Some(space) => space.copy_from_slice(given.as_bytes()),
-                None => return Ok(0),
-            }
-            Ok(given.len())
-        });
-        let key = parsed.map_err(|_| match asked {
-            None => KeyError::content(path, "a private key", &PRIVATE_KEYS, &pem),
-            Some(true) => KeyError::Password { path: path.to_owned(), reason: "the password is wrong" },
-            Some(false) => KeyError::Password { path: path.to_owned(), reason: "it needs a password" },
-        })?;
-        Algorithm::of(&key)?;
-        let public = PublicKey::from_spki(&key.public_key_to_der().map_err(sign_error)?)?;
-        Ok(Self { public, key })
-    }
-
-    /// Signs: ECDSA in DER, RSA with PKCS#1 v1.5 padding, Ed25519.
-    pub fn sign(&self, pae: &Pae<'_>) -> Result<Vec<u8>, KeyError> {
-        let signer = match self.public.algorithm.hash() {
-            Some(hash) => openssl::sign::Signer::new(hash, &self.key),
-            None => openssl::sign::Signer::new_without_digest(&self.key),
-        };
-        signer.and_then(|mut signer| signer.sign_oneshot_to_vec(&pae.to_bytes())).map_err(sign_error)
-    }
-}
-
 fn sign_error(error: ErrorStack) -> KeyError {
     KeyError::Sign(error.to_string())
 }
@@ -395,5 +365,5 @@ impl KeyError {
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, KeyError> {
-    std::fs::read(path).map_err(|source| KeyError::Read { path: path.to_owned(), source })
+    files::read(path).map_err(|source| KeyError::Read { path: path.to_owned(), source })
 }
