@@ -1,10 +1,12 @@
 //! Entries of the audit log say everything, are on disk before their signatures leave, and one fsync serves all that
 //! wait. strace watches the agent's system calls, and makes them fail or take their time.
 
+use std::path::Path;
+
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::SignRequest;
-use omsign_tests::agent::{Agent, SOON, under};
+use omsign_tests::agent::{Agent, SOON, eventually, refused, under};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic::Code;
@@ -116,5 +118,50 @@ fn what_an_entry_says() -> anyhow::Result<()> {
     ensure!(entry["identity"].to_string().contains("uid"), "{entry}");
     let time = humantime::parse_rfc3339(entry["time"].as_str().context("a time")?)?;
     ensure!(time >= before - SOON && time <= std::time::SystemTime::now(), "{entry}");
+    Ok(())
+}
+
+/// Those who rotate logs move the file away: what comes next is in the new one, and the devices stay one agent's.
+#[test]
+fn a_log_that_is_moved_away() -> anyhow::Result<()> {
+    let world = World::new()?;
+    for durability in ["fsync", "os"] {
+        let listen = format!("{}durability = \"{durability}\"\n", world.listen());
+        let token = world.token(durability, "k", KeyType::P256)?;
+        let config = listen + &token_section("t", &token, "") + &key_section("k", "t", "k");
+        let agent = Agent::start(&world, &config)?;
+        world.model()?;
+        let log = world.path("audit/audit.jsonl");
+        let signs = || world.omsign_ok(&["sign", "model", "--key", "k"]);
+        let lines = |path: &Path| anyhow::Ok(std::fs::read_to_string(path)?.lines().count());
+        signs()?;
+        let before = lines(&log)?;
+        std::fs::rename(&log, world.path("audit/audit.jsonl.1"))?;
+        signs()?;
+        ensure!(lines(&log)? == 1 && lines(&world.path("audit/audit.jsonl.1"))? == before);
+        std::fs::remove_file(&log)?;
+        let (status, said) = refused(&world, &config.replace("agent.sock", "other.sock"))?;
+        ensure!(status == Some(2) && said.contains("is running and owns the devices"), "{status:?}: {said}");
+        signs()?;
+        ensure!(lines(&log)? == 1, "{}", agent.log()?);
+        // Where none can be begun, nothing is signed, and everybody can see it.
+        std::fs::remove_file(&log)?;
+        std::fs::create_dir(&log)?;
+        let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
+        let hint = "hint: nothing is signed without its record: make room";
+        ensure!(errors.contains("the audit log cannot be written: ") && errors.contains(hint), "{errors}");
+        let serves = || Ok(!world.omsign_ok(&["agent", "status"])?.contains(": not serving"));
+        eventually("the service's end", || Ok(!serves()?))?;
+        std::fs::remove_dir(&log)?;
+        eventually("service again", serves)?;
+        signs()?;
+        let entries = world.audit()?;
+        let resumed = entries.iter().filter(|entry| entry["outcome"] == "resumed").count();
+        ensure!(
+            resumed == 1 && entries.last().is_some_and(|entry| entry["outcome"] == "signed"),
+            "{entries:?}"
+        );
+        drop(agent);
+    }
     Ok(())
 }

@@ -53,6 +53,12 @@ fn sockets_handed_over_by_systemd() -> anyhow::Result<()> {
     let audit = world.audit()?;
     let [by_unix, by_tls] = audit.as_slice() else { anyhow::bail!("{audit:?}") };
     ensure!(by_unix["rule"] == "key.k.allow[0]" && by_tls["rule"] == "key.k.allow[1]", "{audit:?}");
+    let log = agent.log()?;
+    let told = [
+        "listening on a socket of systemd's",
+        "what [listen] unix says of path, mode and group does not count",
+    ];
+    ensure!(told.iter().all(|told| log.contains(told)), "{log}");
     ensure!(agent.stop()?.success());
     // What systemd made, systemd removes; and the configured path was left alone.
     ensure!(world.path("activated.sock").exists() && !world.path("agent.sock").exists());

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use omsign_fixtures::softhsm::KeyType;
+use omsign_fixtures::softhsm::{KeyType, Objects};
+use omsign_proto::v1::SignRequest;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, SOON, freeze, signal};
@@ -153,4 +154,47 @@ fn no_answer_is_lost_doubled_or_swapped() -> anyhow::Result<()> {
     }
     ensure!(world.audit()?.len() == answers.len(), "each signature is recorded once");
     Ok(())
+}
+
+/// Statements that wait take no more memory than there is room for: where the key takes a digest, none to speak of.
+#[test]
+fn long_statements_that_wait() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P384)?, world.proxy()?);
+    token.generate("e", KeyType::Ed25519, Objects::Pair)?;
+    let section = proxy.before(&token_section("t", &token, "timeout = \"60s\""))?;
+    let keys = key_section("k", "t", "k") + &key_section("e", "t", "e");
+    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 48]), SOON).await?;
+        let before = agent.memory_bytes()?;
+        proxy.set("C_Sign 0 600000\n")?;
+        let long = |key, id| {
+            let statement = Some(Content::Statement(vec![b' '; 15 << 20]));
+            SignRequest { content: statement, ..request(key, id, &[]) }
+        };
+        let mut waiting = Vec::new();
+        for id in 10..30 {
+            // It begins with an event that says that it waits.
+            waiting.push(client.sign(long("k", id)).await?.into_inner());
+        }
+        let taken = agent.memory_bytes()?.saturating_sub(before);
+        ensure!(taken < 100 << 20, "{taken} bytes for 20 statements of 15 MiB");
+        // A key that signs messages needs all of it, so that there is room for four.
+        let mut waits = 0;
+        for id in 30..36 {
+            match client.sign(long("e", id)).await {
+                Ok(events) => {
+                    waiting.push(events.into_inner());
+                    waits += 1;
+                }
+                Err(full) => ensure!(full.code() == Code::ResourceExhausted, "{full}"),
+            }
+        }
+        ensure!(waits == 4, "{waits} wait");
+        sign(&mut connect(world.path("agent.sock")).await?, request("k", 1, &[7; 48]), SOON).await?;
+        Ok(())
+    })
 }

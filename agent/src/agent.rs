@@ -11,6 +11,7 @@ use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
 use crate::identity::Identity;
+use crate::intake::Held;
 use crate::operator;
 use crate::policy::allowed;
 use crate::replay::{Outcome, Replay, Tell};
@@ -25,9 +26,6 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// The longest that questions about keys wait for a token that starts.
 pub(crate) const SETTLE: Duration = Duration::from_secs(5);
-
-/// The least time that the audit log gets.
-const RECORD: Duration = Duration::from_secs(5);
 
 /// Everything that requests share.
 pub(crate) struct Agent {
@@ -104,7 +102,7 @@ impl Agent {
         let digest = public.map(|public| public.digest_hex(&authorised.content));
         let digest = digest.as_deref().unwrap_or(&authorised.digest_hex);
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
-        let deadline = deadline.max(Instant::now() + RECORD);
+        let deadline = deadline.max(Instant::now() + audit::PATIENCE);
         let rule = Some(rule.name.as_str());
         let entry = Entry { rule, token, busy, digest, ..authorised.entry(outcome, &reason, algorithm) };
         let written = self.record(&entry, deadline).await;
@@ -133,7 +131,7 @@ impl Agent {
         let unlocked = token.unlock(pin, deadline).await;
         let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
-        self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + RECORD)).await?;
+        self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + audit::PATIENCE)).await?;
         unlocked.map_err(|error| status(&token.name, &error))
     }
 }
@@ -147,6 +145,8 @@ pub(crate) struct Authorised {
     pub(crate) content: Content,
     pub(crate) digest_hex: String,
     pub(crate) context: String,
+    /// The room that a statement takes until it is signed.
+    pub(crate) _held: Option<Held>,
 }
 
 impl Authorised {

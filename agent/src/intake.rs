@@ -1,9 +1,10 @@
-//! How much of requests is held while they come in. A message is whole before anybody looks at who may send it, so that what
-//! strangers send is bounded: for each of them, and for all together.
+//! How much of requests is held while they come in, and while they wait for a token that takes whole statements. A message is
+//! whole before anybody looks at who may send it, so that what strangers send is bounded: for each of them, and for all
+//! together.
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 
 use http_body::Frame;
@@ -33,13 +34,18 @@ const PREFIX: usize = 5;
 pub(crate) fn metered()
 -> MapRequestLayer<impl Fn(http::Request<Body>) -> http::Request<Body> + Clone + Send + Sync + 'static> {
     let room = Arc::new(Room { all: Arc::new(Semaphore::new(ROOM)), of_each: Mutex::default() });
-    MapRequestLayer::new(move |request: http::Request<Body>| {
+    MapRequestLayer::new(move |mut request: http::Request<Body>| {
         // Every connection has one.
         let Some(identity) = request.extensions().get::<Arc<Identity>>().cloned() else { return request };
-        let room = Arc::clone(&room);
-        request.map(|body| Body::new(Metered { body, identity, room, left: None, held: None }))
+        let (room, held) = (Arc::clone(&room), Held::default());
+        request.extensions_mut().insert(held.clone());
+        request.map(|body| Body::new(Metered { body, identity, room, left: None, held }))
     })
 }
+
+/// The room that a request takes: as long as it comes in, and on for whoever keeps this with what came.
+#[derive(Clone, Default)]
+pub(crate) struct Held(Arc<OnceLock<[OwnedSemaphorePermit; 2]>>);
 
 struct Room {
     all: Arc<Semaphore>,
@@ -73,8 +79,7 @@ struct Metered {
     room: Arc<Room>,
     /// Bytes of the message that are to come, once its length is known.
     left: Option<usize>,
-    /// Until the message is whole and this is dropped.
-    held: Option<[OwnedSemaphorePermit; 2]>,
+    held: Held,
 }
 
 impl Metered {
@@ -90,7 +95,7 @@ impl Metered {
         if self.left.replace(left).is_none() && (SMALL..=LARGEST).contains(&announced) {
             let held = self.room.take(self.identity.caller(), announced);
             let full = || Status::resource_exhausted("too many large requests come in at a time");
-            self.held = Some(held.ok_or_else(full)?);
+            let _ = self.held.0.set(held.ok_or_else(full)?);
         }
         Ok(())
     }

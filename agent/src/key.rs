@@ -78,6 +78,19 @@ impl KeyEntry {
         Self { name, allow, places, certificate_chain, previous, turn, certified, seen, warned }
     }
 
+    /// What has to be kept of this until it is signed: the digest, where none of its tokens takes more.
+    pub(crate) fn needed(&self, content: Content) -> Content {
+        let known = |place: &Place| place.token.key(place.index).and_then(Result::ok);
+        let all: Option<Vec<PublicKey>> = self.places.iter().map(known).collect();
+        let all = all.unwrap_or_default();
+        match all.first() {
+            Some(first) if !all.iter().any(PublicKey::needs_message) => {
+                first.fit(&content).unwrap_or(content)
+            }
+            _ => content,
+        }
+    }
+
     /// Signs with the first token that can. A token that fails or takes more than its share of the time costs no
     /// answer while another is left: what it may still sign is never released.
     pub(crate) async fn sign(

@@ -19,7 +19,7 @@ use tonic::transport::server::Connected;
 use crate::config::{Listen, TlsListen, UnixListen};
 use crate::identity::Identity;
 use crate::places::{Place, Places};
-use crate::tls::{Tls, TlsError};
+use crate::tls::{Proof, Tls, TlsError};
 
 /// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
 /// whether somebody is there.
@@ -39,6 +39,8 @@ pub struct Connection {
     silence: Option<Pin<Box<Sleep>>>,
     /// Bytes read before that.
     preface: usize,
+    /// Why the caller is believed to be who it was at the start; on a Unix socket that does not change.
+    proof: Option<Proof>,
     /// Given back, or dropped, when the connection ends.
     _held: Held,
 }
@@ -101,6 +103,7 @@ impl Listeners {
             let at = format!("systemd socket {index}");
             let fail = |source| ListenError::System { at: at.clone(), source };
             if let Ok(Some(socket)) = inherited.take_unix_listener(index) {
+                tell_of(&socket, config.unix.as_ref());
                 listeners.unix.push(unix_listener(socket).map_err(fail)?);
             } else if let Some(socket) = inherited.take_tcp_listener(index).map_err(fail)? {
                 let tls = tls.cloned().ok_or(ListenError::TcpWithoutTls)?;
@@ -161,7 +164,7 @@ impl Connection {
 
     fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
         let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self { io, identity: Arc::new(identity), silence, preface: 0, _held: held }
+        Self { io, identity: Arc::new(identity), silence, preface: 0, proof: None, _held: held }
     }
 }
 
@@ -213,9 +216,10 @@ async fn accept_tls(
         let (tls, accepted, taken) = (Arc::clone(&tls), accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
             match timeout(HANDSHAKE, tls.handshake(stream)).await {
-                Ok(Ok((stream, identity))) => {
+                Ok(Ok((stream, identity, proof))) => {
                     let Some(place) = Place::of(&identity, place, &taken) else { return };
-                    let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
+                    let mut connection = Connection::new(Box::new(stream), identity, Held::Place(place));
+                    connection.proof = Some(proof);
                     let _ = accepted.send(Ok(connection)).await;
                 }
                 Ok(Err(error)) => tracing::warn!(%address, %error, "TLS handshake refused"),
@@ -233,6 +237,19 @@ async fn pause_after(error: &io::Error) {
 
 fn identity_of(credentials: UCred) -> Identity {
     Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
+}
+
+/// A socket of systemd's is as its unit says, whatever our configuration does.
+fn tell_of(socket: &std::os::unix::net::UnixListener, config: Option<&UnixListen>) {
+    let path = socket.local_addr().ok().and_then(|address| address.as_pathname().map(PathBuf::from));
+    let path = path.unwrap_or_default();
+    let mode = std::fs::metadata(&path).map_or(0, |file| file.permissions().mode() & 0o777);
+    tracing::info!(path = %path.display(), mode = format_args!("{mode:04o}"), "listening on a socket of systemd's");
+    if config.is_some_and(|config| config.path != path || config.mode != mode) {
+        tracing::warn!(
+            "what [listen] unix says of path, mode and group does not count: the .socket unit does"
+        );
+    }
 }
 
 fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixListener> {
@@ -295,6 +312,10 @@ impl AsyncRead for Connection {
             if self.preface >= PREFACE {
                 self.silence = None;
             }
+        }
+        if read.is_ready() && self.proof.as_mut().is_some_and(|proof| !proof.holds()) {
+            tracing::warn!(caller = %self.identity, "its certificate has expired, or is no longer trusted; it is cut off");
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if read.is_pending()
             && let Some(silence) = &mut self.silence

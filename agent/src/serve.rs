@@ -15,13 +15,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::service::LayerExt as _;
 use tonic::transport::Server;
-use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
 use crate::algorithm::Padding;
-use crate::audit::{self, Audit};
+use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
+use crate::health;
 use crate::intake;
 use crate::key_life::how_to_unlock;
 use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
@@ -32,8 +32,8 @@ use crate::server::{DEADLINE, Service};
 use crate::tls::Tls;
 use crate::token::{State, Token};
 
-/// Name of the service in grpc.health.v1.
-const SERVICE: &str = "omsign.v1.AgentService";
+/// How long a configuration may take to be read, with its certificates and users.
+const LOAD: Duration = Duration::from_secs(30);
 
 /// The one key of a private agent.
 const PRIVATE_KEY: &str = "key";
@@ -73,7 +73,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let hangup = signal(SignalKind::hangup())?;
     let tls = config.listen.tls.as_ref().map(Tls::load).transpose().map_err(ListenError::from)?.map(Arc::new);
     let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
-    let audit = Audit::open(&config.audit, audit::FILE).map_err(ServeError::Audit)?;
+    let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
     let (operators, _operators_file) = match &config.listen.operator {
         Some(path) => (Some(operator::bind(path, &config.operators)?), SocketFiles(vec![path.clone()])),
         None => (None, SocketFiles::default()),
@@ -147,7 +147,7 @@ pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Resu
         humantime::format_rfc3339_micros(SystemTime::now()),
         std::process::id()
     );
-    let audit = Audit::open(&config.audit, &name).map_err(ServeError::Audit)?;
+    let audit = Audit::open_own(&config.audit, &name).map_err(ServeError::Audit)?;
     let agent = Arc::new(Agent::start(config, audit));
     let (closed, end) = tokio::sync::oneshot::channel();
     let connection = Connection::private(socket, closed)?;
@@ -202,10 +202,10 @@ async fn run(
     stop: impl Future<Output = ()> + Send + 'static,
     reload: Option<Reload>,
 ) -> Result<(), ServeError> {
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    tokio::spawn(health::of_audit(Arc::clone(&agent), reporter.clone()));
     for token in agent.setup().tokens.values() {
-        tokio::spawn(report(Arc::clone(token), Arc::clone(&agent), reporter.clone()));
+        tokio::spawn(health::of_token(Arc::clone(token), Arc::clone(&agent), reporter.clone()));
     }
     if let Some(reload) = reload {
         tokio::spawn(reload.run(Arc::clone(&agent), reporter.clone()));
@@ -231,7 +231,7 @@ async fn run(
         .timeout(DEADLINE + Duration::from_secs(10))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .max_concurrent_streams(256)
-        .add_service(health.max_decoding_message_size(intake::SMALL))
+        .add_service(health_service.max_decoding_message_size(intake::SMALL))
         .add_service(reflection.max_decoding_message_size(intake::SMALL))
         .add_service(older_reflection.max_decoding_message_size(intake::SMALL))
         .add_service(intake::metered().named_layer(service))
@@ -311,9 +311,15 @@ impl Reload {
             }
             Ok::<_, String>(config)
         });
-        let config = loaded.await.map_err(|error| error.to_string())??;
-        if config.listen != self.listen || config.audit != self.audit {
-            tracing::warn!("[listen] or [audit] changed, which takes a restart of the agent");
+        let late =
+            |_| "the configuration could not be read in time; the user database may not answer".to_owned();
+        let config = timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
+        let mut notes = Vec::new();
+        let sections = [("[listen]", config.listen != self.listen), ("[audit]", config.audit != self.audit)];
+        for (section, _) in sections.iter().filter(|(_, changed)| *changed) {
+            let note = format!("{section} changed, which takes a restart of the agent");
+            tracing::warn!("{note}");
+            notes.push(note);
         }
         if let Some(path) = &self.listen.operator {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
@@ -325,7 +331,6 @@ impl Reload {
         // A certificate may say now whose key it is.
         agent.setup().keys.values().for_each(|key| key.check());
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
-        let mut notes = Vec::new();
         for token in new.iter().filter(|token| token.wants_prompt()) {
             let note = format!("is opened anew and waits for its PIN: {}", how_to_unlock(&token.name));
             tracing::warn!(token = %token.name, "it {note}");
@@ -342,31 +347,9 @@ impl Reload {
             });
         }
         for token in new {
-            tokio::spawn(report(token, Arc::clone(agent), reporter.clone()));
+            tokio::spawn(health::of_token(token, Arc::clone(agent), reporter.clone()));
         }
         Ok(notes)
-    }
-}
-
-/// Tells the health service what a token is doing, each time that changes, and operators when one was opened that holds
-/// another key than the others.
-async fn report(token: Arc<Token>, agent: Arc<Agent>, reporter: HealthReporter) {
-    let name = format!("token.{}", token.name);
-    loop {
-        let change = token.watch();
-        if token.is_over() {
-            // Another one may have its name now.
-            return;
-        }
-        let status = match token.state() {
-            State::Ready => {
-                agent.setup().keys.values().filter(|key| key.is_on(&token.name)).for_each(|key| key.check());
-                ServingStatus::Serving
-            }
-            State::Starting | State::Locked(_) | State::Down(_) => ServingStatus::NotServing,
-        };
-        reporter.set_service_status(&name, status).await;
-        change.await;
     }
 }
 

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omsign_proto::v1::agent_service_server::AgentService;
-use omsign_proto::v1::sign_request;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, GetKeyResponse, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListKeysResponse,
-    ListTokensRequest, ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch,
-    UnlockTokenRequest, UnlockTokenResponse,
+    GetKeyRequest, GetKeyResponse, KeyState, ListKeysRequest, ListKeysResponse, ListTokensRequest,
+    ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest,
+    UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -23,10 +22,12 @@ use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
 use crate::algorithm::Content;
 use crate::audit::{self, Entry};
 use crate::identity::Identity;
+use crate::intake::Held;
 use crate::key::token_to_proto;
 use crate::policy::allowed;
 use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
+use crate::sent::{digest_only, prepared};
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
@@ -90,6 +91,7 @@ impl AgentService for Service {
     async fn sign(&self, request: Request<SignRequest>) -> Result<Response<Events>, Status> {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
+        let held = request.extensions().get::<Held>().cloned();
         let request = request.into_inner();
         let setup = self.0.setup();
         let key = match setup.key(&request.key) {
@@ -111,6 +113,7 @@ impl AgentService for Service {
                 digest_hex: content.hex(),
                 content,
                 context: shortened(request.context),
+                _held: None,
             };
             let algorithm = key.public().map(|public| public.algorithm.name());
             let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
@@ -123,16 +126,17 @@ impl AgentService for Service {
         if request.context.len() > CONTEXT_BYTES {
             return Err(Status::invalid_argument(format!("context is longer than {CONTEXT_BYTES} bytes")));
         }
-        let content = content(request.content)?;
-        key.takes(&content).map_err(Status::invalid_argument)?;
+        let (content, digest_hex) = prepared(Arc::clone(key), request.content, deadline).await?;
+        let held = held.filter(|_| matches!(content, Content::Message(_)));
         let authorised = Authorised {
             identity: Arc::clone(&caller),
             rule: rule.name.clone(),
             key: Arc::clone(&key.name),
             request_id: hex::encode(id),
-            digest_hex: content.hex(),
+            digest_hex,
             content,
             context: request.context,
+            _held: held,
         };
         let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
             Begin::Conflict => {
@@ -266,45 +270,10 @@ impl Service {
     }
 }
 
-/// What the caller wants signed, as far as can be said without knowing the key.
-fn content(sent: Option<sign_request::Content>) -> Result<Content, Status> {
-    match sent {
-        Some(sign_request::Content::Digest(digest)) if matches!(digest.len(), 32 | 48 | 64) => {
-            Ok(Content::Digest(digest))
-        }
-        Some(sign_request::Content::Digest(digest)) => Err(Status::invalid_argument(format!(
-            "a digest of {} bytes; expected 32, 48 or 64",
-            digest.len()
-        ))),
-        Some(sign_request::Content::Statement(statement)) if statement.len() <= LARGEST_STATEMENT_BYTES => {
-            Ok(Content::Message(pae(&statement)))
-        }
-        Some(sign_request::Content::Statement(_)) => {
-            Err(Status::invalid_argument("the statement is too long"))
-        }
-        None => Err(Status::invalid_argument("content is missing: set digest or statement")),
-    }
-}
-
 /// As much of a stranger's context as anybody may give.
 fn shortened(mut context: String) -> String {
     context.truncate(context.floor_char_boundary(CONTEXT_BYTES));
     context
-}
-
-/// What is recorded of a request that is denied.
-fn digest_only(sent: Option<sign_request::Content>) -> Content {
-    match sent {
-        Some(sign_request::Content::Digest(digest)) if digest.len() <= 64 => Content::Digest(digest),
-        _ => Content::Digest(Vec::new()),
-    }
-}
-
-/// The pre-authentication encoding of a statement (DSSE protocol, "PAE").
-fn pae(statement: &[u8]) -> Vec<u8> {
-    const TYPE: &str = "application/vnd.in-toto+json";
-    let head = format!("DSSEv1 {} {TYPE} {} ", TYPE.len(), statement.len());
-    [head.as_bytes(), statement].concat()
 }
 
 /// The next step that this follower has not seen.

@@ -2,15 +2,20 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
 
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use x509_cert::Certificate;
+use x509_cert::der::Decode as _;
 
 use crate::config::TlsListen;
 use crate::identity::Identity;
@@ -28,12 +33,48 @@ pub struct TlsError {
 /// What the files of `[listen] tls` say. They are renewed while the agent runs.
 pub(crate) struct Tls {
     config: TlsListen,
-    acceptor: RwLock<TlsAcceptor>,
+    now: RwLock<Files>,
+    /// How often they were renewed.
+    renewed: AtomicU64,
+}
+
+/// What they said when they were read.
+#[derive(Clone)]
+struct Files {
+    acceptor: TlsAcceptor,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+/// What a caller proved when the connection began. It may not hold for ever.
+pub(crate) struct Proof {
+    tls: Arc<Tls>,
+    certificates: Vec<CertificateDer<'static>>,
+    until: SystemTime,
+    renewed: u64,
+}
+
+impl Proof {
+    /// Whether the caller's certificate has not expired, and still is of those that the agent trusts.
+    pub(crate) fn holds(&mut self) -> bool {
+        let renewed = self.tls.renewed.load(Ordering::Acquire);
+        if renewed != self.renewed {
+            let Some((own, issuers)) = self.certificates.split_first() else { return false };
+            if self.tls.now().verifier.verify_client_cert(own, issuers, UnixTime::now()).is_err() {
+                return false;
+            }
+            self.renewed = renewed;
+        }
+        SystemTime::now() < self.until
+    }
 }
 
 impl Tls {
     pub(crate) fn load(config: &TlsListen) -> Result<Self, TlsError> {
-        Ok(Self { acceptor: RwLock::new(acceptor(config)?), config: config.clone() })
+        Ok(Self { now: RwLock::new(files(config)?), config: config.clone(), renewed: AtomicU64::new(0) })
+    }
+
+    fn now(&self) -> Files {
+        self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether these are its files.
@@ -41,27 +82,39 @@ impl Tls {
         config == Some(&self.config)
     }
 
-    /// Reads the files anew, for the connections that come from now on.
+    /// Reads the files anew: connections that come from now on go by them, and those that are open end where they would not
+    /// begin any more.
     pub(crate) fn renew(&self) -> Result<(), TlsError> {
-        let acceptor = acceptor(&self.config)?;
-        *self.acceptor.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
+        let files = files(&self.config)?;
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = files;
+        self.renewed.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
     /// Who it is at the other end.
-    pub(crate) async fn handshake(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, Identity)> {
+    pub(crate) async fn handshake(
+        self: Arc<Self>,
+        stream: TcpStream,
+    ) -> io::Result<(TlsStream<TcpStream>, Identity, Proof)> {
         // Nagle and delayed ACK together cost 40 ms a signature.
         stream.set_nodelay(true)?;
-        let acceptor = self.acceptor.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let stream = acceptor.accept(stream).await?;
-        let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-        let identity = certificate.and_then(|der| Identity::from_certificate(der));
-        let identity = identity.ok_or_else(|| io::Error::other("the client certificate cannot be read"))?;
-        Ok((stream, identity))
+        // If they are renewed right now, it is looked at once more.
+        let renewed = self.renewed.load(Ordering::Acquire);
+        let stream = self.now().acceptor.accept(stream).await?;
+        let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+        let read =
+            certificates.first().and_then(|der| Some((Identity::from_certificate(der)?, expiry(der)?)));
+        let (identity, until) =
+            read.ok_or_else(|| io::Error::other("the client certificate cannot be read"))?;
+        Ok((stream, identity, Proof { tls: self, certificates, until, renewed }))
     }
 }
 
-fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, TlsError> {
+fn expiry(der: &[u8]) -> Option<SystemTime> {
+    Some(Certificate::from_der(der).ok()?.tbs_certificate().validity().not_after.to_system_time())
+}
+
+fn files(config: &TlsListen) -> Result<Files, TlsError> {
     let at = |path: &Path| {
         let path = path.to_owned();
         move |reason: String| TlsError { path, reason }
@@ -79,7 +132,7 @@ fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, TlsError> {
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| at(&config.certificate)(error.to_string()))?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::clone(&verifier))
         .with_single_cert(certificates(&config.certificate)?, key)
         .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
     server.alpn_protocols = vec![b"h2".to_vec()];
@@ -87,7 +140,7 @@ fn acceptor(config: &TlsListen) -> Result<TlsAcceptor, TlsError> {
     // valid.
     server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
-    Ok(TlsAcceptor::from(Arc::new(server)))
+    Ok(Files { acceptor: TlsAcceptor::from(Arc::new(server)), verifier })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

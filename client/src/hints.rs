@@ -179,6 +179,11 @@ fn status_hint(code: Code, message: &str) -> Option<String> {
             "`omsign keys` and `omsign agent status` list the keys and tokens that you may use".into()
         }
         Code::ResourceExhausted => "try again in a moment".into(),
+        Code::Unavailable if message.starts_with("the audit log") => {
+            "nothing is signed without its record: make room where the agent's [audit] directory is, or see its log; then it \
+             goes on by itself"
+                .into()
+        }
         Code::Unavailable => "try again when the token is back; `omsign agent status` shows it".into(),
         _ => return None,
     })

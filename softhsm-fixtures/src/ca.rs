@@ -1,6 +1,7 @@
 //! A test CA: what a company's PKI would do, with keys in memory or in files.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use openssl::asn1::Asn1Time;
@@ -76,7 +77,24 @@ impl Ca {
     /// Makes and certifies a key for a TLS client with a DNS name and a SPIFFE id.
     pub fn client(&self, name: &str) -> anyhow::Result<(X509, PKey<Private>)> {
         let key = new_key()?;
+        let builder = self.leaf(name, &key)?;
+        self.client_of(name, builder, key)
+    }
+
+    /// The same, for until then after 1970.
+    pub fn client_until(&self, name: &str, end: Duration) -> anyhow::Result<(X509, PKey<Private>)> {
+        let key = new_key()?;
         let mut builder = self.leaf(name, &key)?;
+        builder.set_not_after(Asn1Time::from_unix(i64::try_from(end.as_secs())?)?.as_ref())?;
+        self.client_of(name, builder, key)
+    }
+
+    fn client_of(
+        &self,
+        name: &str,
+        mut builder: X509Builder,
+        key: PKey<Private>,
+    ) -> anyhow::Result<(X509, PKey<Private>)> {
         builder.append_extension(ExtendedKeyUsage::new().client_auth().build()?)?;
         let context = builder.x509v3_context(Some(&self.certificate), None);
         let (dns, uri) = (format!("{name}.example"), format!("spiffe://example/{name}"));

@@ -1,14 +1,18 @@
 //! The file behind the log: whole lines or nothing.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 
 use crate::config::Durability;
 
 pub(super) struct AuditFile {
+    path: PathBuf,
     file: File,
+    /// Which file it is, by device and inode.
+    at: (u64, u64),
+    _lock: Option<File>,
     durability: Durability,
     /// Set by a failed fsync: the kernel may have dropped the pages, so what the file holds is unknown.
     lost: Option<String>,
@@ -17,8 +21,13 @@ pub(super) struct AuditFile {
 }
 
 impl AuditFile {
-    /// Opens `directory/name`, which belongs to one process at a time.
-    pub(super) fn open(directory: &Path, name: &str, durability: Durability) -> io::Result<Self> {
+    /// Opens `directory/name`. What `directory/lock` is for belongs to one process at a time.
+    pub(super) fn open(
+        directory: &Path,
+        name: &str,
+        lock: Option<&str>,
+        durability: Durability,
+    ) -> io::Result<Self> {
         let with_path = |error: io::Error, path: &Path| {
             io::Error::new(error.kind(), format!("audit log {}: {error}", path.display()))
         };
@@ -28,30 +37,58 @@ impl AuditFile {
             .create(directory)
             .map_err(|error| with_path(error, directory))?;
         let path = directory.join(name);
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| with_path(error, &path))?;
-        file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => with_path(
-                io::Error::other("an agent, or an operator's command, is running and owns the devices"),
-                &path,
-            ),
-            TryLockError::Error(error) => with_path(error, &path),
-        })?;
-        // The directory entry has to survive a power cut as well as the lines do.
-        File::open(directory)?.sync_all()?;
-        let mut file = Self { file, durability, lost: None, torn: false };
-        file.finish_torn_line()?;
+        let lock = lock.map(|lock| directory.join(lock));
+        let held = lock.as_ref().map(|lock| {
+            let file = opened(lock)?;
+            file.try_lock().map_err(|error| match error {
+                TryLockError::WouldBlock => {
+                    io::Error::other("an agent, or an operator's command, is running and owns the devices")
+                }
+                TryLockError::Error(error) => error,
+            })?;
+            Ok(file)
+        });
+        let held = held.transpose().map_err(|error| with_path(error, lock.as_ref().unwrap_or(&path)))?;
+        let file = opened(&path).map_err(|error| with_path(error, &path))?;
+        let at = identity(&file.metadata()?);
+        let mut file = Self { path, file, at, _lock: held, durability, lost: None, torn: false };
+        file.begin()?;
         Ok(file)
     }
 
-    /// Whether a process holds `directory/name`, or whether that cannot be told.
-    pub(super) fn is_held(directory: &Path, name: &str) -> bool {
-        match File::open(directory.join(name)) {
+    /// Sees to a file that was just opened.
+    fn begin(&mut self) -> io::Result<()> {
+        // The directory entry has to survive a power cut as well as the lines do.
+        if let Some(directory) = self.path.parent() {
+            File::open(directory)?.sync_all()?;
+        }
+        self.finish_torn_line()
+    }
+
+    /// Begins another file where the one before was moved away, or removed: what is written to that one, nobody may find.
+    fn follow(&mut self) -> io::Result<()> {
+        let found = std::fs::metadata(&self.path).map(|found| identity(&found));
+        if found.as_ref().is_ok_and(|found| *found == self.at) {
+            return Ok(());
+        }
+        let file = opened(&self.path)?;
+        let at = identity(&file.metadata()?);
+        // Nothing of it changes unless all of it works: the next entry tries again.
+        let before =
+            (std::mem::replace(&mut self.file, file), std::mem::replace(&mut self.at, at), self.torn);
+        self.torn = false;
+        let begun = self.begin();
+        if begun.is_err() {
+            (self.file, self.at, self.torn) = before;
+        } else {
+            tracing::info!(path = %self.path.display(), "the audit log was moved away, and goes on in a new file");
+        }
+        begun
+    }
+
+    /// Whether a process holds `directory/lock`, or whether that cannot be told.
+    pub(super) fn is_held(directory: &Path, lock: &str) -> bool {
+        match File::open(directory.join(lock)) {
             Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
             Err(error) => error.kind() != io::ErrorKind::NotFound,
         }
@@ -67,7 +104,7 @@ impl AuditFile {
         self.file.read_exact(&mut last)?;
         if last != *b"\n" {
             tracing::warn!("the audit log ended in the middle of a line, as after a crash; the line is kept");
-            self.append(b"\n")?;
+            self.write(b"\n")?;
         }
         Ok(())
     }
@@ -78,6 +115,11 @@ impl AuditFile {
         if let Some(reason) = &self.lost {
             return Err(io::Error::other(format!("fsync failed before ({reason}); restart the agent")));
         }
+        self.follow()?;
+        self.write(text)
+    }
+
+    fn write(&mut self, text: &[u8]) -> io::Result<()> {
         let ended = if self.torn { [b"\n", text].concat() } else { Vec::new() };
         let text = if self.torn { &ended[..] } else { text };
         let mut rest = text;
@@ -108,6 +150,14 @@ impl AuditFile {
     }
 }
 
+fn opened(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+}
+
+fn identity(found: &Metadata) -> (u64, u64) {
+    (found.dev(), found.ino())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,7 +167,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("audit.jsonl");
         std::fs::write(&path, b"{\"whole\":1}\n{\"torn").expect("written");
-        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Fsync).expect("opened");
+        let mut file =
+            AuditFile::open(directory.path(), "audit.jsonl", None, Durability::Fsync).expect("opened");
         file.append(b"{\"next\":1}\n").expect("appended");
         let text = std::fs::read_to_string(&path).expect("read");
         assert_eq!(text, "{\"whole\":1}\n{\"torn\n{\"next\":1}\n");
@@ -128,7 +179,8 @@ mod tests {
     fn a_line_that_cannot_be_taken_back_is_ended() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("audit.jsonl");
-        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Os).expect("opened");
+        let mut file =
+            AuditFile::open(directory.path(), "audit.jsonl", None, Durability::Os).expect("opened");
         std::fs::write(&path, b"{\"torn").expect("written");
         file.torn = true;
         file.append(b"{\"next\":1}\n").expect("appended");
@@ -140,7 +192,8 @@ mod tests {
     #[test]
     fn after_a_failed_fsync_nothing_is_written() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut file = AuditFile::open(directory.path(), "audit.jsonl", Durability::Fsync).expect("opened");
+        let mut file =
+            AuditFile::open(directory.path(), "audit.jsonl", None, Durability::Fsync).expect("opened");
         file.lost = Some("input/output error".into());
         let error = file.append(b"{}\n").expect_err("refused");
         assert!(error.to_string().contains("restart the agent"));

@@ -3,13 +3,13 @@
 
 mod file;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use self::file::AuditFile;
 use crate::config::{self, Durability};
@@ -25,8 +25,14 @@ const GATHER: Duration = Duration::from_millis(4);
 /// What does not wait for so long does not wait: to sleep for less takes as long.
 const SHORTEST: Duration = Duration::from_micros(50);
 
-/// The log's file. Whoever holds it owns the devices.
+/// The agent's file.
 pub const FILE: &str = "audit.jsonl";
+
+/// Whoever holds this one, beside it, owns the devices: the other may be moved away at any time, by those who rotate logs.
+const LOCK: &str = "audit.lock";
+
+/// The least time that the log gets.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One decision.
 #[derive(Debug, Serialize)]
@@ -81,7 +87,7 @@ struct Line {
 /// The log, shared by all requests.
 pub struct Audit {
     writer: Writer,
-    failing: Arc<AtomicBool>,
+    failing: watch::Sender<bool>,
 }
 
 /// How lines get into the file.
@@ -97,15 +103,25 @@ enum Writer {
 }
 
 impl Audit {
-    /// Opens the file `name` of the log, which belongs to one agent at a time, and starts its writing thread.
-    pub fn open(config: &config::Audit, name: &str) -> std::io::Result<Self> {
-        let mut file = AuditFile::open(&config.directory, name, config.durability)?;
-        let failing = Arc::new(AtomicBool::new(false));
+    /// Opens the agent's log, which belongs to one process at a time.
+    pub fn open(config: &config::Audit) -> std::io::Result<Self> {
+        Self::open_file(config, FILE, Some(LOCK))
+    }
+
+    /// Opens a log of a process's own.
+    pub fn open_own(config: &config::Audit, name: &str) -> std::io::Result<Self> {
+        Self::open_file(config, name, None)
+    }
+
+    /// Opens a file, and starts its writing thread.
+    fn open_file(config: &config::Audit, name: &str, lock: Option<&str>) -> std::io::Result<Self> {
+        let mut file = AuditFile::open(&config.directory, name, lock, config.durability)?;
+        let failing = watch::Sender::new(false);
         if config.durability == Durability::Os {
             return Ok(Self { writer: Writer::Direct(Mutex::new(file)), failing });
         }
         let (lines, mut waiting) = mpsc::channel::<Line>(BACKLOG);
-        let state = Arc::clone(&failing);
+        let state = failing.clone();
         let write = move || {
             let (mut batch, mut text) = (Vec::new(), Vec::new());
             // One write and one fsync for everything that waits at this moment; what comes meanwhile shares the next.
@@ -126,7 +142,7 @@ impl Audit {
 
     /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
     pub fn is_held(config: &config::Audit) -> bool {
-        AuditFile::is_held(&config.directory, FILE)
+        AuditFile::is_held(&config.directory, LOCK)
     }
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
@@ -157,9 +173,20 @@ impl Audit {
         }
     }
 
+    /// The same, for whoever has no deadline of their own.
+    pub(crate) async fn record_soon(&self, entry: &Entry<'_>) -> Result<(), AuditError> {
+        let late = |_| AuditError("it does not answer".into());
+        timeout(PATIENCE, self.record(entry)).await.map_err(late)?
+    }
+
+    /// Whether the last write failed, as it changes.
+    pub(crate) fn watch(&self) -> watch::Receiver<bool> {
+        self.failing.subscribe()
+    }
+
     /// Whether the last write failed. Tokens are then left alone until an entry gets through again.
     pub fn failing(&self) -> bool {
-        self.failing.load(Ordering::Relaxed)
+        *self.failing.borrow()
     }
 }
 
@@ -172,12 +199,12 @@ fn gather(batch: &mut Vec<Line>, waiting: &mut mpsc::Receiver<Line>) {
     }
 }
 
-fn append(file: &mut AuditFile, text: &[u8], failing: &AtomicBool) -> Result<(), AuditError> {
+fn append(file: &mut AuditFile, text: &[u8], failing: &watch::Sender<bool>) -> Result<(), AuditError> {
     let written = file.append(text).map_err(|error| AuditError(error.to_string()));
     if let Err(error) = &written {
         tracing::error!(%error, "nothing is signed until it can be written again");
     }
-    failing.store(written.is_err(), Ordering::Relaxed);
+    failing.send_if_modified(|failing| std::mem::replace(failing, written.is_err()) != written.is_err());
     written
 }
 

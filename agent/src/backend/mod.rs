@@ -22,6 +22,10 @@ use crate::verifier::Verifier;
 /// How often an idle device is asked whether it is still there.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
 
+/// Why a PIN is not offered while nobody knows whether a wrong one was counted.
+const UNANSWERED: &str =
+    "it may have counted a PIN that it did not answer; an operator has to unlock it with the right one";
+
 /// Why a PIN is not offered although there is one.
 const LAST_TRY: &str = "one wrong PIN more would block it; an operator has to unlock it with the right one";
 

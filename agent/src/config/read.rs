@@ -44,9 +44,10 @@ pub(super) fn config(path: &Path, text: &str) -> Result<Config, Vec<Mistake>> {
     tokens::hide_pins(&mut tokens);
     for (name, other) in tokens::doubled(&tokens) {
         let at = text.find(&format!("[token.{name}]")).unwrap_or(0);
-        let path = format!("token.{name}.serial");
-        let message =
-            format!("token.{other} is this card; one section serves all slots, with one process and one PIN");
+        let path = format!("token.{name}");
+        let message = format!(
+            "token.{other} is this device; one section serves all its keys, with one process and one PIN"
+        );
         reader.mistake(at, &path, message);
     }
     let keys = section.only_table(&mut reader, "key");

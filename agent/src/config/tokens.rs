@@ -159,14 +159,22 @@ pub(super) fn hide_pins(tokens: &mut BTreeMap<String, Token>) {
     }
 }
 
-/// Sections for a card that another one before it is for.
+/// Sections for a device with one PIN that another section before it is for: each would offer it. (A TPM's keys have values
+/// of their own.)
 pub(super) fn doubled(tokens: &BTreeMap<String, Token>) -> Vec<(String, String)> {
-    let mut seen = BTreeMap::new();
-    let cards = tokens.iter().filter_map(|(name, token)| match token.device {
-        Device::Piv { serial } => Some((name, serial)),
-        _ => None,
-    });
-    cards.filter_map(|(name, serial)| Some((name.clone(), seen.insert(serial, name.clone())?))).collect()
+    let same = |one: &Token, other: &Token| match (&one.device, &other.device) {
+        (Device::Pkcs11 { module, select, .. }, Device::Pkcs11 { module: others, select: and, .. }) => {
+            (module, select, &one.env, &one.directory) == (others, and, &other.env, &other.directory)
+        }
+        (Device::Piv { serial }, Device::Piv { serial: other }) => serial == other,
+        _ => false,
+    };
+    let before = |(name, token): (&String, &Token)| {
+        let mut before = tokens.iter().take_while(|(other, _)| *other != name);
+        let (other, _) = before.find(|(_, other)| same(token, other))?;
+        Some((name.clone(), other.clone()))
+    };
+    tokens.iter().filter_map(before).collect()
 }
 
 /// `token = { label | serial | model | manufacturer | slot }` or `token = "pkcs11:…"`.

@@ -294,7 +294,7 @@ impl Operator<'_> {
             reason,
             busy: Duration::ZERO,
         };
-        self.audit.record(&entry).await
+        self.audit.record_soon(&entry).await
     }
 }
 

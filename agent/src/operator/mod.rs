@@ -195,12 +195,12 @@ async fn converse(
 async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
     tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
     let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..about(identity) };
-    agent.audit.record(&entry).await.map_err(KeyLifeError::from)?;
+    agent.audit.record_soon(&entry).await.map_err(KeyLifeError::from)?;
     Err(OperatorError::NotOperator)
 }
 
 /// An entry of what somebody did to no key.
-fn about(identity: &Identity) -> Entry<'_> {
+pub(crate) fn about(identity: &Identity) -> Entry<'_> {
     Entry {
         time: audit::now(),
         action: "",
@@ -337,13 +337,18 @@ pub async fn alone(
     done
 }
 
+/// Who runs this.
+pub(crate) fn own_identity() -> Identity {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Identity::from_unix(uid, gid, None)
+}
+
 /// Who runs this, the rule that lets them, and the log. Whoever holds that owns the devices: an agent wherever it
 /// listens, or another command.
 fn owner(config: &Config) -> Result<(Identity, &str, Audit), OperatorError> {
-    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let identity = Identity::from_unix(uid, gid, None);
+    let identity = own_identity();
     let rule = allowed(&config.operators, &identity).ok_or(OperatorError::NotOperator)?;
-    let audit = Audit::open(&config.audit, audit::FILE).map_err(OperatorError::Log)?;
+    let audit = Audit::open(&config.audit).map_err(OperatorError::Log)?;
     Ok((identity, &rule.name, audit))
 }
 

@@ -60,11 +60,11 @@ impl Unblock {
     ) -> Result<Output, OperatorError> {
         let (action, rule, key) = ("unblock", Some(rule), self.token.as_str());
         let entry = |outcome, reason| Entry { action, rule, key, outcome, reason, ..about(identity) };
-        audit.record(&entry("begun", "")).await.map_err(KeyLifeError::from)?;
+        audit.record_soon(&entry("begun", "")).await.map_err(KeyLifeError::from)?;
         let done = work.await;
         let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
         let outcome = if reason.is_empty() { "done" } else { "failed" };
-        audit.record(&entry(outcome, &reason)).await.map_err(KeyLifeError::from)?;
+        audit.record_soon(&entry(outcome, &reason)).await.map_err(KeyLifeError::from)?;
         let failed = |_| OperatorError::Token { token: self.token.clone(), reason };
         done.map(|()| Output::Done).map_err(failed)
     }

@@ -82,7 +82,7 @@ pub struct Token {
     /// Why what the configured PIN source holds is not offered again: it was refused once. Only an operator who has
     /// it read anew clears this.
     refused_source: Mutex<Option<String>>,
-    /// A card's process ended with a PIN that the card did not answer: the next one looks at the tries that are left first.
+    /// A PIN was not answered, and the device may have counted it: the next process looks at the tries that are left first.
     unanswered: AtomicBool,
 }
 
@@ -128,9 +128,8 @@ impl Token {
         tokio::spawn(async move {
             if let Some(before) = before {
                 before.close().await;
-                // The same PIN of the same device is no other one.
-                let (old, new) = (&before.config, &supervised.config);
-                if old.device == new.device && old.pin == new.pin {
+                // The same PIN is no other one, and the device may be the same, whatever it is called by now.
+                if before.config.pin == supervised.config.pin {
                     supervised.refuse_source(before.refused_source());
                     supervised.unanswered.store(before.unanswered.load(Ordering::Relaxed), Ordering::Relaxed);
                 }

@@ -66,7 +66,8 @@ pub(super) async fn launch(
         unanswered: token.unanswered.load(Ordering::Relaxed),
         purpose: Purpose::Open,
     };
-    let (child, socket, opening) = start(&token.name, &spec, pin, None).await?;
+    let logging_in = AtomicBool::new(false);
+    let (child, socket, opening) = start(&token.name, &spec, pin, None, &logging_in).await?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
@@ -74,7 +75,11 @@ pub(super) async fn launch(
             let timeout = token.config.timeout;
             Ok((host, Process { child, socket, requests: inbox, timeout, is_card }))
         }
-        Opening::Failed(failure) => Err(failure),
+        Opening::Failed(failure) => {
+            // The device counted it, or not, and went away: the next process looks before it offers another.
+            token.unanswered.fetch_or(logging_in.load(Ordering::Relaxed), Ordering::Relaxed);
+            Err(failure)
+        }
         Opening::Surveyed(_) | Opening::Prepared | Opening::LoggingIn | Opening::LoggedIn => {
             Err(gone("its process did what was not asked".into()))
         }
@@ -90,7 +95,7 @@ pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, 
         unanswered: false,
         purpose: Purpose::Survey,
     };
-    match start(name, &spec, None, None).await {
+    match start(name, &spec, None, None, &AtomicBool::default()).await {
         Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
         Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
         Ok(_) => Err("its process did what was not asked".into()),
@@ -121,23 +126,24 @@ async fn give(
 ) -> Result<(), Failure> {
     let spec =
         OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: true, unanswered: false, purpose };
-    match start(name, &spec, pin, Some(fresh)).await? {
+    match start(name, &spec, pin, Some(fresh), &AtomicBool::default()).await? {
         (_, _, Opening::Prepared) => Ok(()),
         (_, _, Opening::Failed(failure)) => Err(failure),
         _ => Err(gone("its process did what was not asked".into())),
     }
 }
 
+/// `logging_in` says afterwards whether a PIN was on its way.
 async fn start(
     name: &str,
     spec: &OpenSpec,
     pin: Option<Pin>,
     fresh: Option<Fresh>,
+    logging_in: &AtomicBool,
 ) -> Result<(Child, UnixStream, Opening), Failure> {
     // Opening takes several operations, and so does every key; most are quick where one is slow.
     let more_keys = u32::try_from(spec.keys.len().saturating_sub(1)).unwrap_or(u32::MAX);
     let limit = spec.token.timeout.saturating_mul(more_keys.saturating_add(3));
-    let logging_in = AtomicBool::new(false);
     let opening = async {
         let (mut socket, child) = spawn(name, &spec.token)?;
         let spec = serde_json::to_string(spec).map_err(io::Error::other)?;

@@ -6,7 +6,8 @@
 //!   behind refuses it, or `C_Login injected` when the control file has something for it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, `C_GetSlotList none 0` is
-//!   a module without slots, and `C_GetTokenInfo last 0` a token that takes one wrong PIN more; a line that ends in `once` counts for the first call of each process, one that ends in
+//!   a module without slots, and `C_GetTokenInfo last 0` a token that takes one wrong PIN more; `C_Login after 32` lets the call through and answers
+//!   this in its place; a line that ends in `once` counts for the first call of each process, one that ends in
 //!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
 //!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
@@ -144,7 +145,8 @@ fn intercept(function: &str) -> Option<CK_RV> {
     let faults = std::fs::read_to_string(std::env::var_os("OMSIGN_PROXY_FAULTS")?).ok()?;
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
-    let (answer, delay) = (fault.next()?, fault.next()?.parse().ok()?);
+    let answer = fault.next().filter(|answer| *answer != "after")?;
+    let delay = fault.next()?.parse().ok()?;
     match fault.next() {
         Some("once") if INJECTED.fetch_add(1, Ordering::Relaxed) > 0 => return None,
         Some("later") if INJECTED.fetch_add(1, Ordering::Relaxed) < 2 => return None,
@@ -164,6 +166,14 @@ fn intercept(function: &str) -> Option<CK_RV> {
     (rv != CKR_OK).then_some(rv)
 }
 
+/// What a call that went through answers in place of the module's own answer.
+fn lost(function: &str) -> Option<CK_RV> {
+    let faults = std::fs::read_to_string(std::env::var_os("OMSIGN_PROXY_FAULTS")?).ok()?;
+    let answer =
+        |line: &str| CK_RV::from_str_radix(line.strip_prefix(function)?.strip_prefix(" after ")?, 16).ok();
+    faults.lines().find_map(answer)
+}
+
 macro_rules! functions {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
         $(
@@ -178,7 +188,7 @@ macro_rules! functions {
                         if rv != CKR_OK {
                             log(&format!("{} failed {rv:x}", stringify!($name)));
                         }
-                        rv
+                        lost(stringify!($name)).unwrap_or(rv)
                     }
                     None => CKR_FUNCTION_NOT_SUPPORTED,
                 }

@@ -88,6 +88,8 @@ pub struct Faults {
     pub status: Option<u16>,
     /// The card is pulled in the middle of the next command.
     pub pull: bool,
+    /// It does the command first, and then takes that time.
+    pub late: bool,
     /// All that with these commands only.
     pub only: Option<fn(&[u8]) -> bool>,
     /// All that once.
@@ -323,7 +325,11 @@ impl Inside {
                 }
             }
         };
+        let done = faults.late.then(|| self.card().command(command));
         self.delayed(faults.delay);
+        if done.is_some() {
+            return done;
+        }
         if faults.pull {
             return None;
         }

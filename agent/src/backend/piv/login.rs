@@ -3,7 +3,7 @@
 use yubikey::YubiKey;
 use yubikey::piv::{self, ManagementSlotId, SlotId};
 
-use super::super::{LAST_TRY, Say, gone, locked, pin_for};
+use super::super::{LAST_TRY, Say, UNANSWERED, gone, locked, pin_for};
 use super::errors::{self, classify};
 use super::{FACTORY_PIN, LONGEST_PIN};
 use crate::host::wire::{Failure, OpenSpec, Opening};
@@ -25,15 +25,15 @@ pub(super) fn verified(
         return Err(locked(LAST_TRY.into()));
     }
     if spec.unanswered && !spec.by_operator && !has_all_tries(yubikey) {
-        let message = "it may have counted a PIN that it did not answer; an operator has to unlock it with the right one";
-        return Err(locked(message.into()));
+        return Err(locked(UNANSWERED.into()));
     }
     is_fit(&pin)?;
     // The agent has to know before the card does.
     say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
     yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| {
         match classify("verify the PIN", &error) {
-            // A card that is not there took no PIN. Whatever else went wrong may have cost a try.
+            // A card that is not there may have taken it: the next process looks first. Whatever else went wrong may have
+            // cost a try.
             failure if matches!(error, yubikey::Error::PcscError { .. }) => failure,
             failure => locked(failure.message),
         }

@@ -8,7 +8,7 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use super::super::{Doing, LAST_TRY, Notify, Say, gone, locked, refused};
+use super::super::{Doing, LAST_TRY, Notify, Say, UNANSWERED, gone, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
 use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
@@ -36,6 +36,9 @@ pub(super) fn log_in(
     }
     if info.user_pin_final_try() && !spec.by_operator {
         return Err(locked(LAST_TRY.into()));
+    }
+    if spec.unanswered && info.user_pin_count_low() && !spec.by_operator {
+        return Err(locked(UNANSWERED.into()));
     }
     let pin = match given {
         Some(pin) => pin,
