@@ -91,6 +91,7 @@ pub(crate) fn key(
             return Ok(None);
         }
     };
+    let next = next_step(&config, &command);
     let mut out = std::io::stdout().lock();
     match ask(&config, command)? {
         Output::Pem(text) => write!(out, "{text}")?,
@@ -106,7 +107,23 @@ pub(crate) fn key(
         Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
         Output::Done => say(format_args!("done")),
     }
+    if let Some(next) = next {
+        say(format_args!("note: {next}, and an agent that runs reads it with `omsign-agent key reload`"));
+    }
     Ok(Some(ExitCode::SUCCESS))
+}
+
+/// What is left to do in the configuration.
+fn next_step(config: &Config, command: &Command) -> Option<String> {
+    match command {
+        Command::ImportCertificate { key, .. } if config.keys.get(key)?.certificate_chain.is_empty() => Some(
+            format!("it signs with it when certificate_chain in [key.{key}] names the file of its chain"),
+        ),
+        Command::Delete { key, .. } => {
+            Some(format!("[key.{key}] names nothing any more: take it out of the configuration"))
+        }
+        _ => None,
+    }
 }
 
 /// Runs the guided way from a device to a key, and says what comes next.

@@ -82,11 +82,9 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         let source = pin::check(&token.pin);
         match &source {
             Ok(()) if token.pin == PinSource::Prompt => {
-                report.add(
-                    Level::Ok,
-                    &subject,
-                    "its PIN is asked for at start, or given with `omsign agent unlock`",
-                );
+                let message = "its PIN is asked for at start, or given with `omsign agent unlock --ask-pin`: it was not logged in to \
+                               here, and its keys were not tried";
+                report.add(Level::Warning, &subject, message);
             }
             Ok(()) => report.add(Level::Ok, &subject, "its PIN source can be read"),
             Err(reason) => report.add(Level::Error, &subject, reason),
@@ -278,11 +276,24 @@ fn mismatch(key: &Key, spki: &SpkiDer) -> Option<String> {
             "its certificate is for another key; write the one that was issued for it, leaf first".into(),
         );
     }
-    let (now, validity) = (SystemTime::now(), tbs.validity());
-    if now < validity.not_before.to_system_time() || now > validity.not_after.to_system_time() {
-        return Some("its certificate is not valid now; have it renewed".into());
-    }
     None
+}
+
+/// Whether a certificate is valid, and for how long. The key's owner has to ask for the next one in time.
+fn validity(leaf: &[u8]) -> Option<(Level, String)> {
+    const SOON: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+    let validity = *Certificate::from_der(leaf).ok()?.tbs_certificate().validity();
+    let (from, until) = (validity.not_before.to_system_time(), validity.not_after.to_system_time());
+    let (now, shown) = (SystemTime::now(), humantime::format_rfc3339_seconds);
+    Some(if now > until {
+        (Level::Error, format!("it expired on {}; have it renewed", shown(until)))
+    } else if now < from {
+        (Level::Error, format!("it is valid from {} only; is the clock right?", shown(from)))
+    } else if now + SOON > until {
+        (Level::Warning, format!("it expires on {}; have it renewed", shown(until)))
+    } else {
+        (Level::Ok, format!("valid until {}", shown(until)))
+    })
 }
 
 fn certificates(name: &str, key: &Key, report: &mut Report) {
@@ -291,9 +302,11 @@ fn certificates(name: &str, key: &Key, report: &mut Report) {
         None => report.add(Level::Ok, &subject, "no certificate_chain: signs with the key method"),
         Some(leaf) => {
             let described = crate::identity::Identity::from_certificate(leaf);
-            let leaf = described.map(|identity| identity.to_string()).unwrap_or_default();
-            let message = format!("certificate_chain of {}: {leaf}", key.certificate_chain.len());
-            report.add(Level::Ok, &subject, message);
+            let described = described.map(|identity| identity.to_string()).unwrap_or_default();
+            let (level, validity) = validity(leaf).unwrap_or((Level::Ok, String::new()));
+            let message =
+                format!("certificate_chain of {}: {described}; {validity}", key.certificate_chain.len());
+            report.add(level, &subject, message);
         }
     }
 }

@@ -4,6 +4,8 @@ use cms::cert::x509::Certificate;
 use cms::cert::x509::der::Decode as _;
 use cms::cert::x509::ext::pkix::BasicConstraints;
 use cms::cert::x509::name::RdnSequence;
+use jiff::Timestamp;
+use openssl::asn1::{Asn1Time, Asn1TimeRef};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
@@ -103,6 +105,14 @@ pub fn names(certificate: &X509Ref) -> Vec<String> {
         .filter_map(|name| name.email().or_else(|| name.dnsname()).or_else(|| name.uri()))
         .map(str::to_owned)
         .collect()
+}
+
+/// A time in it, as RFC 3339 writes it.
+pub fn time(time: &Asn1TimeRef) -> String {
+    let since = Asn1Time::from_unix(0).and_then(|epoch| epoch.diff(time)).ok();
+    let seconds = since.map(|since| i64::from(since.days) * 24 * 60 * 60 + i64::from(since.secs));
+    let time_of = |seconds| Timestamp::from_second(seconds).ok();
+    seconds.and_then(time_of).map_or_else(|| time.to_string(), |time| time.to_string())
 }
 
 /// SHA-256 of its DER: `sha256:…`, lower-case hexadecimal.

@@ -18,6 +18,9 @@ use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
 use tonic::Code;
 
+/// What the agent says of a token whose PIN only a person has (`pin = "prompt"`).
+const WAITS: &str = "it waits for its PIN";
+
 /// A sentence for the person at the terminal.
 pub(crate) fn hint(error: &Error) -> Option<String> {
     Some(match error {
@@ -33,6 +36,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Agent(AgentError::NoTerminal) => {
             "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
+        }
+        Error::Agent(AgentError::KeyNotReady { token, locked: true, reason, .. }) if reason == WAITS => {
+            format!("an operator gives it with `omsign agent unlock {token} --ask-pin`")
         }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!(
@@ -177,6 +183,9 @@ fn status_hint(code: Code, message: &str) -> Option<String> {
         }
         Code::NotFound => {
             "`omsign keys` and `omsign agent status` list the keys and tokens that you may use".into()
+        }
+        Code::FailedPrecondition if message.ends_with(WAITS) => {
+            "give it with --ask-pin: `omsign agent unlock TOKEN --ask-pin`".into()
         }
         Code::ResourceExhausted => "try again in a moment".into(),
         Code::Unavailable if message.starts_with("the audit log") => {

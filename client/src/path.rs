@@ -209,6 +209,11 @@ fn parameters() -> Result<X509VerifyParam, ErrorStack> {
     Ok(parameters)
 }
 
+/// As certificates have it.
+fn whole_seconds(at: Timestamp) -> Timestamp {
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
+}
+
 fn reason(
     result: openssl::x509::X509VerifyResult,
     certificate: &openssl::x509::X509Ref,
@@ -221,9 +226,11 @@ fn reason(
         | ffi::X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE
         | ffi::X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
         | ffi::X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN => PathError::NotTrusted(name),
-        ffi::X509_V_ERR_CERT_HAS_EXPIRED => PathError::Expired(name, certificate.not_after().to_string(), at),
+        ffi::X509_V_ERR_CERT_HAS_EXPIRED => {
+            PathError::Expired(name, certificate::time(certificate.not_after()), whole_seconds(at))
+        }
         ffi::X509_V_ERR_CERT_NOT_YET_VALID => {
-            PathError::NotYetValid(name, certificate.not_before().to_string(), at)
+            PathError::NotYetValid(name, certificate::time(certificate.not_before()), whole_seconds(at))
         }
         ffi::X509_V_ERR_CERT_SIGNATURE_FAILURE => PathError::Signature(name),
         // Which of the two is missing.

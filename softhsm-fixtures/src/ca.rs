@@ -1,7 +1,7 @@
 //! A test CA: what a company's PKI would do, with keys in memory or in files.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use openssl::asn1::Asn1Time;
@@ -45,6 +45,22 @@ impl Ca {
         signed(builder, &self.key)
     }
 
+    /// The same, from two days ago until then after 1970.
+    pub fn code_signing_until(
+        &self,
+        name: &str,
+        key: &PKeyRef<impl HasPublic>,
+        end: Duration,
+    ) -> anyhow::Result<X509> {
+        let mut builder = self.leaf(name, key)?;
+        builder.append_extension(ExtendedKeyUsage::new().code_signing().build()?)?;
+        let (end, now) = (i64::try_from(end.as_secs())?, SystemTime::now().duration_since(UNIX_EPOCH)?);
+        let begin = i64::try_from(now.as_secs())? - 2 * 24 * 60 * 60;
+        builder.set_not_before(Asn1Time::from_unix(begin)?.as_ref())?;
+        builder.set_not_after(Asn1Time::from_unix(end)?.as_ref())?;
+        signed(builder, &self.key)
+    }
+
     /// Certifies a key for TLS servers, not for signing.
     pub fn tls_server_for(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509> {
         let mut builder = self.leaf(name, key)?;
@@ -54,13 +70,8 @@ impl Ca {
 
     /// Certifies a key for signing models until yesterday.
     pub fn expired(&self, name: &str, key: &PKeyRef<impl HasPublic>) -> anyhow::Result<X509> {
-        let mut builder = self.leaf(name, key)?;
-        let day = 24 * 60 * 60;
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
-        let now = i64::try_from(now)?;
-        builder.set_not_before(Asn1Time::from_unix(now - 2 * day)?.as_ref())?;
-        builder.set_not_after(Asn1Time::from_unix(now - day)?.as_ref())?;
-        signed(builder, &self.key)
+        let yesterday = SystemTime::now() - Duration::from_secs(24 * 60 * 60);
+        self.code_signing_until(name, key, yesterday.duration_since(UNIX_EPOCH)?)
     }
 
     /// Makes and certifies a key for a TLS server at 127.0.0.1 and localhost.

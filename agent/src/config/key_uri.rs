@@ -158,6 +158,34 @@ impl Attributes {
 mod tests {
     use super::*;
 
+    /// The examples of docs/key-uris.md, each alone and with what may come after it.
+    #[test]
+    fn documented_uris() {
+        let text = include_str!("../../../docs/key-uris.md");
+        let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
+        let is_uri = |text: &&&str| {
+            ["pkcs11:token", "tpm:h", "tpm:f", "piv:s"].iter().any(|start| text.starts_with(start))
+        };
+        let uris: Vec<&&str> = quoted.iter().filter(is_uri).collect();
+        assert_eq!(uris.len(), 4, "{uris:?}");
+        for uri in uris {
+            KeyUri::parse(uri).unwrap_or_else(|error| panic!("{uri}: {error}"));
+            let named = |names: &[&str], text: &str| names.iter().any(|name| text.starts_with(name));
+            let of_tpms = uri.starts_with("tpm:");
+            let fits = |text: &&&str| {
+                named(&["pin-source="], text)
+                    || of_tpms && named(&["tcti=", "pcrs=", "owner-auth-source="], text)
+            };
+            let more: Vec<&&str> = quoted.iter().filter(fits).collect();
+            assert_eq!(more.len(), if of_tpms { 4 } else { 1 });
+            for attribute in more {
+                let mark = if uri.contains('?') { '&' } else { '?' };
+                let whole = format!("{uri}{mark}{attribute}");
+                KeyUri::parse(&whole).unwrap_or_else(|error| panic!("{whole}: {error}"));
+            }
+        }
+    }
+
     #[test]
     fn each_device_has_its_own() {
         let uri = KeyUri::parse("piv:serial=123;slot=9c?pin-source=/p").expect("complete");

@@ -40,8 +40,16 @@ pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
 #[derive(Debug, thiserror::Error)]
 pub enum KeyLifeError {
     /// The name is not in the configuration.
-    #[error("there is no [key.{0}] in the configuration; add it first, and reload the agent if one runs")]
-    NoKey(String),
+    #[error(
+        "there is no [key.{name}] in the configuration that counts, but {known}: correct the name, or add it, and have an agent \
+         that runs read it: omsign-agent key reload"
+    )]
+    NoKey {
+        /// The name.
+        name: String,
+        /// Those that are there.
+        known: String,
+    },
     /// No key is to take its place.
     #[error("[key.{0}] has no `next`; begin with `omsign-agent key rotate {0}`")]
     NoNext(String),
@@ -167,6 +175,9 @@ impl Operator<'_> {
                 if asking.challenge.is_some() && !matches!(device, Some(Device::Tpm(_))) {
                     return Err(place.failed(TokenError::Refused("only a TPM answers a challenge".into())));
                 }
+                if !asking.nonce.is_empty() && !matches!(device, Some(Device::Tpm(_))) {
+                    return Err(place.failed(TokenError::Refused("only a TPM attests with a nonce".into())));
+                }
                 let public = place.public(Task::Find(place.spec.clone()), say).await?;
                 match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
@@ -232,6 +243,13 @@ impl Operator<'_> {
         Ok(all)
     }
 
+    fn known_keys(&self) -> String {
+        const SHOWN: usize = 8;
+        let names: Vec<_> = self.config.keys.keys().take(SHOWN).map(String::as_str).collect();
+        let more = if self.config.keys.len() > SHOWN { " and more" } else { "" };
+        format!("{}{more}", names.join(", "))
+    }
+
     /// A key that is configured, on the first of its tokens.
     fn place<'b>(&'b self, name: &'b str) -> Result<Place<'b>, KeyLifeError> {
         self.place_on(name, None)
@@ -239,7 +257,7 @@ impl Operator<'_> {
 
     fn place_on<'b>(&'b self, name: &'b str, token: Option<&str>) -> Result<Place<'b>, KeyLifeError> {
         let (plain, next) = name.strip_suffix(NEXT).map_or((name, false), |plain| (plain, true));
-        let missing = || KeyLifeError::NoKey(plain.to_owned());
+        let missing = || KeyLifeError::NoKey { name: plain.to_owned(), known: self.known_keys() };
         let key = self.config.keys.get(plain).ok_or_else(missing)?;
         let token = token.or_else(|| key.tokens.first().map(String::as_str));
         let token = token.and_then(|token| self.tokens.get(token)).ok_or_else(missing)?;

@@ -1,6 +1,7 @@
 //! `omsign keys` and `omsign agent`: what an agent offers, and its tokens.
 
 use omsign::agent::{Agent, AgentError};
+use omsign::certificate;
 use omsign::key::PublicKey;
 use omsign_proto::v1::{Key, KeyState, Token};
 use openssl::x509::X509;
@@ -45,7 +46,8 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
     for key in keys {
         let (state, algorithm) = (state(key.state()), algorithm(&key));
         let method = if key.certificate_chain.is_empty() { "key" } else { "certificate" };
-        let detail = if key.state_detail.is_empty() { key.device } else { key.state_detail };
+        let until = expiry(&key).map(|until| format!("; certificate until {until}")).unwrap_or_default();
+        let detail = if key.state_detail.is_empty() { key.device + &until } else { key.state_detail };
         report::result(format_args!(
             "{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}",
             key.name
@@ -75,8 +77,15 @@ fn key_json(key: &Key) -> serde_json::Value {
         "state_detail": key.state_detail,
         "algorithm": algorithm(key),
         "certificates": key.certificate_chain.len(),
+        "certificate_until": expiry(key),
         "previous": key.previous.len(),
     })
+}
+
+/// Until when its certificate is valid.
+fn expiry(key: &Key) -> Option<String> {
+    let leaf = key.certificate_chain.first().and_then(|der| certificate::parse(der))?;
+    Some(certificate::time(leaf.not_after()))
 }
 
 fn state(state: KeyState) -> &'static str {

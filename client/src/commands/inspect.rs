@@ -111,8 +111,8 @@ impl Claims {
                 "subject": certificate::subject(certificate),
                 "names": certificate::names(certificate),
                 "fingerprint": certificate::fingerprint(certificate).ok(),
-                "not_before": certificate.not_before().to_string(),
-                "not_after": certificate.not_after().to_string(),
+                "not_before": certificate::time(certificate.not_before()),
+                "not_after": certificate::time(certificate.not_after()),
             })
         };
         json!({
@@ -134,6 +134,7 @@ impl Claims {
         line("claimed signer", &self.signer)?;
         for certificate in &self.certificates {
             let (from, until) = (certificate.not_before(), certificate.not_after());
+            let (from, until) = (certificate::time(from), certificate::time(until));
             let fingerprint = certificate::fingerprint(certificate).unwrap_or_default();
             line("certificate", &format!("{fingerprint}, valid from {from} until {until}"))?;
             for name in certificate::names(certificate) {

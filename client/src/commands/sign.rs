@@ -180,7 +180,12 @@ fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
         let pin = match pin {
             Some(pin) => pin,
             // It was read from there, and refused: asking for another would spend another try.
-            None if uri.contains("pin-source=") => return Err(AgentError::Private(key.state_detail)),
+            None if uri.contains("pin-source=") => {
+                let why = key.state_detail;
+                let message =
+                    format!("{why}; without pin-source in the URI you are asked for it at the terminal");
+                return Err(AgentError::Private(message));
+            }
             None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
         };
         agent.unlock(oneshot::KEY, Some(pin)).map_err(without_names)?;
