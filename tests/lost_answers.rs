@@ -51,10 +51,11 @@ fn of_a_module() -> anyhow::Result<()> {
     // CKR_DEVICE_REMOVED
     proxy.set("C_Login after 32\n")?;
     let agent = Agent::start(&world, &config)?;
-    eventually("some logins", || Ok(proxy.calls("C_Login") >= 2))?;
-    ensure!(proxy.refused_pins() == 0);
+    eventually("the last login", || says(&world, "locked: while logging in: "))?;
+    ensure!(proxy.calls("C_Login") == 2 && proxy.refused_pins() == 0);
     proxy.set("")?;
-    eventually("its key", || says(&world, "key k: ready"))?;
+    world.omsign_ok(&["agent", "unlock", "t"])?;
+    ensure!(says(&world, "key k: ready")?);
     drop(agent);
     // A wrong one is seen in what the token says of itself.
     write_private(&token.pin_file(), b"00000000")?;

@@ -73,12 +73,7 @@ fn paths_that_are_broken() -> anyhow::Result<()> {
     pki.issue("old", "issuing", Certificate { until: "20240101000000Z", ..Certificate::default() })?;
     refuse("old", &["old", "issuing"], "root.pem", "CN=old expired on 2024-01-01T00:00:00Z, before 20")?;
     pki.issue("young", "issuing", Certificate { from: "20480101000000Z", ..Certificate::default() })?;
-    refuse(
-        "young",
-        &["young", "issuing"],
-        "root.pem",
-        "CN=young is valid from 2048-01-01T00:00:00Z only",
-    )?;
+    refuse("young", &["young", "issuing"], "root.pem", "CN=young is valid from 2048-01-01T00:00:00Z only")?;
     let expired_ca = Certificate { until: "20240101000000Z", ..ca };
     pki.issue("old-ca", "root", expired_ca)?;
     pki.issue("k", "old-ca", Certificate::default())?;

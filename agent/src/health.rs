@@ -12,7 +12,7 @@ use crate::operator;
 use crate::token::{State, Token};
 
 /// Name of the service.
-const SERVICE: &str = "omsign.v1.AgentService";
+pub(crate) const SERVICE: &str = "omsign.v1.AgentService";
 
 /// How long a log that cannot be written is left alone.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
@@ -42,12 +42,12 @@ pub(crate) async fn of_token(token: Arc<Token>, agent: Arc<Agent>, reporter: Hea
 /// Tells the health service when nothing can be signed since nothing can be recorded, and tries until it can.
 pub(crate) async fn of_audit(agent: Arc<Agent>, reporter: HealthReporter) {
     let mut failing = agent.audit.watch();
-    let identity = operator::own_identity();
-    reporter.set_service_status(SERVICE, ServingStatus::Serving).await;
     while failing.wait_for(|failing| *failing).await.is_ok() {
         for service in ["", SERVICE] {
             reporter.set_service_status(service, ServingStatus::NotServing).await;
         }
+        // Not on the event loop: it asks the user database.
+        let Ok(identity) = tokio::task::spawn_blocking(operator::own_identity).await else { return };
         while *failing.borrow_and_update() {
             tokio::time::sleep(TRY_AGAIN).await;
             let reason = "entries before this one could not be written, and nothing was signed";

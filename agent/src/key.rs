@@ -84,7 +84,8 @@ impl KeyEntry {
         let all: Option<Vec<PublicKey>> = self.places.iter().map(known).collect();
         let all = all.unwrap_or_default();
         match all.first() {
-            Some(first) if !all.iter().any(PublicKey::needs_message) => {
+            // A wrong one among them does not decide.
+            Some(first) if all.iter().all(|one| one.algorithm == first.algorithm && !one.needs_message()) => {
                 first.fit(&content).unwrap_or(content)
             }
             _ => content,

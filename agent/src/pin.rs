@@ -28,7 +28,7 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
                 std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
             Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
         }
-        PinSource::Prompt => Err("it waits for its PIN".into()),
+        PinSource::Prompt => Err("it waits for its PIN: omsign agent unlock, with --ask-pin".into()),
         PinSource::None => Err("it asks for a login, but pin = \"none\" is configured".into()),
     }
 }

@@ -9,12 +9,13 @@ use std::time::{Duration, SystemTime};
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::service::LayerExt as _;
 use tonic::transport::Server;
+use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
@@ -110,7 +111,15 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     };
     let (ask, asked) = mpsc::channel(1);
     let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent), ask)));
-    let reload = Reload { path: path.to_owned(), listen, tls, audit: audit_config, hangup, asked };
+    let reload = Reload {
+        path: path.to_owned(),
+        listen,
+        tls,
+        audit: audit_config,
+        hangup,
+        reading: Arc::new(Semaphore::new(1)),
+        asked,
+    };
     run(agent, incoming, shutdown_timeout, stop, Some(reload)).await?;
     if let Some(served) = served {
         served.abort();
@@ -203,6 +212,7 @@ async fn run(
     reload: Option<Reload>,
 ) -> Result<(), ServeError> {
     let (reporter, health_service) = tonic_health::server::health_reporter();
+    reporter.set_service_status(health::SERVICE, ServingStatus::Serving).await;
     tokio::spawn(health::of_audit(Arc::clone(&agent), reporter.clone()));
     for token in agent.setup().tokens.values() {
         tokio::spawn(health::of_token(Arc::clone(token), Arc::clone(&agent), reporter.clone()));
@@ -274,6 +284,8 @@ struct Reload {
     /// But not what is in these files.
     tls: Option<Arc<Tls>>,
     hangup: Signal,
+    /// One at a time, also where the one before had its time and goes on.
+    reading: Arc<Semaphore>,
     /// Operators who wait for it.
     asked: mpsc::Receiver<Reloaded>,
 }
@@ -300,20 +312,26 @@ impl Reload {
     /// A configuration with mistakes changes nothing.
     async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<Vec<String>, String> {
         let (path, tls) = (self.path.clone(), self.tls.clone());
+        let busy = |_| "the files of a reload before this one are still being read".to_owned();
+        let reading = Arc::clone(&self.reading).try_acquire_owned().map_err(busy)?;
         // The user database may be a slow directory server.
         let loaded = tokio::task::spawn_blocking(move || {
             let config = Config::load(&path).map_err(|mistakes| {
                 mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
             })?;
             // Other files take a restart, and those of before may be gone.
-            if let Some(tls) = tls.filter(|tls| tls.is_for(config.listen.tls.as_ref())) {
-                tls.renew().map_err(|error| error.to_string())?;
-            }
-            Ok::<_, String>(config)
+            let tls = tls.filter(|tls| tls.is_for(config.listen.tls.as_ref()));
+            let files = tls.map(|tls| tls.read()).transpose().map_err(|error| error.to_string())?;
+            drop(reading);
+            Ok::<_, String>((config, files))
         });
         let late =
             |_| "the configuration could not be read in time; the user database may not answer".to_owned();
-        let config = timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
+        let (config, files) =
+            timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
+        if let Some((tls, files)) = self.tls.as_ref().zip(files) {
+            tls.renew(files);
+        }
         let mut notes = Vec::new();
         let sections = [("[listen]", config.listen != self.listen), ("[audit]", config.audit != self.audit)];
         for (section, _) in sections.iter().filter(|(_, changed)| *changed) {

@@ -40,7 +40,7 @@ pub(crate) struct Tls {
 
 /// What they said when they were read.
 #[derive(Clone)]
-struct Files {
+pub(crate) struct Files {
     acceptor: TlsAcceptor,
     verifier: Arc<dyn ClientCertVerifier>,
 }
@@ -82,13 +82,15 @@ impl Tls {
         config == Some(&self.config)
     }
 
-    /// Reads the files anew: connections that come from now on go by them, and those that are open end where they would not
-    /// begin any more.
-    pub(crate) fn renew(&self) -> Result<(), TlsError> {
-        let files = files(&self.config)?;
+    /// Reads the files anew.
+    pub(crate) fn read(&self) -> Result<Files, TlsError> {
+        files(&self.config)
+    }
+
+    /// Connections that come from now on go by these, and those that are open end where they would not begin any more.
+    pub(crate) fn renew(&self, files: Files) {
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = files;
         self.renewed.fetch_add(1, Ordering::Release);
-        Ok(())
     }
 
     /// Who it is at the other end.

@@ -18,9 +18,6 @@ use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
 use tonic::Code;
 
-/// What the agent says of a token whose PIN only a person has (`pin = "prompt"`).
-const WAITS: &str = "it waits for its PIN";
-
 /// A sentence for the person at the terminal.
 pub(crate) fn hint(error: &Error) -> Option<String> {
     Some(match error {
@@ -36,9 +33,6 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Agent(AgentError::NoTerminal) => {
             "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
-        }
-        Error::Agent(AgentError::KeyNotReady { token, locked: true, reason, .. }) if reason == WAITS => {
-            format!("an operator gives it with `omsign agent unlock {token} --ask-pin`")
         }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!(
@@ -92,7 +86,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                 None => "--ignore-unsigned-files accepts files that were added after signing".into(),
             }
         }
-        Error::Differs(differences) if differences.odd.iter().any(|odd| odd.what == Oddity::Symlink) => {
+        Error::Differs(differences) if only_links(differences) => {
             "the signer followed no links; a copy without them can be verified: `cp -rL`, or for a download \
              `hf download --local-dir`"
                 .into()
@@ -158,8 +152,17 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
 fn hidden_directory(files: &[String]) -> Option<&str> {
     let directory = |file: &'_ String| file.split_once('/').map(|(directory, _)| directory.len());
     let first = files.first()?;
-    let name = first.get(..directory(first)?).filter(|name| name.starts_with('.'))?;
+    let plain = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
+    let name =
+        first.get(..directory(first)?).filter(|name| name.starts_with('.') && name.chars().all(plain))?;
     files.iter().all(|file| at_or_below(file, name)).then_some(name)
+}
+
+/// Whether nothing is wrong but that there are links.
+fn only_links(differences: &Differences) -> bool {
+    let Differences { missing, extra, changed, odd, unreadable } = differences;
+    let others = [missing.len(), extra.len(), changed.len(), unreadable.len()];
+    others.iter().all(|count| *count == 0) && odd.iter().all(|odd| odd.what == Oddity::Symlink)
 }
 
 /// Whether nothing is wrong but that git's own files are there.
@@ -183,9 +186,6 @@ fn status_hint(code: Code, message: &str) -> Option<String> {
         }
         Code::NotFound => {
             "`omsign keys` and `omsign agent status` list the keys and tokens that you may use".into()
-        }
-        Code::FailedPrecondition if message.ends_with(WAITS) => {
-            "give it with --ask-pin: `omsign agent unlock TOKEN --ask-pin`".into()
         }
         Code::ResourceExhausted => "try again in a moment".into(),
         Code::Unavailable if message.starts_with("the audit log") => {

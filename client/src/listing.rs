@@ -89,8 +89,8 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
     Ok(())
 }
 
-/// Lists a directory while something else is done that does not need it. None where there is no directory, not the same
-/// one from start to end, or no thread. If the other thing fails, nobody waits for more than the directory it is in.
+/// Lists a directory while something else is done that does not need it. None where there is no directory, another one
+/// at the end than at the start, or no thread. If the other thing fails, nobody waits for more than the directory it is in.
 pub(crate) fn beside<T, E>(
     directory: &Path,
     other: impl FnOnce() -> Result<T, E>,

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use tempfile::NamedTempFile;
 
 /// Writes a temporary file beside it, syncs it and renames it. On failure nothing is left, and what was there before is
 /// untouched. `mode` is that of a new file.
@@ -17,7 +16,9 @@ pub(crate) fn replace(
     write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
 ) -> io::Result<()> {
     let directory = directory_of(path);
-    let mut file = temporary(directory, mode)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
+    let mut file = builder.tempfile_in(directory).map_err(unnamed)?;
     let mut buffered = io::BufWriter::new(&mut file);
     write(&mut buffered)?;
     buffered.flush()?;
@@ -30,20 +31,18 @@ pub(crate) fn replace(
     Ok(())
 }
 
-/// Whether it could be written now: a directory may be missing, read-only, or full.
+/// Whether it could be written now: a directory may be missing, or read-only. Nobody sees the file that this makes.
 pub(crate) fn check_replace(path: &Path) -> io::Result<()> {
-    temporary(directory_of(path), 0o600).map(drop)
+    tempfile::tempfile_in(directory_of(path)).map(drop).map_err(unnamed)
 }
 
-fn temporary(directory: &Path, mode: u32) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".omsign-").permissions(PermissionsExt::from_mode(mode));
-    // Its message would name a file that nobody asked for.
-    builder.tempfile_in(directory).map_err(|error| match error.kind() {
+/// Without the name of a file that nobody asked for.
+fn unnamed(error: io::Error) -> io::Error {
+    match error.kind() {
         io::ErrorKind::NotFound => Errno::NOENT.into(),
         io::ErrorKind::PermissionDenied => Errno::ACCESS.into(),
         kind => io::Error::from(kind),
-    })
+    }
 }
 
 fn directory_of(path: &Path) -> &Path {

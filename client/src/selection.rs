@@ -36,7 +36,9 @@ pub const PUBLISHED: &str = "model.sig";
 impl Selection<'_> {
     /// Whether there is a bundle where publishers put it: it is no part of the model, whichever bundle is written.
     pub fn published_bundle(&self) -> bool {
-        Bundle::seems_one(&self.model.join(PUBLISHED)).unwrap_or(false)
+        let path = self.model.join(PUBLISHED);
+        path.symlink_metadata().is_ok_and(|found| found.is_file())
+            && Bundle::seems_one(&path).unwrap_or(false)
     }
 
     /// Finds its files.

@@ -214,9 +214,11 @@ fn only(request: &Request<'_>, signed: &Manifest) -> Result<BTreeSet<String>, Su
         let candidates = std::iter::once(path.as_path()).chain(from_here);
         // Without `.` and a slash at the end.
         let names = candidates.filter_map(|path| path.components().as_path().to_str());
-        let mut names = names.map(|name| name.strip_prefix("./").unwrap_or(name).to_owned());
-        let is_signed = |name: &String| is_root(name) || files.has_at_or_below(name);
-        names.find(is_signed).ok_or_else(|| SubjectError::NotSigned(path.clone()))
+        let names = names.map(|name| name.strip_prefix("./").unwrap_or(name).to_owned());
+        let names: Vec<String> = names.collect();
+        let signed = names.iter().find(|name| files.has_at_or_below(name));
+        let found = signed.or_else(|| names.iter().find(|name| is_root(name)));
+        found.cloned().ok_or_else(|| SubjectError::NotSigned(path.clone()))
     };
     let only: BTreeSet<_> = request.partial.iter().map(name).collect::<Result<_, _>>()?;
     // The root is all of it.

@@ -21,7 +21,7 @@ pub(super) struct AuditFile {
 }
 
 impl AuditFile {
-    /// Opens `directory/name`. What `directory/lock` is for belongs to one process at a time.
+    /// Opens `directory/name`; with a lock, as the one process that owns the devices.
     pub(super) fn open(
         directory: &Path,
         name: &str,
@@ -37,18 +37,8 @@ impl AuditFile {
             .create(directory)
             .map_err(|error| with_path(error, directory))?;
         let path = directory.join(name);
-        let lock = lock.map(|lock| directory.join(lock));
-        let held = lock.as_ref().map(|lock| {
-            let file = opened(lock)?;
-            file.try_lock().map_err(|error| match error {
-                TryLockError::WouldBlock => {
-                    io::Error::other("an agent, or an operator's command, is running and owns the devices")
-                }
-                TryLockError::Error(error) => error,
-            })?;
-            Ok(file)
-        });
-        let held = held.transpose().map_err(|error| with_path(error, lock.as_ref().unwrap_or(&path)))?;
+        let held = lock.map(|name| locked(directory, name)).transpose();
+        let held = held.map_err(|error| with_path(error, directory))?;
         let file = opened(&path).map_err(|error| with_path(error, &path))?;
         let at = identity(&file.metadata()?);
         let mut file = Self { path, file, at, _lock: held, durability, lost: None, torn: false };
@@ -86,12 +76,17 @@ impl AuditFile {
         begun
     }
 
-    /// Whether a process holds `directory/lock`, or whether that cannot be told.
-    pub(super) fn is_held(directory: &Path, lock: &str) -> bool {
-        match File::open(directory.join(lock)) {
-            Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
-            Err(error) => error.kind() != io::ErrorKind::NotFound,
-        }
+    /// Whether a process has the directory's lock, or whether that cannot be told.
+    pub(super) fn is_held(directory: &Path, name: &str) -> bool {
+        let held = |path: &Path| match File::open(path) {
+            Ok(file) => match file.try_lock_shared() {
+                Ok(()) => Some(false),
+                Err(TryLockError::WouldBlock) => Some(true),
+                Err(TryLockError::Error(_)) => None,
+            },
+            Err(error) => Some(error.kind() != io::ErrorKind::NotFound),
+        };
+        held(directory).or_else(|| held(&directory.join(name))).unwrap_or(true)
     }
 
     /// A crash can leave half a line. Its signature was never released; the line is kept, ended.
@@ -147,6 +142,23 @@ impl AuditFile {
             return Err(error);
         }
         Ok(())
+    }
+}
+
+/// Takes the lock of a directory, which nobody can rotate away; where directories have none, as on NFS, that of a file in it.
+fn locked(directory: &Path, name: &str) -> io::Result<File> {
+    let owned = || io::Error::other("an agent, or an operator's command, is running and owns the devices");
+    let held = File::open(directory)?;
+    match held.try_lock() {
+        Ok(()) => return Ok(held),
+        Err(TryLockError::WouldBlock) => return Err(owned()),
+        Err(TryLockError::Error(_)) => {}
+    }
+    let held = opened(&directory.join(name))?;
+    match held.try_lock() {
+        Ok(()) => Ok(held),
+        Err(TryLockError::WouldBlock) => Err(owned()),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

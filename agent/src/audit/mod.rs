@@ -28,7 +28,8 @@ const SHORTEST: Duration = Duration::from_micros(50);
 /// The agent's file.
 pub const FILE: &str = "audit.jsonl";
 
-/// Whoever holds this one, beside it, owns the devices: the other may be moved away at any time, by those who rotate logs.
+/// Whoever has its directory's lock owns the devices: the file may be moved away at any time, by those who rotate logs. This
+/// one is locked in its place where directories cannot be.
 const LOCK: &str = "audit.lock";
 
 /// The least time that the log gets.
@@ -201,10 +202,12 @@ fn gather(batch: &mut Vec<Line>, waiting: &mut mpsc::Receiver<Line>) {
 
 fn append(file: &mut AuditFile, text: &[u8], failing: &watch::Sender<bool>) -> Result<(), AuditError> {
     let written = file.append(text).map_err(|error| AuditError(error.to_string()));
-    if let Err(error) = &written {
-        tracing::error!(%error, "nothing is signed until it can be written again");
+    let changed =
+        failing.send_if_modified(|failing| std::mem::replace(failing, written.is_err()) != written.is_err());
+    match &written {
+        Err(error) if changed => tracing::error!(%error, "nothing is signed until it can be written again"),
+        _ => {}
     }
-    failing.send_if_modified(|failing| std::mem::replace(failing, written.is_err()) != written.is_err());
     written
 }
 

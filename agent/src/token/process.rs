@@ -76,8 +76,12 @@ pub(super) async fn launch(
             Ok((host, Process { child, socket, requests: inbox, timeout, is_card }))
         }
         Opening::Failed(failure) => {
-            // The device counted it, or not, and went away: the next process looks before it offers another.
-            token.unanswered.fetch_or(logging_in.load(Ordering::Relaxed), Ordering::Relaxed);
+            // The device counted it, or not, and went away: the next process looks before it offers another, as far as the
+            // device tells. It is the last one.
+            let lost = logging_in.load(Ordering::Relaxed);
+            if lost && token.unanswered.swap(true, Ordering::Relaxed) {
+                return Err(Failure { class: Class::Locked, message: while_logging_in(&failure.message) });
+            }
             Err(failure)
         }
         Opening::Surveyed(_) | Opening::Prepared | Opening::LoggingIn | Opening::LoggedIn => {

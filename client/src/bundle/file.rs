@@ -61,6 +61,10 @@ impl Bundle {
         check_replace(path).map_err(|source| BundleError::Write { path: path.to_owned(), source })?;
         let io = |source| BundleError::Read { path: path.to_owned(), source };
         let occupied = || BundleError::Occupied(path.to_owned());
+        // What it leads to would stay as it is; and hours later it may lead elsewhere.
+        if path.is_symlink() {
+            return Err(BundleError::Link(path.to_owned()));
+        }
         match std::fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(io(error)),
@@ -81,8 +85,6 @@ impl Bundle {
     /// Writes the bundle as a whole, or not at all.
     pub fn write(&self, path: &Path) -> Result<(), BundleError> {
         let io = |source| BundleError::Write { path: path.to_owned(), source };
-        // Where it is a link, what it leads to is replaced.
-        let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
         replace(path, 0o644, |file| self.write_json(file)).map_err(io)
     }
 }

@@ -119,6 +119,9 @@ pub enum BundleError {
     /// Something else is where the bundle is to be written. It stays.
     #[error("{0} exists and is not a bundle")]
     Occupied(PathBuf),
+    /// A link is where the bundle is to be written.
+    #[error("{0} is a symbolic link; name the file that it leads to, or another one")]
+    Link(PathBuf),
     /// Larger than what was expected.
     #[error("the bundle is larger than {0} bytes (a limit of omsign)")]
     TooLarge(u64),
@@ -172,6 +175,7 @@ impl BundleError {
             Self::Read { .. }
                 | Self::Write { .. }
                 | Self::Occupied(_)
+                | Self::Link(_)
                 | Self::TooLarge(_)
                 | Self::TooMany { .. }
         )

@@ -33,6 +33,10 @@ impl Edit {
         std::fs::create_dir_all(directory).map_err(write)?;
         let turn = turn(directory, PATIENCE).map_err(write)?;
         let turn = turn.ok_or_else(|| PolicyError::Busy(path.clone()))?;
+        // Nobody else waits, because this one waits for a pipe.
+        if path.exists() && !path.is_file() {
+            return Err(PolicyError::Read { path, source: std::io::ErrorKind::InvalidInput.into() });
+        }
         let text = match super::text(&path, &mut Files::default()) {
             Err(PolicyError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
                 String::new()

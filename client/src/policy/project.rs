@@ -49,9 +49,10 @@ impl<'a> Fingerprint<'a> {
 /// Lets the policy of a project count, as it is now, when the user works in its directory.
 pub fn allow(project: &Path) -> Result<(), PolicyError> {
     let (file, mut files) = (project.join(PROJECT_FILE), Files::default());
-    let mut own = Edit::open(&own_file()?)?;
     let text = super::text(&file, &mut files)?;
-    own.allow(project, &Fingerprint::of(&file, &text).full(&mut files)?)?;
+    let fingerprint = Fingerprint::of(&file, &text).full(&mut files)?;
+    let mut own = Edit::open(&own_file()?)?;
+    own.allow(project, &fingerprint)?;
     own.save()
 }
 
@@ -59,6 +60,13 @@ pub fn allow(project: &Path) -> Result<(), PolicyError> {
 /// what is in it already by adding to it.
 pub fn add_to_project(project: &Path, name: &str, terms: &Terms) -> Result<PathBuf, PolicyError> {
     let (file, mut files) = (project.join(PROJECT_FILE), Files::default());
+    // One's own is no project's.
+    if file
+        .canonicalize()
+        .is_ok_and(|file| own_file().is_ok_and(|own| own.canonicalize().is_ok_and(|own| own == file)))
+    {
+        return Err(PolicyError::NotAllowed(file));
+    }
     let mut edit = Edit::open(&file)?;
     let mut own = Edit::open(&own_file()?)?;
     let before = edit.text();
