@@ -68,6 +68,27 @@ fn envelopes_and_material() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Entries of a log that a bundle of another method has: no check of them is claimed.
+#[test]
+fn log_entries_that_nobody_asked_for() -> anyhow::Result<()> {
+    let world = world_with_signer(&FILES)?;
+    let key = forge::private_key(&world.path("k.key"))?;
+    let payload = serde_json::to_vec(&forge::statement(&FILES))?;
+    let mut bundle = forge::bundle(&forge::key_material(&key)?, &payload, &forge::sign(&key, &payload)?);
+    let verify = |bundle: &Value| {
+        world.write("m.sig", bundle.to_string())?;
+        world.omsign_ok(&["verify", "model", "--signature", "m.sig", "--public-key", "k.pub"])
+    };
+    let note = "transparency log entries in the bundle (of no use to its method)";
+    ensure!(!verify(&bundle)?.contains(note));
+    bundle["verificationMaterial"]["tlogEntries"] = json!([{
+        "logIndex": "1", "logId": { "keyId": "AA==" }, "kindVersion": { "kind": "dsse", "version": "0.0.1" },
+        "canonicalizedBody": "AA==",
+    }]);
+    ensure!(verify(&bundle)?.contains(note));
+    Ok(())
+}
+
 /// Before 1.1 the key itself was in the bundle.
 #[test]
 fn a_key_in_the_bundle() -> anyhow::Result<()> {

@@ -290,7 +290,7 @@ fn a_wrong_card_pin_is_offered_once() -> anyhow::Result<()> {
     ensure!(stand_in.pin_tries()? == 2, "{} tries", stand_in.pin_tries()?);
     // An operator's word is worth one more; the last one is kept.
     let errors = bench.world.omsign_fails(2, &["agent", "unlock", "device"])?;
-    ensure!(errors.contains("it refused the PIN; 1 tries are left"), "{errors}");
+    ensure!(errors.contains("it refused the PIN; 1 try is left"), "{errors}");
     for host in bench.agent.hosts()? {
         signal(host, Signal::KILL)?;
     }

@@ -192,6 +192,16 @@ fn hints_that_fit() -> anyhow::Result<()> {
     };
     world.write("model/.cache/huggingface/a.metadata", "x")?;
     says(1, &VERIFY, "hint: --ignore-paths .cache accepts what is below .cache alone")?;
+    says(
+        2,
+        &["verify", "model", "--certificate-identity", "CN=x"],
+        "hint: that is --public-key, --certificate-chain",
+    )?;
+    says(
+        2,
+        &["digest", "model", "--shard-size", "1.5GB"],
+        "a whole number, alone or with kB, MB, GB, TB, KiB, MiB",
+    )?;
     world.write("model/.cachet", "x")?;
     says(1, &VERIFY, "hint: --ignore-unsigned-files")?;
     fs::remove_dir_all(world.path("model/.cache"))?;

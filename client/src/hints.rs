@@ -141,6 +141,11 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                 _ => return None,
             }
         }
+        Error::Terms(TermsError::Signer) => {
+            "that is --public-key, --certificate-chain, or --identity with --identity-provider; --certificate-identity, --crl and \
+             --timestamp-root go with the first two"
+                .into()
+        }
         Error::Key(KeyError::Password { reason: NO_PASSWORD, .. }) => {
             "give the password with --password-file or --password-env, or at a terminal".into()
         }

@@ -21,6 +21,8 @@ pub struct Proof {
     pub authority_revocation_checked: bool,
     /// Time stamps that nothing is known about, because no authority was given.
     pub unchecked_timestamps: usize,
+    /// Whether the bundle has entries of transparency logs that nobody looked at, as its method has no use for them.
+    pub unchecked_log_entries: bool,
     /// Whether it is of release 0.2.0, and so a weaker promise.
     pub legacy: bool,
     /// The entry of the trust policy that accepted it, where there is one.

@@ -143,7 +143,8 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         let der: Result<Vec<_>, _> = chain.iter().map(|certificate| certificate.to_der()).collect();
         (Material::CertificateChain(der.map_err(TrustError::OpenSsl)?), "certificate")
     };
-    Bundle { material, timestamps: Vec::new(), payload, signature }.write(request.bundle)?;
+    let bundle = Bundle { material, timestamps: Vec::new(), idle_log_entries: false, payload, signature };
+    bundle.write(request.bundle)?;
     Ok(Signed { files, bytes, root_digest, model_name, public_key, method, replaced })
 }
 

@@ -290,6 +290,7 @@ fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], form
         revocation_checked: false,
         authority_revocation_checked: false,
         unchecked_timestamps: bundle.timestamps.len() - stamps.len(),
+        unchecked_log_entries: bundle.idle_log_entries,
         legacy: form == Form::Release020,
         accepted_by: None,
     }

@@ -126,6 +126,7 @@ impl Bundle {
         };
         let timestamps = timestamps(material.timestamp_verification_data)?;
         let entries = log_entries(material.tlog_entries.map_or("[]", RawValue::get))?;
+        let idle_log_entries = material.certificate.is_none() && entries.0 != "[]";
         let material = match (material.public_key, material.certificate_chain, material.certificate) {
             (Some(Object(key)), None, None) => Material::PublicKey(key_identifier(key)?),
             (None, Some(Object(chain)), None) => Material::CertificateChain(certificates(&chain)?),
@@ -144,7 +145,8 @@ impl Bundle {
             }
         };
         let payload = decode("payload", &envelope.payload.0)?;
-        Ok(Self { material, timestamps, payload, signature: decode("sig", &signature.sig)? })
+        let signature = decode("sig", &signature.sig)?;
+        Ok(Self { material, timestamps, idle_log_entries, payload, signature })
     }
 
     /// The bundle as JSON, on one line.
@@ -252,7 +254,13 @@ mod tests {
 
     fn bundle() -> Bundle {
         let material = Material::PublicKey(KeyIdentifier::Hint("ab".into()));
-        Bundle { material, timestamps: Vec::new(), payload: b"{}".to_vec(), signature: vec![1, 2, 3] }
+        Bundle {
+            material,
+            timestamps: Vec::new(),
+            idle_log_entries: false,
+            payload: b"{}".to_vec(),
+            signature: vec![1, 2, 3],
+        }
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Bundle {
     pub material: Material,
     /// RFC 3161: TimeStampResp, DER, over the signature.
     pub timestamps: Vec<Vec<u8>>,
+    /// Whether entries of transparency logs are there that its method has no use for.
+    pub idle_log_entries: bool,
     /// The signed bytes: an in-toto statement.
     pub payload: Vec<u8>,
     /// The signature over the payload's PAE.

@@ -103,10 +103,14 @@ fn bytes(text: &str) -> Result<NonZeroU64, &'static str> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TB" => 1000 * 1000 * 1000 * 1000,
+        "TiB" => 1 << 40,
         _ => 0,
     };
     let bytes = number.parse().ok().and_then(|number: u64| number.checked_mul(unit));
-    bytes.and_then(NonZeroU64::new).ok_or("write a number of bytes, as 1000000000, 1GB or 128MiB")
+    bytes
+        .and_then(NonZeroU64::new)
+        .ok_or("write a whole number, alone or with kB, MB, GB, TB, KiB, MiB, GiB or TiB, as 128MiB")
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

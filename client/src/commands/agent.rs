@@ -16,6 +16,9 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
     if let Some(cli::KeysCommand::Export { name, public_key, previous, connection }) = &arguments.command {
         let key = Agent::connect(&address(connection)?)?.get_key(name)?;
         if *previous {
+            if key.previous.is_empty() {
+                report::warning(&format!("{name} took the place of no other key"));
+            }
             for old in &key.previous {
                 export(&old.public_key, &old.certificate_chain, *public_key)?;
             }

@@ -65,5 +65,6 @@ fn address(connection: &cli::Connection) -> Result<Address, AgentError> {
         certificate: connection.agent_certificate.clone().unwrap_or_default(),
         private_key: connection.agent_key.clone().unwrap_or_default(),
     };
-    Address::parse(connection.agent.as_deref(), credentials)
+    // An empty variable is none.
+    Address::parse(connection.agent.as_deref().filter(|agent| !agent.is_empty()), credentials)
 }

@@ -107,6 +107,9 @@ fn checks(verified: &Verified, from_cache: usize) -> (Vec<&'static str>, Vec<&'s
             if holds { &mut checked } else { &mut not_checked }.push(text);
         }
     }
+    if proof.unchecked_log_entries {
+        not_checked.push("transparency log entries in the bundle (of no use to its method)");
+    }
     if proof.unchecked_timestamps > 0 {
         not_checked.push("time stamps in the bundle (no --timestamp-root)");
     }

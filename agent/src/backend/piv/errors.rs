@@ -15,7 +15,7 @@ pub(super) const PIN_BLOCKED: &str =
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let (class, why) = match error {
         Error::WrongPin { tries: 0 } | Error::PinLocked => (Class::Locked, PIN_BLOCKED.to_owned()),
-        Error::WrongPin { tries } => (Class::Locked, format!("it refused the PIN; {tries} tries are left")),
+        Error::WrongPin { tries } => (Class::Locked, format!("it refused the PIN; {}", tries_left(*tries))),
         Error::SizeError
         | Error::ParseError
         | Error::NotSupported
@@ -50,6 +50,11 @@ pub(crate) fn holder() -> String {
         }
     }
     if found.is_empty() { String::new() } else { format!(": {}", found.join(", ")) }
+}
+
+/// `1 try is left`, `2 tries are left`.
+pub(super) fn tries_left(tries: u8) -> String {
+    if tries == 1 { "1 try is left".to_owned() } else { format!("{tries} tries are left") }
 }
 
 #[cfg(test)]

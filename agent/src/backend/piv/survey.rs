@@ -5,7 +5,7 @@ use yubikey::piv::{self, SlotId};
 use yubikey::{MgmKey, YubiKey};
 
 use super::super::{locked, refused};
-use super::errors::classify;
+use super::errors::{classify, tries_left};
 use super::login::is_fit;
 use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use};
 use crate::config::{Object, PIV_SLOTS};
@@ -141,7 +141,7 @@ pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result
         yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => refused(
             "its PUK is blocked, too: only a reset helps, which deletes every key: ykman piv reset".into(),
         ),
-        yubikey::Error::WrongPin { tries } => refused(format!("it refused the PUK; {tries} tries are left")),
+        yubikey::Error::WrongPin { tries } => refused(format!("it refused the PUK; {}", tries_left(tries))),
         error => classify("set the PIN", &error),
     })
 }
