@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
-use omsign_proto::v1::SignRequest;
+use omsign_proto::v1::{GetKeyRequest, SignRequest};
 use omsign_tests::agent::{Agent, SOON, eventually, refused, under};
 use omsign_tests::client::{connect, request, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
@@ -164,5 +164,42 @@ fn a_log_that_is_moved_away() -> anyhow::Result<()> {
         );
         drop(agent);
     }
+    Ok(())
+}
+
+/// Whoever is turned away on and on fills no disk: the first ones are recorded, and then one a second with their number.
+#[test]
+fn refusals_without_end() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let agent = world.agent_and_model()?;
+    let before = world.audit()?.len();
+    let mut asked = 0_u64;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        loop {
+            let refused = client.get_key(GetKeyRequest { name: "unknown".into() }).await;
+            ensure!(refused.is_err_and(|status| status.code() == Code::NotFound));
+            asked += 1;
+            let entries = if asked >= 500 && asked.is_multiple_of(100) { world.audit()? } else { continue };
+            let counts = |entry: &serde_json::Value| {
+                let (_, rest) = entry["reason"].as_str()?.split_once("; and ")?;
+                rest.split(' ').next()?.parse::<u64>().ok()
+            };
+            let entries = entries.get(before..).unwrap_or_default();
+            let counted: u64 = entries.iter().filter_map(counts).sum();
+            if counted > 0 {
+                let known = u64::try_from(entries.len())? + counted;
+                ensure!(
+                    entries.len() < 200 && known <= asked && known > 100,
+                    "{known} of {asked}: {}",
+                    entries.len()
+                );
+                return Ok(());
+            }
+            ensure!(asked < 1_000_000, "none was counted");
+        }
+    })?;
+    let log = agent.log()?.matches("denied: look unknown").count();
+    ensure!(log < 200, "{log} lines in the log");
     Ok(())
 }

@@ -10,6 +10,7 @@ use tonic::Status;
 use crate::algorithm::Content;
 use crate::audit::{self, Audit, Entry};
 use crate::config::Config;
+use crate::denials::Denials;
 use crate::identity::Identity;
 use crate::intake::Held;
 use crate::operator;
@@ -32,6 +33,7 @@ pub(crate) struct Agent {
     setup: RwLock<Arc<Setup>>,
     pub(crate) replay: Replay,
     pub(crate) audit: Audit,
+    pub(crate) denials: Denials,
     /// Places for operators' commands.
     pub(crate) operators: Arc<Semaphore>,
     ticks: watch::Sender<u64>,
@@ -46,7 +48,8 @@ impl Agent {
         tokio::spawn(tick(ticks.clone(), Arc::clone(&waits)));
         let setup = RwLock::new(Arc::new(Setup::new(config, None)));
         let operators = Arc::new(Semaphore::new(operator::CONNECTIONS));
-        Self { setup, audit, replay: Replay::default(), operators, ticks, waits }
+        let (replay, denials) = (Replay::default(), Denials::default());
+        Self { setup, replay, audit, denials, operators, ticks, waits }
     }
 
     /// What the configuration makes of it now.
@@ -89,8 +92,8 @@ impl Agent {
         let Some(rule) = allowed(&key.allow, &authorised.identity) else {
             let missing = format!("key.{}.allow", key.name);
             let entry = Entry { rule: None, ..authorised.entry("denied", &missing, None) };
-            self.record(&entry, deadline).await?;
-            return Err(denied(&authorised.identity, "sign with", &key.name, &missing));
+            self.turn_away(entry, deadline).await?;
+            return Err(denied("sign with", &key.name));
         };
         let signed = key.sign(&authorised.content, tell, deadline).await;
         let (outcome, reason, token, busy) = match &signed {
@@ -109,6 +112,16 @@ impl Agent {
         let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;
         Ok(signed)
+    }
+
+    /// Records that somebody was turned away, and tells the operator why; of very many times only some, with their number.
+    pub(crate) async fn turn_away(&self, entry: Entry<'_>, deadline: Instant) -> Result<(), Status> {
+        let Some(unrecorded) = self.denials.admit(entry.identity.caller()) else { return Ok(()) };
+        let (caller, missing, action, key) = (entry.identity, entry.reason, entry.action, entry.key);
+        tracing::warn!(%caller, missing, unrecorded, "denied: {action} {key}");
+        let counted = format!("{missing}; and {unrecorded} times before, too often to be recorded each");
+        let reason = if unrecorded > 0 { &counted } else { missing };
+        self.record(&Entry { reason, ..entry }, deadline).await
     }
 
     /// Records a decision. Without the record nothing is released.

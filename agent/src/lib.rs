@@ -9,6 +9,7 @@ pub mod audit;
 mod backend;
 mod breaker;
 pub mod config;
+mod denials;
 pub mod doctor;
 mod health;
 pub mod host;

@@ -82,7 +82,7 @@ impl AgentService for Service {
         if allowed(&key.allow, &caller).is_none() {
             let missing = format!("key.{}.allow", key.name);
             self.turned_away("look", &caller, name, &missing, deadline).await?;
-            return Err(denied(&caller, "look at", &key.name, &missing));
+            return Err(denied("look at", &key.name));
         }
         key.settled(deadline).await;
         Ok(Response::new(GetKeyResponse { key: Some(key.to_proto()) }))
@@ -117,8 +117,8 @@ impl AgentService for Service {
             };
             let algorithm = key.public().map(|public| public.algorithm.name());
             let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
-            self.0.record(&entry, deadline).await?;
-            return Err(denied(&caller, "sign with", &key.name, &missing));
+            self.0.turn_away(entry, deadline).await?;
+            return Err(denied("sign with", &key.name));
         };
         let id: [u8; 16] = request.request_id.as_slice().try_into().map_err(|_| {
             Status::invalid_argument("request_id must be 16 bytes, chosen at random for each request")
@@ -219,8 +219,8 @@ impl AgentService for Service {
         let recorded = name.get(..name.floor_char_boundary(NAME_BYTES)).unwrap_or_default().to_owned();
         let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: recorded };
         if entry.rule.is_none() {
-            self.0.record(&entry.with("denied", "operator"), deadline).await?;
-            return Err(denied(&caller, "unlock", &entry.token, "operator"));
+            self.0.turn_away(entry.with("denied", "operator"), deadline).await?;
+            return Err(denied("unlock", &entry.token));
         }
         // Whoever typed nothing does not mean the one that is configured, which may be wrong and the last try.
         let pin = match pin {
@@ -266,7 +266,7 @@ impl Service {
             reason,
             busy: Duration::ZERO,
         };
-        self.0.record(&entry, deadline).await
+        self.0.turn_away(entry, deadline).await
     }
 }
 
@@ -294,9 +294,8 @@ fn identity<T>(request: &Request<T>) -> Result<Arc<Identity>, Status> {
     known.ok_or_else(|| Status::unauthenticated("the caller could not be identified"))
 }
 
-/// Tells the operator which rule is missing, and the caller only that it is.
-pub(crate) fn denied(caller: &Identity, what: &str, name: &str, missing: &str) -> Status {
-    tracing::warn!(%caller, missing_rule = missing, "denied: nobody lets this caller {what} {name}");
+/// What the caller is told; which rule is missing, only the operator.
+pub(crate) fn denied(what: &str, name: &str) -> Status {
     Status::permission_denied(format!("you are not allowed to {what} {name}"))
 }
 

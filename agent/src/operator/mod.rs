@@ -193,7 +193,10 @@ async fn converse(
 
 /// Records that somebody is no operator.
 async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
-    tracing::warn!(caller = %identity, missing_rule = "operator", "denied: nobody lets this caller manage keys");
+    if agent.denials.admit(identity.caller()).is_none() {
+        return Err(OperatorError::NotOperator);
+    }
+    tracing::warn!(caller = %identity, missing = "operator", "denied: operate");
     let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..about(identity) };
     agent.audit.record_soon(&entry).await.map_err(KeyLifeError::from)?;
     Err(OperatorError::NotOperator)

@@ -1,0 +1,67 @@
+//! How often somebody who is turned away is recorded and logged: whoever asks on and on fills neither the disk nor the log.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::identity::Caller;
+
+/// So many are recorded each; and then one more for each pause, with the number of those before it.
+const EACH: u32 = 100;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Callers of whom something is known: those that have had their pause need not be.
+const CALLERS: usize = 1024;
+
+/// Who was turned away lately.
+#[derive(Default)]
+pub(crate) struct Denials(Mutex<HashMap<Caller, Recorded>>);
+
+struct Recorded {
+    left: u32,
+    since: Instant,
+    unrecorded: u64,
+}
+
+impl Denials {
+    /// Whether this one is recorded: then how many before it were not.
+    pub(crate) fn admit(&self, caller: Caller) -> Option<u64> {
+        self.admit_at(caller, Instant::now())
+    }
+
+    fn admit_at(&self, caller: Caller, now: Instant) -> Option<u64> {
+        let mut callers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if callers.len() > CALLERS {
+            callers.retain(|_, it| now.duration_since(it.since) < PAUSE * EACH);
+        }
+        let begin = Recorded { left: EACH, since: now, unrecorded: 0 };
+        let Recorded { left, since, unrecorded } = callers.entry(caller).or_insert(begin);
+        let pauses = now.duration_since(*since).as_secs() / PAUSE.as_secs();
+        *since += PAUSE * u32::try_from(pauses).unwrap_or(u32::MAX);
+        *left = EACH.min(left.saturating_add(u32::try_from(pauses).unwrap_or(EACH)));
+        if *left == 0 {
+            *unrecorded += 1;
+            return None;
+        }
+        *left -= 1;
+        Some(std::mem::take(unrecorded))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_ones_and_then_one_a_second() {
+        let (denials, now) = (Denials::default(), Instant::now());
+        let admit = |caller, after| denials.admit_at(Caller::Uid(caller), now + Duration::from_millis(after));
+        for _ in 0..EACH {
+            assert_eq!(admit(1, 0), Some(0));
+        }
+        assert_eq!((admit(1, 0), admit(1, 999), admit(2, 999)), (None, None, Some(0)));
+        assert_eq!((admit(1, 1000), admit(1, 1001), admit(1, 2001)), (Some(2), None, Some(1)));
+        // Whoever waits is one like others again.
+        assert_eq!((0..2 * EACH).filter(|_| admit(1, 1_000_000).is_some()).count(), EACH as usize);
+    }
+}
