@@ -20,8 +20,13 @@ fuzz_target!(|input: &[u8]| {
         rest = later;
     }
     let material = Material::CertificateChain(chain);
-    let bundle =
-        Bundle { material, timestamps: Vec::new(), idle_log_entries: false, payload: b"{}".to_vec(), signature: signature(b"{}") };
+    let bundle = Bundle {
+        material,
+        timestamps: Vec::new(),
+        idle_log_entries: false,
+        payload: b"{}".to_vec(),
+        signature: signature(b"{}"),
+    };
     let roots = openssl::x509::X509::stack_from_pem(include_bytes!("../../../tests/data/historical/ca.pem"));
     let anchors = Anchors { roots: roots.expect("PEM"), ..Anchors::default() };
     assert!(Trust::new(Signers::Certified(anchors)).verify(&bundle).is_err());
