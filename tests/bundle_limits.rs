@@ -167,7 +167,7 @@ fn what_would_not_fit_into_memory_is_refused() -> anyhow::Result<()> {
         world.omsign_refuses(
             2,
             &["digest", "model", &size],
-            &["write a number of bytes, as 1000000000, 1GB or 128MiB"],
+            &["write a whole number, alone or with kB, MB, GB"],
         )?;
     }
     let shards = ["digest", "model", "--shard-size", "1000"];

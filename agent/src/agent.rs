@@ -116,12 +116,14 @@ impl Agent {
 
     /// Records that somebody was turned away, and tells the operator why; of very many times only some, with their number.
     pub(crate) async fn turn_away(&self, entry: Entry<'_>, deadline: Instant) -> Result<(), Status> {
-        let Some(unrecorded) = self.denials.admit(entry.identity.caller()) else { return Ok(()) };
         let (caller, missing, action, key) = (entry.identity, entry.reason, entry.action, entry.key);
-        tracing::warn!(%caller, missing, unrecorded, "denied: {action} {key}");
-        let counted = format!("{missing}; and {unrecorded} times before, too often to be recorded each");
-        let reason = if unrecorded > 0 { &counted } else { missing };
-        self.record(&Entry { reason, ..entry }, deadline).await
+        let Some(unrecorded) = self.denials.admit(caller.caller(), action, missing) else { return Ok(()) };
+        tracing::warn!(%caller, missing, unrecorded, action, key, "denied");
+        let recorded = self.record(&Entry { unrecorded, ..entry }, deadline).await;
+        if recorded.is_err() {
+            self.denials.unrecorded(caller.caller(), action, missing, unrecorded + 1);
+        }
+        recorded
     }
 
     /// Records a decision. Without the record nothing is released.
@@ -183,6 +185,7 @@ impl Authorised {
             claimed_context: &self.context,
             outcome,
             reason,
+            unrecorded: 0,
             busy: Duration::ZERO,
         }
     }
@@ -211,6 +214,7 @@ impl UnlockEntry {
             claimed_context: "",
             outcome,
             reason,
+            unrecorded: 0,
             busy: Duration::ZERO,
         }
     }

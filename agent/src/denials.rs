@@ -10,12 +10,15 @@ use crate::identity::Caller;
 const EACH: u32 = 100;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Callers of whom something is known: those that have had their pause need not be.
-const CALLERS: usize = 1024;
+/// With more of them known, those that have had their pause, and were all recorded, are forgotten.
+const KNOWN: usize = 1024;
 
 /// Who was turned away lately.
 #[derive(Default)]
-pub(crate) struct Denials(Mutex<HashMap<Caller, Recorded>>);
+pub(crate) struct Denials(Mutex<HashMap<Refused, Recorded>>);
+
+/// Who, of what, and why: which rule is missing, or that there is no such key.
+type Refused = (Caller, &'static str, String);
 
 struct Recorded {
     left: u32,
@@ -25,17 +28,25 @@ struct Recorded {
 
 impl Denials {
     /// Whether this one is recorded: then how many before it were not.
-    pub(crate) fn admit(&self, caller: Caller) -> Option<u64> {
-        self.admit_at(caller, Instant::now())
+    pub(crate) fn admit(&self, caller: Caller, action: &'static str, why: &str) -> Option<u64> {
+        self.admit_at((caller, action, why.to_owned()), Instant::now())
     }
 
-    fn admit_at(&self, caller: Caller, now: Instant) -> Option<u64> {
-        let mut callers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if callers.len() > CALLERS {
-            callers.retain(|_, it| now.duration_since(it.since) < PAUSE * EACH);
+    /// So many could not be recorded after all.
+    pub(crate) fn unrecorded(&self, caller: Caller, action: &'static str, why: &str, count: u64) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(it) = all.get_mut(&(caller, action, why.to_owned())) {
+            it.unrecorded += count;
+        }
+    }
+
+    fn admit_at(&self, refused: Refused, now: Instant) -> Option<u64> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() > KNOWN {
+            all.retain(|_, it| it.unrecorded > 0 || now.duration_since(it.since) < PAUSE * EACH);
         }
         let begin = Recorded { left: EACH, since: now, unrecorded: 0 };
-        let Recorded { left, since, unrecorded } = callers.entry(caller).or_insert(begin);
+        let Recorded { left, since, unrecorded } = all.entry(refused).or_insert(begin);
         let pauses = now.duration_since(*since).as_secs() / PAUSE.as_secs();
         *since += PAUSE * u32::try_from(pauses).unwrap_or(u32::MAX);
         *left = EACH.min(left.saturating_add(u32::try_from(pauses).unwrap_or(EACH)));
@@ -55,7 +66,12 @@ mod tests {
     #[test]
     fn the_first_ones_and_then_one_a_second() {
         let (denials, now) = (Denials::default(), Instant::now());
-        let admit = |caller, after| denials.admit_at(Caller::Uid(caller), now + Duration::from_millis(after));
+        let admit = |caller, after| {
+            denials.admit_at(
+                (Caller::Uid(caller), "look", "no such key".into()),
+                now + Duration::from_millis(after),
+            )
+        };
         for _ in 0..EACH {
             assert_eq!(admit(1, 0), Some(0));
         }

@@ -5,7 +5,6 @@ mod commands;
 mod rotate;
 
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -111,17 +110,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 /// Reads the configuration; prints every mistake in it.
 fn load(file: &ConfigFile) -> Option<Config> {
     match Config::load(&file.config) {
-        Ok(config) => {
-            // Some file systems know no better.
-            let mode = file.config.metadata().map_or(0, |found| found.permissions().mode());
-            if mode & 0o002 != 0 {
-                let path = file.config.display();
-                commands::say(format_args!(
-                    "warning: everybody may write {path}, which says what is loaded and who may sign; run `chmod o-w {path}`"
-                ));
-            }
-            Some(config)
-        }
+        Ok(config) => Some(config),
         Err(mistakes) => {
             mistakes.iter().for_each(|mistake| commands::say(format_args!("error: {mistake}")));
             None

@@ -264,6 +264,7 @@ impl Service {
             claimed_context: "",
             outcome: "denied",
             reason,
+            unrecorded: 0,
             busy: Duration::ZERO,
         };
         self.0.turn_away(entry, deadline).await

@@ -37,8 +37,7 @@ impl Selection<'_> {
     /// Whether there is a bundle where publishers put it: it is no part of the model, whichever bundle is written.
     pub fn published_bundle(&self) -> bool {
         let path = self.model.join(PUBLISHED);
-        path.symlink_metadata().is_ok_and(|found| found.is_file())
-            && Bundle::seems_one(&path).unwrap_or(false)
+        path.is_file() && Bundle::seems_one(&path).unwrap_or(false)
     }
 
     /// Finds its files.

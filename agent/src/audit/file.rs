@@ -37,7 +37,7 @@ impl AuditFile {
             .create(directory)
             .map_err(|error| with_path(error, directory))?;
         let path = directory.join(name);
-        let held = lock.map(|name| locked(directory, name)).transpose();
+        let held = lock.map(|lock| locked(directory, lock, name)).transpose();
         let held = held.map_err(|error| with_path(error, directory))?;
         let file = opened(&path).map_err(|error| with_path(error, &path))?;
         let at = identity(&file.metadata()?);
@@ -76,17 +76,13 @@ impl AuditFile {
         begun
     }
 
-    /// Whether a process has the directory's lock, or whether that cannot be told.
-    pub(super) fn is_held(directory: &Path, name: &str) -> bool {
-        let held = |path: &Path| match File::open(path) {
-            Ok(file) => match file.try_lock_shared() {
-                Ok(()) => Some(false),
-                Err(TryLockError::WouldBlock) => Some(true),
-                Err(TryLockError::Error(_)) => None,
-            },
-            Err(error) => Some(error.kind() != io::ErrorKind::NotFound),
+    /// Whether a process has the lock of one of these files, or whether that cannot be told.
+    pub(super) fn is_held(directory: &Path, names: [&str; 2]) -> bool {
+        let held = |name| match File::open(directory.join(name)) {
+            Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
         };
-        held(directory).or_else(|| held(&directory.join(name))).unwrap_or(true)
+        names.into_iter().any(held)
     }
 
     /// A crash can leave half a line. Its signature was never released; the line is kept, ended.
@@ -145,21 +141,19 @@ impl AuditFile {
     }
 }
 
-/// Takes the lock of a directory, which nobody can rotate away; where directories have none, as on NFS, that of a file in it.
-fn locked(directory: &Path, name: &str) -> io::Result<File> {
-    let owned = || io::Error::other("an agent, or an operator's command, is running and owns the devices");
-    let held = File::open(directory)?;
-    match held.try_lock() {
-        Ok(()) => return Ok(held),
-        Err(TryLockError::WouldBlock) => return Err(owned()),
-        Err(TryLockError::Error(_)) => {}
-    }
-    let held = opened(&directory.join(name))?;
-    match held.try_lock() {
-        Ok(()) => Ok(held),
-        Err(TryLockError::WouldBlock) => Err(owned()),
-        Err(TryLockError::Error(error)) => Err(error),
-    }
+/// Takes the lock: of a file of its own, which only we can open; where a directory takes no new files, of the log as it is.
+fn locked(directory: &Path, lock: &str, name: &str) -> io::Result<File> {
+    let held = opened(&directory.join(lock)).or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => opened(&directory.join(name)),
+        _ => Err(error),
+    })?;
+    held.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => {
+            io::Error::other("an agent, or an operator's command, is running and owns the devices")
+        }
+        TryLockError::Error(error) => error,
+    })?;
+    Ok(held)
 }
 
 fn opened(path: &Path) -> io::Result<File> {

@@ -28,8 +28,7 @@ const SHORTEST: Duration = Duration::from_micros(50);
 /// The agent's file.
 pub const FILE: &str = "audit.jsonl";
 
-/// Whoever has its directory's lock owns the devices: the file may be moved away at any time, by those who rotate logs. This
-/// one is locked in its place where directories cannot be.
+/// Whoever has this one locked, beside it, owns the devices: the other may be moved away at any time, by those who rotate logs.
 const LOCK: &str = "audit.lock";
 
 /// The least time that the log gets.
@@ -68,6 +67,9 @@ pub struct Entry<'a> {
     /// Why it failed.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub reason: &'a str,
+    /// How many before it, of the same caller and for the same reason, came too fast to be recorded each.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unrecorded: u64,
     /// How long the device is busy with what others asked for: before that, more lines come. Not recorded.
     #[serde(skip)]
     pub busy: Duration,
@@ -143,7 +145,7 @@ impl Audit {
 
     /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
     pub fn is_held(config: &config::Audit) -> bool {
-        AuditFile::is_held(&config.directory, LOCK)
+        AuditFile::is_held(&config.directory, [LOCK, FILE])
     }
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.
@@ -209,6 +211,10 @@ fn append(file: &mut AuditFile, text: &[u8], failing: &watch::Sender<bool>) -> R
         _ => {}
     }
     written
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Now, as entries give it.

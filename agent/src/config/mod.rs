@@ -16,7 +16,9 @@ pub mod uri;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read as _;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -284,7 +286,14 @@ impl fmt::Display for Mistake {
 impl Config {
     /// Reads and checks the file. On failure every mistake in it, in the order of the file.
     pub fn load(path: &Path) -> Result<Self, Vec<Mistake>> {
-        let text = std::fs::read_to_string(path).map_err(|error| {
+        let read = || {
+            let mut file = std::fs::File::open(path)?;
+            let mode = file.metadata()?.permissions().mode();
+            let mut text = String::new();
+            file.read_to_string(&mut text)?;
+            Ok((text, mode))
+        };
+        let (text, mode) = read().map_err(|error: std::io::Error| {
             let remedy = match error.kind() {
                 std::io::ErrorKind::PermissionDenied => {
                     "let the user who runs this read it, and enter its directory"
@@ -294,6 +303,12 @@ impl Config {
             let message = format!("cannot be read: {error}; {remedy}");
             vec![Mistake { file: path.to_owned(), line: 0, key: String::new(), message }]
         })?;
+        // It says which libraries are loaded, and who may sign.
+        if mode & 0o002 != 0 {
+            let message = "everybody may write it: take that from others (chmod o-w), or keep it where files have permissions";
+            let (file, message) = (path.to_owned(), message.to_owned());
+            return Err(vec![Mistake { file, line: 0, key: String::new(), message }]);
+        }
         read::config(path, &text)
     }
 

@@ -310,6 +310,7 @@ impl Operator<'_> {
             claimed_context: "",
             outcome,
             reason,
+            unrecorded: 0,
             busy: Duration::ZERO,
         };
         self.audit.record_soon(&entry).await

@@ -193,12 +193,9 @@ async fn converse(
 
 /// Records that somebody is no operator.
 async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
-    if agent.denials.admit(identity.caller()).is_none() {
-        return Err(OperatorError::NotOperator);
-    }
-    tracing::warn!(caller = %identity, missing = "operator", "denied: operate");
     let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..about(identity) };
-    agent.audit.record_soon(&entry).await.map_err(KeyLifeError::from)?;
+    let recorded = agent.turn_away(entry, Instant::now() + audit::PATIENCE).await;
+    recorded.map_err(|status| OperatorError::Told(status.message().to_owned()))?;
     Err(OperatorError::NotOperator)
 }
 
@@ -217,6 +214,7 @@ pub(crate) fn about(identity: &Identity) -> Entry<'_> {
         claimed_context: "",
         outcome: "",
         reason: "",
+        unrecorded: 0,
         busy: Duration::ZERO,
     }
 }

@@ -78,7 +78,9 @@ pub(super) async fn launch(
         Opening::Failed(failure) => {
             // The device counted it, or not, and went away: the next process looks before it offers another, as far as the
             // device tells. It is the last one.
-            let lost = logging_in.load(Ordering::Relaxed);
+            // (A TPM's keys have values of their own, which it counts and forgives by itself.)
+            let offers = !matches!(token.config.device, config::Device::Tpm(_));
+            let lost = offers && logging_in.load(Ordering::Relaxed) && failure.class == Class::Gone;
             if lost && token.unanswered.swap(true, Ordering::Relaxed) {
                 return Err(Failure { class: Class::Locked, message: while_logging_in(&failure.message) });
             }
