@@ -3,6 +3,7 @@
 
 mod blake;
 pub mod cache;
+mod cores;
 mod digest;
 mod kernels;
 mod place;
@@ -23,11 +24,12 @@ use rayon::prelude::*;
 
 use self::blake::{Blake2b, Blake3, subtree_bytes};
 use self::cache::{Cache, CacheUse, Remembered};
+use self::cores::Cores;
+pub use self::cores::MOST_JOBS;
 pub use self::digest::{Algorithm, Digest};
 use self::place::Place;
 pub(crate) use self::place::Stamp;
 pub use self::place::{Looked, Root};
-pub use self::schedule::MOST_JOBS;
 use self::schedule::{Hashed, OnFailure, Unit};
 use self::sha256::Sha256;
 
@@ -95,7 +97,7 @@ impl Piece {
 
 /// Hashes files with all cores. Its buffers take 32 MiB at most, whatever it hashes.
 pub struct Hasher {
-    pool: rayon::ThreadPool,
+    cores: Cores,
     sha256: Sha256,
     progress: Arc<Progress>,
     cache: Option<Mutex<Remembered>>,
@@ -106,7 +108,7 @@ impl Hasher {
     pub fn new(jobs: Option<NonZeroUsize>, kernel: Option<&str>) -> Result<Self, HashError> {
         let unknown = |known| HashError::Kernel(kernel.unwrap_or_default().to_owned(), known);
         let sha256 = Sha256::new(kernel).map_err(unknown)?;
-        Ok(Self { pool: schedule::pool(jobs)?, sha256, progress: Arc::default(), cache: None })
+        Ok(Self { cores: Cores::new(jobs)?, sha256, progress: Arc::default(), cache: None })
     }
 
     /// Has it look digests up in a cache, and remember them there.
@@ -134,7 +136,7 @@ impl Hasher {
     /// Looks at files, whatever comes of each.
     pub(crate) fn look_each(&self, root: &Root, paths: &[&Path]) -> Vec<Result<Stamp, HashError>> {
         let look = |path: &&Path| Place { root, path }.look();
-        self.pool.install(|| paths.par_iter().with_min_len(64).map(look).collect())
+        self.cores.pool.install(|| paths.par_iter().with_min_len(64).map(look).collect())
     }
 
     /// A digest of some bytes of every file, at sixteen places at most, and of all of a small one: two models of the same
@@ -146,7 +148,7 @@ impl Hasher {
             sampled.map_err(|error| place.failed(error))
         };
         let all = (0..files.sizes().len()).into_par_iter().with_min_len(16);
-        let samples: Vec<Digest> = self.pool.install(|| all.map(sample).collect::<Result<_, _>>())?;
+        let samples: Vec<Digest> = self.cores.pool.install(|| all.map(sample).collect::<Result<_, _>>())?;
         let samples: Vec<u8> = samples.iter().flat_map(|sample| sample.as_bytes().to_vec()).collect();
         Ok(Digest::sha256(&samples))
     }
@@ -200,13 +202,13 @@ impl Hasher {
         let of = |unit: &Unit| files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
         let pieces_of = || pieces.iter().enumerate();
         let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
-        let (pool, hashed) = (&self.pool, &self.progress.hashed);
+        let (cores, hashed) = (&self.cores, &self.progress.hashed);
         match algorithm {
             Algorithm::Sha256 => {
-                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, on_failure, pool, hashed)
+                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, on_failure, cores, hashed)
             }
             Algorithm::Blake2b => {
-                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, on_failure, pool, hashed)
+                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, on_failure, cores, hashed)
             }
             Algorithm::Blake3 => {
                 let subtree = subtree_bytes(Piece::total(pieces));
@@ -214,7 +216,7 @@ impl Hasher {
                     pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range, subtree));
                 let units: Vec<Unit> = units.collect();
                 let Hashed { digests: parts, failures } =
-                    schedule::run(&Blake3, &units, of, on_failure, pool, hashed);
+                    schedule::run(&Blake3, &units, of, on_failure, cores, hashed);
                 let mut rest = parts.as_slice();
                 let counts = units.chunk_by(|one, next| one.piece == next.piece).map(<[Unit]>::len);
                 let merged = counts.zip(pieces).map(|(count, piece)| {

@@ -4,16 +4,16 @@
 //! each core takes units until it has its share of streams, advances them together by what they all have in their
 //! buffers, and puts the next unit in the place of one that ends at once, as long as that leaves the others theirs.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::HashError;
+use super::cores::{Cores, Worker};
 use super::digest::Digest;
 use super::place::{Place, Stamp};
 use super::share::Share;
-use super::source::{self, Buffer, Feed, PAGE_BYTES};
+use super::source::{self, Buffer, Feed, PAGE_BYTES, SMALL_BYTES};
 
 /// A hash algorithm, as streams that are advanced side by side.
 pub(super) trait Streams: Sync {
@@ -93,12 +93,12 @@ pub(super) fn run<'a, S: Streams>(
     units: &'a [Unit],
     input: impl Fn(&Unit) -> (Place<'a>, Stamp) + Sync,
     on_failure: OnFailure,
-    pool: &rayon::ThreadPool,
+    cores: &Cores,
     hashed: &'a AtomicU64,
 ) -> Hashed {
     let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
     longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.bytes()));
-    let jobs = pool.current_num_threads();
+    let jobs = cores.count();
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
     let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
@@ -131,7 +131,7 @@ pub(super) fn run<'a, S: Streams>(
         failures: Mutex::default(),
         hashed,
     };
-    pool.broadcast(|core| work.core(core.index()));
+    cores.run(|worker| work.work(worker));
     let digests = work.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
     let failures = work.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     Hashed { digests, failures }
@@ -170,12 +170,16 @@ fn left<S>(lanes: &[Lane<'_, S>]) -> u64 {
 }
 
 impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
-    /// One core's work: until nothing is left.
-    fn core(&self, core: usize) {
+    /// One thread's work: until nothing is left.
+    fn work(&self, mut worker: Worker<'_>) {
+        // Those that were added hash one file after the other: they are there to wait for them.
+        let most = if worker.core.is_some() { self.lanes } else { 1 };
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
         let mut buffers: Vec<Buffer> = Vec::new();
         while !self.stopped.load(Ordering::Relaxed) {
-            self.share.holds(core, left(&lanes));
+            if let Some(core) = worker.core {
+                self.share.holds(core, left(&lanes));
+            }
             let mut next = 0;
             while let Some(lane) = lanes.get_mut(next) {
                 if lane.feed.available().is_empty()
@@ -203,10 +207,13 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
                 drop(digests);
                 buffers.push(feed.into_buffer());
             }
-            if lanes.len() < self.lanes
+            if lanes.len() < most
                 && self.takes(&lanes)
                 && let Some(lane) = self.take(&mut buffers)
             {
+                if lane.left <= SMALL_BYTES {
+                    worker.took_small();
+                }
                 lanes.push(lane);
                 continue;
             }
@@ -260,18 +267,9 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
     }
 }
 
-/// More threads than any machine has cores do nothing but wait for each other.
-pub const MOST_JOBS: usize = 512;
-
-/// A pool of as many threads as asked for, or as there are cores for this process.
-pub(super) fn pool(jobs: Option<NonZeroUsize>) -> Result<rayon::ThreadPool, HashError> {
-    let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs.min(MOST_JOBS)).build();
-    pool.map_err(|error| HashError::Threads(jobs, error.to_string()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
     use std::path::PathBuf;
 
     use super::super::place::Root;
@@ -340,8 +338,8 @@ mod tests {
             let (path, stamp) = &files[unit.piece];
             (Place { root, path }, *stamp)
         };
-        let pool = pool(NonZeroUsize::new(jobs)).expect("a pool");
-        let hashed = run(&recorder, units, input, on_failure, &pool, &AtomicU64::new(0));
+        let cores = Cores::new(NonZeroUsize::new(jobs)).expect("threads");
+        let hashed = run(&recorder, units, input, on_failure, &cores, &AtomicU64::new(0));
         (recorder, hashed)
     }
 

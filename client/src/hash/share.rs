@@ -52,6 +52,7 @@ mod tests {
     use std::sync::{Condvar, Mutex};
     use std::time::Duration;
 
+    use super::super::cores::Cores;
     use super::super::digest::Digest;
     use super::super::place::{Place, Root};
     use super::super::schedule::{self, OnFailure, Streams, Unit};
@@ -143,9 +144,9 @@ mod tests {
         let place = Place { root: &root, path: "file".as_ref() };
         let stamp = place.look().expect("looked at");
         let units: Vec<_> = (0..8).map(|piece| Unit::whole(piece, 0..stamp.size)).collect();
-        let (lockstep, pool) = (Lockstep::default(), schedule::pool(NonZeroUsize::new(2)).expect("a pool"));
+        let (lockstep, cores) = (Lockstep::default(), Cores::new(NonZeroUsize::new(2)).expect("threads"));
         let input = |_: &Unit| (place, stamp);
-        schedule::run(&lockstep, &units, input, OnFailure::Stop, &pool, &AtomicU64::new(0));
+        schedule::run(&lockstep, &units, input, OnFailure::Stop, &cores, &AtomicU64::new(0));
         let mut side_by_side = lockstep.side_by_side.into_inner().expect("unpoisoned");
         side_by_side.sort_unstable();
         assert_eq!(side_by_side, [1, 1, 3, 3]);

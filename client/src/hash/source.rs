@@ -39,7 +39,7 @@ struct Source {
 const AHEAD_BYTES: u64 = 8 << 20;
 
 /// What one read brings is not worth asking for.
-const SMALL_BYTES: u64 = 256 << 10;
+pub(super) const SMALL_BYTES: u64 = 256 << 10;
 
 impl Source {
     fn open(place: Place<'_>, stamp: Stamp, range: &Range<u64>) -> Result<Self, SourceError> {
