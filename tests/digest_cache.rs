@@ -23,6 +23,11 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
         Ok(serde_json::from_str::<serde_json::Value>(&verified)?["digests_from_cache"].clone())
     };
     sign(&world, &["--digest-cache"])?;
+    let said = shell(&world, "omsign digest model --digest-cache 2>&1")?;
+    ensure!(
+        said.contains("note: not remembered: ") && said.contains(" of files that changed less than"),
+        "{said}"
+    );
     let digest = world.omsign_ok(&["digest", "model"])?;
     ensure!(remembered()? == 0, "files that were written just now");
     // For a program to which they were written an hour ago, they are old.
@@ -77,9 +82,20 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     ensure!(from_cache("--digest-cache")? == 0);
     ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n");
     ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 0 models\n");
+    // Where caches are may be elsewhere, and what else is there stays there.
+    shell(
+        &world,
+        "mv .cache/omsign/digests moved && ln -s ../../moved .cache/omsign/digests && mkdir moved/other",
+    )?;
+    shell(&world, &format!("{later} digest model --digest-cache"))?;
+    ensure!(from_cache("--digest-cache")? == files && world.path("moved/other").is_dir());
+    ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n");
+    shell(&world, "rm .cache/omsign/digests && touch .cache/omsign/digests")?;
+    let arguments = [&["sign", "model", "--digest-cache"], &KEY[..]].concat();
+    world.omsign_refuses(2, &arguments, &["File exists", "hint: there has to be a directory"])?;
+    shell(&world, "rm .cache/omsign/digests && mv moved .cache/omsign/digests")?;
     // Whoever else can write to it would decide what is signed.
     fs::set_permissions(world.path(".cache/omsign/digests"), PermissionsExt::from_mode(0o777))?;
-    let arguments = [&["sign", "model", "--digest-cache"], &KEY[..]].concat();
     world.omsign_refuses(2, &arguments, &["can be written by, somebody else", "hint: "])
 }
 

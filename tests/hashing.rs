@@ -40,7 +40,10 @@ fn every_algorithm_and_serialization_beside_other_tools() -> anyhow::Result<()> 
                 let theirs = theirs.split_whitespace().next();
                 ensure!(theirs == digest.as_str(), "{algorithm}, {name}: {theirs:?}, {digest}");
             }
-            // The empty file has no shards.
+            // The empty file has no shards, and whoever signs is told.
+            let digest = world.omsign(&[&["digest", "model"], more].concat())?;
+            let said = String::from_utf8(digest.stderr)?.contains("not signed: 1 empty file, of which");
+            ensure!(said == shard_size.is_some(), "{more:?}");
             let names: Vec<_> = signed["files"].as_object().context("files")?.keys().collect();
             ensure!(
                 names.iter().any(|name| name.starts_with("sub/empty")) == shard_size.is_none(),

@@ -49,16 +49,24 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
     shell(&world, "rm -r model && mv first model")?;
     refuse(
         &["part-1.json", "retrained-2.json", "part-3.json"],
-        "different models, or were made with different options",
+        "are of different models: their files have other names, sizes or content",
     )?;
     refuse(&["dot.json"], "it calls a file \".\": give its name")?;
     refuse(&["part-1.json", "part-3.json"], "part 2 of 3 is in none of the files")?;
     refuse(&["part-1.json", "part-2.json", "part-2.json", "part-3.json"], "are the same part of the model")?;
     shell(&world, "omsign digest model --part 3/3 --json > other.json")?;
+    refuse(&["part-1.json", "part-2.json", "other.json"], "were made with different options")?;
+    shell(&world, &format!("omsign digest model --part 3/3 --json {more} --model-name m2 > other.json"))?;
     refuse(
         &["part-1.json", "part-2.json", "other.json"],
-        "different models, or were made with different options",
+        "are of a model called \"model\" and of one called \"m2\"",
     )?;
+    refuse(
+        &["part-1.json", "part-2.json", "other.json"],
+        "--model-name where their directory has another name",
+    )?;
+    shell(&world, &format!("omsign digest model --part 4/4 --json {more} > other.json"))?;
+    refuse(&["part-1.json", "part-2.json", "other.json"], "are one of 3 parts and one of 4")?;
     // The model changed between the machines.
     world.write("model/more", "x")?;
     shell(

@@ -68,13 +68,23 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Cache(CacheError::Others(path)) => {
             format!("`chmod go-w {}`, or remove it", path.display())
         }
+        Error::Cache(CacheError::Io { source, .. })
+            if matches!(source.kind(), ErrorKind::AlreadyExists | ErrorKind::NotADirectory) =>
+        {
+            "there has to be a directory, or nothing: remove what is there, or set XDG_CACHE_HOME".into()
+        }
         Error::Cache(CacheError::Io { .. }) => "`omsign cache clear` starts anew, and so does leaving --digest-cache out".into(),
         Error::ManifestFile(ManifestFileError::Gap { .. }) => {
             "give all parts at once: omsign sign --manifest part-*.json".into()
         }
         Error::ManifestFile(ManifestFileError::Malformed { .. }) => {
-            "`omsign digest MODEL --json > FILE` writes one".into()
+            "`omsign digest MODEL --json > FILE` writes one; sha256sum writes another".into()
         }
+        Error::ManifestFile(ManifestFileError::Apart { .. }) => {
+            "parts are made of the same files with the same options, and --model-name where their directory has another name"
+                .into()
+        }
+        Error::Model(ModelError::Empty(_)) => "it needs a file; in shards, one that is not empty".into(),
         Error::Differs(differences) if only_git_paths(differences) => {
             "--ignore-git-paths accepts unsigned files of git's".into()
         }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
@@ -14,6 +15,10 @@ use crate::model::{self, Closed, Model, ModelError, Odd, Oddity, Scope};
 
 /// Bytes in a shard, unless somebody says otherwise (OMS v1.0, 6.3.2).
 pub const DEFAULT_SHARD_BYTES: NonZeroU64 = NonZeroU64::new(1_000_000_000).expect("not zero");
+
+/// A model that took no longer need not be looked at once more at the end: what changes within so short a time may as well
+/// change right after.
+pub const BRIEF: Duration = Duration::from_millis(250);
 
 /// What is signed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -166,12 +171,20 @@ impl<'a> Plan<'a> {
         self.pieces.iter().map(|piece| self.model.file_name(piece.file).len() + 100).sum()
     }
 
+    /// How many of its files have no digest: of an empty one there are no shards (OMS v1.0, 6.3.2).
+    pub fn unsigned_files(&self) -> usize {
+        match self.serialization.method {
+            Method::Files => 0,
+            Method::Shards(_) => self.files.sizes().filter(|size| *size == 0).count(),
+        }
+    }
+
     /// Whether one of its files is this one, by device and inode.
     pub fn has(&self, device: u64, inode: u64) -> bool {
         self.files.has(device, inode)
     }
 
-    /// SHA-256 over the names and sizes of all resources, and a sample of their content: whoever plans the same model and
+    /// SHA-256 over the names and sizes of all resources, and a sample of the largest ones' content: whoever plans the same model and
     /// options has the same.
     pub fn listing(&self, hasher: &Hasher) -> Result<Digest, HashError> {
         let mut text = format!("{}\n", hasher.sample(&self.files)?);

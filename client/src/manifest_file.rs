@@ -174,7 +174,7 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
         } else {
             let text = std::str::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".into()))?;
             let list = sha256sum::parse(text).map_err(|error| match error {
-                SumsError::Line(_) => malformed(error.to_string()),
+                SumsError::Line(_) | SumsError::Input(_) => malformed(error.to_string()),
                 SumsError::Name(source) => ManifestFileError::Predicate { path: path.clone(), source },
             });
             lists.push((path.as_path(), list?));
@@ -253,15 +253,15 @@ mod tests {
             (vec![two.clone()], "part 1 of 2 is in none"),
             (vec![part(&["a"], 1, 4), part(&["b"], 3, 4)], "part 2 of 4 is in none"),
             (vec![one.clone(), two.clone(), two.clone()], "2 are the same part of the model"),
-            (vec![one.clone(), other(&|o| o["model"] = "n".into())], "different models"),
+            (vec![one.clone(), other(&|o| o["model"] = "n".into())], "called \"m\" and of one called \"n\""),
             (vec![one.clone(), other(&|o| o["part"]["model_listing"] = "x".into())], "different models"),
-            (vec![one.clone(), other(&|o| o["part"]["of"] = 3.into())], "different models"),
+            (vec![one.clone(), other(&|o| o["part"]["of"] = 3.into())], "one of 2 parts and one of 3"),
             (
                 vec![
                     one.clone(),
                     other(&|o| o["predicate"]["serialization"]["allow_symlinks"] = true.into()),
                 ],
-                "different models",
+                "different options",
             ),
             (vec![one.clone(), part(&["c"], 2, 2)], "do not have the files of the model"),
             (vec![one.clone(), part(&["b", "d"], 2, 2)], "do not have the files of the model"),

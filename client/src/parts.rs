@@ -20,8 +20,8 @@ pub(crate) fn together(
     let mut last = (first, part.as_ref().map(|Object(part)| part.index.get()));
     for (path, file) in files {
         let apart = |what: &str| {
-            let (one, other) = (last.0.to_owned(), path.to_owned());
-            Err(ManifestFileError::Apart { one, other, what: what.into() })
+            let (one, other, what) = (last.0.to_owned(), path.to_owned(), what.to_owned());
+            Err(ManifestFileError::Apart { one, other, what })
         };
         let (Some(Object(first)), Some(Object(this))) = (&part, file.part.clone()) else {
             return apart("are not parts of one model: give one manifest, or all parts of one");
@@ -29,11 +29,19 @@ pub(crate) fn together(
         if last.1 == Some(this.index.get()) {
             return apart("are the same part of the model");
         }
-        let same_model = file.model == model && FilePart { index: first.index, ..this.clone() } == *first;
+        if file.model != model {
+            return apart(&format!("are of a model called {model:?} and of one called {:?}", file.model));
+        }
+        if this.of != first.of {
+            return apart(&format!("are one of {} parts and one of {}", first.of, this.of));
+        }
         bytes = bytes.saturating_add(file.bytes);
         let (more, same) = checked(path, file)?;
-        if !same_model || same != serialization {
-            return apart("are parts of different models, or were made with different options");
+        if same != serialization {
+            return apart("were made with different options");
+        }
+        if (FilePart { index: first.index, ..this.clone() }) != *first {
+            return apart("are of different models: their files have other names, sizes or content");
         }
         resources.extend(more);
         if let Some(gap) = last.1.filter(|last| last + 1 != this.index.get()) {

@@ -99,6 +99,16 @@ pub(crate) fn warning(text: &str) {
     say(format_args!("warning: {}", printable(text)));
 }
 
+/// What is not signed where files are sharded.
+pub(crate) fn unsigned_files(empty: usize) {
+    if empty > 0 {
+        let files = count(empty, "empty file");
+        warning(&format!(
+            "not signed: {files}, of which there are no shards (OMS 6.3.2); --serialization files signs them"
+        ));
+    }
+}
+
 fn show(differences: &Differences) {
     let changed = differences.changed.iter().map(|changed| (&changed.file, changed.how.to_string()));
     // Of digests that differ, one is enough to start with.

@@ -14,6 +14,9 @@ pub(crate) enum SumsError {
     /// A line, counted from 1.
     #[error("line {0} is not of sha256sum: <64 hexadecimal digits>  <path>")]
     Line(usize),
+    /// A digest of what came from a pipe.
+    #[error("line {0} is of sha256sum's standard input, and not of a file")]
+    Input(usize),
     /// A name that is not a plain path below the model's root.
     #[error(transparent)]
     Name(PredicateError),
@@ -21,10 +24,20 @@ pub(crate) enum SumsError {
 
 /// The files of a list and their digests.
 pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
+    // Editors of Windows put it before a text, and end lines with two characters. In a list where one line does, it is the
+    // end of a name.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    // With `--zero` names are as they are.
+    let zero = text.contains('\0');
+    let lines =
+        || text.split(if zero { '\0' } else { '\n' }).enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let windows = !zero && lines().all(|(_, line)| line.ends_with('\r'));
     let resource = |(index, line): (usize, &str)| {
         let malformed = || SumsError::Line(index + 1);
+        let line = line.strip_suffix('\r').filter(|_| windows).unwrap_or(line);
         // Before a line whose name is escaped.
-        let (escaped, line) = line.strip_prefix('\\').map_or((false, line), |line| (true, line));
+        let plain = line.strip_prefix('\\').filter(|_| !zero);
+        let (escaped, line) = plain.map_or((false, line), |line| (true, line));
         // `sha256sum --tag` writes it so; without, there are two spaces, or a space and `*` for binary files.
         let tagged = line.strip_prefix("SHA256 (").and_then(|rest| rest.rsplit_once(") = "));
         let plain = || {
@@ -35,7 +48,11 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
             Some((name, digest)) => (digest, name),
             None => plain().ok_or_else(malformed)?,
         };
-        let digest = Digest::from_hex(Algorithm::Sha256, digest).ok_or_else(malformed)?;
+        let digest =
+            Digest::from_hex(Algorithm::Sha256, &digest.to_ascii_lowercase()).ok_or_else(malformed)?;
+        if name == "-" {
+            return Err(SumsError::Input(index + 1));
+        }
         let name = if escaped { unescaped(name).ok_or_else(malformed)? } else { name.to_owned() };
         // `find .` puts it before every name.
         let file = name.strip_prefix("./").unwrap_or(&name).to_owned();
@@ -45,7 +62,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
             Err(SumsError::Name(PredicateError::Name(file)))
         }
     };
-    text.lines().enumerate().map(resource).collect()
+    lines().map(resource).collect()
 }
 
 /// A name with `\n`, `\r` and `\\` as what they stand for.
@@ -111,10 +128,19 @@ mod tests {
         assert_eq!(parse(&list).expect("a list"), [resource("c  d"), resource("a  b"), resource("b")]);
         let escaped = format!("\\{digest}  ./a\\nb\n\\SHA256 (a\\rb) = {digest}\n");
         assert_eq!(parse(&escaped).expect("a list"), [resource("a\nb"), resource("a\rb")]);
+        let upper = digest.to_string().to_uppercase();
+        let windows = format!("\u{feff}{upper}  a\r\n{digest} *b\r\n\r\n");
+        assert_eq!(parse(&windows).expect("a list"), [resource("a"), resource("b")]);
+        let one = format!("{digest}  a\r\n{digest}  b\n");
+        assert_eq!(parse(&one).expect("a list"), [resource("a\r"), resource("b")]);
+        assert_eq!(parse(&format!("{digest}  a\nb\0")).expect("a list"), [resource("a\nb")]);
         for (text, expected) in [
+            (format!("{digest}  ./-\n{digest}  -"), "line 2 is of sha256sum's standard input"),
             (format!("{digest} a"), "line 1 is not"),
             (format!("{digest}  a\nx  b"), "line 2 is not"),
-            (format!("{}  a", digest.to_string().to_uppercase()), "line 1 is not"),
+            (format!("{digest}  a\0x  b\0"), "line 2 is not"),
+            // With --zero it is no escape.
+            (format!("{digest}  ./\\n\0"), "not a canonical path"),
             (format!("\\{digest}  a\\tb"), "line 1 is not"),
             (format!("\\{digest}  a\\"), "line 1 is not"),
             (format!("\\{digest}  a\\\\b"), "not a canonical path"),

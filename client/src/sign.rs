@@ -67,6 +67,8 @@ pub struct Signed {
     pub public_key: PublicKey,
     /// "key" or "certificate".
     pub method: &'static str,
+    /// Files that are not: empty ones, of which there are no shards.
+    pub unsigned_files: usize,
     /// What the model was called whose bundle was there before.
     pub replaced: Option<String>,
 }
@@ -103,7 +105,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
         let name = manifest.model_name.clone();
         (statement::encode(manifest), name, manifest.files(), manifest.root_digest().to_string())
     };
-    let ((payload, model_name, files, root_digest), bytes) = match &request.subject {
+    let ((payload, model_name, files, root_digest), bytes, unsigned_files) = match &request.subject {
         Subject::Model(selection, hasher) => {
             let serialization = selection.serialization()?;
             let model = selection.walk(&serialization)?;
@@ -117,9 +119,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
             }
             let (manifest, bytes) = plan.hash(hasher)?;
             plan.check_unchanged(&serialization.walk(selection.model)?, hasher)?;
-            (stated(&manifest), Some(bytes))
+            (stated(&manifest), Some(bytes), plan.unsigned_files())
         }
-        Subject::Manifest(manifest, bytes) => (stated(manifest), *bytes),
+        Subject::Manifest(manifest, bytes) => (stated(manifest), *bytes, 0),
     };
     let pae = Pae::of(&payload);
     let signature = match signer {
@@ -145,7 +147,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     };
     let bundle = Bundle { material, timestamps: Vec::new(), idle_log_entries: false, payload, signature };
     bundle.write(request.bundle)?;
-    Ok(Signed { files, bytes, root_digest, model_name, public_key, method, replaced })
+    Ok(Signed { files, bytes, root_digest, model_name, public_key, method, unsigned_files, replaced })
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.

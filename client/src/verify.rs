@@ -19,7 +19,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
@@ -27,7 +27,7 @@ use crate::differences::Differences;
 use crate::hash::Hasher;
 use crate::left_out::{bundle_inside, ignored};
 use crate::listing::beside;
-use crate::manifest::{Manifest, Serialization};
+use crate::manifest::{BRIEF, Manifest, Serialization};
 use crate::model::{GIT_PATHS, Model, Scope, at_or_below};
 use crate::pairs::pair;
 use crate::policy::Policy;
@@ -126,10 +126,6 @@ pub enum SubjectError {
     #[error("nothing at or below {0} was signed (OMS 5.2.1)")]
     NotSigned(PathBuf),
 }
-
-/// A model that took no longer is not looked at once more at the end: what changes within so short a time may as well change
-/// right after.
-const BRIEF: Duration = Duration::from_millis(250);
 
 /// Verifies a model. `Ok` only if the signature, the signer and every file are right.
 pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<Verified, Error> {

@@ -163,11 +163,12 @@ fn jobs(text: &str) -> Result<NonZeroUsize, String> {
 /// How the hashing is done: the result is the same.
 #[derive(Debug, Args)]
 pub(crate) struct Work {
-    /// Threads that hash, 512 at most [default: one for each core]
+    /// Threads that hash, 512 at most: more of them than cores help where files are far away, as on a network [default: one for
+    /// each core, and more while they wait for small files]
     #[arg(long, short, value_name = "N", value_parser = jobs)]
     pub(crate) jobs: Option<NonZeroUsize>,
     /// Remembers digests, and believes those of files whose size, times and inode are as they were; on ext4, XFS, Btrfs, F2FS
-    /// and overlays of them
+    /// and overlays of them, which are written to the disk first
     #[arg(long)]
     pub(crate) digest_cache: bool,
     /// Shows how far it is: a bar, or a line every few seconds [default: a bar on a terminal]

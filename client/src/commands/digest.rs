@@ -1,6 +1,8 @@
 //! `omsign digest`.
 
-use omsign::manifest::Plan;
+use std::time::Instant;
+
+use omsign::manifest::{BRIEF, Plan};
 use omsign::manifest_file::{self, PartOf};
 use rustix::fs::fstat;
 
@@ -11,6 +13,7 @@ use crate::report;
 
 pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let cli::Digest { model, files, work, .. } = arguments;
+    let begun = Instant::now();
     let selection = files.selection(model).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
@@ -31,11 +34,12 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     };
     let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };
     let (manifest, bytes) = plan.hash(&hashing.hasher)?;
-    if arguments.json {
-        // It may be signed where nobody can look at the model any more.
+    // A manifest may be signed where nobody can look at the model any more.
+    if arguments.json || begun.elapsed() > BRIEF {
         plan.check_unchanged(&serialization.walk(model)?, &hashing.hasher)?;
     }
     hashing.end();
+    report::unsigned_files(plan.unsigned_files());
     if arguments.json {
         report::json(&manifest_file::document(&manifest, bytes, part))
     } else {

@@ -35,6 +35,12 @@ impl Hashing {
         if let Some(problem) = used.problem {
             report::warning(&format!("digests are not remembered: {}", omsign::with_causes(&problem)));
         }
+        if used.young > 0 && !self.quiet {
+            let digests = report::count(used.young, "digest");
+            report::say(format_args!(
+                "note: not remembered: {digests} of files that changed less than two seconds ago, or will by their times"
+            ));
+        }
         if used.digests > 0 && !self.quiet {
             let (digests, size) = (report::count(used.digests, "digest"), report::size(used.bytes));
             report::say(format_args!(

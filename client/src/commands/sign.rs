@@ -51,6 +51,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     if let Some(other) = signed.replaced.filter(|other| *other != signed.model_name) {
         report::warning(&format!("this replaced the bundle of a model called {other:?}"));
     }
+    report::unsigned_files(signed.unsigned_files);
     if arguments.files.signature.metadata().is_ok_and(|bundle| bundle.len() > LARGEST_BYTES) {
         report::warning(&format!(
             "omsign verify takes a bundle of more than {} only with --max-bundle-size: larger shards, or none, make it \

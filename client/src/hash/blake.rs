@@ -6,8 +6,9 @@ use blake3::hazmat::{
     ChainingValue, HasherExt as _, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root,
 };
 
+use super::Piece;
 use super::digest::Digest;
-use super::schedule::{Streams, Unit};
+use super::streams::{Streams, Unit};
 
 /// BLAKE2b (RFC 7693) with 64 bytes of output, as many streams at once as the vectors hold.
 pub(super) struct Blake2b;
@@ -95,8 +96,20 @@ impl Blake3 {
         units
     }
 
+    /// The digests of pieces from those of their units; none where one is missing.
+    pub(super) fn merge(parts: &[Digest], units: &[Unit], pieces: &[Piece], subtree: u64) -> Vec<Digest> {
+        let mut rest = parts;
+        let counts = units.chunk_by(|one, next| one.piece == next.piece).map(<[Unit]>::len);
+        let merged = counts.zip(pieces).map(|(count, piece)| {
+            let (now, later) = rest.split_at(count);
+            rest = later;
+            if now.contains(&Digest::NONE) { Digest::NONE } else { Self::whole(now, piece.bytes(), subtree) }
+        });
+        merged.collect()
+    }
+
     /// The digest of an input from those of its parts.
-    pub(super) fn merge(parts: &[Digest], bytes: u64, subtree: u64) -> Digest {
+    fn whole(parts: &[Digest], bytes: u64, subtree: u64) -> Digest {
         match parts {
             [whole] => *whole,
             parts => {
@@ -146,7 +159,7 @@ mod tests {
             };
             let parts: Vec<_> = units.iter().map(part).collect();
             assert_eq!(
-                Blake3::merge(&parts, length, SUBTREE_BYTES).as_bytes(),
+                Blake3::whole(&parts, length, SUBTREE_BYTES).as_bytes(),
                 blake3::hash(data).as_bytes(),
                 "{length} bytes"
             );

@@ -37,8 +37,14 @@ impl Cores {
         let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let count = jobs.map_or_else(cores, NonZeroUsize::get).min(MOST_JOBS);
         let more = if jobs.is_some() { 0 } else { WAITED_FOR.saturating_sub(count) };
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build();
-        Ok(Self { pool: pool.map_err(|error| HashError::Threads(count, error.to_string()))?, more })
+        let mut pool = threads(count);
+        // Where fewer may be started than there are cores: in a container, say.
+        let mut fewer = count;
+        while jobs.is_none() && pool.is_err() && fewer > 1 {
+            fewer /= 2;
+            pool = threads(fewer);
+        }
+        Ok(Self { pool: pool?, more })
     }
 
     /// Threads, without those that may be added.
@@ -67,6 +73,11 @@ impl Cores {
     }
 }
 
+fn threads(count: usize) -> Result<rayon::ThreadPool, HashError> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build();
+    pool.map_err(|error| HashError::Threads(count, error.to_string()))
+}
+
 /// How many files a thread takes before it is asked again how often it slept.
 const ASKED_AFTER: usize = 32;
 
@@ -80,7 +91,7 @@ impl<'a> Worker<'a> {
     /// not make it sleep.)
     pub(super) fn took_small(&mut self) {
         self.taken += 1;
-        if self.core.is_none() || self.taken % ASKED_AFTER != 0 {
+        if self.core.is_none() || !self.taken.is_multiple_of(ASKED_AFTER) {
             return;
         }
         let slept = getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches());
@@ -101,8 +112,9 @@ mod tests {
 
     use super::super::digest::Digest;
     use super::super::place::{Place, Root};
-    use super::super::schedule::{self, OnFailure, Unit};
+    use super::super::schedule::{self, OnFailure, Watch};
     use super::super::sha256::Sha256;
+    use super::super::streams::Unit;
     use super::*;
 
     fn cores(count: usize, more: usize) -> Cores {
@@ -124,10 +136,39 @@ mod tests {
             threads.lock().expect("unpoisoned").insert(name);
             (place, stamp)
         };
-        let streams = Sha256::new(None).ok().expect("kernels");
-        let hashed = schedule::run(&streams, &units, input, OnFailure::Stop, cores, &AtomicU64::new(0));
+        let streams = Sha256::new(None).expect("kernels");
+        let watch = Watch { hashed: &AtomicU64::new(0), kept: None };
+        let hashed = schedule::run(&streams, &units, input, OnFailure::Stop, cores, watch);
         assert_eq!(hashed.digests, vec![Digest::sha256(b"small"); 1000]);
         threads.into_inner().expect("unpoisoned")
+    }
+
+    /// Told of each look at the clock, whoever stops it then has what is done.
+    #[test]
+    fn digests_are_told_before_all_are_there() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = Root::open(directory.path()).expect("a directory");
+        let file = std::fs::File::create(directory.path().join("file")).expect("made");
+        file.set_len(100 << 20).expect("grown");
+        let place = Place { root: &root, path: "file".as_ref() };
+        let stamp = place.look().expect("looked at");
+        let units: Vec<Unit> = (0..4).map(|piece| Unit::whole(piece, 0..stamp.size)).collect();
+        let told = Mutex::new(Vec::new());
+        let kept = |digests: &[Digest]| {
+            told.lock().expect("unpoisoned").push(digests.iter().filter(|one| **one != Digest::NONE).count());
+        };
+        let hashed = AtomicU64::new(0);
+        let watch = |every| Watch { hashed: &hashed, kept: Some((&kept, every)) };
+        let streams = Sha256::new(Some("portable")).expect("kernels");
+        let run = |every| {
+            let input = |_: &Unit| (place, stamp);
+            schedule::run(&streams, &units, input, OnFailure::Stop, &cores(1, 0), watch(every)).digests
+        };
+        let digests = run(Duration::ZERO);
+        let times = std::mem::take(&mut *told.lock().expect("unpoisoned"));
+        assert!(times.is_sorted() && times.contains(&1) && times.contains(&3), "{times:?}");
+        assert_eq!(run(Duration::from_secs(3600)), digests);
+        assert!(told.lock().expect("unpoisoned").is_empty());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 /// A file-hashing algorithm of OMS.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// SHA-256 (FIPS 180-4): every verifier knows it.
     #[default]

@@ -11,6 +11,7 @@ mod schedule;
 mod sha256;
 mod share;
 mod source;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,6 +20,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -30,8 +32,9 @@ pub use self::digest::{Algorithm, Digest};
 use self::place::Place;
 pub(crate) use self::place::Stamp;
 pub use self::place::{Looked, Root};
-use self::schedule::{Hashed, OnFailure, Unit};
+use self::schedule::{Hashed, Kept, OnFailure, Watch};
 use self::sha256::Sha256;
+use self::streams::Unit;
 
 /// Why a file has no digest.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +76,13 @@ impl Progress {
         self.hashed.load(Ordering::Relaxed)
     }
 }
+
+/// Of so many files some bytes are read to tell one model from another. Training changes the largest ones; reading more of them
+/// would cost each of many machines, which is to hash a part, nearly as much as the whole where files are small.
+const SAMPLED_FILES: usize = 1000;
+
+/// How often digests are remembered while others are computed: who is stopped loses a minute's work, and not hours.
+const KEPT_EVERY: Duration = Duration::from_secs(60);
 
 /// What is hashed by itself: a file, or a shard of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,16 +149,19 @@ impl Hasher {
         self.cores.pool.install(|| paths.par_iter().with_min_len(64).map(look).collect())
     }
 
-    /// A digest of some bytes of every file, at sixteen places at most, and of all of a small one: two models of the same
-    /// names and sizes mostly have different ones, but not where they differ only between these places.
+    /// A digest of some bytes of the largest files, at sixteen places at most, and of all of a small one: two models of the
+    /// same names and sizes mostly have different ones, but not where they differ only between these places.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
         let sample = |file: usize| {
             let (place, stamp) = files.get(file);
             let sampled = source::sample(place, stamp).map(|bytes| Digest::sha256(&bytes));
             sampled.map_err(|error| place.failed(error))
         };
-        let all = (0..files.sizes().len()).into_par_iter().with_min_len(16);
-        let samples: Vec<Digest> = self.cores.pool.install(|| all.map(sample).collect::<Result<_, _>>())?;
+        let mut largest: Vec<(u64, usize)> = files.sizes().zip(0..).collect();
+        largest.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
+        let sampled =
+            largest.into_par_iter().take(SAMPLED_FILES).with_min_len(16).map(|(_, file)| sample(file));
+        let samples: Vec<Digest> = self.cores.pool.install(|| sampled.collect::<Result<_, _>>())?;
         let samples: Vec<u8> = samples.iter().flat_map(|sample| sample.as_bytes().to_vec()).collect();
         Ok(Digest::sha256(&samples))
     }
@@ -184,51 +197,48 @@ impl Hasher {
         pieces: &[Piece],
         on_failure: OnFailure,
     ) -> Hashed {
-        let hash = |pieces: &[Piece]| self.hash(algorithm, files, pieces, on_failure);
-        let Some(remembered) = &self.cache else { return hash(pieces) };
+        let hash =
+            |pieces: &[Piece], kept: Option<Kept<'_>>| self.hash(algorithm, files, pieces, on_failure, kept);
+        let Some(remembered) = &self.cache else { return hash(pieces, None) };
         let mut remembered = remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        remembered.look_up(algorithm, files, pieces, hash)
+        remembered.look_up(algorithm, files, pieces, |pieces, kept| hash(pieces, Some(kept)))
     }
 
-    /// Hashes pieces.
+    /// Hashes pieces, and tells somebody of their digests from time to time.
     fn hash(
         &self,
         algorithm: Algorithm,
         files: &Looked<'_>,
         pieces: &[Piece],
         on_failure: OnFailure,
+        kept: Option<Kept<'_>>,
     ) -> Hashed {
         self.progress.total.fetch_add(Piece::total(pieces), Ordering::Relaxed);
         let of = |unit: &Unit| files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
         let pieces_of = || pieces.iter().enumerate();
         let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
         let (cores, hashed) = (&self.cores, &self.progress.hashed);
+        let watch = |kept| Watch { hashed, kept: Option::zip(kept, Some(KEPT_EVERY)) };
         match algorithm {
             Algorithm::Sha256 => {
-                schedule::run(&self.sha256, &whole().collect::<Vec<_>>(), of, on_failure, cores, hashed)
+                let units: Vec<Unit> = whole().collect();
+                schedule::run(&self.sha256, &units, of, on_failure, cores, watch(kept))
             }
             Algorithm::Blake2b => {
-                schedule::run(&Blake2b, &whole().collect::<Vec<_>>(), of, on_failure, cores, hashed)
+                let units: Vec<Unit> = whole().collect();
+                schedule::run(&Blake2b, &units, of, on_failure, cores, watch(kept))
             }
             Algorithm::Blake3 => {
                 let subtree = subtree_bytes(Piece::total(pieces));
                 let units =
                     pieces_of().flat_map(|(index, piece)| Blake3::units(index, &piece.range, subtree));
                 let units: Vec<Unit> = units.collect();
+                let merge = |parts: &[Digest]| Blake3::merge(parts, &units, pieces, subtree);
+                let merging = kept.map(|kept| move |parts: &[Digest]| kept(&merge(parts)));
+                let kept = merging.as_ref().map(|merging| merging as Kept<'_>);
                 let Hashed { digests: parts, failures } =
-                    schedule::run(&Blake3, &units, of, on_failure, cores, hashed);
-                let mut rest = parts.as_slice();
-                let counts = units.chunk_by(|one, next| one.piece == next.piece).map(<[Unit]>::len);
-                let merged = counts.zip(pieces).map(|(count, piece)| {
-                    let (now, later) = rest.split_at(count);
-                    rest = later;
-                    if now.contains(&Digest::NONE) {
-                        Digest::NONE
-                    } else {
-                        Blake3::merge(now, piece.bytes(), subtree)
-                    }
-                });
-                Hashed { digests: merged.collect(), failures }
+                    schedule::run(&Blake3, &units, of, on_failure, cores, watch(kept));
+                Hashed { digests: merge(&parts), failures }
             }
         }
     }
@@ -305,6 +315,17 @@ mod tests {
     fn sparse_files_that_claim_more_than_there_can_be() {
         let piece = Piece { file: 0, range: 0..i64::MAX.unsigned_abs() };
         assert_eq!(Piece::total(&[piece.clone(), piece.clone(), piece]), u64::MAX);
+    }
+
+    /// A disk's error, or a server's: of a file of the kernel's that says EINVAL to everybody.
+    #[test]
+    fn a_file_that_cannot_be_read_is_an_error_that_names_it() {
+        let path = Path::new("/sys/class/net/lo/duplex");
+        let error = hash_one(path).expect_err("no device has that");
+        assert_eq!(
+            crate::with_causes(&error),
+            format!("cannot read {}: Invalid argument (os error 22)", path.display())
+        );
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //! each core takes units until it has its share of streams, advances them together by what they all have in their
 //! buffers, and puts the next unit in the place of one that ends at once, as long as that leaves the others theirs.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::HashError;
 use super::cores::{Cores, Worker};
@@ -14,46 +14,7 @@ use super::digest::Digest;
 use super::place::{Place, Stamp};
 use super::share::Share;
 use super::source::{self, Buffer, Feed, PAGE_BYTES, SMALL_BYTES};
-
-/// A hash algorithm, as streams that are advanced side by side.
-pub(super) trait Streams: Sync {
-    /// Where a stream is.
-    type State: Send;
-    /// Bytes that streams are advanced by, or a multiple.
-    const BLOCK: usize;
-    /// How many streams at once are fastest.
-    fn lanes(&self) -> usize;
-    /// A stream at its start.
-    fn start(&self, unit: &Unit) -> Self::State;
-    /// Advances each stream by its data: whole blocks, as many for each.
-    fn update(&self, states: &mut [&mut Self::State], data: &[&[u8]]);
-    /// A stream's end: less than a block is left.
-    fn finish(&self, state: Self::State, rest: &[u8], unit: &Unit) -> Digest;
-}
-
-/// Bytes that are hashed one after the other, on one core.
-#[derive(Clone, Debug)]
-pub(super) struct Unit {
-    /// The piece that asked for it.
-    pub(super) piece: usize,
-    /// Where its bytes are in the file.
-    pub(super) range: Range<u64>,
-    /// Where they are in the piece.
-    pub(super) offset: u64,
-    /// Whether they are the whole piece.
-    pub(super) whole: bool,
-}
-
-impl Unit {
-    /// A piece that is hashed in one go.
-    pub(super) fn whole(piece: usize, range: Range<u64>) -> Self {
-        Self { piece, range, offset: 0, whole: true }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.range.end - self.range.start
-    }
-}
+use super::streams::{Streams, Unit};
 
 /// The most that all buffers together may hold.
 const BUFFERS_BYTES: usize = 32 << 20;
@@ -65,6 +26,7 @@ const CORE_BYTES: usize = 1 << 20;
 const LARGEST_BUFFER: usize = 256 << 10;
 /// Waking another core costs as much as hashing 100 KiB.
 const LARGEST_AHEAD: usize = 1 << 20;
+const SHORT_BUFFER: usize = 28 << 10;
 const SMALLEST_BUFFER: usize = 4 << 10;
 
 /// Descriptors that are left to the rest of the process.
@@ -87,6 +49,21 @@ pub(super) struct Hashed {
     pub(super) failures: Vec<(usize, HashError)>,
 }
 
+/// Told from time to time what digests there are, in the order of what is hashed; [`Digest::NONE`] where there is none yet.
+pub(super) type Kept<'a> = &'a (dyn Fn(&[Digest]) + Sync);
+
+/// Who is told how far it is.
+#[derive(Clone, Copy)]
+pub(super) struct Watch<'a> {
+    /// Bytes that were hashed.
+    pub(super) hashed: &'a AtomicU64,
+    /// Who keeps what there is, should it end before its time; and how often.
+    pub(super) kept: Option<(Kept<'a>, Duration)>,
+}
+
+/// So many bytes are hashed between two looks at the clock.
+const LOOKED_AFTER: u64 = 64 << 20;
+
 /// Hashes units. `input` says which file a unit is of.
 pub(super) fn run<'a, S: Streams>(
     streams: &'a S,
@@ -94,7 +71,7 @@ pub(super) fn run<'a, S: Streams>(
     input: impl Fn(&Unit) -> (Place<'a>, Stamp) + Sync,
     on_failure: OnFailure,
     cores: &Cores,
-    hashed: &'a AtomicU64,
+    watch: Watch<'a>,
 ) -> Hashed {
     let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
     longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.bytes()));
@@ -104,8 +81,8 @@ pub(super) fn run<'a, S: Streams>(
     let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
     // A core that took all that its vectors hold would leave none to the others where there is little.
     let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable);
-    // And of more cores than share the buffers, each takes fewer.
-    let lanes = lanes.min(BUFFERS_BYTES / jobs / (SMALLEST_BUFFER + PAGE_BYTES)).max(1);
+    // And of more cores than share the buffers, each takes fewer: short reads cost more than lanes save.
+    let lanes = lanes.min(BUFFERS_BYTES / jobs / (SHORT_BUFFER + PAGE_BYTES)).max(1);
     // Cores that would have nothing to hash read for those that have.
     let ahead = units.len() < jobs;
     let buffer = if ahead {
@@ -129,7 +106,8 @@ pub(super) fn run<'a, S: Streams>(
         ahead,
         digests: Mutex::new(vec![Digest::NONE; units.len()]),
         failures: Mutex::default(),
-        hashed,
+        watch,
+        kept: Mutex::new(Instant::now()),
     };
     cores.run(|worker| work.work(worker));
     let digests = work.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -151,7 +129,9 @@ struct Work<'a, S, I> {
     /// In the units' order. Nobody holds the lock for longer than it takes to write one.
     digests: Mutex<Vec<Digest>>,
     failures: Mutex<Vec<(usize, HashError)>>,
-    hashed: &'a AtomicU64,
+    watch: Watch<'a>,
+    /// When that was told last.
+    kept: Mutex<Instant>,
 }
 
 struct Lane<'a, S> {
@@ -198,13 +178,14 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
                 // Buffers hold whole blocks.
                 assert!(feed.ended(), "less than a block is left in the middle of a range");
                 let rest = feed.available();
-                self.hashed.fetch_add(rest.len() as u64, Ordering::Relaxed);
+                let rest_bytes = rest.len() as u64;
                 let digest = self.streams.finish(state, rest, unit);
                 let mut digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(place) = digests.get_mut(index) {
                     *place = digest;
                 }
                 drop(digests);
+                self.hashed(rest_bytes);
                 buffers.push(feed.into_buffer());
             }
             if lanes.len() < most
@@ -232,7 +213,24 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
                 lane.feed.take(step);
                 lane.left -= step as u64;
             }
-            self.hashed.fetch_add((step * lanes.len()) as u64, Ordering::Relaxed);
+            self.hashed((step * lanes.len()) as u64);
+        }
+    }
+
+    /// So many bytes more were hashed. Hours may have passed since the last one of a long file.
+    fn hashed(&self, bytes: u64) {
+        let before = self.watch.hashed.fetch_add(bytes, Ordering::Relaxed);
+        let Some((kept, every)) = self.watch.kept else { return };
+        if before / LOOKED_AFTER == (before + bytes) / LOOKED_AFTER {
+            return;
+        }
+        // Whoever comes while somebody tells it need not.
+        if let Ok(mut last) = self.kept.try_lock()
+            && last.elapsed() >= every
+        {
+            let digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            kept(&digests);
+            *last = Instant::now();
         }
     }
 
@@ -339,7 +337,14 @@ mod tests {
             (Place { root, path }, *stamp)
         };
         let cores = Cores::new(NonZeroUsize::new(jobs)).expect("threads");
-        let hashed = run(&recorder, units, input, on_failure, &cores, &AtomicU64::new(0));
+        let hashed = run(
+            &recorder,
+            units,
+            input,
+            on_failure,
+            &cores,
+            Watch { hashed: &AtomicU64::new(0), kept: None },
+        );
         (recorder, hashed)
     }
 

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use super::digest::Digest;
 use super::kernels::{BLOCK, Kernel, MOST_LANES, State, usable};
-use super::schedule::{Streams, Unit};
 use super::source::Buffer;
+use super::streams::{Streams, Unit};
 
 /// FIPS 180-4, 5.3.3.
 const START: State =

@@ -55,7 +55,8 @@ mod tests {
     use super::super::cores::Cores;
     use super::super::digest::Digest;
     use super::super::place::{Place, Root};
-    use super::super::schedule::{self, OnFailure, Streams, Unit};
+    use super::super::schedule::{self, OnFailure, Watch};
+    use super::super::streams::{Streams, Unit};
     use super::*;
 
     /// What each core takes, one after the other, until nobody takes more: units of these sizes, the largest first.
@@ -146,7 +147,8 @@ mod tests {
         let units: Vec<_> = (0..8).map(|piece| Unit::whole(piece, 0..stamp.size)).collect();
         let (lockstep, cores) = (Lockstep::default(), Cores::new(NonZeroUsize::new(2)).expect("threads"));
         let input = |_: &Unit| (place, stamp);
-        schedule::run(&lockstep, &units, input, OnFailure::Stop, &cores, &AtomicU64::new(0));
+        let watch = Watch { hashed: &AtomicU64::new(0), kept: None };
+        schedule::run(&lockstep, &units, input, OnFailure::Stop, &cores, watch);
         let mut side_by_side = lockstep.side_by_side.into_inner().expect("unpoisoned");
         side_by_side.sort_unstable();
         assert_eq!(side_by_side, [1, 1, 3, 3]);

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, BufRead, BufReader, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,14 +21,15 @@ const HEADER: &str = "omsign digests 2";
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Keeps others from writing as long as it lives.
-pub(super) fn turn(path: &Path) -> Option<File> {
-    replace::turn(path.parent()?, PATIENCE).ok()?
+pub(super) fn turn(directory: &Path) -> Option<File> {
+    replace::turn(directory, PATIENCE).ok()?
 }
 
 /// What it holds; nothing, where it is none.
 pub(super) fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(parse(&text).unwrap_or_default()),
+    let read = File::open(path).and_then(|file| parse(BufReader::new(file)));
+    match read {
+        Ok(entries) => Ok(entries.unwrap_or_default()),
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
         // Not text: as bad as half a file.
         Err(bad) if bad.kind() == io::ErrorKind::InvalidData => Ok(HashMap::new()),
@@ -36,16 +37,26 @@ pub(super) fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
     }
 }
 
-/// The entries of a cache that is whole.
-fn parse(text: &str) -> Option<HashMap<Entry, Digest>> {
-    let body = text.get(..text.len().checked_sub(65)?)?;
-    let digest = text.get(body.len()..)?.strip_suffix('\n')?;
-    if Digest::sha256(body.as_bytes()).to_string() != digest {
-        return None;
+/// The entries of a cache that is whole. Of many files it is long, and two lines of it at a time are enough.
+fn parse(mut text: impl BufRead) -> io::Result<Option<HashMap<Entry, Digest>>> {
+    let (mut hasher, mut entries) = (Sha256::new(), HashMap::new());
+    let (mut line, mut next) = (String::new(), String::new());
+    text.read_line(&mut line)?;
+    if line.strip_suffix('\n') != Some(HEADER) {
+        return Ok(None);
     }
-    let mut lines = body.lines();
-    (lines.next()? == HEADER).then_some(())?;
-    lines.map(parse_line).collect()
+    hasher.update(&line);
+    line.clear();
+    text.read_line(&mut line)?;
+    while text.read_line(&mut next)? > 0 {
+        let Some((entry, digest)) = line.strip_suffix('\n').and_then(parse_line) else { return Ok(None) };
+        entries.insert(entry, digest);
+        hasher.update(&line);
+        std::mem::swap(&mut line, &mut next);
+        next.clear();
+    }
+    let digest = format!("{}\n", Digest::from_sha256(hasher));
+    Ok((line == digest).then_some(entries))
 }
 
 fn parse_line(line: &str) -> Option<(Entry, Digest)> {
@@ -60,7 +71,7 @@ fn parse_line(line: &str) -> Option<(Entry, Digest)> {
     let algorithm = Algorithm::from_name(words.next()?)?;
     let digest = Digest::from_hex(algorithm, words.next()?)?;
     let stamp = Stamp { device, inode, size, modified, changed };
-    Some((Entry { stamp, start, end, algorithm: algorithm.name() }, digest))
+    Some((Entry { stamp, start, end, algorithm }, digest))
 }
 
 /// Puts a new one in place of it.

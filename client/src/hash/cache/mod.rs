@@ -3,19 +3,21 @@
 //! A cache holds one model.
 
 mod file;
+mod look_up;
+mod settled;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{fstatfs, syncfs};
-
+pub use self::look_up::CacheUse;
+pub(super) use self::look_up::Remembered;
+use self::settled::settle;
 use super::digest::{Algorithm, Digest};
-use super::schedule::Hashed;
-use super::{Looked, Piece, Stamp};
+use super::{Piece, Stamp};
 use crate::user_directory;
 
 /// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
@@ -24,11 +26,6 @@ const RACY: Duration = Duration::from_secs(2);
 
 /// What was not looked at is kept up to so many entries (5 MB), or as many as were. Others hash a part of the model.
 const SPARE_ENTRIES: usize = 1 << 15;
-
-/// What statfs(2) calls ext4, XFS, Btrfs, F2FS, and overlays of them: the first write to a mapped page sets a file's times
-/// there, and so does the first one after it was written to the disk. On tmpfs nothing ever does; of network file systems,
-/// which others write to, nobody knows. What an overlay lies on cannot be asked: mostly one of these.
-const TIMED: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x794c_7630];
 
 /// A cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +58,16 @@ struct Entry {
     stamp: Stamp,
     start: u64,
     end: u64,
-    algorithm: &'static str,
+    algorithm: Algorithm,
+}
+
+/// The digest of a piece of a file in some state.
+struct Known {
+    stamp: Stamp,
+    piece: Piece,
+    digest: Digest,
+    /// Whether it was computed, and not remembered from before.
+    made: bool,
 }
 
 /// The digests of one model's files.
@@ -82,6 +88,8 @@ pub fn directory() -> Result<PathBuf, CacheError> {
 /// Removes all caches. Returns how many there were.
 pub fn clear(directory: &Path) -> Result<usize, CacheError> {
     let error = |source| CacheError::Io { path: directory.to_owned(), source };
+    // Whoever is just writing one has read what was there.
+    let _turn = file::turn(directory);
     let entries = match std::fs::read_dir(directory) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(0),
         entries => entries.map_err(error)?,
@@ -89,6 +97,9 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
     let mut count = 0;
     for entry in entries {
         let entry = entry.map_err(error)?;
+        if entry.file_type().map_err(error)?.is_dir() {
+            continue;
+        }
         match std::fs::remove_file(entry.path()) {
             // Another omsign has just put its own in place of it.
             Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
@@ -114,8 +125,8 @@ impl Cache {
         builder.recursive(true).mode(0o700).create(directory).map_err(|source| error(directory, source))?;
         let real = model.canonicalize().map_err(|source| error(model, source))?;
         let path = directory.join(Digest::sha256(real.as_os_str().as_bytes()).to_string());
-        for path in [directory, &path] {
-            match path.symlink_metadata() {
+        for (path, found) in [(directory, directory.metadata()), (&path, path.symlink_metadata())] {
+            match found {
                 Ok(found)
                     if found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 =>
                 {
@@ -138,20 +149,18 @@ impl Cache {
     }
 
     /// Remembers what was hashed, of so many files of a model, and forgets what took its place. Files that are too young to
-    /// be told from themselves after another write are left out.
-    pub(super) fn keep(
+    /// be told from themselves after another write are left out: returns of how many digests they are.
+    fn keep<K: Iterator<Item = Known>>(
         &mut self,
         algorithm: Algorithm,
         files: usize,
-        hashed: impl Iterator<Item = (Stamp, Piece, Digest)>,
-    ) -> Result<(), CacheError> {
-        let seen: HashMap<_, _> =
-            hashed.map(|(stamp, piece, digest)| (entry(algorithm, stamp, &piece), digest)).collect();
-        let stamps: HashMap<_, _> =
-            seen.keys().map(|entry| ((entry.stamp.device, entry.stamp.inode), entry.stamp)).collect();
+        known: impl Fn() -> K,
+    ) -> Result<usize, CacheError> {
         let settled = self.settled.clone().map_err(CacheError::Untimed)?;
+        let state = |Known { stamp, .. }| ((stamp.device, stamp.inode), stamp);
+        let stamps: HashMap<_, _> = known().map(state).collect();
         // Others hash another part of it, and may end at the same time: what they remembered is kept.
-        let _turn = file::turn(&self.path);
+        let _turn = self.path.parent().and_then(file::turn);
         self.entries = HashMap::new();
         self.entries = file::load(&self.path)?;
         let before = self.entries.len();
@@ -161,34 +170,34 @@ impl Cache {
             let now = stamps.get(&(old.stamp.device, old.stamp.inode));
             now.is_none_or(|stamp| *stamp == old.stamp)
         });
-        if self.entries.len() > (2 * seen.len().max(files)).max(SPARE_ENTRIES) {
-            self.entries.retain(|old, _| seen.contains_key(old));
+        let entry = |known: &Known| entry(algorithm, known.stamp, &known.piece);
+        if self.entries.len() > (2 * known().count().max(files)).max(SPARE_ENTRIES) {
+            let seen: HashSet<Entry> = known().map(|known| entry(&known)).collect();
+            self.entries.retain(|old, _| seen.contains(old));
         }
         let kept = self.entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
-        let old = |entry: &Entry| written(&entry.stamp).is_some_and(|written| written < youngest);
-        let elsewhere = seen.keys().any(|entry| entry.stamp.device != settled);
-        let lasting = |entry: &Entry| entry.stamp.device == settled && old(entry);
-        self.entries.extend(seen.into_iter().filter(|(entry, _)| lasting(entry)));
+        let (mut elsewhere, mut young) = (false, 0);
+        // What was remembered is there, or somebody has just had it forgotten.
+        for known in known().filter(|known| known.made) {
+            if known.stamp.device != settled {
+                elsewhere = true;
+            } else if written(&known.stamp).is_some_and(|written| written < youngest) {
+                self.entries.insert(entry(&known), known.digest);
+            } else {
+                young += 1;
+            }
+        }
         if kept != before || self.entries.len() != kept {
             file::write(&self.path, &self.entries)
                 .map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
         }
-        if elsewhere { Err(CacheError::Elsewhere) } else { Ok(()) }
+        if elsewhere { Err(CacheError::Elsewhere) } else { Ok(young) }
     }
 }
 
-/// A program that has a file mapped changes its times only with its first write to a page since that was last written
-/// to the disk. All are written now, so that every later write is seen. Returns whose files that is true of.
-fn settle(model: &Path) -> Option<u64> {
-    let file = std::fs::File::open(model).ok()?;
-    let timed = TIMED.contains(&fstatfs(&file).ok()?.f_type);
-    syncfs(&file).ok()?;
-    timed.then_some(file.metadata().ok()?.dev())
-}
-
 fn entry(algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Entry {
-    Entry { stamp, start: piece.range.start, end: piece.range.end, algorithm: algorithm.name() }
+    Entry { stamp, start: piece.range.start, end: piece.range.end, algorithm }
 }
 
 /// When a file was last written to, or its inode changed.
@@ -196,65 +205,6 @@ fn written(stamp: &Stamp) -> Option<SystemTime> {
     let (seconds, nanoseconds) = stamp.modified.max(stamp.changed);
     let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
     UNIX_EPOCH.checked_add(since)
-}
-
-/// A cache and what came of it.
-pub(super) struct Remembered {
-    cache: Cache,
-    used: CacheUse,
-}
-
-/// What a digest cache saved.
-#[derive(Debug, Default)]
-pub struct CacheUse {
-    /// Digests that were taken from it, of whole files or of shards.
-    pub digests: usize,
-    /// Bytes that were not read.
-    pub bytes: u64,
-    /// What is not remembered, and why: the digests are right all the same.
-    pub problem: Option<CacheError>,
-}
-
-impl Remembered {
-    pub(super) fn new(cache: Cache) -> Self {
-        Self { cache, used: CacheUse::default() }
-    }
-
-    pub(super) fn into_used(self) -> CacheUse {
-        self.used
-    }
-
-    /// Takes what digests of pieces it has, has the others made, and remembers these.
-    pub(super) fn look_up(
-        &mut self,
-        algorithm: Algorithm,
-        files: &Looked<'_>,
-        pieces: &[Piece],
-        hash: impl FnOnce(&[Piece]) -> Hashed,
-    ) -> Hashed {
-        let stamp = |piece: &Piece| files.get(piece.file).1;
-        let get = |piece: &Piece| self.cache.get(algorithm, stamp(piece), piece);
-        let mut digests: Vec<Option<Digest>> = pieces.iter().map(get).collect();
-        let numbered = pieces.iter().enumerate().zip(&digests);
-        let unknown = numbered.filter(|(_, known)| known.is_none()).map(|(numbered, _)| numbered);
-        let (places, unknown): (Vec<usize>, Vec<Piece>) =
-            unknown.map(|(place, piece)| (place, piece.clone())).unzip();
-        self.used.digests += pieces.len() - unknown.len();
-        let saved = Piece::total(pieces).saturating_sub(Piece::total(&unknown));
-        self.used.bytes = self.used.bytes.saturating_add(saved);
-        let mut made = hash(&unknown);
-        made.failures
-            .iter_mut()
-            .for_each(|(index, _)| *index = places.get(*index).copied().unwrap_or(*index));
-        let mut hashed = made.digests.into_iter();
-        digests.iter_mut().filter(|digest| digest.is_none()).for_each(|digest| *digest = hashed.next());
-        let digests: Vec<Digest> = digests.into_iter().flatten().collect();
-        // Whoever tries again after a failure need not begin anew.
-        let all = pieces.iter().zip(&digests).filter(|(_, digest)| **digest != Digest::NONE);
-        let all = all.map(|(piece, digest)| (stamp(piece), piece.clone(), *digest));
-        self.used.problem = self.cache.keep(algorithm, files.sizes().len(), all).err();
-        Hashed { digests, failures: made.failures }
-    }
 }
 
 #[cfg(test)]
@@ -267,6 +217,16 @@ mod tests {
         Cache { settled: Ok(OLD.device), ..Cache::read(directory, Path::new("/")).expect("read") }
     }
 
+    fn keep(cache: &mut Cache, files: usize, known: &[(Stamp, Piece, Digest)]) -> Result<usize, CacheError> {
+        let made = |(stamp, piece, digest): &(Stamp, Piece, Digest)| Known {
+            stamp: *stamp,
+            piece: piece.clone(),
+            digest: *digest,
+            made: true,
+        };
+        cache.keep(Algorithm::Sha256, files, || known.iter().map(made))
+    }
+
     #[test]
     fn only_a_whole_cache_of_an_old_file_is_believed() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -275,12 +235,12 @@ mod tests {
         let digest = Digest::sha256(b"x");
         let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
         let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
-        cache(directory).keep(Algorithm::Sha256, 2, both.into_iter()).expect("kept");
+        assert_eq!(keep(&mut cache(directory), 2, &both).expect("kept"), 1, "a young one");
         let elsewhere = [(Stamp { device: 9, inode: 8, ..OLD }, piece.clone(), digest)];
-        let told = cache(directory).keep(Algorithm::Sha256, 1, elsewhere.into_iter());
+        let told = keep(&mut cache(directory), 1, &elsewhere);
         assert!(matches!(told, Err(CacheError::Elsewhere)) && cache(directory).entries.len() == 1);
         let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest)];
-        cache(directory).keep(Algorithm::Sha256, 1, other_range.into_iter()).expect("kept");
+        keep(&mut cache(directory), 1, &other_range).expect("kept");
         let read = cache(directory);
         assert_eq!(read.get(Algorithm::Sha256, OLD, &piece), Some(digest));
         assert_eq!(read.get(Algorithm::Sha256, young, &piece), None);
@@ -318,14 +278,14 @@ mod tests {
         let part = |first: usize| {
             let stamp = move |file: usize| Stamp { inode: file as u64, ..OLD };
             let one = move |file| (stamp(file), Piece { file, range: 0..3 }, Digest::sha256(b"x"));
-            (first..files).step_by(2).map(one)
+            (first..files).step_by(2).map(one).collect::<Vec<_>>()
         };
         let (mut even, mut odd) = (cache(directory.path()), cache(directory.path()));
-        even.keep(Algorithm::Sha256, files, part(0)).expect("kept");
-        odd.keep(Algorithm::Sha256, files, part(1)).expect("kept");
+        keep(&mut even, files, &part(0)).expect("kept");
+        keep(&mut odd, files, &part(1)).expect("kept");
         assert_eq!(cache(directory.path()).entries.len(), files);
         // Who looks at few files of many forgets the others in the end: they may be gone.
-        odd.keep(Algorithm::Sha256, 10, part(files - 5)).expect("kept");
+        keep(&mut odd, 10, &part(files - 5)).expect("kept");
         assert_eq!(cache(directory.path()).entries.len(), 3);
     }
 
@@ -344,7 +304,7 @@ mod tests {
                         (stamp, Piece { file, range: 0..3 }, Digest::sha256(b"x"))
                     });
                     together.wait();
-                    own.keep(Algorithm::Sha256, parts * files, mine).expect("kept");
+                    keep(&mut own, parts * files, &mine.collect::<Vec<_>>()).expect("kept");
                 });
             }
         });
