@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::ensure;
 use omsign_fixtures::built;
 use omsign_fixtures::fault_proxy::FaultProxy;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::softhsm::{KeyType, SoftHsm};
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually};
@@ -70,11 +71,26 @@ fn yubihsm2() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Before release 5.5 it refused sessions that only read.
+/// It takes Ed25519's curve by its name. (Of this token's PIN the profile would say that it is none.)
+#[test]
+fn a_curve_by_its_name() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "kry")?;
+    let named = "profile = \"yubihsm2\"\nenv.YUBIHSM_PKCS11_CONF = \"none\"\n";
+    let section =
+        token.section("t")?.replace("backend = \"pkcs11\"\n", &format!("backend = \"pkcs11\"\n{named}"));
+    world.write("agent.toml", world.listen() + &section + &key_section("new", "t", "new"))?;
+    does(&world, &["generate", "new", "--type", "ed25519"])?;
+    ensure!(does(&world, &["list"])?.contains("ed25519"));
+    Ok(())
+}
+
+/// Before release 5.5 it refused sessions that only read; and no public key may be a public object.
 #[test]
 fn cloudhsm() -> anyhow::Result<()> {
     let world = World::new()?;
-    let (_, _, config) = as_if(&world, "cloudhsm", "env.OMSIGN_PROXY_WRITING_ONLY = \"1\"\n")?;
+    let strict = "env.OMSIGN_PROXY_WRITING_ONLY = \"1\"\nenv.OMSIGN_PROXY_HIDES_PUBLIC_KEYS = \"1\"\n";
+    let (_, _, config) = as_if(&world, "cloudhsm", strict)?;
     let agent = Agent::start(&world, &config)?;
     signs(&world)?;
     does(&world, &["generate", "new", "--type", "p384"])?;

@@ -79,7 +79,7 @@ fn certificate_swapped(
     let spent = lab.proxy.clone();
     let spent = || spent.as_ref().map_or(Ok(0), spent_of);
     let swap = |lab: &Lab| loses("cert").and_then(|()| holds(&others)).and_then(|()| lab.kill_host());
-    lab.trial("certificate swapped", (Sees::Locked, AT_ONCE), &spent, swap, |_| {
+    lab.trial("certificate swapped", (Sees::Unusable, AT_ONCE), &spent, swap, |_| {
         loses("cert").and_then(|()| holds(&own))
     })
 }
@@ -100,7 +100,7 @@ fn softhsm() -> anyhow::Result<()> {
         token.initialise().and_then(|()| lab.kill_host())
     };
     let make = |_: &Lab| token.generate("k", KeyType::P256, Objects::Pair);
-    lab.trial("token initialised anew", (Sees::Locked, AT_ONCE), &|| spent_of(&counted), anew, make)?;
+    lab.trial("token initialised anew", (Sees::Unusable, AT_ONCE), &|| spent_of(&counted), anew, make)?;
     certificate_swapped(&mut lab, &token.public_key("k"), &hex::encode("k"), &|arguments| {
         token.tool(arguments)
     })
@@ -126,7 +126,7 @@ fn kryoptic() -> anyhow::Result<()> {
 
     let anew = |lab: &Lab| token.initialise().and_then(|()| lab.kill_host());
     let make = |_: &Lab| token.generate("k").map(drop);
-    lab.trial("token initialised anew", (Sees::Locked, AT_ONCE), &spent, anew, make)?;
+    lab.trial("token initialised anew", (Sees::Unusable, AT_ONCE), &spent, anew, make)?;
 
     let another = |lab: &Lab| {
         token.initialise()?;
@@ -148,10 +148,10 @@ fn kryoptic() -> anyhow::Result<()> {
         Ok(())
     };
     let low = |lab: &Lab| wrong_pins(9).and_then(|()| lab.kill_host());
-    lab.trial("one try of the PIN left", (Sees::Locked, AT_ONCE), &spent, low, unlock)?;
+    lab.trial("one try of the PIN left", (Sees::Unusable, AT_ONCE), &spent, low, unlock)?;
     let lock = |lab: &Lab| wrong_pins(12).and_then(|()| lab.kill_host());
     let before = counted.calls("C_Login");
-    lab.trial("PIN locked", (Sees::Locked, AT_ONCE), &spent, lock, |lab| {
+    lab.trial("PIN locked", (Sees::Unusable, AT_ONCE), &spent, lock, |lab| {
         anyhow::ensure!(counted.calls("C_Login") == before, "a locked PIN was offered");
         let set = unblocking(&lab.world, "device", &format!("{}\n", kryoptic::SO_PIN))?;
         anyhow::ensure!(set.status.success(), "{set:?}");
@@ -174,7 +174,7 @@ fn tpm() -> anyhow::Result<()> {
         })
     };
     let make = |_: &Lab| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop);
-    lab.trial("TPM cleared", (Sees::Locked, AT_ONCE), &spent, clear, make)?;
+    lab.trial("TPM cleared", (Sees::Unusable, AT_ONCE), &spent, clear, make)?;
 
     let (digest, unread) = (lab.world.write("digest", [7; 32])?, lab.world.path("unread"));
     let lock = |lab: &Lab| {
@@ -189,7 +189,7 @@ fn tpm() -> anyhow::Result<()> {
         others.set(counted()?);
         lab.kill_host()
     };
-    lab.trial("TPM in lockout", (Sees::Locked, AT_ONCE), &spent, lock, |lab| {
+    lab.trial("TPM in lockout", (Sees::Unusable, AT_ONCE), &spent, lock, |lab| {
         chip.tool("tpm2_dictionarylockout", |tool| {
             tool.arg("-c");
         })?;
@@ -221,9 +221,9 @@ fn piv() -> anyhow::Result<()> {
     };
     // One more would block it: only an operator may have it offered.
     let low = |lab: &Lab| wrong_pins(2).and_then(|()| lab.kill_host());
-    lab.trial("one try of the PIN left", (Sees::Locked, AT_ONCE), &spent, low, unlock)?;
+    lab.trial("one try of the PIN left", (Sees::Unusable, AT_ONCE), &spent, low, unlock)?;
     let blocked = |lab: &Lab| wrong_pins(3).and_then(|()| lab.kill_host());
-    lab.trial("PIN blocked", (Sees::Locked, AT_ONCE), &spent, blocked, |lab| {
+    lab.trial("PIN blocked", (Sees::Unusable, AT_ONCE), &spent, blocked, |lab| {
         let set = unblocking(&lab.world, "device", &format!("{}\n", piv::PUK))?;
         anyhow::ensure!(set.status.success(), "{set:?}");
         Ok(())

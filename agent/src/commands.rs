@@ -119,9 +119,12 @@ fn next_step(config: &Config, command: &Command) -> Option<String> {
         Command::ImportCertificate { key, .. } if config.keys.get(key)?.certificate_chain.is_empty() => Some(
             format!("it signs with it when certificate_chain in [key.{key}] names the file of its chain"),
         ),
-        Command::Delete { key, .. } => {
-            Some(format!("[key.{key}] names nothing any more: take it out of the configuration"))
-        }
+        Command::Delete { key, .. } => Some(match key.strip_suffix(NEXT) {
+            Some(plain) => {
+                format!("next = … in [key.{plain}] names nothing any more: take it out of the configuration")
+            }
+            None => format!("[key.{key}] names nothing any more: take it out of the configuration"),
+        }),
         _ => None,
     }
 }

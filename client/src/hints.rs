@@ -116,6 +116,11 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Trust(TrustError::Path(PathError::Expired(..))) => {
             "a time stamp in the bundle proves that it was signed in time, with --timestamp-root".into()
         }
+        Error::Key(KeyError::Chain(PathError::UnknownKey(..))) => {
+            "sign with the key method: leave certificates out, here and for the key in the agent's configuration, and have \
+             verifiers use --public-key"
+                .into()
+        }
         Error::Trust(TrustError::Path(PathError::Policy(_))) => {
             "if its policies are what you want, trust an issuer below the one that asks for them".into()
         }

@@ -80,6 +80,11 @@ pub enum PathError {
     /// A chain in another order than from the leaf to the root.
     #[error("the chain is not in order: {0} was not issued by {1}, which comes next (OMS 4.1)")]
     Order(String, String),
+    /// OpenSSL cannot read the key that it certifies.
+    #[error(
+        "{0} certifies a kind of key that {1} does not know: it cannot be checked here (ML-DSA: from OpenSSL 3.5 on)"
+    )]
+    UnknownKey(String, &'static str),
     /// OpenSSL failed.
     #[error("OpenSSL could not check the certificates")]
     OpenSsl(#[from] ErrorStack),
@@ -91,7 +96,10 @@ pub enum PathError {
 impl PathError {
     /// Whether the certificates were found wrong, as opposed to could not be checked.
     pub(crate) fn found_wrong(&self) -> bool {
-        !matches!(self, Self::OpenSsl(_) | Self::Handed(_) | Self::OldCrl { .. } | Self::NoCrl(..))
+        !matches!(
+            self,
+            Self::UnknownKey(..) | Self::OpenSsl(_) | Self::Handed(_) | Self::OldCrl { .. } | Self::NoCrl(..)
+        )
     }
 }
 
@@ -115,6 +123,9 @@ pub(crate) enum Purpose {
 impl Question<'_> {
     /// The way that it did at this time: from the leaf to an anchor.
     pub(crate) fn ask(&self, at: Timestamp) -> Result<Vec<X509>, PathError> {
+        if self.leaf.public_key().is_err() {
+            return Err(PathError::UnknownKey(certificate::subject(self.leaf), openssl::version::version()));
+        }
         let mut parameters = parameters()?;
         parameters.set_time(at.as_second());
         if self.purpose == Purpose::TimeStamping {

@@ -83,8 +83,11 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
     let directory = tempfile::Builder::new().prefix(PREFIX).tempdir().context("a directory")?;
     let place = directory.path();
     // Whoever holds this lock still needs the directory.
-    let lock = File::create(place.join("lock")).context("a lock")?;
+    let (made, name) = (place.join("made"), place.join("lock"));
+    let lock = File::create(&made).context("a lock")?;
     lock.lock().context("a lock")?;
+    // Locked from the moment that it has its name: nobody sweeps what is just being made.
+    std::fs::rename(&made, &name).context("a lock")?;
     let (root, mut running) = (Ca::create("Stand-in Root CA")?, Vec::new());
     write_chain(&place.join("root.pem"), &[&root.certificate])?;
     let uid = rustix::process::geteuid().as_raw();

@@ -39,7 +39,9 @@ pub enum Sees {
     Unavailable,
     /// One of these two.
     Either,
-    /// FAILED_PRECONDITION, until somebody acts.
+    /// FAILED_PRECONDITION, until somebody acts; no try of its secret was spent.
+    Unusable,
+    /// The same, because its secret was refused: that was one try.
     Locked,
 }
 
@@ -147,7 +149,7 @@ impl Lab {
             Sees::Nothing => answer == Ok(()),
             Sees::Unavailable => answer == Err(Code::Unavailable),
             Sees::Either => matches!(answer, Ok(()) | Err(Code::Unavailable)),
-            Sees::Locked => answer == Err(Code::FailedPrecondition),
+            Sees::Unusable | Sees::Locked => answer == Err(Code::FailedPrecondition),
         };
         ensure!(expected, "callers see {answer:?}, and not {sees:?}");
         ensure!(within.contains(&waited), "the caller waited for {waited:?}, not {within:?}");

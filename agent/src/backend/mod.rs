@@ -184,7 +184,7 @@ fn gone(message: String) -> Failure {
     Failure { class: Class::Gone, message }
 }
 
-fn refused(message: String) -> Failure {
+pub(crate) fn refused(message: String) -> Failure {
     Failure { class: Class::Refused, message }
 }
 

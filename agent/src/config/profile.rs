@@ -57,6 +57,10 @@ pub struct Profile {
     pub may_hold_pin: bool,
     /// Its vendor's own numbers.
     pub instead: Instead,
+    /// It makes public keys private objects, and refuses to hear otherwise.
+    pub hides_public_keys: bool,
+    /// It knows the curve of Ed25519 by its name and not by its number (PKCS#11 v3.0, 2.3.10).
+    pub names_edwards_curve: bool,
     /// Length of the CKA_ID of a new key, in bytes.
     pub id_bytes: usize,
     /// The kinds of keys that it makes; empty where that is not known.
@@ -114,6 +118,8 @@ impl Default for Profile {
             pin: String::new(),
             may_hold_pin: false,
             instead: Instead::default(),
+            hides_public_keys: false,
+            names_edwards_curve: false,
             id_bytes: 16,
             keys: Vec::new(),
             made_by: String::new(),

@@ -3,6 +3,7 @@
 //! its replacement: it answers "gone" and exits, and the agent starts another.
 
 mod held;
+mod operate;
 pub(crate) mod task;
 pub(crate) mod wire;
 
@@ -19,7 +20,7 @@ use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
 use self::held::{Held, TOGETHER};
-use self::task::{Done, Task};
+use self::operate::operate;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
 use crate::backend::{self, Device, Doing, Signer};
@@ -375,18 +376,4 @@ impl Shared<'_> {
 
 fn lock<T>(mutex: &Mutex<T>) -> io::Result<MutexGuard<'_, T>> {
     mutex.lock().map_err(|_| io::Error::other("a thread panicked"))
-}
-
-/// Does what an operator asks for. Names may come to mean other keys: none is deleted but the one that was confirmed.
-fn operate(device: &dyn Device, task: &Task, notify: backend::Notify<'_>) -> Result<Done, Failure> {
-    if let Task::Delete(key, public) = task {
-        match device.operate(&Task::Find(key.clone()), notify)? {
-            Done::Key(found) if found.spki == *public => {}
-            _ => {
-                let message = "it holds another key than was confirmed".into();
-                return Err(Failure { class: Class::Refused, message });
-            }
-        }
-    }
-    device.operate(task, notify)
 }

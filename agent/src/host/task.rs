@@ -20,6 +20,8 @@ pub(crate) enum Task {
     Generate(KeySpec, Template),
     /// Find this key and check it.
     Find(KeySpec),
+    /// Show its public half, also where it does not sign.
+    Public(KeySpec),
     /// Sign a message with this key.
     Sign(KeySpec, #[serde(with = "hex")] Vec<u8>),
     /// Keep this certificate, DER, beside this key.
@@ -37,8 +39,8 @@ impl Task {
             // YubiKeys and TPMs need minutes for some RSA keys, and a TPM may make its endorsement key for a challenge.
             Self::Generate(..) | Self::Attest(..) => Duration::from_secs(300),
             // Three calls for each of ten thousand objects in another building.
-            Self::List(_) => Duration::from_secs(60),
-            Self::Find(_) | Self::Sign(..) | Self::Store(..) | Self::Delete(..) => Duration::ZERO,
+            Self::List(_) | Self::Public(_) | Self::Delete(..) => Duration::from_secs(60),
+            Self::Find(_) | Self::Sign(..) | Self::Store(..) => Duration::ZERO,
         };
         // To find a key and check it takes some ten calls; most are quick where one is slow.
         least.max(one.saturating_mul(6))

@@ -275,12 +275,17 @@ impl Operator<'_> {
         key: &'b str,
         say: Say<'_>,
     ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
+        // What only looks at it, or has it gone, needs no key that signs.
+        let find = |place: &Place<'_>| match command {
+            Command::Public { .. } | Command::Delete { .. } => Task::Public(place.spec.clone()),
+            _ => Task::Find(place.spec.clone()),
+        };
         let first = self.place(key)?;
-        let public = first.public(Task::Find(first.spec.clone()), say).await?;
+        let public = first.public(find(&first), say).await?;
         let mut places = vec![first];
         for token in command.tokens(self.config).into_iter().skip(1) {
             let other = self.place_on(key, Some(token))?;
-            if other.public(Task::Find(other.spec.clone()), say).await?.spki != public.spki {
+            if other.public(find(&other), say).await?.spki != public.spki {
                 let why = "it holds another key than the others";
                 return Err(other.failed(TokenError::Refused(why.into())));
             }

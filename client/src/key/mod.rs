@@ -4,6 +4,8 @@ mod private;
 
 use std::path::{Path, PathBuf};
 
+use cms::cert::x509::Certificate;
+use cms::cert::x509::der::{self, Decode as _, Encode as _};
 use openssl::ec::EcKey;
 use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
@@ -188,6 +190,12 @@ pub struct PublicKey {
     half: Half,
 }
 
+/// The SubjectPublicKeyInfo of a certificate, DER.
+fn spki(certificate: &X509) -> der::Result<Vec<u8>> {
+    let der = certificate.to_der().map_err(|_| der::ErrorKind::Failed)?;
+    Certificate::from_der(&der)?.tbs_certificate.subject_public_key_info.to_der()
+}
+
 /// A public key as the library that verifies with it has it.
 #[derive(Clone, Debug)]
 enum Half {
@@ -226,8 +234,8 @@ impl PublicKey {
 
     /// The key that a certificate certifies.
     pub fn of_certificate(certificate: &X509) -> Result<Self, KeyError> {
-        let key = certificate.public_key();
-        Self::new(key.map_err(|_| KeyError::Unsupported("the certificate's key is malformed".into()))?)
+        let malformed = |_| KeyError::Unsupported("the certificate's key is malformed".into());
+        Self::from_spki(&spki(certificate).map_err(malformed)?)
     }
 
     fn new(key: PKey<Public>) -> Result<Self, KeyError> {

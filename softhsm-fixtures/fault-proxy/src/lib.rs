@@ -12,12 +12,14 @@
 //!   faults come and go while the application runs.
 //! * `OMSIGN_PROXY_PRIVATE_ONLY`: the token shows no public keys and no certificates.
 //! * `OMSIGN_PROXY_WRITING_ONLY`: sessions that only read are refused.
+//! * `OMSIGN_PROXY_HIDES_PUBLIC_KEYS`: new public keys may not be public objects.
 //! * `OMSIGN_PROXY_LUNA`: numbers as a Luna has them, those for RSA keys as in FIPS mode (see `instead` in the profile).
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
 //! It offers what the module behind it does: PKCS#11 2.40, and 3.0 or 3.2 as its default interface.
 #![allow(unsafe_code, non_snake_case)] // the PKCS#11 C ABI is what this crate is for
 
+mod cloudhsm;
 mod luna;
 
 use std::fs::OpenOptions;

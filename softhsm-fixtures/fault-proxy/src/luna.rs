@@ -2,7 +2,7 @@
 
 use cryptoki_sys::*;
 
-use super::{C_GenerateKeyPair, C_SignInit, module};
+use super::{C_GenerateKeyPair, C_SignInit, cloudhsm, module};
 
 /// Luna's number for each mechanism that it has under no other.
 const LUNA: [(CK_MECHANISM_TYPE, CK_MECHANISM_TYPE); 3] = [
@@ -59,6 +59,10 @@ pub(super) unsafe extern "C" fn made(
 ) -> CK_RV {
     // SAFETY: the caller's mechanism.
     let Some(mut mechanism) = (unsafe { behind_luna(mechanism) }) else { return CKR_MECHANISM_INVALID };
+    // SAFETY: the caller's template.
+    if unsafe { cloudhsm::refuses(public, public_count) } {
+        return CKR_ATTRIBUTE_VALUE_INVALID;
+    }
     // SAFETY: the arguments are the caller's, and a mechanism that outlives the call.
     unsafe {
         C_GenerateKeyPair(

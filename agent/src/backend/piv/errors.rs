@@ -7,6 +7,9 @@ use crate::host::wire::{Class, Failure};
 /// Programs that are known to keep a card to themselves, by the name of their process.
 const HOLDERS: [&str; 4] = ["scdaemon", "ykman", "yubico-authenticator", "yubikey-agent"];
 
+/// What every card goes through, and what waits for it.
+const OURS: [&str; 2] = ["pcscd", "omsign-agent"];
+
 /// What to do then.
 pub(super) const PIN_BLOCKED: &str =
     "its PIN is blocked; unblock it with the PUK: omsign-agent unblock, or ykman piv access unblock-pin";
@@ -31,25 +34,31 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message: format!("cannot {what}: {why}") }
 }
 
-/// Who probably holds it: `: scdaemon (process 1234)`, or nothing.
+/// Who probably holds it: `: scdaemon (process 1234)`, or nothing. Those that are known to do so first, then all that have
+/// loaded what talks to cards.
 pub(crate) fn holder() -> String {
-    let mut found = Vec::new();
+    let (mut known, mut others) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        let comm = comm.trim();
         // The kernel keeps fifteen bytes of a name.
-        let is = |holder: &&&str| holder.get(..15).unwrap_or(holder) == name.trim();
+        let holder = HOLDERS.iter().find(|holder| holder.get(..15).unwrap_or(holder) == comm);
         // One that runs for something else has not loaded it. Another user's may not be looked into.
-        let uses_cards = || {
-            std::fs::read_to_string(entry.path().join("maps"))
-                .map_or(true, |maps| maps.contains("libpcsclite"))
-        };
-        if let Some(holder) = HOLDERS.iter().find(is)
-            && uses_cards()
-        {
-            found.push(format!("{holder} (process {})", entry.file_name().display()));
+        let uses_cards =
+            std::fs::read_to_string(entry.path().join("maps")).map(|maps| maps.contains("libpcsclite"));
+        let process = entry.file_name();
+        match (holder, uses_cards) {
+            (Some(holder), Ok(true) | Err(_)) => {
+                known.push(format!("{holder} (process {})", process.display()))
+            }
+            (None, Ok(true)) if !OURS.contains(&comm) => {
+                others.push(format!("{comm} (process {})", process.display()));
+            }
+            _ => {}
         }
     }
-    if found.is_empty() { String::new() } else { format!(": {}", found.join(", ")) }
+    known.append(&mut others);
+    if known.is_empty() { String::new() } else { format!(": {}", known.join(", ")) }
 }
 
 /// `1 try is left`, `2 tries are left`.
@@ -59,6 +68,9 @@ pub(super) fn tries_left(tries: u8) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -67,10 +79,22 @@ mod tests {
         std::fs::create_dir(&directory).expect("a directory");
         let program = directory.join("ykman");
         std::fs::copy("/bin/sleep", &program).expect("a copy");
-        let mut ykman = std::process::Command::new(&program).arg("60").spawn().expect("it starts");
+        let mut ykman = Command::new(&program).arg("60").spawn().expect("it starts");
         let named = holder();
         ykman.kill().and_then(|()| ykman.wait()).expect("it ends");
         std::fs::remove_dir_all(directory).expect("the directory");
         assert!(!named.contains(&format!("(process {})", ykman.id())), "{named}");
+    }
+
+    #[test]
+    fn a_program_that_nobody_knows_is_named_if_it_uses_cards() {
+        let uses = "import ctypes\nctypes.CDLL('libpcsclite.so.1')\nprint(flush=True)\ninput()";
+        let mut program = Command::new("python3");
+        program.args(["-c", uses]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut program = program.spawn().expect("it starts");
+        let loaded = program.stdout.as_mut().expect("its output").read(&mut [0]).expect("it has loaded it");
+        let named = holder();
+        program.kill().and_then(|()| program.wait()).expect("it ends");
+        assert!(loaded == 1 && named.contains(&format!("(process {})", program.id())), "{named}");
     }
 }

@@ -24,7 +24,7 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
     match task {
         Task::List(_) => list(card),
         Task::Generate(key, template) => generate(card, key, template, notify),
-        Task::Find(key) => {
+        Task::Find(key) | Task::Public(key) => {
             keys::find(card, &key.object, key.padding, notify).map(|(_, public)| Done::Key(public))
         }
         Task::Sign(key, message) => {

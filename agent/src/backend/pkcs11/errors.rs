@@ -54,6 +54,12 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         error if may_have_counted(error) => Class::Locked,
         // A kind of key or an attribute that cryptoki does not know.
         Error::NotSupported => Class::Refused,
+        Error::Pkcs11(code, function) if is_change(*function) && !is_of_device(code) => {
+            if matches!(code, RvError::FunctionNotSupported | RvError::UserTypeInvalid) {
+                message += ": the module does not let its users do that; use the device's own tools";
+            }
+            Class::Refused
+        }
         Error::Pkcs11(code, _) => match code {
             RvError::PinIncorrect
             | RvError::PinInvalid
@@ -61,7 +67,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             | RvError::PinExpired
             | RvError::PinLocked
             | RvError::UserPinNotInitialized => Class::Locked,
-            RvError::SessionCount | RvError::HostMemory | RvError::DeviceMemory => Class::Busy,
+            RvError::SessionCount => Class::Busy,
             RvError::DataInvalid
             | RvError::DataLenRange
             | RvError::KeyFunctionNotPermitted
@@ -86,6 +92,29 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         _ => Class::Gone,
     };
     Failure { class, message }
+}
+
+/// Whether a function makes, changes or removes objects. Of what they do not do, modules say so with whatever code comes to
+/// mind; for that nobody's token is to be opened anew.
+fn is_change(function: Function) -> bool {
+    use Function::{CreateObject, DestroyObject, GenerateKeyPair};
+    matches!(function, CreateObject | DestroyObject | GenerateKeyPair)
+}
+
+/// Whether a code is about the token, or the way to it.
+fn is_of_device(code: &RvError) -> bool {
+    matches!(
+        code,
+        RvError::CryptokiNotInitialized
+            | RvError::DeviceError
+            | RvError::DeviceRemoved
+            | RvError::HostMemory
+            | RvError::SessionClosed
+            | RvError::SessionHandleInvalid
+            | RvError::TokenNotPresent
+            | RvError::TokenNotRecognized
+            | RvError::UserNotLoggedIn
+    )
 }
 
 /// Whether a mechanism takes nothing in parts (PKCS#11 v3.0, 2.3.6: CKM_ECDSA). SoftHSM and kryoptic say that no such
@@ -122,6 +151,19 @@ mod tests {
         assert_eq!(class(RvError::DataLenRange), Class::Refused);
         assert_eq!(class(RvError::SessionCount), Class::Busy);
         assert_eq!(class(RvError::OperationNotInitialized), Class::Gone);
+        // A process that has leaked all there is does not get well.
+        assert_eq!((class(RvError::HostMemory), class(RvError::DeviceMemory)), (Class::Gone, Class::Gone));
+        for function in [Function::CreateObject, Function::DestroyObject, Function::GenerateKeyPair] {
+            let class = |code| classify("change", &Error::Pkcs11(code, function)).class;
+            assert_eq!(
+                (class(RvError::UserTypeInvalid), class(RvError::GeneralError)),
+                (Class::Refused, Class::Refused)
+            );
+            assert_eq!(
+                (class(RvError::DeviceRemoved), class(RvError::UserNotLoggedIn)),
+                (Class::Gone, Class::Gone)
+            );
+        }
         let no_login = Error::Pkcs11(RvError::OperationNotInitialized, Function::Login);
         assert_eq!(classify("sign", &no_login).class, Class::Refused);
         // No fresh session is a reason to offer it again.

@@ -50,7 +50,10 @@ pub(super) fn generate(
     };
     let named = [Attribute::Token(true), Attribute::Label(label), Attribute::Id(id)];
     let mut public = named.to_vec();
-    public.extend([Attribute::Private(false), Attribute::Verify(true)]);
+    if !profile.hides_public_keys {
+        public.push(Attribute::Private(false));
+    }
+    public.push(Attribute::Verify(true));
     let mut private = named.to_vec();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
@@ -59,7 +62,8 @@ pub(super) fn generate(
             public.push(Attribute::EcParams(params.to_vec()));
             Mechanism::EccKeyPairGen
         }
-        Made::Edwards(params) => {
+        Made::Edwards(number) => {
+            let params = if profile.names_edwards_curve { EDWARDS_NAME } else { number };
             public.push(Attribute::EcParams(params.to_vec()));
             ways.edwards_key_pair_gen()
         }
@@ -78,6 +82,9 @@ pub(super) fn generate(
     let made = session.generate_key_pair(&mechanism, &public, &private);
     made.map(drop).map_err(|error| classify("make the key", &error))
 }
+
+/// DER `PrintableString` (PKCS#11 v3.0, 2.3.10).
+const EDWARDS_NAME: &[u8] = b"\x13\x0cedwards25519";
 
 /// What a mechanism has to be told.
 enum Made {

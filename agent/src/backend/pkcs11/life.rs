@@ -26,7 +26,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task, notify: Notify<'_>) -> Res
             generate::generate(&session, &token.profile, &token.ways, key, template)?;
             found(key).map(|found| Done::Key(found.public))
         }
-        Task::Find(key) => found(key).map(|found| Done::Key(found.public)),
+        Task::Find(key) | Task::Public(key) => found(key).map(|found| Done::Key(found.public)),
         Task::Sign(key, message) => {
             let found = found(key)?;
             let content = found.public.content(message);
@@ -245,6 +245,14 @@ fn attributes(session: &Session, private: ObjectHandle) -> Result<Vec<(String, S
         Attribute::KeyGenMechanism(value) => Some(("CKA_KEY_GEN_MECHANISM", value.to_string())),
         _ => None,
     };
-    let attributes = read(session, private, &types)?.into_iter().filter_map(shown);
-    Ok(attributes.map(|(name, value)| (name.to_owned(), value)).collect())
+    let mut found = Vec::new();
+    for attribute in types {
+        // Of a key that was imported, say, some modules do not know by which mechanism it was made.
+        match session.get_attributes(private, &[attribute]) {
+            Ok(attributes) => found.extend(attributes.into_iter().filter_map(shown)),
+            Err(cryptoki::error::Error::NotSupported) => {}
+            Err(error) => return Err(classify("read attributes", &error)),
+        }
+    }
+    Ok(found.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }

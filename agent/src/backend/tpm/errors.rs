@@ -50,6 +50,25 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
+/// The same where a key that was found is used. Its handle is of nothing when somebody took the key from the TPM: then it is
+/// looked for anew.
+pub(super) fn using(what: &str, error: &Error) -> Failure {
+    let failure = classify(what, error);
+    match error {
+        Error::Tss2Error(code) if code.kind() == Some(Code::Handle) => Failure {
+            class: Class::Gone,
+            message: format!("{}: the key is not in the TPM any more", failure.message),
+        },
+        _ => failure,
+    }
+}
+
+/// Whether a TPM does not know what a key is to be.
+pub(super) fn is_about_parameters(error: &Error) -> bool {
+    use Code::{Curve, KeySize, Value};
+    matches!(error, Error::Tss2Error(code) if matches!(code.kind(), Some(Curve | KeySize | Value)))
+}
+
 /// The same where the owner hierarchy's value is asked for: that it is missing is no reason to lock our own keys.
 pub(super) fn owners(what: &str, error: &Error) -> Failure {
     let failure = classify(what, error);

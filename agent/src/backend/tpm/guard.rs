@@ -8,7 +8,7 @@ use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
 use tss_esapi::structures::{Digest, PcrSelectionList, PcrSlot, SymmetricDefinition};
 
 use super::super::{gone, refused};
-use super::errors::classify;
+use super::errors::{classify, using};
 use crate::config::{Bank, Pcrs};
 use crate::host::wire::{Class, Failure};
 
@@ -30,12 +30,12 @@ impl Guard {
     ) -> Result<T, Failure> {
         let Some(pcrs) = &self.pcrs else {
             let done = context.execute_with_session(Some(AuthSession::Password), then);
-            return done.map_err(|error| classify(what, &error));
+            return done.map_err(|error| using(what, &error));
         };
         let session = self.session(context, pcrs, SessionType::Policy)?;
         let done = context.execute_with_session(Some(session.into()), then);
         flush(context, session)?;
-        done.map_err(|error| match classify(what, &error) {
+        done.map_err(|error| match using(what, &error) {
             failure if failure.class == Class::Refused => refused(format!(
                 "the PCRs {pcrs} are not as they were when the key was made, or it was made for others: {}",
                 failure.message

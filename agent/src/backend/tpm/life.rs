@@ -21,7 +21,7 @@ use tss_esapi::structures::{
 };
 
 use super::super::refused;
-use super::errors::{classify, owners};
+use super::errors::{classify, is_about_parameters, owners};
 use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
 use super::keys::Key;
@@ -41,7 +41,9 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
             generate(context, key, template, auth)?;
             open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())))
         }
-        Task::Find(key) => open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone()))),
+        Task::Find(key) | Task::Public(key) => {
+            open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())))
+        }
         Task::Sign(key, message) => open(context, auth, key, |context, key, handle| {
             let algorithm = key.public.algorithm;
             let content = algorithm.content(message);
@@ -140,7 +142,11 @@ fn generate(
     if template.pin_policy.is_some() || template.touch_policy.is_some() {
         return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
     }
-    if template.key_type().is_rsa() && key.padding == Padding::Pss {
+    let key_type = template.key_type();
+    if matches!(key_type, KeyType::Ed25519 | KeyType::MlDsa44 | KeyType::MlDsa65 | KeyType::MlDsa87) {
+        return Err(refused("TPMs have neither Ed25519 nor ML-DSA; use p256".into()));
+    }
+    if key_type.is_rsa() && key.padding == Padding::Pss {
         return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
     if auth.is_none() && !template.no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
@@ -171,7 +177,15 @@ fn generate(
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create(parent, public, auth.cloned(), None, None, None)
     });
-    let done = made.map_err(|error| classify("make the key", &error)).and_then(|made| match &key.object {
+    let cannot = |error: tss_esapi::Error| {
+        let mut failure = classify("make the key", &error);
+        if is_about_parameters(&error) {
+            failure.message =
+                format!("this TPM makes no keys of type {key_type} ({}); use p256", failure.message);
+        }
+        failure
+    };
+    let done = made.map_err(cannot).and_then(|made| match &key.object {
         Object::TpmHandle(handle) => persist(context, parent, made, *handle),
         Object::TpmFile(path) => {
             let text = keyfile::encode(&made.out_public, &made.out_private, auth.is_some())?;
@@ -245,6 +259,7 @@ fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Publ
         KeyType::Rsa2048 => rsa(RsaKeyBits::Rsa2048),
         KeyType::Rsa3072 => rsa(RsaKeyBits::Rsa3072),
         KeyType::Rsa4096 => rsa(RsaKeyBits::Rsa4096),
+        // Refused before.
         KeyType::Ed25519 | KeyType::MlDsa44 | KeyType::MlDsa65 | KeyType::MlDsa87 => {
             Err(tss_esapi::Error::WrapperError(tss_esapi::WrapperErrorKind::UnsupportedParam))
         }

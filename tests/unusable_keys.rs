@@ -1,0 +1,146 @@
+//! Keys that no longer sign, and what devices do not do: operators are told, get on, and take nothing away from callers.
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::write_private;
+use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::device::card_through;
+use omsign_tests::operator::{answering, does, refuses};
+use omsign_tests::world::{World, key, key_section, text, token_section};
+use openssl::pkey::PKey;
+
+/// Deletes a key whose public half this is: SubjectPublicKeyInfo, PEM.
+fn delete(world: &World, name: &str, public: &str) -> anyhow::Result<String> {
+    let der = PKey::public_key_from_pem(public.as_bytes())?.public_key_to_der()?;
+    let start = hex::encode(openssl::sha::sha256(&der)).get(..8).context("a digest")?.to_owned();
+    let output = answering(world, &["delete", name], &format!("{name}\n{start}\n"))?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(String::from_utf8(output.stderr)?)
+}
+
+/// After an update of the firmware, as it were.
+#[test]
+fn a_key_whose_pcrs_have_changed() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let guarded = |name, handle: &str| {
+        key(name, "device", &format!("handle = \"{handle}\"")).replace("\n[[", "\npcrs = \"sha256:23\"\n[[")
+    };
+    let config = world.listen()
+        + &chip.section("device")
+        + &guarded("k", "0x81000010")
+        + &guarded("old", "0x81000020");
+    world.write("agent.toml", &config)?;
+    let old = does(&world, &["generate", "old", "--type", "p256"])?;
+    let first = does(&world, &["generate", "k", "--type", "p256"])?;
+    let _agent = Agent::start(&world, &config)?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    chip.tool("tpm2_pcrextend", |tool| {
+        tool.arg(format!("23:sha256={}", "42".repeat(32)));
+    })?;
+    world.omsign_refuses(2, &["sign", "model", "--key", "k"], &["PCR"])?;
+    refuses(&world, &["csr", "k", "--subject", "CN=k"], "PCR")?;
+    let next = does(&world, &["rotate", "k"])?;
+    ensure!(next != first && does(&world, &["rotate", "k", "--finish"])? == next);
+    // Verifiers still get the one before.
+    let kept = std::fs::read_to_string(world.path("k.previous-1.pem"))?;
+    ensure!(kept == first, "{kept}");
+    does(&world, &["reload"])?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    delete(&world, "old", &old)?;
+    ensure!(!does(&world, &["list"])?.contains("0x81000020"));
+    // Of what is to be the next one, the configuration says it in another place.
+    let next = does(&world, &["rotate", "k"])?;
+    let said = delete(&world, "k/next", &next)?;
+    ensure!(said.contains("next = … in [key.k] names nothing any more"), "{said}");
+    Ok(())
+}
+
+/// Taken from the TPM while an agent has it open.
+#[test]
+fn a_key_that_is_gone_from_a_tpm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.guarded_key("k", 0x8100_0010, AUTH)?;
+    let section = chip.section("device") + &key("k", "device", "handle = \"0x81000010\"");
+    let _agent = Agent::start(&world, &(world.listen() + &section))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    let ready = || Ok(world.omsign_ok(&["keys", "--json"])?.contains("\"ready\""));
+    ensure!(ready()?);
+    chip.tool("tpm2_evictcontrol", |tool| {
+        tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
+    })?;
+    ensure!(!world.omsign(&["sign", "model", "--key", "k"])?.status.success());
+    eventually("what is said of it", || Ok(!ready()?))?;
+    chip.guarded_key("k", 0x8100_0010, AUTH)?;
+    eventually("the key that is there again", ready)?;
+    world.omsign_ok(&["sign", "model", "--key", "k"]).map(drop)
+}
+
+/// Their users may not write there: it is said, and the token serves on.
+#[test]
+fn modules_that_store_and_delete_nothing() -> anyhow::Result<()> {
+    for module in ["libykcs11.so", "opensc-pkcs11.so"] {
+        let world = World::new()?;
+        let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+        let device = card_through(&card, module, &["9c"])?;
+        let agent = Agent::start(&world, &(world.listen() + &device.token + &device.keys))?;
+        world.model()?;
+        world.omsign_ok(&["sign", "model", "--key", "9c"])?;
+        let hosts = agent.hosts()?;
+        let own = world.write("own.pem", does(&world, &["self-sign", "9c", "--subject", "CN=k"])?)?;
+        let words = "the module does not let its users do that; use the device's own tools";
+        refuses(&world, &["import-certificate", "9c", &text(&own)], words)?;
+        world.omsign_ok(&["sign", "model", "--key", "9c"])?;
+        ensure!(agent.hosts()? == hosts, "{module}: another process owns the token");
+    }
+    Ok(())
+}
+
+/// Of a key that came from elsewhere not everything is known, and the rest is what tells.
+#[test]
+fn attributes_of_an_imported_key() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    let (own, der) = (world.path("own.pem"), world.path("own.der"));
+    let made = std::process::Command::new("openssl")
+        .args(["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out"])
+        .arg(&own)
+        .output()?;
+    ensure!(made.status.success());
+    let private = PKey::private_key_from_pem(&std::fs::read(&own)?)?;
+    write_private(&der, &private.private_key_to_der()?)?;
+    token.tool(&["--write-object", &text(&der), "--type", "privkey", "--label", "k", "--id", "07"])?;
+    world.write("k.der", private.public_key_to_der()?)?;
+    let public = text(&world.path("k.der"));
+    token.tool(&["--write-object", &public, "--type", "pubkey", "--label", "k", "--id", "07"])?;
+    world.write(
+        "agent.toml",
+        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
+    )?;
+    let attested = does(&world, &["attest", "k"])?;
+    let attested: serde_json::Value = serde_json::from_str(&attested)?;
+    ensure!(attested.to_string().contains(r#"["CKA_LOCAL","false"]"#), "{attested}");
+    Ok(())
+}
+
+/// Each kind of key that a TPM cannot have is refused in words.
+#[test]
+fn keys_that_a_tpm_does_not_have() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let config = world.listen() + &chip.section("device") + &key("k", "device", "file = \"k.pem\"");
+    world.write("agent.toml", &config)?;
+    for (kind, words) in [
+        ("ed25519", "TPMs have neither Ed25519 nor ML-DSA; use p256"),
+        ("ml-dsa-65", "TPMs have neither Ed25519 nor ML-DSA; use p256"),
+        ("rsa4096", "this TPM makes no keys of type rsa4096"),
+    ] {
+        refuses(&world, &["generate", "k", "--type", kind], words)?;
+    }
+    Ok(())
+}
