@@ -101,7 +101,16 @@ fn a_busy_token_is_asked_again() -> anyhow::Result<()> {
         freed?;
         signed?;
         ensure!(agent.hosts()? == hosts, "busy is no reason for a new process");
-        Ok(())
+        // CKR_HOST_MEMORY, for good: a module that has lost it all.
+        proxy.set("C_SignInit 2 0\n")?;
+        let replaced = async {
+            eventually_async("another process", || agent.hosts().is_ok_and(|now| now != hosts)).await?;
+            proxy.set("")
+        };
+        let (signed, replaced) =
+            tokio::join!(sign(&mut client, request("k", 4, &DIGEST), SECOND * 20), replaced);
+        replaced?;
+        signed.map(drop).map_err(Into::into)
     })
 }
 

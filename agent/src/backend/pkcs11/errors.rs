@@ -68,6 +68,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             | RvError::PinLocked
             | RvError::UserPinNotInitialized => Class::Locked,
             RvError::SessionCount => Class::Busy,
+            _ if is_out_of_memory(error) => Class::Busy,
             RvError::DataInvalid
             | RvError::DataLenRange
             | RvError::KeyFunctionNotPermitted
@@ -94,6 +95,11 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
+/// Whether the module, or the device, has no more memory.
+pub(super) fn is_out_of_memory(error: &Error) -> bool {
+    matches!(error, Error::Pkcs11(RvError::HostMemory | RvError::DeviceMemory, _))
+}
+
 /// Whether a function makes, changes or removes objects. Of what they do not do, modules say so with whatever code comes to
 /// mind; for that nobody's token is to be opened anew.
 fn is_change(function: Function) -> bool {
@@ -108,7 +114,6 @@ fn is_of_device(code: &RvError) -> bool {
         RvError::CryptokiNotInitialized
             | RvError::DeviceError
             | RvError::DeviceRemoved
-            | RvError::HostMemory
             | RvError::SessionClosed
             | RvError::SessionHandleInvalid
             | RvError::TokenNotPresent
@@ -151,8 +156,7 @@ mod tests {
         assert_eq!(class(RvError::DataLenRange), Class::Refused);
         assert_eq!(class(RvError::SessionCount), Class::Busy);
         assert_eq!(class(RvError::OperationNotInitialized), Class::Gone);
-        // A process that has leaked all there is does not get well.
-        assert_eq!((class(RvError::HostMemory), class(RvError::DeviceMemory)), (Class::Gone, Class::Gone));
+        assert_eq!((class(RvError::HostMemory), class(RvError::DeviceMemory)), (Class::Busy, Class::Busy));
         for function in [Function::CreateObject, Function::DestroyObject, Function::GenerateKeyPair] {
             let class = |code| classify("change", &Error::Pkcs11(code, function)).class;
             assert_eq!(

@@ -10,14 +10,14 @@ mod ways;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Info as LibraryInfo, Pkcs11};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use self::errors::{Recovery, classify, describe, recovery};
+use self::errors::{Recovery, classify, describe, is_out_of_memory, recovery};
 use self::login::Again;
 use self::objects::Found;
 use self::ways::Ways;
@@ -204,14 +204,19 @@ struct Signer<'a> {
     /// Absent only while it is replaced.
     session: Option<Session>,
     keys: Vec<Option<Found>>,
+    /// Since when it has been told of nothing but too little memory.
+    starved: Option<Instant>,
 }
+
+/// How long others may have taken the memory. After that the module may have lost it itself, which only a new process cures.
+const STARVED: Duration = Duration::from_secs(5);
 
 impl<'a> Signer<'a> {
     fn new(token: &'a OpenToken) -> Result<Self, Failure> {
         let session = open_session(&token.pkcs11, token.slot, &token.profile)
             .map_err(|error| classify("open a session", &error))?;
         let keys = token.keys.iter().map(|key| key.as_ref().map(|key| key.found.clone())).collect();
-        Ok(Self { token, session: Some(session), keys })
+        Ok(Self { token, session: Some(session), keys, starved: None })
     }
 
     fn reopen(&mut self, index: usize, key: &Key, notify: Notify<'_>) -> Result<(), Failure> {
@@ -259,7 +264,10 @@ impl super::Signer for Signer<'_> {
             };
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
             let error = match objects::sign(session, found, bytes, ways, notify) {
-                Ok(Ok(signature)) => return Ok(signature),
+                Ok(Ok(signature)) => {
+                    self.starved = None;
+                    return Ok(signature);
+                }
                 Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
                 Err(error) => error,
             };
@@ -274,7 +282,13 @@ impl super::Signer for Signer<'_> {
                     // After a failed C_Sign the operation may still be active: the session is spent. Without another one,
                     // the next signature says so.
                     let _ = self.renew_session();
-                    return Err(classify("sign", &error));
+                    let failure = classify("sign", &error);
+                    let starved =
+                        is_out_of_memory(&error).then(|| *self.starved.get_or_insert_with(Instant::now));
+                    return Err(match starved {
+                        Some(since) if since.elapsed() > STARVED => gone(failure.message),
+                        _ => failure,
+                    });
                 }
             }
         }
