@@ -85,11 +85,12 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     // Where caches are may be elsewhere, and what else is there stays there.
     shell(
         &world,
-        "mv .cache/omsign/digests moved && ln -s ../../moved .cache/omsign/digests && mkdir moved/other",
+        "mv .cache/omsign/digests moved && ln -s ../../moved .cache/omsign/digests && touch moved/other",
     )?;
     shell(&world, &format!("{later} digest model --digest-cache"))?;
-    ensure!(from_cache("--digest-cache")? == files && world.path("moved/other").is_dir());
+    ensure!(from_cache("--digest-cache")? == files && world.path("moved/other").is_file());
     ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n");
+    ensure!(world.path("moved/other").is_file(), "it is not ours");
     shell(&world, "rm .cache/omsign/digests && touch .cache/omsign/digests")?;
     let arguments = [&["sign", "model", "--digest-cache"], &KEY[..]].concat();
     world.omsign_refuses(2, &arguments, &["File exists", "hint: there has to be a directory"])?;

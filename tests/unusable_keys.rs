@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually};
@@ -56,6 +56,43 @@ fn a_key_whose_pcrs_have_changed() -> anyhow::Result<()> {
     let next = does(&world, &["rotate", "k"])?;
     let said = delete(&world, "k/next", &next)?;
     ensure!(said.contains("next = … in [key.k] names nothing any more"), "{said}");
+    Ok(())
+}
+
+/// Beside a key on a PKCS#11 token whoever likes puts another public half, without a PIN: it is taken for nobody's.
+#[test]
+fn a_public_half_that_somebody_exchanged() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    token.generate("k", KeyType::P256, Objects::Pair)?;
+    world.write(
+        "agent.toml",
+        world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k"),
+    )?;
+    let next = does(&world, &["rotate", "k"])?;
+    let config = std::fs::read_to_string(world.path("agent.toml"))?;
+    let listed: serde_json::Value = serde_json::from_str(&does(&world, &["list", "--json"])?)?;
+    let id = |name: &str| {
+        let keys = listed["tokens"][0]["keys"].as_array().into_iter().flatten();
+        let object = keys.filter(|key| key["names"][0] == name).find_map(|key| key["object"].as_str());
+        let id = object.and_then(|object| object.split("id \"").nth(1)).unwrap_or_default();
+        id.chars().take_while(char::is_ascii_hexdigit).collect::<String>()
+    };
+    token.generate("other", KeyType::P256, Objects::Pair)?;
+    let other = PKey::public_key_from_pem(&std::fs::read(token.public_key("other"))?)?;
+    world.write("other.der", other.public_key_to_der()?)?;
+    let other = text(&world.path("other.der"));
+    for (name, label) in [("k/next", "k-2"), ("k", "k")] {
+        let (label, id) = (["--label", label], ["--id", &id(name)]);
+        ensure!(!id[1].is_empty(), "{listed}");
+        token.tool(&[&["--delete-object", "--type", "pubkey"], &id[..]].concat())?;
+        token.tool(&[&["--write-object", &other, "--type", "pubkey"], &label[..], &id[..]].concat())?;
+        let words = "does not belong to it";
+        refuses(&world, &["rotate", "k", "--finish"], words)?;
+        refuses(&world, &["delete", name], words)?;
+        ensure!(std::fs::read_to_string(world.path("agent.toml"))? == config);
+    }
+    ensure!(!does(&world, &["list"])?.contains(&next));
     Ok(())
 }
 

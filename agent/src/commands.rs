@@ -11,7 +11,7 @@ use omsign_agent::config::{Config, Device, PinSource};
 use omsign_agent::init::{Init, Secret};
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
-use omsign_agent::key_life::{Asking, Command, NEXT, Output, TokenKeys};
+use omsign_agent::key_life::{Asking, Command, NEXT, Need, Output, TokenKeys};
 use omsign_agent::operator::{self, Unblock};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
@@ -80,7 +80,8 @@ pub(crate) fn key(
             Command::Attest { key: name, asking: Asking { nonce: nonce_of(&nonce)?, challenge } }
         }
         KeyCommand::Delete { name } => {
-            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone() })? else {
+            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone(), need: Need::Shown })?
+            else {
                 bail!("the device did not answer");
             };
             confirmed(&config, &name, &public)?;

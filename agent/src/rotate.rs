@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
-use omsign_agent::key_life::{Command, NEXT, Output, Template, how_to_unlock};
+use omsign_agent::key_life::{Command, NEXT, Need, Output, Template, how_to_unlock};
 
 use omsign_agent::operator::OperatorError;
 use omsign_agent::spki::SpkiDer;
@@ -40,7 +40,7 @@ impl Rotation<'_> {
         };
         self.is_free(key, &next)?;
         if template.key_type.is_none() {
-            let (_, present) = der::pem::decode_vec(self.public(self.name)?.as_bytes())
+            let (_, present) = der::pem::decode_vec(self.public(self.name, Need::Shown)?.as_bytes())
                 .map_err(|error| anyhow::anyhow!("{error}"))?;
             template.key_type = SpkiDer(present).key_type();
         }
@@ -58,7 +58,8 @@ impl Rotation<'_> {
                         return Err(error);
                     }
                 };
-                let there = ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name) });
+                let there =
+                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Signs });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;
                 reload(self.config)?;
@@ -108,7 +109,8 @@ impl Rotation<'_> {
         );
         // What was written by hand, the agent has not read.
         reload(self.config)?;
-        let (next, present) = (self.public(&format!("{}{NEXT}", self.name))?, self.public(self.name)?);
+        let next = self.public(&format!("{}{NEXT}", self.name), Need::Signs)?;
+        let present = self.public(self.name, Need::Shown)?;
         let before = self.text()?;
         let written = self.written_chain(&before)?;
         let old = match &written {
@@ -139,8 +141,8 @@ impl Rotation<'_> {
         Ok(next)
     }
 
-    fn public(&self, name: &str) -> anyhow::Result<String> {
-        match ask(self.config, Command::Public { key: name.to_owned() })? {
+    fn public(&self, name: &str, need: Need) -> anyhow::Result<String> {
+        match ask(self.config, Command::Public { key: name.to_owned(), need })? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
         }

@@ -62,7 +62,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Bundle(BundleError::Occupied(_)) => "choose another --signature, or remove it first".into(),
         Error::Model(ModelError::Odd(_, Oddity::Special | Oddity::Cycle)) => "leave it out with --ignore-paths".into(),
-        Error::Hash(HashError::Changed(_)) => "try again when nothing writes to the model".into(),
+        Error::Hash(HashError::Changed(_)) => {
+            "try again when nothing writes to the model, links to its files or changes their owners".into()
+        }
         Error::Hash(HashError::Threads(..)) => "ask for fewer with --jobs; one for each core is enough".into(),
         Error::Hash(HashError::Kernel(..)) => "leave OMSIGN_HASH_KERNEL out: the fastest is found by itself".into(),
         Error::Cache(CacheError::Others(path)) => {

@@ -144,10 +144,7 @@ impl<'a> Pairs<'a> {
         let missing: BTreeSet<&str> = self.missing.iter().map(String::as_str).collect();
         for (index, name) in before.names.iter().enumerate() {
             let same = match self.names.binary_search(name) {
-                Ok(now) => {
-                    let stamps = self.files.stamp(now).zip(before.files.stamp(index));
-                    stamps.is_some_and(|(now, before)| now.same_content(before))
-                }
+                Ok(now) => self.files.stamp(now) == before.files.stamp(index),
                 // An only file may be another one, by another name. What is missing, or wrong, is told as that.
                 Err(_) => missing.contains(name) || wrong.contains_key(name),
             };

@@ -14,6 +14,7 @@ use openssl_sys as ffi;
 
 use crate::certificate;
 use crate::crl::Crls;
+use crate::key::PublicKey;
 
 /// Why a certificate does not lead to a trusted one.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +124,7 @@ pub(crate) enum Purpose {
 impl Question<'_> {
     /// The way that it did at this time: from the leaf to an anchor.
     pub(crate) fn ask(&self, at: Timestamp) -> Result<Vec<X509>, PathError> {
-        if self.leaf.public_key().is_err() {
+        if self.leaf.public_key().is_err() && PublicKey::of_certificate(self.leaf).is_ok() {
             return Err(PathError::UnknownKey(certificate::subject(self.leaf), openssl::version::version()));
         }
         let mut parameters = parameters()?;

@@ -18,10 +18,8 @@ pub(crate) enum Task {
     List(Vec<Object>),
     /// Make this key, which must not be there yet, and check it as every key is checked.
     Generate(KeySpec, Template),
-    /// Find this key and check it.
-    Find(KeySpec),
-    /// Show its public half, also where it does not sign.
-    Public(KeySpec),
+    /// Find this key, for this.
+    Find(KeySpec, Need),
     /// Sign a message with this key.
     Sign(KeySpec, #[serde(with = "hex")] Vec<u8>),
     /// Keep this certificate, DER, beside this key.
@@ -39,12 +37,22 @@ impl Task {
             // YubiKeys and TPMs need minutes for some RSA keys, and a TPM may make its endorsement key for a challenge.
             Self::Generate(..) | Self::Attest(..) => Duration::from_secs(300),
             // Three calls for each of ten thousand objects in another building.
-            Self::List(_) | Self::Public(_) | Self::Delete(..) => Duration::from_secs(60),
-            Self::Find(_) | Self::Sign(..) | Self::Store(..) => Duration::ZERO,
+            Self::List(_) => Duration::from_secs(60),
+            Self::Find(..) | Self::Sign(..) | Self::Store(..) | Self::Delete(..) => Duration::ZERO,
         };
         // To find a key and check it takes some ten calls; most are quick where one is slow.
         least.max(one.saturating_mul(6))
     }
+}
+
+/// What a key is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Need {
+    /// To sign: it does that before anything is said of it.
+    Signs,
+    /// To be replaced, or deleted. Where its device itself holds both halves together, one that no longer signs is good enough:
+    /// a TPM and a card, but no PKCS#11 token, where whoever likes puts another public half beside it.
+    Shown,
 }
 
 /// How a key is made. What a device does not have is refused, not left out.

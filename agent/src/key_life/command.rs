@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::attestation::Attestation;
 use super::certificate::Subject;
 use crate::config::Config;
-use crate::host::task::{Asking, Listed, Template};
+use crate::host::task::{Asking, Listed, Need, Template};
 
 /// After a key's name: the key that is to take its place.
 pub const NEXT: &str = "/next";
@@ -30,6 +30,8 @@ pub enum Command {
     Public {
         /// Name of the key.
         key: String,
+        /// What for.
+        need: Need,
     },
     /// A certificate request (PKCS#10, RFC 2986), signed by the key.
     Csr {
@@ -111,7 +113,7 @@ impl Command {
             Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
             Self::Reload => return Vec::new(),
             Self::Generate { key, .. }
-            | Self::Public { key }
+            | Self::Public { key, .. }
             | Self::Csr { key, .. }
             | Self::SelfSign { key, .. }
             | Self::ImportCertificate { key, .. }

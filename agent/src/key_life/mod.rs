@@ -21,7 +21,7 @@ pub use self::certificate::Subject;
 pub use self::command::{Command, NEXT, Named, Output, TokenKeys};
 use crate::audit::{self, Audit, AuditError, Entry};
 use crate::config::{Config, Device};
-pub use crate::host::task::{Asking, Template, TouchPolicy};
+pub use crate::host::task::{Asking, Need, Template, TouchPolicy};
 use crate::host::task::{Done, Task};
 use crate::host::wire::KeySpec;
 use crate::identity::Identity;
@@ -143,20 +143,20 @@ impl Operator<'_> {
                 }
                 Ok(Output::Pem(pem(&made.spki)?))
             }
-            Command::Public { key } => {
+            Command::Public { key, .. } => {
                 let (_, public) = self.everywhere(command, key, say).await?;
                 Ok(Output::Pem(pem(&public.spki)?))
             }
             Command::Csr { key, subject } => {
                 let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
                 let unsigned = certificate::Request::new(&public, subject)?;
                 let signature = place.sign(unsigned.message()?, say).await?;
                 Ok(Output::Pem(unsigned.signed(&signature)?))
             }
             Command::SelfSign { key, subject, days } => {
                 let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
                 let unsigned = certificate::SelfSigned::new(&public, subject, *days)?;
                 let signature = place.sign(unsigned.message()?, say).await?;
                 Ok(Output::Pem(unsigned.signed(&signature)?))
@@ -178,7 +178,7 @@ impl Operator<'_> {
                 if !asking.nonce.is_empty() && !matches!(device, Some(Device::Tpm(_))) {
                     return Err(place.failed(TokenError::Refused("only a TPM attests with a nonce".into())));
                 }
-                let public = place.public(Task::Find(place.spec.clone()), say).await?;
+                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
                 match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
                         Ok(Output::Attested(Box::new(Attestation::new(key, &public, evidence))))
@@ -275,11 +275,12 @@ impl Operator<'_> {
         key: &'b str,
         say: Say<'_>,
     ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
-        // What only looks at it, or has it gone, needs no key that signs.
-        let find = |place: &Place<'_>| match command {
-            Command::Public { .. } | Command::Delete { .. } => Task::Public(place.spec.clone()),
-            _ => Task::Find(place.spec.clone()),
+        let need = match command {
+            Command::Public { need, .. } => *need,
+            Command::Delete { .. } => Need::Shown,
+            _ => Need::Signs,
         };
+        let find = |place: &Place<'_>| Task::Find(place.spec.clone(), need);
         let first = self.place(key)?;
         let public = first.public(find(&first), say).await?;
         let mut places = vec![first];

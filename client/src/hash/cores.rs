@@ -52,23 +52,23 @@ impl Cores {
         self.pool.current_num_threads()
     }
 
-    /// Has every thread do `work`, and those that are added.
-    pub(super) fn run(&self, work: impl Fn(Worker<'_>) + Sync) {
-        let (work, added) = (&work, Once::new());
+    /// Has every thread do `work`, and those that are added: so many at most.
+    pub(super) fn run(&self, most: usize, work: impl Fn(Worker<'_>) + Sync) {
+        let (work, added, more) = (&work, Once::new(), self.more.min(most));
         scope(|scope| {
-            let add = || added.call_once(|| self.add(scope, work));
+            let add = || added.call_once(|| add(more, scope, work));
             self.pool.broadcast(|core| work(Worker::new(Some(core.index()), &add)));
         });
     }
+}
 
-    fn add<'scope>(&self, scope: &'scope Scope<'scope, '_>, work: &'scope (impl Fn(Worker<'_>) + Sync)) {
-        for _ in 0..self.more {
-            let added =
-                Builder::new().name("waits".into()).spawn_scoped(scope, || work(Worker::new(None, &|| ())));
-            // Those that there are do it all.
-            if added.is_err() {
-                break;
-            }
+fn add<'scope>(more: usize, scope: &'scope Scope<'scope, '_>, work: &'scope (impl Fn(Worker<'_>) + Sync)) {
+    for _ in 0..more {
+        let added =
+            Builder::new().name("waits".into()).spawn_scoped(scope, || work(Worker::new(None, &|| ())));
+        // Those that there are do it all.
+        if added.is_err() {
+            break;
         }
     }
 }

@@ -81,7 +81,8 @@ impl Progress {
 /// would cost each of many machines, which is to hash a part, nearly as much as the whole where files are small.
 const SAMPLED_FILES: usize = 1000;
 
-/// How often digests are remembered while others are computed: who is stopped loses a minute's work, and not hours.
+/// How often digests are remembered while others are computed: who is stopped, hours later, has all that were complete a minute
+/// before.
 const KEPT_EVERY: Duration = Duration::from_secs(60);
 
 /// What is hashed by itself: a file, or a shard of one.
@@ -105,7 +106,7 @@ impl Piece {
     }
 }
 
-/// Hashes files with all cores. Its buffers take 32 MiB at most, whatever it hashes.
+/// Hashes files with all cores. Its buffers take 35 MiB at most, whatever it hashes.
 pub struct Hasher {
     cores: Cores,
     sha256: Sha256,
@@ -150,7 +151,7 @@ impl Hasher {
     }
 
     /// A digest of some bytes of the largest files, at sixteen places at most, and of all of a small one: two models of the
-    /// same names and sizes mostly have different ones, but not where they differ only between these places.
+    /// same names and sizes mostly have different ones, but not where they differ only elsewhere.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
         let sample = |file: usize| {
             let (place, stamp) = files.get(file);

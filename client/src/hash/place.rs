@@ -111,10 +111,9 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// Whether it is the same file, and was not written to: another link to it, owner or mode change nothing of its content,
-    /// and need not cost the hours for which it was hashed.
-    pub(crate) fn same_content(&self, other: &Self) -> bool {
-        Self { changed: other.changed, ..*self } == *other
+    /// Of an open file.
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        Ok(Self::from(&fstat(file)?))
     }
 }
 
@@ -150,7 +149,7 @@ impl<'a> Looked<'a> {
     /// Whether the same number of files are in the same states.
     pub(crate) fn check_same(&self, later: &Self) -> Result<(), HashError> {
         let pairs = self.stamps.iter().zip(&later.stamps).zip(&later.paths);
-        match pairs.into_iter().find(|((before, after), _)| !before.same_content(after)) {
+        match pairs.into_iter().find(|((before, after), _)| before != after) {
             Some((_, path)) => Err(HashError::Changed(later.root.path_of(path))),
             None => Ok(()),
         }

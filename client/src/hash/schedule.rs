@@ -27,6 +27,8 @@ const LARGEST_BUFFER: usize = 256 << 10;
 /// Waking another core costs as much as hashing 100 KiB.
 const LARGEST_AHEAD: usize = 1 << 20;
 const SHORT_BUFFER: usize = 28 << 10;
+/// Of a thread that waits for small files: all of them have 2 MiB.
+const WAITING_BUFFER: usize = 32 << 10;
 const SMALLEST_BUFFER: usize = 4 << 10;
 
 /// Descriptors that are left to the rest of the process.
@@ -61,9 +63,6 @@ pub(super) struct Watch<'a> {
     pub(super) kept: Option<(Kept<'a>, Duration)>,
 }
 
-/// So many bytes are hashed between two looks at the clock.
-const LOOKED_AFTER: u64 = 64 << 20;
-
 /// Hashes units. `input` says which file a unit is of.
 pub(super) fn run<'a, S: Streams>(
     streams: &'a S,
@@ -78,7 +77,8 @@ pub(super) fn run<'a, S: Streams>(
     let jobs = cores.count();
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
-    let affordable = (descriptors.saturating_sub(SPARE_DESCRIPTORS) / jobs).max(1);
+    let spare = descriptors.saturating_sub(SPARE_DESCRIPTORS);
+    let affordable = (spare / jobs).max(1);
     // A core that took all that its vectors hold would leave none to the others where there is little.
     let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable);
     // And of more cores than share the buffers, each takes fewer: short reads cost more than lanes save.
@@ -109,7 +109,7 @@ pub(super) fn run<'a, S: Streams>(
         watch,
         kept: Mutex::new(Instant::now()),
     };
-    cores.run(|worker| work.work(worker));
+    cores.run(spare.saturating_sub(jobs * lanes), |worker| work.work(worker));
     let digests = work.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
     let failures = work.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     Hashed { digests, failures }
@@ -153,7 +153,10 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
     /// One thread's work: until nothing is left.
     fn work(&self, mut worker: Worker<'_>) {
         // Those that were added hash one file after the other: they are there to wait for them.
-        let most = if worker.core.is_some() { self.lanes } else { 1 };
+        let (most, buffer) = match worker.core {
+            Some(_) => (self.lanes, self.buffer),
+            None => (1, self.buffer.min(WAITING_BUFFER)),
+        };
         let mut lanes: Vec<Lane<'_, S::State>> = Vec::new();
         let mut buffers: Vec<Buffer> = Vec::new();
         while !self.stopped.load(Ordering::Relaxed) {
@@ -190,7 +193,7 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
             }
             if lanes.len() < most
                 && self.takes(&lanes)
-                && let Some(lane) = self.take(&mut buffers)
+                && let Some(lane) = self.take(&mut buffers, buffer)
             {
                 if lane.left <= SMALL_BYTES {
                     worker.took_small();
@@ -219,11 +222,8 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
 
     /// So many bytes more were hashed. Hours may have passed since the last one of a long file.
     fn hashed(&self, bytes: u64) {
-        let before = self.watch.hashed.fetch_add(bytes, Ordering::Relaxed);
+        self.watch.hashed.fetch_add(bytes, Ordering::Relaxed);
         let Some((kept, every)) = self.watch.kept else { return };
-        if before / LOOKED_AFTER == (before + bytes) / LOOKED_AFTER {
-            return;
-        }
         // Whoever comes while somebody tells it need not.
         if let Ok(mut last) = self.kept.try_lock()
             && last.elapsed() >= every
@@ -241,13 +241,13 @@ impl<'a, S: Streams, I: Fn(&Unit) -> (Place<'a>, Stamp)> Work<'a, S, I> {
     }
 
     /// The next unit that can be opened.
-    fn take(&self, buffers: &mut Vec<Buffer>) -> Option<Lane<'a, S::State>> {
+    fn take(&self, buffers: &mut Vec<Buffer>, buffer: usize) -> Option<Lane<'a, S::State>> {
         while !self.stopped.load(Ordering::Relaxed) {
             let next = self.next.fetch_add(1, Ordering::Relaxed);
             let &(index, unit) = self.longest_first.get(next)?;
             self.share.taken(unit.bytes());
             let (place, stamp) = (self.input)(unit);
-            let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(self.buffer));
+            let buffer = buffers.pop().unwrap_or_else(|| Buffer::new(buffer));
             match Feed::open(place, stamp, &unit.range, buffer, self.ahead) {
                 Ok(feed) => {
                     let (state, left) = (self.streams.start(unit), unit.bytes());

@@ -10,8 +10,10 @@ use super::errors::classify;
 use super::{Card, is_factorys, keys, line};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::{Object, PIV_SLOTS};
-use crate::host::task::{self, Done, Evidence, Listed, Task, Template};
-use crate::host::wire::{Failure, KeySpec};
+use crate::host::task::{self, Done, Evidence, Listed, Need, Task, Template};
+use crate::host::wire::{Class, Failure, KeySpec};
+use crate::public_key::PublicKey;
+use crate::spki::SpkiDer;
 
 /// The key that signs attestations, made in the factory (Yubico, "PIV attestation").
 const ATTESTATION: u8 = 0xf9;
@@ -24,8 +26,15 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
     match task {
         Task::List(_) => list(card),
         Task::Generate(key, template) => generate(card, key, template, notify),
-        Task::Find(key) | Task::Public(key) => {
-            keys::find(card, &key.object, key.padding, notify).map(|(_, public)| Done::Key(public))
+        Task::Find(key, need) => {
+            let found = keys::find(card, &key.object, key.padding, notify).map(|(_, public)| public);
+            match found {
+                Err(failure) if failure.class == Class::Refused && *need == Need::Shown => {
+                    shown(card, slot(key)?, key).ok_or(failure)
+                }
+                found => found,
+            }
+            .map(Done::Key)
         }
         Task::Sign(key, message) => {
             let (key, public) = keys::find(card, &key.object, key.padding, notify)?;
@@ -43,6 +52,14 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
         Task::Attest(key, _) => attest(card, slot(key)?),
         Task::Delete(key, _) => delete(card, slot(key)?, notify),
     }
+}
+
+/// The public half that the card has with a key, also where it does not sign.
+fn shown(card: &mut Card<'_>, slot: SlotId, key: &KeySpec) -> Option<PublicKey> {
+    let public = piv::metadata(card.yubikey, slot).ok()?.public?;
+    let spki = SpkiDer(public.to_der().ok()?);
+    let algorithm = spki.algorithm(key.padding).ok()?;
+    Some(PublicKey { algorithm, spki, hashes: false })
 }
 
 fn slot(key: &KeySpec) -> Result<SlotId, Failure> {
@@ -64,7 +81,7 @@ fn list(card: &mut Card<'_>) -> Result<Done, Failure> {
             Err(error) => return Err(classify("read the slot's metadata", &error)),
         };
         let SlotAlgorithmId::Asymmetric(algorithm) = metadata.algorithm else { continue };
-        let spki = metadata.public.and_then(|public| public.to_der().ok()).map(crate::spki::SpkiDer);
+        let spki = metadata.public.and_then(|public| public.to_der().ok()).map(SpkiDer);
         let known = spki.as_ref().and_then(|spki| spki.algorithm(Default::default()).ok());
         let mut notes = Vec::new();
         if let Some((pin, touch)) = metadata.policy {

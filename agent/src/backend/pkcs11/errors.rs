@@ -67,8 +67,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             | RvError::PinExpired
             | RvError::PinLocked
             | RvError::UserPinNotInitialized => Class::Locked,
-            RvError::SessionCount => Class::Busy,
-            _ if is_out_of_memory(error) => Class::Busy,
+            RvError::SessionCount | RvError::HostMemory | RvError::DeviceMemory => Class::Busy,
             RvError::DataInvalid
             | RvError::DataLenRange
             | RvError::KeyFunctionNotPermitted
@@ -95,9 +94,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
-/// Whether the module, or the device, has no more memory.
-pub(super) fn is_out_of_memory(error: &Error) -> bool {
-    matches!(error, Error::Pkcs11(RvError::HostMemory | RvError::DeviceMemory, _))
+/// Whether the module has no more memory.
+pub(super) fn is_out_of_host_memory(error: &Error) -> bool {
+    matches!(error, Error::Pkcs11(RvError::HostMemory, _))
 }
 
 /// Whether a function makes, changes or removes objects. Of what they do not do, modules say so with whatever code comes to

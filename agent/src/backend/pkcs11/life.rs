@@ -26,7 +26,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task, notify: Notify<'_>) -> Res
             generate::generate(&session, &token.profile, &token.ways, key, template)?;
             found(key).map(|found| Done::Key(found.public))
         }
-        Task::Find(key) | Task::Public(key) => found(key).map(|found| Done::Key(found.public)),
+        Task::Find(key, _) => found(key).map(|found| Done::Key(found.public)),
         Task::Sign(key, message) => {
             let found = found(key)?;
             let content = found.public.content(message);

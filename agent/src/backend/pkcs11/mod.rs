@@ -5,6 +5,7 @@ mod generate;
 mod life;
 mod login;
 mod objects;
+mod signer;
 mod ways;
 
 use std::collections::BTreeMap;
@@ -17,12 +18,12 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use self::errors::{Recovery, classify, describe, is_out_of_memory, recovery};
+use self::errors::{classify, describe};
 use self::login::Again;
 use self::objects::Found;
+use self::signer::Signer;
 use self::ways::Ways;
 use super::{Device, Notify, PROBE_EVERY, Say, gone, locked, refused, while_opening};
-use crate::algorithm::Content;
 use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
@@ -38,6 +39,8 @@ struct OpenToken {
     anchor: Mutex<Session>,
     ways: Ways,
     profile: Profile,
+    /// Since when signing has failed for want of memory.
+    starved: Mutex<Option<Instant>>,
 }
 
 /// A key that passed its check.
@@ -100,7 +103,19 @@ pub(super) fn open(
     }
     let opened = Opened { device: device(&info), sessions, keys: public, touch: BTreeMap::new() };
     let (anchor, profile) = (Mutex::new(anchor), profile.clone());
-    Ok((Box::new(OpenToken { pkcs11, slot, keys, sessions, anchor, ways, profile }), opened))
+    Ok((
+        Box::new(OpenToken {
+            pkcs11,
+            slot,
+            keys,
+            sessions,
+            anchor,
+            ways,
+            profile,
+            starved: Mutex::default(),
+        }),
+        opened,
+    ))
 }
 
 /// Makes a token in a slot that has none yet.
@@ -194,103 +209,6 @@ impl Device for OpenToken {
         drop(self.anchor);
         if let Err(error) = self.pkcs11.finalize() {
             tracing::debug!(%error, "C_Finalize");
-        }
-    }
-}
-
-/// One session with its keys, for one thread.
-struct Signer<'a> {
-    token: &'a OpenToken,
-    /// Absent only while it is replaced.
-    session: Option<Session>,
-    keys: Vec<Option<Found>>,
-    /// Since when it has been told of nothing but too little memory.
-    starved: Option<Instant>,
-}
-
-/// How long others may have taken the memory. After that the module may have lost it itself, which only a new process cures.
-const STARVED: Duration = Duration::from_secs(5);
-
-impl<'a> Signer<'a> {
-    fn new(token: &'a OpenToken) -> Result<Self, Failure> {
-        let session = open_session(&token.pkcs11, token.slot, &token.profile)
-            .map_err(|error| classify("open a session", &error))?;
-        let keys = token.keys.iter().map(|key| key.as_ref().map(|key| key.found.clone())).collect();
-        Ok(Self { token, session: Some(session), keys, starved: None })
-    }
-
-    fn reopen(&mut self, index: usize, key: &Key, notify: Notify<'_>) -> Result<(), Failure> {
-        let ways = &self.token.ways;
-        let session = self.renew_session()?;
-        // Objects look deleted when the login or the token is lost; only a fresh process can tell.
-        let handle = objects::find_private(session, &key.object)
-            .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
-        let found = Found { handle, ..key.found.clone() };
-        // A new key may have the name, and another public half than callers were told.
-        match objects::signs(session, &found, ways, notify) {
-            Ok(true) => {}
-            Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
-            // A PIN that was refused is not for the next process to offer.
-            Err(failure) if failure.class == Class::Locked => return Err(failure),
-            Err(failure) => return Err(gone(failure.message)),
-        }
-        if let Some(known) = self.keys.get_mut(index) {
-            *known = Some(found);
-        }
-        Ok(())
-    }
-
-    /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
-    fn renew_session(&mut self) -> Result<&Session, Failure> {
-        drop(self.session.take());
-        let opened = open_session(&self.token.pkcs11, self.token.slot, &self.token.profile);
-        let opened = opened.map_err(|error| gone(classify("open a session", &error).message))?;
-        Ok(self.session.insert(opened))
-    }
-}
-
-impl super::Signer for Signer<'_> {
-    /// A stale session or handle is replaced once.
-    fn sign(&mut self, index: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
-        let Some(Some(key)) = self.token.keys.get(index) else {
-            return Err(refused("no such key".to_owned()));
-        };
-        let bytes = key.found.public.bytes(content).map_err(refused)?;
-        let ways = &self.token.ways;
-        let mut reopened = false;
-        loop {
-            let Some(Some(found)) = self.keys.get(index) else {
-                return Err(refused("no such key".to_owned()));
-            };
-            let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
-            let error = match objects::sign(session, found, bytes, ways, notify) {
-                Ok(Ok(signature)) => {
-                    self.starved = None;
-                    return Ok(signature);
-                }
-                Ok(Err(malformed)) => return Err(gone(format!("the token's answer: {malformed}"))),
-                Err(error) => error,
-            };
-            tracing::debug!(key = %key.name, %error, "C_Sign failed");
-            match recovery(&error) {
-                Recovery::Reopen if !reopened => {
-                    reopened = true;
-                    self.reopen(index, key, notify)?;
-                }
-                Recovery::Reopen => return Err(gone(format!("cannot sign: {}", describe(&error)))),
-                Recovery::None => {
-                    // After a failed C_Sign the operation may still be active: the session is spent. Without another one,
-                    // the next signature says so.
-                    let _ = self.renew_session();
-                    let failure = classify("sign", &error);
-                    let starved =
-                        is_out_of_memory(&error).then(|| *self.starved.get_or_insert_with(Instant::now));
-                    return Err(match starved {
-                        Some(since) if since.elapsed() > STARVED => gone(failure.message),
-                        _ => failure,
-                    });
-                }
-            }
         }
     }
 }

@@ -100,6 +100,23 @@ impl Source {
     }
 }
 
+/// The public half of a key that is in the TPM, or that it loads, which shows that both belong together; also of one that does
+/// not sign.
+pub(super) fn shown(context: &mut Context, key: &KeySpec) -> Result<PublicKey, Failure> {
+    let source = match &key.object {
+        Object::TpmHandle(handle) => Source::Kept(persistent(context, *handle)?),
+        Object::TpmFile(path) => Source::File(KeyFile::read(path)?, None),
+        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+    };
+    let handle = source.handle(context)?;
+    let read = context.execute_without_session(|context| context.read_public(handle));
+    source.release(context, handle)?;
+    let (public, _, _) = read.map_err(|error| classify("read the public key", &error))?;
+    let spki = encoded(&public).map_err(refused)?;
+    let algorithm = spki.algorithm(key.padding).map_err(|error| refused(error.to_string()))?;
+    Ok(PublicKey { algorithm, spki, hashes: false })
+}
+
 /// No value is configured, so none was offered.
 fn waits(object: &Object) -> Failure {
     locked(format!(

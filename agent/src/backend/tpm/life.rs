@@ -28,7 +28,7 @@ use super::keys::Key;
 use super::{attest, keys};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::Object;
-use crate::host::task::{Done, Listed, Task, Template};
+use crate::host::task::{Done, Listed, Need, Task, Template};
 use crate::host::wire::{Class, Failure, KeySpec};
 
 /// The first persistent handle, and the most that are asked for (TPM 2.0 Part 2, 7.5).
@@ -41,8 +41,14 @@ pub(super) fn operate(context: &mut Context, auth: Option<&Auth>, task: &Task) -
             generate(context, key, template, auth)?;
             open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())))
         }
-        Task::Find(key) | Task::Public(key) => {
-            open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())))
+        Task::Find(key, need) => {
+            let found = open(context, auth, key, |_, key, _| Ok(Done::Key(key.public.clone())));
+            match found {
+                Err(failure) if failure.class == Class::Refused && *need == Need::Shown => {
+                    keys::shown(context, key).map(Done::Key).map_err(|_| failure)
+                }
+                found => found,
+            }
         }
         Task::Sign(key, message) => open(context, auth, key, |context, key, handle| {
             let algorithm = key.public.algorithm;

@@ -17,6 +17,9 @@ use crate::replace;
 
 const HEADER: &str = "omsign digests 2";
 
+/// How files begin that are being written.
+pub(super) const UNFINISHED: &str = ".omsign-";
+
 /// How long others may take to write theirs. After that somebody's digests are forgotten, which costs time and nothing else.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -77,7 +80,7 @@ fn parse_line(line: &str) -> Option<(Entry, Digest)> {
 /// Puts a new one in place of it.
 pub(super) fn write(path: &Path, entries: &HashMap<Entry, Digest>) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = io::BufWriter::new(tempfile::NamedTempFile::new_in(directory)?);
+    let mut file = io::BufWriter::new(tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(directory)?);
     let mut hasher = Sha256::new();
     let mut line = format!("{HEADER}\n");
     for (Entry { stamp, start, end, algorithm }, digest) in entries {

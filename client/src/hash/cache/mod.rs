@@ -80,6 +80,9 @@ pub struct Cache {
     settled: Result<u64, PathBuf>,
 }
 
+/// A cache's name is a digest, in hexadecimal.
+const CACHE_NAME: usize = 64;
+
 /// Where caches are: `$XDG_CACHE_HOME/omsign/digests`.
 pub fn directory() -> Result<PathBuf, CacheError> {
     Ok(user_directory("XDG_CACHE_HOME", ".cache").ok_or(CacheError::Nowhere)?.join("omsign/digests"))
@@ -97,7 +100,11 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
     let mut count = 0;
     for entry in entries {
         let entry = entry.map_err(error)?;
-        if entry.file_type().map_err(error)?.is_dir() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_cache = name.len() == CACHE_NAME && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+        // What else is there is somebody else's, or the rest of a write that was cut off.
+        if !is_cache && !name.starts_with(file::UNFINISHED) {
             continue;
         }
         match std::fs::remove_file(entry.path()) {
@@ -105,8 +112,7 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
             Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
             removed => removed.map_err(error)?,
         }
-        // The rest of a write that was cut off is not a cache.
-        count += usize::from(entry.file_name().len() == 2 * Algorithm::Sha256.digest_bytes());
+        count += usize::from(is_cache);
     }
     Ok(count)
 }
@@ -162,20 +168,20 @@ impl Cache {
         // Others hash another part of it, and may end at the same time: what they remembered is kept.
         let _turn = self.path.parent().and_then(file::turn);
         self.entries = HashMap::new();
-        self.entries = file::load(&self.path)?;
-        let before = self.entries.len();
+        let mut entries = file::load(&self.path)?;
+        let before = entries.len();
         // Other ranges and algorithms of the same state of a file are as true as before, and so is what was not
         // looked at.
-        self.entries.retain(|old, _| {
+        entries.retain(|old, _| {
             let now = stamps.get(&(old.stamp.device, old.stamp.inode));
             now.is_none_or(|stamp| *stamp == old.stamp)
         });
         let entry = |known: &Known| entry(algorithm, known.stamp, &known.piece);
-        if self.entries.len() > (2 * known().count().max(files)).max(SPARE_ENTRIES) {
+        if entries.len() > (2 * known().count().max(files)).max(SPARE_ENTRIES) {
             let seen: HashSet<Entry> = known().map(|known| entry(&known)).collect();
-            self.entries.retain(|old, _| seen.contains(old));
+            entries.retain(|old, _| seen.contains(old));
         }
-        let kept = self.entries.len();
+        let kept = entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
         let (mut elsewhere, mut young) = (false, 0);
         // What was remembered is there, or somebody has just had it forgotten.
@@ -183,13 +189,13 @@ impl Cache {
             if known.stamp.device != settled {
                 elsewhere = true;
             } else if written(&known.stamp).is_some_and(|written| written < youngest) {
-                self.entries.insert(entry(&known), known.digest);
+                entries.insert(entry(&known), known.digest);
             } else {
                 young += 1;
             }
         }
-        if kept != before || self.entries.len() != kept {
-            file::write(&self.path, &self.entries)
+        if kept != before || entries.len() != kept {
+            file::write(&self.path, &entries)
                 .map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
         }
         if elsewhere { Err(CacheError::Elsewhere) } else { Ok(young) }

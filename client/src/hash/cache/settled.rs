@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{fstatfs, major, minor, statfs, syncfs};
+use rustix::io::Errno;
 
 /// What statfs(2) calls ext4, XFS, Btrfs and F2FS: the first write to a mapped page sets a file's times there, and so does the
 /// first one after it was written to the disk. On tmpfs nothing ever does; of network file systems, which others write to,
@@ -42,7 +43,10 @@ enum Upper {
 fn is_timed(upper: Upper) -> bool {
     match upper {
         // In a container nobody sees it: there it is a disk's, mostly.
-        Upper::Directory(directory) => statfs(directory).map_or(true, |found| TIMED.contains(&found.f_type)),
+        Upper::Directory(directory) => match statfs(directory) {
+            Ok(found) => TIMED.contains(&found.f_type),
+            Err(error) => error == Errno::NOENT,
+        },
         Upper::None => true,
         Upper::Volatile => false,
     }
