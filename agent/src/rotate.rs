@@ -59,7 +59,7 @@ impl Rotation<'_> {
                     }
                 };
                 let there =
-                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Signs });
+                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Shown });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.write(&before)?;
                 reload(self.config)?;

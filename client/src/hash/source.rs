@@ -277,10 +277,13 @@ fn read_ahead(source: Source, capacity: usize) -> Next {
 #[cfg(test)]
 mod tests {
     use std::fs::OpenOptions;
+    use std::os::unix::fs::MetadataExt as _;
     use std::path::Path;
 
     use super::super::place::Root;
     use super::*;
+
+    const DAY: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 60);
 
     type Change = fn(&Path) -> io::Result<()>;
 
@@ -296,7 +299,13 @@ mod tests {
             |path| {
                 let modified = std::fs::metadata(path)?.modified()?;
                 open(path)?.write_all_at(b"other", 0)?;
-                open(path)?.set_modified(modified)
+                let changed = || std::fs::metadata(path).map(|found| (found.ctime(), found.ctime_nsec()));
+                let before = changed()?;
+                // Some kernels' clocks take milliseconds to move.
+                while changed()? == before {
+                    open(path)?.set_modified(modified)?;
+                }
+                Ok(())
             },
             |path| open(path)?.set_len(1),
             |path| open(path)?.set_len(LONG_BYTES * 2 - 1),
@@ -308,7 +317,10 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let path = directory.path().join("file");
             for path in [&path, &path.with_extension("new")] {
-                File::create(path).and_then(|file| file.set_len(LONG_BYTES * 2)).expect("written");
+                let file = File::create(path).expect("made");
+                file.set_len(LONG_BYTES * 2)
+                    .and_then(|()| file.set_modified(std::time::SystemTime::UNIX_EPOCH + DAY))
+                    .expect("written");
             }
             let root = Root::open(directory.path()).expect("a directory");
             let place = Place { root: &root, path: "file".as_ref() };

@@ -234,16 +234,13 @@ impl PublicKey {
 
     /// The key that a certificate certifies.
     pub fn of_certificate(certificate: &X509) -> Result<Self, KeyError> {
-        match certificate.public_key() {
-            Ok(key) => Self::new(key),
-            // OpenSSL does not know what it is of, or nobody does.
-            Err(_) => {
-                let known = spki(certificate).ok().and_then(|spki| MlDsaKey::from_spki(&spki));
-                let (set, key) = known
-                    .ok_or_else(|| KeyError::Unsupported("the certificate's key is malformed".into()))?;
-                Ok(Self { algorithm: Algorithm::MlDsa(set), half: Half::MlDsa(key) })
-            }
-        }
+        let malformed = |_| KeyError::Unsupported("the certificate's key is malformed".into());
+        certificate.public_key().map_err(malformed).and_then(Self::new).or_else(|error| {
+            // OpenSSL does not know these, or has others to verify with.
+            let known = spki(certificate).ok().and_then(|spki| MlDsaKey::from_spki(&spki));
+            let (set, key) = known.ok_or(error)?;
+            Ok(Self { algorithm: Algorithm::MlDsa(set), half: Half::MlDsa(key) })
+        })
     }
 
     fn new(key: PKey<Public>) -> Result<Self, KeyError> {

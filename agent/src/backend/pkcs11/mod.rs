@@ -39,8 +39,8 @@ struct OpenToken {
     anchor: Mutex<Session>,
     ways: Ways,
     profile: Profile,
-    /// Since when signing has failed for want of memory.
-    starved: Mutex<Option<Instant>>,
+    /// Since when signing has failed for want of memory, and when it did last.
+    starved: Mutex<Option<(Instant, Instant)>>,
 }
 
 /// A key that passed its check.

@@ -16,7 +16,7 @@ use crate::host::wire::{Class, Failure};
 /// One session with its keys, for one thread.
 pub(super) struct Signer<'a> {
     token: &'a OpenToken,
-    /// Absent only while it is replaced.
+    /// Absent while it is replaced, and while there is no memory for another.
     session: Option<Session>,
     keys: Vec<Option<Found>>,
 }
@@ -28,12 +28,17 @@ impl OpenToken {
     /// What it means that signing failed. A module may have lost its memory for good.
     fn starved(&self, what: &str, error: &cryptoki::error::Error) -> Failure {
         let failure = classify(what, error);
+        let mut starved = self.starved.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_out_of_host_memory(error) {
+            *starved = None;
             return failure;
         }
-        let mut since = self.starved.lock().unwrap_or_else(PoisonError::into_inner);
-        let long = since.get_or_insert_with(Instant::now).elapsed() > STARVED;
-        if long { gone(failure.message) } else { failure }
+        let now = Instant::now();
+        // What was long ago says nothing of now.
+        let since =
+            starved.filter(|(_, last)| now.duration_since(*last) < STARVED).map_or(now, |(since, _)| since);
+        *starved = Some((since, now));
+        if now.duration_since(since) > STARVED { gone(failure.message) } else { failure }
     }
 }
 
@@ -47,7 +52,7 @@ impl<'a> Signer<'a> {
 
     fn reopen(&mut self, index: usize, key: &Key, notify: Notify<'_>) -> Result<(), Failure> {
         let ways = &self.token.ways;
-        let session = self.renew_session()?;
+        let session = self.renew_session().map_err(|failure| gone(failure.message))?;
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
         let handle = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
@@ -66,7 +71,7 @@ impl<'a> Signer<'a> {
         Ok(())
     }
 
-    /// Closes the session first: the token may be at its limit. Without a session this thread is of no use.
+    /// Closes the session first: the token may be at its limit.
     fn renew_session(&mut self) -> Result<&Session, Failure> {
         drop(self.session.take());
         let opened = open_session(&self.token.pkcs11, self.token.slot, &self.token.profile);

@@ -112,6 +112,11 @@ pub(super) fn shown(context: &mut Context, key: &KeySpec) -> Result<PublicKey, F
     let read = context.execute_without_session(|context| context.read_public(handle));
     source.release(context, handle)?;
     let (public, _, _) = read.map_err(|error| classify("read the public key", &error))?;
+    // Storage keys and those that attest are not ours to delete.
+    let attributes = public.object_attributes();
+    if !attributes.sign_encrypt() || attributes.restricted() {
+        return Err(refused("it is no key to sign models with".into()));
+    }
     let spki = encoded(&public).map_err(refused)?;
     let algorithm = spki.algorithm(key.padding).map_err(|error| refused(error.to_string()))?;
     Ok(PublicKey { algorithm, spki, hashes: false })

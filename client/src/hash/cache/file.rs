@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write as _};
+use std::io::{self, BufRead, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,7 +18,17 @@ use crate::replace;
 const HEADER: &str = "omsign digests 2";
 
 /// How files begin that are being written.
-pub(super) const UNFINISHED: &str = ".omsign-";
+pub(super) const UNFINISHED: &str = ".omsign-digests-";
+
+/// Whether a file is a cache, whole or not.
+pub(super) fn is_one(path: &Path) -> bool {
+    let mut start = [0; HEADER.len()];
+    // A pipe is not waited for.
+    let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
+    is_file
+        && File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+        && start == *HEADER.as_bytes()
+}
 
 /// How long others may take to write theirs. After that somebody's digests are forgotten, which costs time and nothing else.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -102,8 +102,8 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
         let entry = entry.map_err(error)?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let is_cache = name.len() == CACHE_NAME && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-        // What else is there is somebody else's, or the rest of a write that was cut off.
+        let is_cache = name.len() == CACHE_NAME && file::is_one(&entry.path());
+        // The rest of a write that was cut off is not a cache, and what else is there is somebody else's.
         if !is_cache && !name.starts_with(file::UNFINISHED) {
             continue;
         }
