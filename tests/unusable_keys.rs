@@ -59,6 +59,23 @@ fn a_key_whose_pcrs_have_changed() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a card says of a slot is of the key in it, also where the configuration has a way to sign that it does not.
+#[test]
+fn a_key_that_a_card_does_not_sign_with() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    let public = std::fs::read_to_string(card.generate("9c", "RSA2048", &[])?)?;
+    card.protect_management_key()?;
+    card.set_firmware([5, 7, 1]);
+    let section = key("k", "card", "slot = \"9c\"").replace("\n[[", "\npadding = \"pss\"\n[[");
+    world.write("agent.toml", world.listen() + &card.section("card") + &section)?;
+    refuses(&world, &["csr", "k", "--subject", "CN=k"], "pkcs1")?;
+    delete(&world, "k", &public)?;
+    ensure!(does(&world, &["list"])?.contains("no keys"));
+    Ok(())
+}
+
 /// Beside a key on a PKCS#11 token whoever likes puts another public half, without a PIN: it is taken for nobody's.
 #[test]
 fn a_public_half_that_somebody_exchanged() -> anyhow::Result<()> {
