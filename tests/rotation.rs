@@ -109,18 +109,59 @@ fn a_rotation_that_fails() -> anyhow::Result<()> {
     proxy.set("")?;
     leaves(&world, &["rotate", "k", "--finish"], "k has no next key; begin with")?;
     refuses(&world, &["csr", "k/next", "--subject", "CN=k"], "[key.k] has no `next`")?;
+    // Made, and its process lost with the answer: the next process says so. Nobody asks for it a second time.
+    let made = proxy.calls("C_GenerateKeyPair");
+    proxy.set("C_GenerateKeyPair after 30\n")?;
+    refuses(&world, &["rotate", "k"], "but label \"k-2\" is there: `omsign-agent key list`")?;
+    ensure!(proxy.calls("C_GenerateKeyPair") == made + 1, "it was made twice");
+    proxy.set("")?;
+    does(&world, &["rotate", "k", "--finish"])?;
+    // Its process is open before the next fault, which is not for that.
+    does(&world, &["reload"])?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "s.sig"])?;
     // Made, and then the first look at it fails (CKR_DATA_LEN_RANGE): it is named, and can take its place.
     proxy.set("C_Sign 21 0 once\n")?;
     refuses(
         &world,
         &["rotate", "k", "--type", "p384"],
-        "but label \"k-2\" is there: `omsign-agent key list`",
+        "but label \"k-3\" is there: `omsign-agent key list`",
     )?;
     ensure!(does(&world, &["list"])?.contains("k/next "));
     does(&world, &["rotate", "k", "--finish"])?;
     // It works when the cause has ended.
+    proxy.set("")?;
     let next = does(&world, &["rotate", "k", "--type", "p384"])?;
     ensure!(does(&world, &["rotate", "k", "--finish"])? == next);
+    Ok(())
+}
+
+/// A process that ends under an operator's command: the next one looks, but does not do anything a second time.
+#[test]
+fn only_looks_are_taken_again() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    let config =
+        world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &(config + &key_section("l", "t", "l")))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "s.sig"])?;
+    let ends_under = |command: &[&str], function: &str| {
+        let before = proxy.injected(function);
+        proxy.set(&format!("{function} 0 5000\n"))?;
+        std::thread::scope(|scope| {
+            let output = scope.spawn(|| operator::key(&world, command));
+            eventually("a call", || Ok(proxy.injected(function) > before))?;
+            proxy.set("")?;
+            agent.hosts()?.into_iter().try_for_each(|host| signal(host, Signal::KILL))?;
+            output.join().map_err(|_| anyhow::anyhow!("a panic"))?
+        })
+    };
+    let listed = ends_under(&["list"], "C_OpenSession")?;
+    ensure!(listed.status.success() && String::from_utf8(listed.stdout)?.contains("label \"k\""));
+    let made = ends_under(&["generate", "l", "--type", "p256"], "C_GenerateKeyPair")?;
+    let errors = String::from_utf8(made.stderr)?;
+    ensure!(made.status.code() == Some(2) && errors.contains("its process ended"), "{errors}");
+    ensure!(proxy.calls("C_GenerateKeyPair") == 1, "it was asked for twice");
     Ok(())
 }
 

@@ -31,6 +31,11 @@ pub(crate) enum Task {
 }
 
 impl Task {
+    /// Whether the device is as it was afterwards.
+    pub(crate) fn only_looks(&self) -> bool {
+        matches!(self, Self::List(_) | Self::Find(..) | Self::Attest(..))
+    }
+
     /// How long a device may take for it that does not hang, where a single operation may take as long as `one`.
     pub(super) fn may_take(&self, one: Duration) -> Duration {
         let least = match self {

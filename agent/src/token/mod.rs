@@ -1,6 +1,7 @@
 //! The front half of a token: a bounded queue, deadlines, and what callers are told. The process that owns the
 //! device is started, watched and replaced in `supervise.rs`.
 
+mod error;
 mod line;
 mod process;
 mod state;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
+pub use self::error::TokenError;
 use self::line::{Held, Host, Place};
 pub(crate) use self::process::{prepare, survey, unblock};
 pub use self::state::State;
@@ -32,29 +34,6 @@ const LAST_REQUESTS: Duration = Duration::from_secs(20);
 
 /// How long a request waits before it asks a device again that is busy: at first, and at most.
 const BUSY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
-
-/// Why a token did not sign, by what the caller can do.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TokenError {
-    /// Too many requests wait. Try again after a moment.
-    #[error("{waiting} requests already wait for it")]
-    Full {
-        /// How many wait.
-        waiting: usize,
-    },
-    /// An operator has to act.
-    #[error("it is locked: {0}")]
-    Locked(String),
-    /// Absent, failing or just replaced. Trying again helps once the cause ends.
-    #[error("{0}")]
-    Unavailable(String),
-    /// It cannot do this with this key. Trying again does not help.
-    #[error("{0}")]
-    Refused(String),
-    /// The deadline passed first.
-    #[error("no answer within the deadline")]
-    Deadline,
-}
 
 /// A finished signature.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,7 +169,8 @@ impl Token {
         }
     }
 
-    /// Does what an operator asks for. Once begun it is not tried again: nobody knows what a device did before it failed.
+    /// Does what an operator asks for. But for a look, what was begun is not tried again: nobody knows what a device did
+    /// before it failed.
     pub(crate) async fn operate(
         &self,
         task: Task,
@@ -198,17 +178,25 @@ impl Token {
         deadline: Instant,
     ) -> Result<Done, TokenError> {
         let place = Arc::new(self.queue()?);
+        let mut again = task.only_looks();
         loop {
             let host = self.ready(deadline).await?;
             let asked = Asked::Do(task.clone());
             let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
-            return match answer {
+            let failure = match answer {
                 Ok(Ok(done)) => {
-                    serde_json::from_slice(&done).map_err(|error| TokenError::Unavailable(error.to_string()))
+                    return serde_json::from_slice(&done)
+                        .map_err(|error| TokenError::Unavailable(error.to_string()));
                 }
-                Ok(Err(failure)) => Err(failure.into()),
-                Err(killed) => Err(TokenError::Unavailable(killed)),
+                Ok(Err(failure)) if failure.class != Class::Gone => return Err(failure.into()),
+                Ok(Err(failure)) => failure.into(),
+                Err(killed) => TokenError::Unavailable(killed),
             };
+            // Its process has ended, or will: the next one tells.
+            if !std::mem::take(&mut again) {
+                return Err(failure);
+            }
+            self.replaced(&host, deadline).await?;
         }
     }
 

@@ -373,13 +373,3 @@ fn while_logging_in(message: &str) -> String {
 fn gone(message: String) -> Failure {
     Failure { class: Class::Gone, message }
 }
-
-impl From<Failure> for TokenError {
-    fn from(failure: Failure) -> Self {
-        match failure.class {
-            Class::Gone | Class::Busy => Self::Unavailable(failure.message),
-            Class::Locked => Self::Locked(failure.message),
-            Class::Refused => Self::Refused(failure.message),
-        }
-    }
-}
