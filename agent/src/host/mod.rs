@@ -28,8 +28,8 @@ use crate::secret::{Pin, harden_process};
 
 /// From here on a device is slow enough for the thread that checks to look for signatures by itself. Woken when one is
 /// made, just before the device begins the next, it is in the way of a device that is a program and needs a CPU itself
-/// (measured with swtpm on two cores); quick ones want their answers to go out.
-const SLOW: Duration = Duration::from_micros(500);
+/// (measured on two cores: swtpm takes 380 to 600 µs); quick ones want their answers to go out (a virtual card, 180 to 250).
+const SLOW: Duration = Duration::from_micros(350);
 
 /// How many signatures may wait to be checked.
 const UNCHECKED: usize = 8;
