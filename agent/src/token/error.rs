@@ -1,8 +1,8 @@
-//! Why a token did not do what it was asked.
+//! Failures as whoever asked a token is told of them.
 
 use crate::host::wire::{Class, Failure};
 
-/// Why a token did not sign, by what the caller can do.
+/// Why a token did not do what it was asked, by what the caller can do.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TokenError {
     /// Too many requests wait. Try again after a moment.
