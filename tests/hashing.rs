@@ -186,6 +186,25 @@ fn memory_stays_small_whatever_the_model() -> anyhow::Result<()> {
 }
 
 #[test]
+fn memory_stays_small_of_many_files() -> anyhow::Result<()> {
+    let world = World::new()?;
+    for directory in 0..100 {
+        world.write(&format!("model/{directory:02}/config"), "")?;
+        let path = world.path(&format!("model/{directory:02}"));
+        (0..1000).try_for_each(|file| fs::write(path.join(format!("tensor-{file:03}.bin")), "small"))?;
+    }
+    shell(&world, "openssl ecparam -name prime256v1 -genkey -noout -out k.pem")?;
+    shell(&world, "openssl ec -in k.pem -pubout -out k.pub 2>&1")?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.pem"])?;
+    let verified = world.omsign_ok(&["verify", "model", "--public-key", "k.pub"])?;
+    ensure!(verified.contains("100100 files"), "{verified}");
+    // This process has no other children.
+    let kib = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
+    ensure!(kib <= 64 << 10, "{kib} KiB");
+    Ok(())
+}
+
+#[test]
 fn progress_is_shown_to_people_only() -> anyhow::Result<()> {
     let world = World::new()?;
     world.write("model/w", "")?;

@@ -219,12 +219,21 @@ impl<'a> Plan<'a> {
         self
     }
 
-    /// Hashes what is left of it. Also returns its size in bytes.
-    pub fn hash(&self, hasher: &Hasher) -> Result<(Manifest, u64), Error> {
-        let Self { model, files, serialization, pieces } = self;
-        let digests = hasher.digests(serialization.algorithm, files, pieces)?;
-        model.root.check_in_place()?;
-        let bytes = Piece::total(pieces);
+    /// The size in bytes of what is left of it.
+    pub fn bytes(&self) -> u64 {
+        Piece::total(&self.pieces)
+    }
+
+    /// Hashes what is left of it.
+    pub fn hash(&self, hasher: &Hasher) -> Result<Vec<Digest>, Error> {
+        let digests = hasher.digests(self.serialization.algorithm, &self.files, &self.pieces)?;
+        self.model.root.check_in_place()?;
+        Ok(digests)
+    }
+
+    /// What is signed, with these digests.
+    pub fn manifest(&self, digests: Vec<Digest>) -> Manifest {
+        let Self { model, serialization, pieces, .. } = self;
         let sharded = serialization.method != Method::Files;
         let resource = |(piece, digest): (&Piece, Digest)| Resource {
             file: model.file_name(piece.file).to_owned(),
@@ -233,7 +242,7 @@ impl<'a> Plan<'a> {
         };
         let resources = pieces.iter().zip(digests).map(resource).collect();
         let serialization = serialization.clone();
-        Ok((Manifest { model_name: model.name.clone(), resources, serialization }, bytes))
+        Manifest { model_name: model.name.clone(), resources, serialization }
     }
 
     /// Whether the model, found once more, has the same files in the same states: hashing may have taken hours.
@@ -304,7 +313,8 @@ mod tests {
     }
 
     fn hash(model: &Model, serialization: Serialization, hasher: &Hasher) -> (Manifest, u64) {
-        Plan::new(model, serialization, hasher).and_then(|plan| plan.hash(hasher)).expect("hashed")
+        let plan = Plan::new(model, serialization, hasher).expect("planned");
+        (plan.manifest(plan.hash(hasher).expect("hashed")), plan.bytes())
     }
 
     fn ten() -> Serialization {
@@ -373,9 +383,9 @@ mod tests {
                     let plan = Plan::new(&model, serialization.clone(), &hasher).expect("planned");
                     listings.insert(plan.listing(&hasher).expect("sampled").to_string());
                     let part = Part { index: NonZeroUsize::new(index).expect("not zero"), of };
-                    let (manifest, bytes) = plan.part(part).hash(&hasher).expect("hashed");
-                    most = most.max(bytes);
-                    found.extend(manifest.resources);
+                    let plan = plan.part(part);
+                    most = most.max(plan.bytes());
+                    found.extend(plan.manifest(plan.hash(&hasher).expect("hashed")).resources);
                 }
                 found.sort_by_key(Resource::name);
                 assert_eq!((&found, listings.len()), (&whole.resources, 1));

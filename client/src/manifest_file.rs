@@ -76,7 +76,7 @@ pub enum ManifestFileError {
 }
 
 /// What the parts of a model have in common, and which of them this is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PartOf {
     /// Which.
     pub part: Part,

@@ -219,6 +219,7 @@ impl Model {
         let Walked { mut files, mut left_out, mut odd, mut closed } = walk(root, &real, scope, listing)?;
         // UTF-8 sorts by code point, as the manifest has to (OMS v1.0, 5.2.1).
         files.sort_by(|a, b| a.name.cmp(&b.name));
+        files.shrink_to_fit();
         left_out.sort();
         odd.sort_by(|a, b| a.name.cmp(&b.name));
         closed.sort_by(|a, b| a.name.cmp(&b.name));

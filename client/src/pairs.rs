@@ -2,12 +2,16 @@
 //! that.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use crate::differences::{Changed, Differences, How, Unreadable};
-use crate::hash::{Digest, HashError, Hasher, Looked, Piece};
+use crate::hash::{HashError, Hasher, Looked, Piece, Root, Stamp};
 use crate::manifest::{Manifest, Method, Resource};
-use crate::model::Model;
+use crate::model::{File, Model};
 use crate::walk::leads_nowhere;
+
+/// Files that are looked at together: of many, what is known of them is large.
+const LOOKED_AT: usize = 4096;
 
 /// What was signed, and what was found of it.
 pub(crate) struct Pairs<'a> {
@@ -21,9 +25,8 @@ pub(crate) struct Pairs<'a> {
     files: Looked<'a>,
     /// Their names, sorted.
     names: Vec<&'a str>,
-    /// What of them was signed, and the digests.
-    pieces: Vec<Piece>,
-    digests: Vec<&'a Digest>,
+    /// What was signed of which of them.
+    resources: Vec<(usize, &'a Resource)>,
     /// What is known to be wrong before anything is hashed.
     wrong: BTreeMap<&'a str, Wrong>,
 }
@@ -58,11 +61,10 @@ pub(crate) fn pair<'a>(
             Vec::with_capacity(found.files.len()),
         ),
         names: Vec::with_capacity(found.files.len()),
-        pieces: Vec::with_capacity(resources.len()),
-        digests: Vec::with_capacity(resources.len()),
+        resources: Vec::with_capacity(resources.len()),
         wrong: BTreeMap::new(),
     };
-    for (at, stamp) in found.files.iter().zip(hasher.look_each(&found.root, &found.paths())) {
+    for (at, stamp) in found.files.chunks(LOOKED_AT).flat_map(|files| looked(files, &found.root, hasher)) {
         let file = at.name.as_str();
         let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
         while let Some(missing) = signed_files.next_if(before) {
@@ -89,14 +91,21 @@ pub(crate) fn pair<'a>(
         }
         let index = pairs.files.push(at.path(), stamp);
         pairs.names.push(file);
-        for (_, resource) in shards {
-            pairs.pieces.push(Piece { file: index, range: resource.shard.clone().unwrap_or(0..stamp.size) });
-            pairs.digests.push(&resource.digest);
-        }
+        pairs.resources.extend(shards.iter().map(|(_, resource)| (index, *resource)));
     }
     let rest = signed_files.filter_map(|shards| shards.first());
     pairs.missing.extend(rest.map(|(name, _)| (*name).to_owned()));
     pairs
+}
+
+/// Files, each with what came of looking at it.
+fn looked<'a>(
+    files: &'a [File],
+    root: &Root,
+    hasher: &Hasher,
+) -> impl Iterator<Item = (&'a File, Result<Stamp, HashError>)> {
+    let paths: Vec<&Path> = files.iter().map(File::path).collect();
+    files.iter().zip(hasher.look_each(root, &paths))
 }
 
 impl<'a> Pairs<'a> {
@@ -107,7 +116,7 @@ impl<'a> Pairs<'a> {
 
     /// The size in bytes of what was signed.
     pub(crate) fn bytes(&self) -> u64 {
-        Piece::total(&self.pieces)
+        self.files.sizes().fold(0, u64::saturating_add)
     }
 
     /// Empty files, which no signature in shards can list (OMS v1.0, 6.3.2).
@@ -119,16 +128,19 @@ impl<'a> Pairs<'a> {
     pub(crate) fn compare(&self, hasher: &Hasher) -> Differences {
         let mut wrong = self.wrong.clone();
         let algorithm = self.signed.serialization.algorithm;
-        let (digests, mut failures) = hasher.digests_of_each(algorithm, &self.files, &self.pieces);
-        for (index, ((piece, signed), found)) in
-            self.pieces.iter().zip(&self.digests).zip(digests).enumerate()
-        {
+        let piece = |&(file, resource): &(usize, &Resource)| {
+            let whole = || self.files.stamp(file).map_or(0..0, |stamp| 0..stamp.size);
+            Piece { file, range: resource.shard.clone().unwrap_or_else(whole) }
+        };
+        let pieces: Vec<_> = self.resources.iter().map(piece).collect();
+        let (digests, mut failures) = hasher.digests_of_each(algorithm, &self.files, &pieces);
+        for (index, ((file, signed), found)) in self.resources.iter().zip(digests).enumerate() {
             let how = match failures.remove(&index) {
                 Some(error) => Wrong::from(error),
-                None if found == **signed => continue,
-                None => Wrong::Changed(How::Digest { signed: **signed, found }),
+                None if found == signed.digest => continue,
+                None => Wrong::Changed(How::Digest { signed: signed.digest.clone(), found }),
             };
-            let Some(file) = self.names.get(piece.file) else { continue };
+            let Some(file) = self.names.get(*file) else { continue };
             // One shard that differs is enough, whatever became of the others.
             match wrong.get(file) {
                 Some(Wrong::Changed(_)) => {}
@@ -136,6 +148,21 @@ impl<'a> Pairs<'a> {
             }
         }
         self.differences(wrong)
+    }
+
+    /// Whether a model that was found once more has just these files, in the same states. Then nothing is different, and
+    /// it is known without another list of all there is.
+    pub(crate) fn are_all_of(&self, again: &Model, hasher: &Hasher) -> bool {
+        let Model { files, odd, closed, .. } = again;
+        let same = |((index, (at, now)), name): ((usize, (&File, Result<Stamp, _>)), &&str)| {
+            at.name == *name && now.is_ok_and(|now| self.files.stamp(index) == Some(&now))
+        };
+        let nothing_else = files.len() == self.names.len() && odd.is_empty() && closed.is_empty();
+        let looked = files.chunks(LOOKED_AT).flat_map(|files| looked(files, &again.root, hasher));
+        nothing_else
+            && self.missing.is_empty()
+            && self.wrong.is_empty()
+            && looked.enumerate().zip(&self.names).all(same)
     }
 
     /// What is different now that all of it was compared `before`, and found right: that may have taken hours.
@@ -192,7 +219,6 @@ impl From<HashError> for Wrong {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::path::Path;
 
     use super::*;
     use crate::manifest::{Plan, Serialization};
@@ -220,11 +246,12 @@ mod tests {
             let walk = || Model::walk(root.path(), &Scope::default()).expect("a model");
             let found = walk();
             let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
-            let (signed, _) = plan.hash(&hasher).expect("hashed");
+            let signed = plan.manifest(plan.hash(&hasher).expect("hashed"));
             let pairs = pair(&signed, &found, false, &hasher);
             assert_eq!(pairs.compare(&hasher), Differences::default());
             change(root.path()).expect("changed");
             let again = walk();
+            assert_eq!(pairs.are_all_of(&again, &hasher), expected.is_empty());
             let since = pair(&signed, &again, false, &hasher).since(&pairs).first().unwrap_or_default();
             assert!(since.starts_with(expected) && since.is_empty() == expected.is_empty(), "{since}");
         }
@@ -244,7 +271,7 @@ mod tests {
         };
         let found = walk("one");
         let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
-        let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+        let mut signed = plan.manifest(plan.hash(&hasher).expect("hashed"));
         signed.resources[0].file = ".".into();
         let pairs = pair(&signed, &found, true, &hasher);
         assert!(pairs.compare(&hasher).is_empty());
@@ -266,7 +293,7 @@ mod tests {
             let serialization = Serialization { method, ..Serialization::default() };
             let model = serialization.walk(root.path()).expect("a model");
             let plan = Plan::new(&model, serialization, &hasher).expect("planned");
-            let (mut signed, _) = plan.hash(&hasher).expect("hashed");
+            let mut signed = plan.manifest(plan.hash(&hasher).expect("hashed"));
             // In whatever order it is listed.
             signed.resources.reverse();
             let compared = || {

@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn both_forms_and_nothing_else() {
         let digest = Digest::sha256(b"a");
-        let resource = |file: &str| Resource { file: file.into(), shard: None, digest };
+        let resource = |file: &str| Resource { file: file.into(), shard: None, digest: digest.clone() };
         let list = format!("{digest}  ./c  d\n{digest} *a  b\nSHA256 (b) = {digest}\n");
         assert_eq!(parse(&list).expect("a list"), [resource("c  d"), resource("a  b"), resource("b")]);
         let escaped = format!("\\{digest}  ./a\\nb\n\\SHA256 (a\\rb) = {digest}\n");

@@ -1,5 +1,6 @@
 //! Signing, from a model's path to a bundle file.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -100,12 +101,9 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     chain.dedup_by(|next, certificate| next.to_der().ok() == certificate.to_der().ok());
     check_chain(&chain, &public_key)?;
 
-    // Of many files a manifest is as large as its statement: it goes when that is made.
-    let stated = |manifest: &Manifest| {
-        let name = manifest.model_name.clone();
-        (statement::encode(manifest), name, manifest.files(), manifest.root_digest().to_string())
-    };
-    let ((payload, model_name, files, root_digest), bytes, unsigned_files) = match &request.subject {
+    // Of many files, what is known of the model is as large as the manifest, and that as its statement: each goes when
+    // the next one is made.
+    let (manifest, bytes, unsigned_files) = match &request.subject {
         Subject::Model(selection, hasher) => {
             let serialization = selection.serialization()?;
             let model = selection.walk(&serialization)?;
@@ -117,12 +115,15 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
             if needs_statement && plan.statement_bytes() > LARGEST_STATEMENT_BYTES {
                 return Err(AgentError::Statement.into());
             }
-            let (manifest, bytes) = plan.hash(hasher)?;
+            let digests = plan.hash(hasher)?;
             plan.check_unchanged(&serialization.walk(selection.model)?, hasher)?;
-            (stated(&manifest), Some(bytes), plan.unsigned_files())
+            (Cow::Owned(plan.manifest(digests)), Some(plan.bytes()), plan.unsigned_files())
         }
-        Subject::Manifest(manifest, bytes) => (stated(manifest), *bytes, 0),
+        Subject::Manifest(manifest, bytes) => (Cow::Borrowed(manifest), *bytes, 0),
     };
+    let (payload, files) = (statement::encode(&manifest), manifest.files());
+    let (root_digest, model_name) = (manifest.root_digest().to_string(), manifest.model_name.clone());
+    drop(manifest);
     let pae = Pae::of(&payload);
     let signature = match signer {
         Signer::Agent { agent, key, waiting } => {

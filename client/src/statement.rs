@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Resource};
 use crate::object::{Anything, Bounded, Object, Text};
 use crate::predicate::{Listed, Predicate, PredicateError, complete};
 
@@ -126,7 +126,11 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
         predicate_type: PREDICATE_TYPE.into(),
         predicate: Object(Predicate::new(&manifest.resources, &manifest.serialization)),
     };
-    serde_json::to_vec(&statement).expect("strings and lists always serialize")
+    // About what it takes, where names need no escapes: it may be tens of megabytes.
+    let resource = |resource: &Resource| resource.file.len() + 2 * resource.digest.as_bytes().len() + 48;
+    let mut bytes = Vec::with_capacity(1024 + manifest.resources.iter().map(resource).sum::<usize>());
+    serde_json::to_writer(&mut bytes, &statement).expect("strings and lists always serialize");
+    bytes
 }
 
 /// Reads and checks a statement. `"."` as the name of a single file stays as it is listed.
@@ -210,7 +214,7 @@ fn malformed(error: serde_json::Error) -> StatementError {
 mod tests {
     use super::*;
     use crate::hash::Digest;
-    use crate::manifest::{Resource, Serialization};
+    use crate::manifest::Serialization;
 
     fn manifest() -> Manifest {
         let resource =

@@ -33,15 +33,16 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
         None => None,
     };
     let plan = if let Some(PartOf { part, .. }) = part { plan.part(part) } else { plan };
-    let (manifest, bytes) = plan.hash(&hashing.hasher)?;
+    let digests = plan.hash(&hashing.hasher)?;
     // A manifest may be signed where nobody can look at the model any more.
     if arguments.json || begun.elapsed() > BRIEF {
         plan.check_unchanged(&serialization.walk(model)?, &hashing.hasher)?;
     }
     hashing.end();
     report::unsigned_files(plan.unsigned_files());
+    let manifest = plan.manifest(digests);
     if arguments.json {
-        report::json(&manifest_file::document(&manifest, bytes, part))
+        report::json(&manifest_file::document(&manifest, plan.bytes(), part))
     } else {
         report::result(format_args!("sha256:{}", manifest.root_digest()))
     }

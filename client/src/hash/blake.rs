@@ -111,7 +111,7 @@ impl Blake3 {
     /// The digest of an input from those of its parts.
     fn whole(parts: &[Digest], bytes: u64, subtree: u64) -> Digest {
         match parts {
-            [whole] => *whole,
+            [whole] => whole.clone(),
             parts => {
                 let (left, right) = halves(parts, bytes, subtree);
                 Digest::from_bytes(merge_subtrees_root(&left, &right, Mode::Hash).as_bytes())

@@ -52,45 +52,52 @@ impl std::fmt::Display for Algorithm {
 const LONGEST: usize = 64;
 
 /// A digest, of 32 or 64 bytes. Which algorithm made it is said where it stands.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Digest {
-    /// Zero from `length` on.
-    bytes: [u8; LONGEST],
-    length: u8,
+#[derive(Clone, PartialEq, Eq)]
+pub struct Digest(Bytes);
+
+/// Those of a model of many files are most of what is known of it in memory: nearly all of them are short.
+#[derive(Clone, PartialEq, Eq)]
+enum Bytes {
+    None,
+    Short([u8; 32]),
+    Long(Box<[u8; LONGEST]>),
 }
 
 impl Digest {
     /// Of nothing yet.
-    pub(super) const NONE: Self = Self { bytes: [0; LONGEST], length: 0 };
+    pub(super) const NONE: Self = Self(Bytes::None);
 
     /// The SHA-256 digest of bytes in memory.
     pub fn sha256(bytes: &[u8]) -> Self {
-        Self::from_bytes(&Sha256::digest(bytes))
+        Self(Bytes::Short(Sha256::digest(bytes).into()))
     }
 
     /// Of what a hasher was fed.
     pub(crate) fn from_sha256(hasher: Sha256) -> Self {
-        Self::from_bytes(&hasher.finalize())
+        Self(Bytes::Short(hasher.finalize().into()))
     }
 
-    /// From an algorithm's output, of 64 bytes at most.
+    /// From an algorithm's output: none if it is of another length than any.
     pub(super) fn from_bytes(output: &[u8]) -> Self {
-        let mut bytes = [0; LONGEST];
-        bytes.iter_mut().zip(output).for_each(|(to, from)| *to = *from);
-        Self { bytes, length: u8::try_from(output.len().min(LONGEST)).unwrap_or_default() }
+        let short = || output.try_into().map(Bytes::Short);
+        let long = || output.try_into().map(|bytes| Bytes::Long(Box::new(bytes)));
+        Self(short().or_else(|_| long()).unwrap_or(Bytes::None))
     }
 
     /// Parses an algorithm's digest in lower-case hexadecimal, which alone is canonical.
     pub fn from_hex(algorithm: Algorithm, text: &str) -> Option<Self> {
         let mut bytes = [0; LONGEST];
-        let length = base16ct::lower::decode(text, &mut bytes).ok()?.len();
-        (length == algorithm.digest_bytes())
-            .then(|| Self { bytes, length: u8::try_from(length).unwrap_or_default() })
+        let bytes = base16ct::lower::decode(text, &mut bytes).ok()?;
+        (bytes.len() == algorithm.digest_bytes()).then(|| Self::from_bytes(bytes))
     }
 
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
+        match &self.0 {
+            Bytes::None => &[],
+            Bytes::Short(bytes) => bytes,
+            Bytes::Long(bytes) => bytes.as_slice(),
+        }
     }
 }
 

@@ -38,10 +38,19 @@ pub(super) fn turn(directory: &Path) -> Option<File> {
     replace::turn(directory, PATIENCE).ok()?
 }
 
+/// Room is made at once for about as many entries as a file of its length has: to make more as they come takes twice as much
+/// meanwhile. For a million at most, whatever it claims to be.
+const LINE_BYTES: usize = 128;
+const LIKELY_ENTRIES: usize = 1 << 20;
+
 /// What it holds; nothing, where it is none.
 pub(super) fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
-    let read = File::open(path).and_then(|file| parse(BufReader::new(file)));
-    match read {
+    let read = || {
+        let file = File::open(path)?;
+        let most = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX) / LINE_BYTES;
+        parse(BufReader::new(file), most.min(LIKELY_ENTRIES))
+    };
+    match read() {
         Ok(entries) => Ok(entries.unwrap_or_default()),
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
         // Not text: as bad as half a file.
@@ -51,8 +60,8 @@ pub(super) fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
 }
 
 /// The entries of a cache that is whole. Of many files it is long, and two lines of it at a time are enough.
-fn parse(mut text: impl BufRead) -> io::Result<Option<HashMap<Entry, Digest>>> {
-    let (mut hasher, mut entries) = (Sha256::new(), HashMap::new());
+fn parse(mut text: impl BufRead, capacity: usize) -> io::Result<Option<HashMap<Entry, Digest>>> {
+    let (mut hasher, mut entries) = (Sha256::new(), HashMap::with_capacity(capacity));
     let (mut line, mut next) = (String::new(), String::new());
     text.read_line(&mut line)?;
     if line.strip_suffix('\n') != Some(HEADER) {

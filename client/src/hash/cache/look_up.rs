@@ -44,7 +44,7 @@ impl Remembered {
         pieces: &[Piece],
         hash: impl FnOnce(&[Piece], Kept<'_>) -> Hashed,
     ) -> Hashed {
-        let stamp = |piece: &Piece| files.get(piece.file).1;
+        let stamp = |piece: &Piece| files.stamp(piece.file).expect("a piece is of one of the files");
         let get = |piece: &Piece| self.cache.get(algorithm, stamp(piece), piece);
         let remembered: Vec<Option<Digest>> = pieces.iter().map(get).collect();
         let numbered = pieces.iter().enumerate().zip(&remembered);
@@ -54,43 +54,39 @@ impl Remembered {
         self.used.digests += pieces.len() - unknown.len();
         let saved = Piece::total(pieces).saturating_sub(Piece::total(&unknown));
         self.used.bytes = self.used.bytes.saturating_add(saved);
-        // Each piece's digest, where there is one by now.
-        let all = |made: &[Digest]| -> Vec<(Digest, bool)> {
-            let mut made = made.iter().map(|digest| (*digest, true));
-            let of = |known: &Option<Digest>| known.map(|known| (known, false)).or_else(|| made.next());
-            remembered.iter().map_while(of).collect()
-        };
         // It is read again when it is written.
         self.cache.entries = HashMap::new();
         let cache = Mutex::new(&mut self.cache);
         let keep = |made: &[Digest]| {
-            let digests = all(made);
             let known = || {
-                let known = pieces.iter().zip(&digests).filter(|(_, (digest, _))| *digest != Digest::NONE);
-                let of = |(piece, &(digest, made)): (&Piece, &(Digest, bool))| Known {
-                    stamp: stamp(piece),
-                    piece: piece.clone(),
-                    digest,
-                    made,
-                };
-                known.map(of)
+                let known = pieces
+                    .iter()
+                    .zip(all(&remembered, made))
+                    .filter(|(_, (digest, _))| **digest != Digest::NONE);
+                known.map(|(piece, (digest, made))| Known { stamp: stamp(piece), piece, digest, made })
             };
             let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
-            let kept = cache.keep(algorithm, files.sizes().len(), known);
-            (kept, digests)
+            cache.keep(algorithm, files.sizes().len(), known)
         };
         // Whoever tries again after a failure, or the end of their time, need not begin anew.
         let mut made = hash(&unknown, &|made| drop(keep(made)));
         made.failures
             .iter_mut()
             .for_each(|(index, _)| *index = places.get(*index).copied().unwrap_or(*index));
-        let (kept, digests) = keep(&made.digests);
-        match kept {
+        match keep(&made.digests) {
             Ok(young) => self.used.young += young,
             Err(problem) => self.used.problem = Some(problem),
         }
-        Hashed { digests: digests.into_iter().map(|(digest, _)| digest).collect(), failures: made.failures }
+        let digests = all(&remembered, &made.digests).map(|(digest, _)| digest.clone()).collect();
+        Hashed { digests, failures: made.failures }
     }
+}
+
+/// Each piece's digest, where there is one by now, and whether it was made.
+fn all<'a>(remembered: &'a [Option<Digest>], made: &'a [Digest]) -> impl Iterator<Item = (&'a Digest, bool)> {
+    let mut made = made.iter().map(|digest| (digest, true));
+    let known = remembered.iter().map(|known| known.as_ref().map(|digest| (digest, false)));
+    known.map_while(move |known| known.or_else(|| made.next()))
 }
 
 #[cfg(test)]
@@ -115,7 +111,8 @@ mod tests {
         let hasher = Hasher::new(None, None).expect("a hasher");
         let files = hasher.look(&root, ["a", "b", "c"].map(Path::new).to_vec()).expect("looked at");
         let pieces: Vec<Piece> = (0..3).map(|file| Piece { file, range: 0..1 }).collect();
-        let [a, b, c] = ["a", "b", "c"].map(|text| Digest::sha256(text.as_bytes()));
+        let abc = ["a", "b", "c"].map(|text| Digest::sha256(text.as_bytes()));
+        let [a, b, c] = &abc;
         let open = || {
             let device = files.get(0).1.device;
             let opened = SystemTime::now() + Duration::from_secs(60);
@@ -126,12 +123,12 @@ mod tests {
             let hash =
                 |pieces: &[Piece], kept: Kept<'_>| Hashed { digests: hash(pieces, kept), failures: vec![] };
             let mut remembered = open();
-            assert_eq!(remembered.look_up(Algorithm::Sha256, &files, &pieces, hash).digests, [a, b, c]);
+            assert_eq!(remembered.look_up(Algorithm::Sha256, &files, &pieces, hash).digests, abc);
             remembered.into_used().digests
         };
         let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             look_up(&|_, kept| {
-                kept(&[Digest::NONE, b, Digest::NONE]);
+                kept(&[Digest::NONE, b.clone(), Digest::NONE]);
                 panic!("it is stopped")
             })
         }));
@@ -139,7 +136,7 @@ mod tests {
         let of = |pieces: &[Piece]| pieces.iter().map(|piece| piece.file).collect::<Vec<_>>();
         let rest = |pieces: &[Piece], _: Kept<'_>| {
             assert_eq!(of(pieces), [0, 2]);
-            vec![a, c]
+            vec![a.clone(), c.clone()]
         };
         assert_eq!(look_up(&rest), 1);
         // What it took from there is not written there again.
@@ -149,10 +146,10 @@ mod tests {
         let files = hasher.look(&root, ["a", "b", "c"].map(Path::new).to_vec()).expect("looked at");
         let cleared = |_: &[Piece], _: Kept<'_>| {
             assert_eq!(clear(&caches).expect("cleared"), 1);
-            Hashed { digests: vec![c], failures: vec![] }
+            Hashed { digests: vec![c.clone()], failures: vec![] }
         };
         let mut remembered = open();
-        assert_eq!(remembered.look_up(Algorithm::Sha256, &files, &pieces, cleared).digests, [a, b, c]);
+        assert_eq!(remembered.look_up(Algorithm::Sha256, &files, &pieces, cleared).digests, abc);
         assert_eq!(open().cache.entries.len(), 1);
     }
 }

@@ -62,10 +62,10 @@ struct Entry {
 }
 
 /// The digest of a piece of a file in some state.
-struct Known {
-    stamp: Stamp,
-    piece: Piece,
-    digest: Digest,
+struct Known<'a> {
+    stamp: &'a Stamp,
+    piece: &'a Piece,
+    digest: &'a Digest,
     /// Whether it was computed, and not remembered from before.
     made: bool,
 }
@@ -148,21 +148,25 @@ impl Cache {
     }
 
     /// The remembered digest of a piece.
-    pub(super) fn get(&self, algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Option<Digest> {
+    pub(super) fn get(&self, algorithm: Algorithm, stamp: &Stamp, piece: &Piece) -> Option<Digest> {
         // What was remembered elsewhere may have changed without a trace.
         let settled = self.settled.as_ref().is_ok_and(|device| *device == stamp.device);
-        self.entries.get(&entry(algorithm, stamp, piece)).copied().filter(|_| settled)
+        self.entries.get(&entry(algorithm, stamp, piece)).filter(|_| settled).cloned()
     }
 
     /// Remembers what was hashed, of so many files of a model, and forgets what took its place. Files that are too young to
     /// be told from themselves after another write are left out: returns of how many digests they are.
-    fn keep<K: Iterator<Item = Known>>(
+    fn keep<'a, K: Iterator<Item = Known<'a>>>(
         &mut self,
         algorithm: Algorithm,
         files: usize,
         known: impl Fn() -> K,
     ) -> Result<usize, CacheError> {
         let settled = self.settled.clone().map_err(CacheError::Untimed)?;
+        // All of it is there already.
+        if known().all(|known| !known.made) {
+            return Ok(0);
+        }
         let state = |Known { stamp, .. }| ((stamp.device, stamp.inode), stamp);
         let stamps: HashMap<_, _> = known().map(state).collect();
         // Others hash another part of it, and may end at the same time: what they remembered is kept.
@@ -174,9 +178,9 @@ impl Cache {
         // looked at.
         entries.retain(|old, _| {
             let now = stamps.get(&(old.stamp.device, old.stamp.inode));
-            now.is_none_or(|stamp| *stamp == old.stamp)
+            now.is_none_or(|stamp| **stamp == old.stamp)
         });
-        let entry = |known: &Known| entry(algorithm, known.stamp, &known.piece);
+        let entry = |known: &Known<'_>| entry(algorithm, known.stamp, known.piece);
         if entries.len() > (2 * known().count().max(files)).max(SPARE_ENTRIES) {
             let seen: HashSet<Entry> = known().map(|known| entry(&known)).collect();
             entries.retain(|old, _| seen.contains(old));
@@ -184,12 +188,13 @@ impl Cache {
         let kept = entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
         let (mut elsewhere, mut young) = (false, 0);
+        entries.reserve(known().filter(|known| known.made).count());
         // What was remembered is there, or somebody has just had it forgotten.
         for known in known().filter(|known| known.made) {
             if known.stamp.device != settled {
                 elsewhere = true;
-            } else if written(&known.stamp).is_some_and(|written| written < youngest) {
-                entries.insert(entry(&known), known.digest);
+            } else if written(known.stamp).is_some_and(|written| written < youngest) {
+                entries.insert(entry(&known), known.digest.clone());
             } else {
                 young += 1;
             }
@@ -202,8 +207,8 @@ impl Cache {
     }
 }
 
-fn entry(algorithm: Algorithm, stamp: Stamp, piece: &Piece) -> Entry {
-    Entry { stamp, start: piece.range.start, end: piece.range.end, algorithm }
+fn entry(algorithm: Algorithm, stamp: &Stamp, piece: &Piece) -> Entry {
+    Entry { stamp: *stamp, start: piece.range.start, end: piece.range.end, algorithm }
 }
 
 /// When a file was last written to, or its inode changed.
@@ -224,13 +229,8 @@ mod tests {
     }
 
     fn keep(cache: &mut Cache, files: usize, known: &[(Stamp, Piece, Digest)]) -> Result<usize, CacheError> {
-        let made = |(stamp, piece, digest): &(Stamp, Piece, Digest)| Known {
-            stamp: *stamp,
-            piece: piece.clone(),
-            digest: *digest,
-            made: true,
-        };
-        cache.keep(Algorithm::Sha256, files, || known.iter().map(made))
+        let made = || known.iter().map(|(stamp, piece, digest)| Known { stamp, piece, digest, made: true });
+        cache.keep(Algorithm::Sha256, files, made)
     }
 
     #[test]
@@ -240,17 +240,17 @@ mod tests {
         let piece = Piece { file: 0, range: 0..3 };
         let digest = Digest::sha256(b"x");
         let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
-        let both = [(OLD, piece.clone(), digest), (young, piece.clone(), digest)];
+        let both = [OLD, young].map(|stamp| (stamp, piece.clone(), digest.clone()));
         assert_eq!(keep(&mut cache(directory), 2, &both).expect("kept"), 1, "a young one");
-        let elsewhere = [(Stamp { device: 9, inode: 8, ..OLD }, piece.clone(), digest)];
+        let elsewhere = [(Stamp { device: 9, inode: 8, ..OLD }, piece.clone(), digest.clone())];
         let told = keep(&mut cache(directory), 1, &elsewhere);
         assert!(matches!(told, Err(CacheError::Elsewhere)) && cache(directory).entries.len() == 1);
-        let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest)];
+        let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest.clone())];
         keep(&mut cache(directory), 1, &other_range).expect("kept");
         let read = cache(directory);
-        assert_eq!(read.get(Algorithm::Sha256, OLD, &piece), Some(digest));
-        assert_eq!(read.get(Algorithm::Sha256, young, &piece), None);
-        assert_eq!(read.get(Algorithm::Blake3, OLD, &piece), None);
+        assert_eq!(read.get(Algorithm::Sha256, &OLD, &piece), Some(digest));
+        assert_eq!(read.get(Algorithm::Sha256, &young, &piece), None);
+        assert_eq!(read.get(Algorithm::Blake3, &OLD, &piece), None);
         for other in [
             Stamp { device: 8, ..OLD },
             Stamp { inode: 8, ..OLD },
@@ -259,18 +259,18 @@ mod tests {
             Stamp { changed: (100, 2), ..OLD },
         ] {
             let read = Cache { settled: Ok(other.device), ..cache(directory) };
-            assert_eq!(read.get(Algorithm::Sha256, other, &piece), None, "{other:?}");
+            assert_eq!(read.get(Algorithm::Sha256, &other, &piece), None, "{other:?}");
         }
-        assert_eq!(read.get(Algorithm::Sha256, OLD, &Piece { file: 0, range: 0..2 }), None);
+        assert_eq!(read.get(Algorithm::Sha256, &OLD, &Piece { file: 0, range: 0..2 }), None);
         // Every byte of it counts, and so does its end.
         let whole = std::fs::read(&read.path).expect("read");
         for at in 0..whole.len() {
             let mut bad = whole.clone();
             bad[at] ^= 1;
             std::fs::write(&read.path, &bad).expect("written");
-            assert_eq!(cache(directory).get(Algorithm::Sha256, OLD, &piece), None, "byte {at}");
+            assert_eq!(cache(directory).get(Algorithm::Sha256, &OLD, &piece), None, "byte {at}");
             std::fs::write(&read.path, &whole[..at]).expect("written");
-            assert_eq!(cache(directory).get(Algorithm::Sha256, OLD, &piece), None, "cut at {at}");
+            assert_eq!(cache(directory).get(Algorithm::Sha256, &OLD, &piece), None, "cut at {at}");
         }
         assert_eq!(clear(directory).expect("cleared"), 1);
         assert_eq!(clear(&directory.join("none")).expect("nothing there"), 0);
