@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -213,6 +214,10 @@ fn a_full_disk_under_the_audit_log() -> anyhow::Result<()> {
     let world = World::new()?;
     let token = world.token("t", "k", KeyType::P256)?;
     full_disk(&world, &(token_section("t", &token, "") + &key_section("k", "t", "k")))?;
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "k")?;
+    token.generate("k")?;
+    full_disk(&world, &(token.section("t")? + &key_section("k", "t", "k")))?;
     let world = World::new()?;
     let chip = SwTpm::create(&world.path("tpm"))?;
     chip.persistent_key("k", "ecc256", 0x8100_0010, AUTH)?;

@@ -116,6 +116,7 @@ fn kryoptic() -> anyhow::Result<()> {
     let counted = proxy.clone();
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
     let spent = || spent_of(&counted);
+    sleeps(&mut lab, Sees::Nothing, &spent, || Ok(()))?;
     let away = lab.world.path("away");
     let remove = |lab: &Lab| {
         std::fs::rename(token.store(), &away)?;

@@ -1,5 +1,6 @@
 //! A software TPM 2.0 in a directory and a process of its own.
 
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,9 @@ use crate::{free_pair, write_private};
 
 /// The authorization value of keys that have one. Long enough to be searched for in logs.
 pub const AUTH: &str = "tpm-auth-3352";
+
+/// TPM_RC_SESSION_MEMORY: there is no room for a session.
+const SESSION_MEMORY: u32 = 0x903;
 
 /// Longest wait for a TPM to start. It takes some 10 ms.
 const START: Duration = Duration::from_secs(10);
@@ -145,6 +149,42 @@ impl SwTpm {
         let output = tool.arg(format!("handles-{kind}")).env("TPM2TOOLS_TCTI", self.tcti()).output()?;
         ensure!(output.status.success(), "tpm2_getcap: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?.matches("0x").count())
+    }
+
+    /// Begins sessions, and leaves them there, until it has room for no more. How many it took.
+    pub fn fill_sessions(&self) -> anyhow::Result<usize> {
+        // TPM2_StartAuthSession (TPM 2.0 Part 3, 11.1): neither key nor object, a nonce, no salt, a policy session.
+        let nothing = 0x4000_0007_u32.to_be_bytes();
+        let mut begin = [nothing, nothing].concat();
+        begin.extend([&[0, 16][..], &[7; 16], &[0, 0, 1, 0, 0x10, 0, 0x0b]].concat());
+        for begun in 0..64 {
+            match self.command(0x176, &begin)? {
+                0 => {}
+                SESSION_MEMORY => return Ok(begun),
+                other => bail!("TPM2_StartAuthSession: {other:#x}"),
+            }
+        }
+        bail!("it has room for any number of sessions")
+    }
+
+    /// Ends all sessions that there are, whoever uses them. How many there were.
+    pub fn end_sessions(&self) -> anyhow::Result<usize> {
+        let handles = [0x0200_0000_u32, 0x0300_0000].into_iter().flat_map(|first| first..first + 3);
+        // TPM2_FlushContext (TPM 2.0 Part 3, 28.4).
+        let ended = handles.map(|handle| Ok(self.command(0x165, &handle.to_be_bytes())? == 0));
+        ended.collect::<anyhow::Result<Vec<_>>>().map(|ended| ended.iter().filter(|ended| **ended).count())
+    }
+
+    /// What it answers to a command without sessions: TPM_RC.
+    fn command(&self, code: u32, arguments: &[u8]) -> anyhow::Result<u32> {
+        let mut line = TcpStream::connect(("127.0.0.1", self.port))?;
+        let length = u32::try_from(10 + arguments.len())?;
+        let command = [&0x8001_u16.to_be_bytes()[..], &length.to_be_bytes(), &code.to_be_bytes(), arguments];
+        line.write_all(&command.concat())?;
+        let mut answer = [0; 10];
+        line.read_exact(&mut answer)?;
+        let [.., a, b, c, d] = answer;
+        Ok(u32::from_be_bytes([a, b, c, d]))
     }
 
     /// How it is reached, in tpm2-tss's words.

@@ -1,7 +1,7 @@
 //! What a TPM_RC means for the one who asked: decided here, once.
 
 use tss_esapi::Error;
-use tss_esapi::constants::response_code::Tss2ResponseCodeKind as Code;
+pub(super) use tss_esapi::constants::response_code::Tss2ResponseCodeKind as Code;
 
 use crate::host::wire::{Class, Failure};
 
@@ -10,7 +10,7 @@ use crate::host::wire::{Class, Failure};
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let message = format!("cannot {what}: {}", describe(error));
     let class = match error {
-        Error::Tss2Error(code) => match code.kind() {
+        Error::Tss2Error(_) => match code(error) {
             Some(
                 Code::AuthFail | Code::BadAuth | Code::Lockout | Code::AuthMissing | Code::AuthUnavailable,
             ) => Class::Locked,
@@ -37,6 +37,9 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
             Some(
                 Code::ObjectMemory
                 | Code::SessionMemory
+                | Code::SessionHandles
+                // Somebody ended the session.
+                | Code::ReferenceS0
                 | Code::Memory
                 | Code::Retry
                 | Code::Yielded
@@ -50,12 +53,18 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
+/// What the TPM, or the way to it, answered.
+pub(super) fn code(error: &Error) -> Option<Code> {
+    let Error::Tss2Error(code) = error else { return None };
+    code.kind()
+}
+
 /// The same where a key that was found is used. Its handle is of nothing when somebody took the key from the TPM: then it is
 /// looked for anew.
 pub(super) fn using(what: &str, error: &Error) -> Failure {
     let failure = classify(what, error);
-    match error {
-        Error::Tss2Error(code) if code.kind() == Some(Code::Handle) => Failure {
+    match code(error) {
+        Some(Code::Handle) => Failure {
             class: Class::Gone,
             message: format!("{}: the key is not in the TPM any more", failure.message),
         },
@@ -66,7 +75,7 @@ pub(super) fn using(what: &str, error: &Error) -> Failure {
 /// Whether a TPM does not know what a key is to be.
 pub(super) fn is_about_parameters(error: &Error) -> bool {
     use Code::{Curve, KeySize, Value};
-    matches!(error, Error::Tss2Error(code) if matches!(code.kind(), Some(Curve | KeySize | Value)))
+    matches!(code(error), Some(Curve | KeySize | Value))
 }
 
 /// The same where the owner hierarchy's value is asked for: that it is missing is no reason to lock our own keys.
@@ -86,8 +95,7 @@ pub(super) fn owners(what: &str, error: &Error) -> Failure {
 
 /// In words, and as the number that `tpm2_rc_decode` explains.
 pub(super) fn describe(error: &Error) -> String {
-    let Error::Tss2Error(code) = error else { return error.to_string() };
-    match code.kind() {
+    match code(error) {
         Some(Code::AuthFail | Code::BadAuth) => "it refused the authorization value".to_owned(),
         Some(Code::Lockout) => "the TPM is in lockout after wrong authorization values".to_owned(),
         _ => error.to_string(),

@@ -8,7 +8,7 @@ use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
 use tss_esapi::structures::{Digest, PcrSelectionList, PcrSlot, SymmetricDefinition};
 
 use super::super::{gone, refused};
-use super::errors::{classify, using};
+use super::errors::{Code, classify, code, using};
 use crate::config::{Bank, Pcrs};
 use crate::host::wire::{Class, Failure};
 
@@ -34,14 +34,15 @@ impl Guard {
         };
         let session = self.session(context, pcrs, SessionType::Policy)?;
         let done = context.execute_with_session(Some(session.into()), then);
-        flush(context, session)?;
-        done.map_err(|error| match using(what, &error) {
+        let ended = flush(context, session);
+        let done = done.map_err(|error| match using(what, &error) {
             failure if failure.class == Class::Refused => refused(format!(
                 "the PCRs {pcrs} are not as they were when the key was made, or it was made for others: {}",
                 failure.message
             )),
             failure => failure,
-        })
+        })?;
+        ended.map(|()| done)
     }
 
     /// The policy of a new key (TPM 2.0 Part 1, 19.7); none where an authorization value alone guards it.
@@ -74,15 +75,22 @@ impl Guard {
         let shown = shown.and_then(|()| if self.auth { context.policy_auth_value(session) } else { Ok(()) });
         if let Err(error) = shown {
             flush(context, session)?;
-            return Err(failed(error));
+            return Err(match code(&error) {
+                // The only handle is the session's.
+                Some(Code::ReferenceH0) => Failure { class: Class::Busy, ..failed(error) },
+                _ => failed(error),
+            });
         }
         Ok(session)
     }
 }
 
+/// Ends a session. Without a resource manager, others may have done so.
 fn flush(context: &mut Context, session: PolicySession) -> Result<(), Failure> {
-    let flushed = context.flush_context(SessionHandle::from(session).into());
-    flushed.map_err(|error| classify("end the session", &error))
+    match context.flush_context(SessionHandle::from(session).into()) {
+        Err(error) if code(&error) != Some(Code::Handle) => Err(classify("end the session", &error)),
+        _ => Ok(()),
+    }
 }
 
 fn selection(pcrs: &Pcrs) -> tss_esapi::Result<PcrSelectionList> {

@@ -12,11 +12,11 @@ mod life;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use tss_esapi::Context;
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
 use tss_esapi::handles::{KeyHandle, ObjectHandle};
 use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
+use tss_esapi::{Context, WrapperErrorKind};
 
 use self::errors::{classify, describe};
 use self::keys::Key;
@@ -29,8 +29,8 @@ use crate::pin::read_pin;
 use crate::secret::Pin;
 use crate::verifier::Verifier;
 
-/// The first handle of keys that are loaded, not kept (TPM 2.0 Part 2, 7.5).
-const TRANSIENT_FIRST: u32 = 0x8000_0000;
+/// The first handles of keys that are loaded, not kept, and of sessions (TPM 2.0 Part 2, 7.5).
+const LEFTOVERS: [u32; 2] = [0x8000_0000, 0x0200_0000];
 
 /// An open TPM.
 struct OpenTpm {
@@ -173,16 +173,22 @@ fn connect(tcti: &Tcti) -> Result<Context, Failure> {
     Ok(context)
 }
 
-/// A process that was killed leaves its keys in a TPM that no resource manager clears, which has room for three.
+/// A process that was killed leaves its keys and sessions in a TPM that no resource manager clears, which has room for three
+/// of each.
 fn flush_leftovers(context: &mut Context) -> Result<(), Failure> {
-    let failed = |error: tss_esapi::Error| classify("flush old keys", &error);
-    let asked = context.execute_without_session(|context| {
-        context.get_capability(CapabilityType::Handles, TRANSIENT_FIRST, 16)
-    });
-    let (CapabilityData::Handles(handles), _) = asked.map_err(failed)? else { return Ok(()) };
-    for handle in handles.into_inner() {
-        let object = context.execute_without_session(|context| context.tr_from_tpm_public(handle));
-        context.flush_context(object.map_err(failed)?).map_err(failed)?;
+    let failed = |error: tss_esapi::Error| classify("flush old keys and sessions", &error);
+    for first in LEFTOVERS {
+        let asked = context
+            .execute_without_session(|context| context.get_capability(CapabilityType::Handles, first, 16));
+        let (CapabilityData::Handles(handles), _) = asked.map_err(failed)? else { continue };
+        for handle in handles.into_inner() {
+            let object = context.execute_without_session(|context| context.tr_from_tpm_public(handle));
+            match context.flush_context(object.map_err(failed)?) {
+                // tss-esapi says so of a policy session that it has just flushed.
+                Err(tss_esapi::Error::WrapperError(WrapperErrorKind::InvalidHandleState)) => {}
+                flushed => flushed.map_err(failed)?,
+            }
+        }
     }
     Ok(())
 }

@@ -1,0 +1,96 @@
+//! Sessions of a TPM, of which a key with PCRs begins one for each signature: others have all that there are, or end ours.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::lab::{AT_ONCE, Lab, Sees};
+use omsign_tests::operator::does;
+use omsign_tests::world::{World, key};
+
+/// What comes after it in its line is left out.
+const KEY: &str = "file = \"k.pem\" }\npcrs = \"sha256:16\" #";
+
+/// How long others keep them, and what a signature may cost that waits for that, or is begun anew.
+const KEPT: Duration = Duration::from_millis(500);
+const WAITS: Range<Duration> = Duration::from_millis(400)..LONG;
+const LONG: Duration = Duration::from_secs(4);
+
+/// How many of ours others end, one after the other.
+const ENDED: usize = 4;
+
+/// All sessions of the TPM are taken.
+fn take_all(chip: &SwTpm) -> anyhow::Result<()> {
+    let taken = chip.fill_sessions()?;
+    ensure!(taken == 3, "it has room for {taken} sessions");
+    Ok(())
+}
+
+#[test]
+fn others_have_or_end_them() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = Arc::new(SwTpm::create(&world.path("tpm"))?);
+    let section = chip.section("device");
+    world.write("agent.toml", world.listen() + &section + &key("k", "device", KEY))?;
+    does(&world, &["generate", "k", "--type", "p256"])?;
+    let mut lab = Lab::new(world, &section, KEY, 32, None)?;
+    let tries = || Ok(i64::from(chip.failed_tries()?));
+    let ends = |thread: Option<JoinHandle<anyhow::Result<()>>>| {
+        thread.context("it began")?.join().expect("it does not panic")
+    };
+
+    let mut given_back = None;
+    let taken = |_: &Lab| {
+        take_all(&chip)?;
+        let chip = Arc::clone(&chip);
+        given_back = Some(std::thread::spawn(move || {
+            std::thread::sleep(KEPT);
+            let ended = chip.end_sessions()?;
+            ensure!(ended == 3, "{ended} sessions were there");
+            Ok(())
+        }));
+        Ok(())
+    };
+    lab.trial("others have all for a while", (Sees::Nothing, WAITS), &tries, taken, |_| Ok(()))?;
+    ends(given_back)?;
+
+    // As processes leave them that are killed while they sign.
+    let left = |lab: &Lab| take_all(&chip).and_then(|()| lab.kill_host());
+    lab.trial("all are left by the dead", (Sees::Nothing, AT_ONCE), &tries, left, |_| Ok(()))?;
+
+    // Wherever in its short life ours is.
+    for _ in 0..5 {
+        let over = Arc::<AtomicBool>::default();
+        let mut ended = None;
+        let lost = |_: &Lab| {
+            let (chip, over) = (Arc::clone(&chip), Arc::clone(&over));
+            ended = Some(std::thread::spawn(move || {
+                let mut ended = 0;
+                while ended < ENDED {
+                    ended += chip.end_sessions()?;
+                    ensure!(!over.load(Ordering::Relaxed), "only {ended} of ours were ended");
+                }
+                Ok(())
+            }));
+            Ok(())
+        };
+        lab.trial("others end ours", (Sees::Nothing, Duration::ZERO..LONG), &tries, lost, |_| Ok(()))?;
+        let ended = ended.context("it began")?;
+        for _ in 0..100 {
+            if ended.is_finished() {
+                break;
+            }
+            let answer = lab.sign()?;
+            ensure!(answer == Ok(()), "{answer:?}");
+        }
+        over.store(true, Ordering::Relaxed);
+        ends(Some(ended))?;
+    }
+    let left = chip.handles("loaded-session")?;
+    ensure!(left == 0, "{left} sessions are left in the TPM");
+    Ok(())
+}
