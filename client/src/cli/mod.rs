@@ -1,5 +1,6 @@
 //! What can be typed.
 
+mod examples;
 mod verify;
 
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -26,12 +27,16 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Signs a model and writes a bundle
+    #[command(after_help = examples::SIGN)]
     Sign(Box<Sign>),
     /// Verifies a model against a bundle: who signed it, and is it what they signed?
+    #[command(after_help = examples::VERIFY)]
     Verify(Box<Verify>),
     /// Says whose signatures `omsign verify MODEL` accepts
+    #[command(after_help = examples::TRUST)]
     Trust(Trust),
     /// Prints a model's root digest
+    #[command(after_help = examples::DIGEST)]
     Digest(Digest),
     /// Lists the keys that the agent lets you use
     Keys(Keys),
@@ -44,6 +49,7 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Agent")]
 pub(crate) struct Connection {
     /// The agent: a socket path or https://HOST:PORT [default: your own agent's socket, then /run/omsign/agent.sock]
     #[arg(long, value_name = "ADDRESS", env = "OMSIGN_AGENT")]
@@ -61,6 +67,7 @@ pub(crate) struct Connection {
 
 /// Which files of a model, and how they are hashed: all of it is signed.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "What is signed")]
 pub(crate) struct Files {
     /// Leaves a file or directory of the model out (repeatable)
     #[arg(long, value_name = "PATH")]
@@ -162,6 +169,7 @@ fn jobs(text: &str) -> Result<NonZeroUsize, String> {
 
 /// How the hashing is done: the result is the same.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Hashing")]
 pub(crate) struct Work {
     /// Threads that hash, 512 at most: more of them than cores help where files are far away, as on a network [default: one for
     /// each core, and more while they wait for small files]
@@ -189,6 +197,9 @@ pub(crate) enum ShowProgress {
     None,
 }
 
+/// Of help.
+const KEY: &str = "Key";
+
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("signer").required(true).args(["key", "key_uri", "private_key"]))]
 pub(crate) struct Sign {
@@ -209,28 +220,28 @@ pub(crate) struct Sign {
     #[command(flatten)]
     pub(crate) work: Work,
     /// Name of a key of the agent
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = KEY)]
     pub(crate) key: Option<String>,
     /// A key of a device, used without a running agent: pkcs11:… (RFC 7512), tpm:handle=… or piv:serial=…;slot=9c
-    #[arg(long, value_name = "URI", visible_aliases = ["pkcs11-uri", "pkcs11_uri"])]
+    #[arg(long, value_name = "URI", visible_aliases = ["pkcs11-uri", "pkcs11_uri"], help_heading = KEY)]
     pub(crate) key_uri: Option<String>,
     /// Private key in PEM
-    #[arg(long, value_name = "FILE", visible_alias = "private_key")]
+    #[arg(long, value_name = "FILE", visible_alias = "private_key", help_heading = KEY)]
     pub(crate) private_key: Option<PathBuf>,
     /// File with the password of --private-key; without it, you are asked
-    #[arg(long, value_name = "FILE", requires = "private_key")]
+    #[arg(long, value_name = "FILE", requires = "private_key", help_heading = KEY)]
     pub(crate) password_file: Option<PathBuf>,
     /// Environment variable with the password of --private-key
-    #[arg(long, value_name = "NAME", requires = "private_key", conflicts_with = "password_file")]
+    #[arg(long, value_name = "NAME", requires = "private_key", conflicts_with = "password_file", help_heading = KEY)]
     pub(crate) password_env: Option<String>,
     /// Signs with RSA, Ed25519 or ML-DSA, which OMS does not name: omsign verifies it, other tools may refuse it
-    #[arg(long)]
+    #[arg(long, help_heading = KEY)]
     pub(crate) allow_nonstandard_key: bool,
     /// Certificate of the signing key, PEM: makes a bundle of the certificate method
-    #[arg(long, value_name = "FILE", visible_alias = "signing_certificate")]
+    #[arg(long, value_name = "FILE", visible_alias = "signing_certificate", help_heading = KEY)]
     pub(crate) signing_certificate: Option<PathBuf>,
     /// Its issuers, PEM (repeatable); with the leaf first where --signing-certificate is not given
-    #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
+    #[arg(long, value_name = "FILE", visible_alias = "certificate_chain", help_heading = KEY)]
     pub(crate) certificate_chain: Vec<PathBuf>,
     /// Prints one JSON object
     #[arg(long)]

@@ -144,6 +144,7 @@ pub(crate) struct Terms {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Signed with a key")]
 pub(crate) struct KeyTerms {
     /// The signer's public key, PEM
     #[arg(long, value_name = "FILE", visible_alias = "public_key")]
@@ -151,6 +152,7 @@ pub(crate) struct KeyTerms {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Signed with a certificate")]
 pub(crate) struct CertificateTerms {
     /// Certificates to trust, PEM (repeatable): the signer's must lead to one of them
     #[arg(long, value_name = "FILE", visible_alias = "certificate_chain")]
@@ -164,6 +166,7 @@ pub(crate) struct CertificateTerms {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Signed without a key, by Sigstore")]
 pub(crate) struct KeylessTerms {
     /// Who has to have signed without a key of their own: an e-mail address or a workflow
     #[arg(long, value_name = "IDENTITY", conflicts_with = "identity_pattern")]
@@ -194,6 +197,7 @@ pub(crate) struct KeylessTerms {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Time stamps and older bundles")]
 pub(crate) struct CommonTerms {
     /// Certificates that RFC 3161 time stamps must lead to, PEM (repeatable): what they prove to have been signed in
     /// time stays good when the signer's certificate has expired
