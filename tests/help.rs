@@ -77,9 +77,12 @@ impl Place {
 fn examples() -> anyhow::Result<()> {
     let place = Place::new()?;
     let mut count = 0;
-    for command in ["sign", "digest", "verify", "trust"] {
+    for directory in [".local/share/bash-completion/completions", ".zfunc", ".config/fish/completions"] {
+        std::fs::create_dir_all(place.world.path(directory))?;
+    }
+    for command in ["completions", "sign", "digest", "verify", "trust"] {
         // Each begins where nobody is trusted yet.
-        let _ = std::fs::remove_dir_all(place.world.path(".config"));
+        let _ = std::fs::remove_dir_all(place.world.path(".config/omsign"));
         for example in place.examples(command)? {
             let by_certificate =
                 if example.contains("root.pem") { " --signing-certificate leaf.pem" } else { "" };
@@ -92,6 +95,32 @@ fn examples() -> anyhow::Result<()> {
             count += 1;
         }
     }
-    ensure!(count == 16, "{count} examples");
+    ensure!(count == 19, "{count} examples");
+    Ok(())
+}
+
+/// What bash completes.
+#[test]
+fn completions() -> anyhow::Result<()> {
+    let place = Place::new()?;
+    for (program, typed, expected) in [
+        ("omsign", "verify --publ", "--public_key --public-key"),
+        ("omsign", "sig", "sign"),
+        ("omsign", "digest --hash-type bla", "blake2b blake3"),
+        ("omsign-agent", "key gen", "generate"),
+        // What only the agent starts is not offered.
+        ("omsign-agent", "tok", ""),
+    ] {
+        let line = format!(
+            "eval \"$({program} completions bash)\"; COMP_WORDS=({program} {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+             f=$(complete -p {program}); f=${{f#*-F }}; \
+             ${{f%% *}} {program} \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\" || :; echo \"${{COMPREPLY[*]}}\"",
+        );
+        let output = place.shell("exec bash -euc \"$LINE\"")?.env("LINE", &line).output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{program} {typed}: {errors}");
+        let completed = String::from_utf8(output.stdout)?;
+        ensure!(completed.trim() == expected, "{program} {typed}: {completed}");
+    }
     Ok(())
 }

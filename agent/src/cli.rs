@@ -68,6 +68,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         file: ConfigFile,
     },
+    /// Prints what a shell reads to complete commands and options
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// The process that owns one token; started by the agent
     #[command(hide = true)]
     TokenHost,

@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
 use omsign_agent::init::Init;
@@ -57,6 +57,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             secret::harden_process();
             let socket = rustix::stdio::stdin().try_clone_to_owned()?;
             runtime()?.block_on(serve::one_shot(&uri, socket.into()))?;
+        }
+        Command::Completions { shell } => {
+            let all = Cli::command();
+            let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+            let mut shown = clap::Command::new("omsign-agent").subcommands(shown);
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut shown, "omsign-agent", &mut script);
+            std::io::stdout().write_all(&script)?;
         }
         Command::CheckConfig(file) => {
             let Some(config) = load(&file) else {

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Inspect(arguments) => commands::inspect(&arguments),
         Command::Agent(arguments) => commands::agent(&arguments),
         Command::Cache(arguments) => commands::cache(&arguments),
+        Command::Completions { shell } => commands::completions(shell),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

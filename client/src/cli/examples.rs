@@ -7,6 +7,12 @@ Examples:
   omsign sign my-model --private-key release.key --signature my-model.sig
   omsign digest my-model --json | omsign sign --manifest - --key release";
 
+pub(super) const COMPLETIONS: &str = "\
+Examples:
+  omsign completions bash > ~/.local/share/bash-completion/completions/omsign
+  omsign completions zsh > ~/.zfunc/_omsign
+  omsign completions fish > ~/.config/fish/completions/omsign.fish";
+
 pub(super) const VERIFY: &str = "\
 Examples:
   omsign verify my-model --public-key release.pem

@@ -7,6 +7,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use omsign::hash::{Algorithm, MOST_JOBS};
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part};
 use omsign::selection::Selection;
@@ -46,6 +47,12 @@ pub(crate) enum Command {
     Agent(Agent),
     /// Sees to the digests that --digest-cache remembers
     Cache(Cache),
+    /// Prints what a shell reads to complete commands and options
+    #[command(after_help = examples::COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 #[derive(Debug, Args)]

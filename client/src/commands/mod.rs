@@ -11,6 +11,8 @@ mod trust;
 mod verdict;
 mod verify;
 
+use clap::CommandFactory as _;
+use clap_complete::Shell;
 use omsign::Error;
 use omsign::agent::{Address, AgentError, TlsFiles};
 
@@ -21,7 +23,7 @@ pub(crate) use self::inspect::inspect;
 pub(crate) use self::sign::sign;
 pub(crate) use self::trust::trust;
 pub(crate) use self::verify::verify;
-use crate::cli;
+use crate::{cli, report};
 
 /// Why a command did not succeed, by its exit status.
 pub(crate) enum Failure {
@@ -57,6 +59,13 @@ type Done = Result<(), Failure>;
 /// A check that failed because of what was checked is not one that could not be made.
 fn checked(error: Error) -> Failure {
     if error.found_wrong() { Failure::Wrong(error) } else { Failure::Undone(error) }
+}
+
+/// What a shell completes.
+pub(crate) fn completions(shell: Shell) -> Done {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut cli::Cli::command(), "omsign", &mut script);
+    report::raw(&script)
 }
 
 fn address(connection: &cli::Connection) -> Result<Address, AgentError> {
