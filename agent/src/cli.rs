@@ -171,10 +171,10 @@ pub(crate) enum KeyCommand {
     },
     /// Makes the key that is to take this one's place, and, with --finish, puts it there
     ///
-    /// First the next key is made beside the present one, and named in the configuration as NAME/next: ask for its
-    /// certificate (key csr NAME/next), tell verifiers about it. Then --finish writes it into the configuration; callers
-    /// get it when the agent reads that anew (`omsign-agent key reload`). The old key stays listed, for verification, and stays
-    /// on its device until it is deleted.
+    /// First the next key is made beside the present one, of the same type and guarded likewise where nothing else is said,
+    /// and named in the configuration as NAME/next: ask for its certificate (key csr NAME/next), tell verifiers about it.
+    /// Then --finish writes it into the configuration; callers get it when the agent reads that anew (`omsign-agent key
+    /// reload`). The old key stays listed, for verification, and stays on its device until it is deleted.
     Rotate {
         /// The key's name in the configuration
         name: String,

@@ -45,7 +45,7 @@ impl Rotation<'_> {
             template.key_type = SpkiDer(present).key_type();
         }
         let before = self.text()?;
-        self.write(&edit::begin(&before, self.name, &next)?)?;
+        self.write(&edit::begin(&before, self.name, &self.written(&next))?)?;
         let public = match self.make(template) {
             Ok(public) => public,
             Err(error) => {
@@ -67,11 +67,17 @@ impl Rotation<'_> {
             }
         };
         say(format_args!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name));
+        let config = match self.path == Config::default_path() {
+            true => String::new(),
+            false => format!(" --config {}", self.path.display()),
+        };
+        // Those that it has are for the present key.
+        let chain = if key.certificate_chain.is_empty() { "" } else { " --certificate-chain FILE" };
+        let name = self.name;
         say(format_args!(
-            "  omsign-agent key csr {}{NEXT} --subject …    asks for its certificate",
-            self.name
+            "  omsign-agent key{config} csr {name}{NEXT} --subject …    asks for its certificate"
         ));
-        say(format_args!("  omsign-agent key rotate {} --finish         puts it in its place", self.name));
+        say(format_args!("  omsign-agent key{config} rotate {name} --finish{chain}    puts it in its place"));
         Ok(public)
     }
 
@@ -198,6 +204,16 @@ impl Rotation<'_> {
         })
     }
 
+    /// As the configuration is to have it: files beside it by their names, wherever it is moved to.
+    fn written(&self, object: &Object) -> Object {
+        match object {
+            Object::TpmFile(path) => {
+                Object::TpmFile(path.strip_prefix(self.directory()).unwrap_or(path).to_owned())
+            }
+            object => object.clone(),
+        }
+    }
+
     fn directory(&self) -> PathBuf {
         let path = std::path::absolute(self.path).unwrap_or_else(|_| self.path.to_owned());
         path.parent().unwrap_or(Path::new("/")).to_owned()
@@ -258,12 +274,13 @@ fn following(name: &str, object: &Object) -> anyhow::Result<Object> {
         }
         Object::TpmHandle(handle) => Object::TpmHandle(handle + 1),
         Object::TpmFile(path) => {
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-            let mut next = path.with_file_name(counted_on(&stem));
+            let mut next =
+                std::ffi::OsString::from(counted_on(&path.file_stem().unwrap_or_default().to_string_lossy()));
             if let Some(extension) = path.extension() {
-                next.set_extension(extension);
+                next.push(".");
+                next.push(extension);
             }
-            Object::TpmFile(next)
+            Object::TpmFile(path.with_file_name(next))
         }
         Object::PivSlot(_) => bail!("say which slot the next key goes into: --object slot=82"),
     })

@@ -76,6 +76,9 @@ pub struct Template {
     /// YubiKey: when it waits for a touch
     #[arg(long, value_name = "WHEN")]
     pub touch_policy: Option<TouchPolicy>,
+    /// The key whose place it is to take: it is guarded like that one, where nothing else is said.
+    #[arg(skip)]
+    pub(crate) like: Option<Object>,
 }
 
 impl Template {

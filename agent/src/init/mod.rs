@@ -148,7 +148,7 @@ impl Init {
             Wish::Yubikey { touch_policy, .. } => touch_policy,
             _ => None,
         };
-        let template = Template { key_type, no_da, pin_policy: None, touch_policy };
+        let template = Template { key_type, no_da, pin_policy: None, touch_policy, like: None };
         let generate = Command::Generate { key: self.name.clone(), template };
         let made = if made_by.is_empty() {
             say("making the key");

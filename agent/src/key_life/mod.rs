@@ -132,7 +132,10 @@ impl Operator<'_> {
             Command::List { token } => self.list(token.as_deref(), say).await.map(Output::Listed),
             Command::Generate { key, template } => {
                 let place = self.place(key)?;
-                let made = place.public(Task::Generate(place.spec.clone(), template.clone()), say).await?;
+                let present = key.strip_suffix(NEXT).and_then(|name| self.config.keys.get(name));
+                let like = present.map(|present| present.object.clone());
+                let template = Template { like, ..template.clone() };
+                let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
                 // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
                 // time.
                 if !key.ends_with(NEXT) && !place.token.look_again(false).await {

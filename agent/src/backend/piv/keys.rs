@@ -47,6 +47,18 @@ impl Key {
     }
 }
 
+/// When the key in a slot asks for the PIN, and when it waits for a touch.
+pub(super) fn policies(slot: u8, said: Option<(PinPolicy, TouchPolicy)>) -> (PinPolicy, TouchPolicy) {
+    let (pin, touch) = said.unwrap_or((PinPolicy::Default, TouchPolicy::Default));
+    // FIPS 201: the signature slot asks before every use.
+    let pin = match pin {
+        PinPolicy::Default if slot == 0x9c => PinPolicy::Always,
+        PinPolicy::Default => PinPolicy::Once,
+        pin => pin,
+    };
+    (pin, if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch })
+}
+
 /// Reads a slot's metadata. The card itself names the public half; a key that needs no touch also signs a
 /// challenge.
 pub(super) fn find(
@@ -70,14 +82,7 @@ pub(super) fn find(
     let spki = metadata.public.and_then(|public| public.to_der().ok()).map(SpkiDer);
     let spki = spki.ok_or_else(|| refused(format!("slot {number:02x} does not show its public key")))?;
     let algorithm = spki.algorithm(padding).map_err(|error| refused(error.to_string()))?;
-    let (pin, touch) = metadata.policy.unwrap_or((PinPolicy::Default, TouchPolicy::Default));
-    // FIPS 201: the signature slot asks before every use.
-    let pin = match pin {
-        PinPolicy::Default if *number == 0x9c => PinPolicy::Always,
-        PinPolicy::Default => PinPolicy::Once,
-        pin => pin,
-    };
-    let touch = if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch };
+    let (pin, touch) = policies(*number, metadata.policy);
     let key = Key { slot, algorithm, verifier: Verifier::new(&spki, algorithm), algorithm_id, pin, touch };
     if touch == TouchPolicy::Never {
         let content = algorithm.content(&challenge()?);

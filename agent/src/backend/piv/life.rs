@@ -135,8 +135,8 @@ fn generate(
         }
         Err(error) => return Err(classify("read the slot's metadata", &error)),
     }
+    let (pin, touch) = policies(card, template)?;
     manage(card, notify)?;
-    let (pin, touch) = (pin_policy(template), touch_policy(template));
     piv::generate(card.yubikey, slot, algorithm, pin, touch).map_err(|error| match error {
         Error::AlgorithmError => {
             refused("the card's firmware has no such keys, or not with this policy".into())
@@ -208,20 +208,31 @@ fn delete(card: &mut Card<'_>, slot: SlotId, notify: Notify<'_>) -> Result<Done,
         .map_err(|error| classify("delete its certificate; the key is deleted", &error))
 }
 
-fn pin_policy(template: &Template) -> PinPolicy {
-    match template.pin_policy {
-        None => PinPolicy::Default,
-        Some(task::PinPolicy::Never) => PinPolicy::Never,
-        Some(task::PinPolicy::Once) => PinPolicy::Once,
-        Some(task::PinPolicy::Always) => PinPolicy::Always,
-    }
-}
-
-fn touch_policy(template: &Template) -> TouchPolicy {
-    match template.touch_policy {
-        None => TouchPolicy::Default,
-        Some(task::TouchPolicy::Never) => TouchPolicy::Never,
-        Some(task::TouchPolicy::Always) => TouchPolicy::Always,
-        Some(task::TouchPolicy::Cached) => TouchPolicy::Cached,
-    }
+/// As it was said, or as those of the key whose place it is to take, or the card's own.
+fn policies(card: &mut Card<'_>, template: &Template) -> Result<(PinPolicy, TouchPolicy), Failure> {
+    let pin = template.pin_policy.map(|policy| match policy {
+        task::PinPolicy::Never => PinPolicy::Never,
+        task::PinPolicy::Once => PinPolicy::Once,
+        task::PinPolicy::Always => PinPolicy::Always,
+    });
+    let touch = template.touch_policy.map(|policy| match policy {
+        task::TouchPolicy::Never => TouchPolicy::Never,
+        task::TouchPolicy::Always => TouchPolicy::Always,
+        task::TouchPolicy::Cached => TouchPolicy::Cached,
+    });
+    let like = match template.like {
+        Some(Object::PivSlot(number)) if pin.is_none() || touch.is_none() => {
+            let slot = SlotId::try_from(number).map_err(|error| classify("find the present slot", &error))?;
+            let present = piv::metadata(card.yubikey, slot).map_err(|error| {
+                let failure = classify("read the policies of the present key", &error);
+                Failure {
+                    message: format!("{}; say --pin-policy and --touch-policy", failure.message),
+                    ..failure
+                }
+            })?;
+            keys::policies(number, present.policy)
+        }
+        _ => (PinPolicy::Default, TouchPolicy::Default),
+    };
+    Ok((pin.unwrap_or(like.0), touch.unwrap_or(like.1)))
 }

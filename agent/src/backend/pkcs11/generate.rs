@@ -6,7 +6,7 @@ use cryptoki::session::Session;
 
 use super::super::{gone, refused};
 use super::errors::classify;
-use super::objects::find;
+use super::objects::{asks_always, find};
 use super::ways::Ways;
 use crate::algorithm::KeyType;
 use crate::config::{Object, Profile};
@@ -57,6 +57,11 @@ pub(super) fn generate(
     let mut private = named.to_vec();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
+    if let Some(Object::Pkcs11(present)) = &template.like
+        && asks_always(session, present)?
+    {
+        private.push(Attribute::AlwaysAuthenticate(true));
+    }
     let mechanism = match kind(template.key_type()) {
         Made::Curve(params) => {
             public.push(Attribute::EcParams(params.to_vec()));

@@ -27,6 +27,13 @@ pub(super) struct Found {
     pub(super) always: bool,
 }
 
+/// Whether a key asks for the PIN before every signature.
+pub(super) fn asks_always(session: &Session, wanted: &ObjectSelector) -> Result<bool, Failure> {
+    let private = find_private(session, wanted)?;
+    let found = read(session, private, &[AttributeType::AlwaysAuthenticate])?;
+    Ok(found.contains(&Attribute::AlwaysAuthenticate(true)))
+}
+
 /// Finds a key, its public half, and has it sign a random challenge.
 pub(super) fn find_key(
     session: &Session,

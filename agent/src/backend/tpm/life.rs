@@ -155,7 +155,8 @@ fn generate(
     if key_type.is_rsa() && key.padding == Padding::Pss {
         return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
-    if auth.is_none() && !template.no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
+    let no_da = template.no_da || template.like.as_ref().map_or(Ok(false), |like| is_no_da(context, like))?;
+    if auth.is_none() && !no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
         return Err(refused(
             "nobody could tell whether this key has an authorization value: give the token one (pin = …), or say --no-da"
                 .into(),
@@ -178,7 +179,7 @@ fn generate(
     }
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     let policy = guard.policy(context)?;
-    let public = public(template, policy).map_err(|error| classify("describe the key", &error))?;
+    let public = public(template, no_da, policy).map_err(|error| classify("describe the key", &error))?;
     let parent = keys::storage_primary(context)?;
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create(parent, public, auth.cloned(), None, None, None)
@@ -205,6 +206,23 @@ fn generate(
     done
 }
 
+/// Whether a key is outside the protection against guessing.
+fn is_no_da(context: &mut Context, object: &Object) -> Result<bool, Failure> {
+    let public = match object {
+        Object::TpmFile(path) => KeyFile::read(path)?.public,
+        Object::TpmHandle(handle) => {
+            let found = keys::persistent(context, *handle)?;
+            let read = context.execute_without_session(|context| context.read_public(found));
+            let closed = context.tr_close(&mut found.into());
+            let (public, ..) = read.map_err(|error| classify("read the public key", &error))?;
+            closed.map_err(|error| classify("let go of the key", &error))?;
+            public
+        }
+        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+    };
+    Ok(public.object_attributes().no_da())
+}
+
 fn persist(
     context: &mut Context,
     parent: KeyHandle,
@@ -225,7 +243,7 @@ fn persist(
 }
 
 /// Signs whatever it is given, with the TPM's own randomness, and never leaves this TPM.
-fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Public> {
+fn public(template: &Template, no_da: bool, policy: Option<Digest>) -> tss_esapi::Result<Public> {
     let attributes = ObjectAttributesBuilder::new()
         .with_fixed_tpm(true)
         .with_fixed_parent(true)
@@ -233,7 +251,7 @@ fn public(template: &Template, policy: Option<Digest>) -> tss_esapi::Result<Publ
         // With a policy, that alone lets it sign.
         .with_user_with_auth(policy.is_none())
         .with_sign_encrypt(true)
-        .with_no_da(template.no_da)
+        .with_no_da(no_da)
         .build()?;
     let builder = PublicBuilder::new()
         .with_name_hashing_algorithm(HashingAlgorithm::Sha256)

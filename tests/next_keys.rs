@@ -1,0 +1,81 @@
+//! The key that takes another's place is guarded as that one was, where nobody says otherwise.
+
+use anyhow::ensure;
+use omsign_fixtures::piv::VirtualPiv;
+use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::operator::{does, refuses};
+use omsign_tests::world::{World, key, key_section, token_section};
+
+/// What is listed of a key.
+fn listed(world: &World, name: &str) -> anyhow::Result<String> {
+    let listed = does(world, &["list"])?;
+    let line = listed.lines().find(|line| line.trim_start().starts_with(&format!("{name} ")));
+    Ok(line.unwrap_or_default().to_owned())
+}
+
+#[test]
+fn of_a_yubikey() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.protect_management_key()?;
+    world.write("agent.toml", world.listen() + &card.section("card") + &key("k", "card", "slot = \"9c\""))?;
+    does(&world, &["generate", "k", "--type", "p256", "--pin-policy", "once", "--touch-policy", "always"])?;
+    does(&world, &["rotate", "k", "--object", "slot=82"])?;
+    let next = listed(&world, "k/next")?;
+    ensure!(next.contains("PIN policy once, touch policy always") && next.contains("p256"), "{next}");
+    // What is said counts, and the rest is as it was.
+    world.write("agent.toml", world.listen() + &card.section("card") + &key("k", "card", "slot = \"82\""))?;
+    does(&world, &["rotate", "k", "--object", "slot=83", "--touch-policy", "cached"])?;
+    let next = listed(&world, "k/next")?;
+    ensure!(next.contains("PIN policy once, touch policy cached"), "{next}");
+    // Of a key that is gone, nobody knows.
+    let config = key("k", "card", "slot = \"84\"").replace("\n[[", "\nnext = { slot = \"85\" }\n[[");
+    world.write("agent.toml", world.listen() + &card.section("card") + &config)?;
+    refuses(&world, &["generate", "k/next", "--type", "p256"], "say --pin-policy and --touch-policy")?;
+    let said = ["--pin-policy", "once", "--touch-policy", "never"];
+    does(&world, &[&["generate", "k/next", "--type", "p256"][..], &said].concat()).map(drop)
+}
+
+#[test]
+fn of_a_tpm() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    let keys =
+        key("file", "tpm", "file = \"file.tpm.pem\"") + &key("handle", "tpm", "handle = \"0x81000020\"");
+    world.write("agent.toml", world.listen() + &chip.section("tpm") + &keys)?;
+    // What somebody has exported stays.
+    world.write("file.pem", "a public key")?;
+    for (name, no_da) in [("file", true), ("handle", false)] {
+        let more: &[&str] = if no_da { &["--no-da"] } else { &[] };
+        does(&world, &[&["generate", name, "--type", "p256"][..], more].concat())?;
+        does(&world, &["rotate", name])?;
+        let next = listed(&world, &format!("{name}/next"))?;
+        ensure!(next.contains("outside the protection against guessing") == no_da, "{name}: {next}");
+    }
+    // Beside the present one, by the name that a configuration has that may be moved.
+    let text = std::fs::read_to_string(world.path("agent.toml"))?;
+    ensure!(text.contains("next = { file = \"file.tpm-2.pem\" }"), "{text}");
+    ensure!(world.path("file.tpm-2.pem").exists());
+    Ok(())
+}
+
+#[test]
+fn of_a_pkcs11_token() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = SoftHsm::create(&world.path("t"), "t")?;
+    for (label, more) in [("always", &["--always-auth"][..]), ("once", &[])] {
+        let make = ["--keypairgen", "--key-type", "rsa:2048", "--usage-sign", "--label", label, "--id"];
+        token.tool(&[&make[..], &[&hex::encode(label)], more].concat())?;
+    }
+    let keys = key_section("always", "t", "always") + &key_section("once", "t", "once");
+    world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &keys)?;
+    for name in ["always", "once"] {
+        does(&world, &["rotate", name])?;
+        let next = listed(&world, &format!("{name}/next"))?;
+        let asks = next.contains("asks for the PIN before every signature");
+        ensure!(next.contains("rsa") && asks == (name == "always"), "{name}: {next}");
+    }
+    Ok(())
+}
