@@ -209,6 +209,7 @@ fn only_operators_manage_keys() -> anyhow::Result<()> {
     for (operators, uid, expected) in [
         (named.as_str(), NOBODY, Ok("label \"k\"")),
         (&named, 1, Err("no [[operator]] rule lets you do this")),
+        (&named, 0, Ok("label \"k\"")),
         ("", NOBODY, Err("you may not use its operators' socket")),
         ("", 0, Ok("label \"k\"")),
     ] {

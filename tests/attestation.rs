@@ -113,6 +113,10 @@ fn real_yubikeys_are_believed() -> anyhow::Result<()> {
         .with_file_name("agent/src/key_life/yubico/piv-root.pem");
     let (status, said) = verified(&world, "attestation-yubikey-5.2.4.json", &["--roots", &text(&root)])?;
     ensure!(status == Some(1) && said.contains("is not for signing certificates"), "{said}");
+    // Nor is Yubico believed where somebody meant to say whom to believe.
+    world.write("none.pem", "")?;
+    let (status, said) = verified(&world, "attestation-yubikey-5.7.4.json", &["--roots", "none.pem"])?;
+    ensure!(status == Some(2) && said.contains("there is no certificate among the roots"), "{said}");
     Ok(())
 }
 
@@ -131,7 +135,8 @@ fn a_tpm_certifies_what_it_made() -> anyhow::Result<()> {
     // That the two keys are of one TPM, no file can prove.
     ensure!(status == Some(1) && said.contains("NOT proven: that attestation key "), "{said}");
     ensure!(
-        said.contains("made inside the TPM, and bound to it")
+        said.contains("said by that key: made inside the TPM, and bound to it")
+            && !said.contains("\nproven: ")
             && said.contains("the endorsement certificate is by the TPM's maker"),
         "{said}"
     );
@@ -143,7 +148,7 @@ fn a_tpm_certifies_what_it_made() -> anyhow::Result<()> {
         .to_owned();
     let trust = ["--roots", &maker, "--nonce", "c0ffee", "--attestation-key", &by];
     let (status, said) = verified(&world, "proof.json", &trust)?;
-    ensure!(status == Some(0), "{said}");
+    ensure!(status == Some(0) && said.contains("proven: made inside the TPM, and bound to it"), "{said}");
     let (status, said) = verified(&world, "proof.json", &["--roots", &maker, "--nonce", "00"])?;
     ensure!(status == Some(1) && said.contains("the nonce is another one"), "{said}");
     let (status, said) = verified(&world, "proof.json", &["--attestation-key", "00"])?;

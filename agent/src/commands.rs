@@ -29,7 +29,7 @@ pub(crate) fn key(
     if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, challenge_secret, json } =
         command
     {
-        let roots = roots.map(|path| read(&path)).transpose()?.unwrap_or_default().into_bytes();
+        let roots = roots.map(|path| read(&path).map(String::into_bytes)).transpose()?;
         let nonce = nonce.map(|text| nonce_of(&text)).transpose()?;
         let challenge = challenge_secret
             .map(|path| anyhow::Ok(Kept::parse(&Zeroizing::new(read(&path)?))?))

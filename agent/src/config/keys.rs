@@ -163,13 +163,14 @@ fn chain(path: &Path) -> Result<Vec<Vec<u8>>, String> {
 }
 
 pub(super) fn operators(reader: &mut Reader<'_>, section: &mut Section<'_>, callers: Callers) -> Vec<Rule> {
-    let rules = rules(reader, section, "operator", callers);
-    if !rules.is_empty() {
-        return rules;
+    let mut named = rules(reader, section, "operator", callers);
+    let rule = |name: &str, uid| Rule { name: name.to_owned(), matches: Match::Uid(uid) };
+    if named.is_empty() {
+        named.push(rule(PRIVATE_RULE, rustix::process::geteuid().as_raw()));
     }
-    let own = rustix::process::geteuid().as_raw();
-    let rule = |uid| Rule { name: PRIVATE_RULE.to_owned(), matches: Match::Uid(uid) };
-    vec![rule(0), rule(own)]
+    // Whoever may do anything on the machine is shut out by no rule.
+    named.push(rule("root", 0));
+    named
 }
 
 fn rules(

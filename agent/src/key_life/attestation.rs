@@ -42,7 +42,7 @@ pub struct Attestation {
 #[derive(Debug, Default)]
 pub struct Trust {
     /// Roots instead of Yubico's, and those of TPM makers; PEM.
-    pub roots: Vec<u8>,
+    pub roots: Option<Vec<u8>>,
     /// The nonce that was asked for.
     pub nonce: Option<Vec<u8>>,
     /// SHA-256 of the TPM's attestation key (TPMT_PUBLIC), from whoever set the machine up.
@@ -73,6 +73,9 @@ pub enum AttestationError {
     /// Roots that cannot be read.
     #[error("the roots are not PEM certificates: {0}")]
     Roots(openssl::error::ErrorStack),
+    /// Not one root, where somebody meant to give some.
+    #[error("there is no certificate among the roots")]
+    NoRoots,
     /// A proof that does not hold: the file was changed, or the key is another.
     #[error("the attestation does not hold: {0}")]
     Wrong(String),
@@ -151,7 +154,7 @@ impl Attestation {
         if by.issued(&leaf) != openssl::x509::X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
             return Err(wrong("the card did not sign the key's certificate"));
         }
-        if !may_certify(&by, trust.roots.is_empty()) {
+        if !may_certify(&by, trust.roots.is_none()) {
             return Err(wrong("the card's certificate is not for signing certificates"));
         }
         let certificate =
@@ -215,7 +218,7 @@ impl Attestation {
                 "the nonce is another one: it was made for another request".into(),
             ));
         }
-        let mut findings = Findings { proven: proof.notes, ..Findings::default() };
+        let mut findings = Findings::default();
         let by = hex::encode(Sha256::digest(attestation_key));
         let wanted =
             trust.attestation_key.as_ref().map(|wanted| wanted.to_ascii_lowercase().replace(':', ""));
@@ -228,7 +231,7 @@ impl Attestation {
             kept.answered(attestation_key, endorsement_certificate, answer)
                 .map_err(AttestationError::Wrong)?;
         }
-        let made = !endorsement_certificate.is_empty() && !trust.roots.is_empty();
+        let made = !endorsement_certificate.is_empty() && trust.roots.is_some();
         if made {
             let malformed = |_| AttestationError::Wrong("the endorsement certificate is malformed".into());
             let certificate = X509::from_der(endorsement_certificate).map_err(malformed)?;
@@ -237,6 +240,13 @@ impl Attestation {
                 // What another key reads, anybody may have.
                 let message = "its endorsement certificate is one of another purpose, and may be anybody's";
                 return Err(AttestationError::Wrong(message.into()));
+            }
+        }
+        // Whoever has a key can say that of another.
+        match trust.challenge.is_some() && made || wanted.is_some() {
+            true => findings.proven = proof.notes,
+            false => {
+                findings.noted.extend(proof.notes.iter().map(|note| format!("said by that key: {note}")))
             }
         }
         match (trust.challenge.is_some(), wanted) {
@@ -261,8 +271,9 @@ impl Attestation {
     }
 
     fn roots(&self, trust: &Trust, known: &str) -> Result<Vec<X509>, AttestationError> {
-        let pem = if trust.roots.is_empty() { known.as_bytes() } else { &trust.roots };
-        X509::stack_from_pem(pem).map_err(AttestationError::Roots)
+        let pem = trust.roots.as_deref().unwrap_or(known.as_bytes());
+        let roots = X509::stack_from_pem(pem).map_err(AttestationError::Roots)?;
+        if roots.is_empty() { Err(AttestationError::NoRoots) } else { Ok(roots) }
     }
 }
 
