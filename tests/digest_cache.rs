@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
 use omsign_tests::hashed::{KEY, VERIFY, inspect, run, shell, sign, verify, world};
 use omsign_tests::world::{World, text};
 
@@ -165,5 +166,49 @@ fn the_cache_after_a_failure() -> anyhow::Result<()> {
     let output = run(&world, digest)?;
     let note = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success() && note.contains(" came from the digest cache"), "{note}");
+    Ok(())
+}
+
+/// An overlay is believed as far as all of it can be seen, and is on disks.
+#[test]
+fn the_cache_and_overlays() -> anyhow::Result<()> {
+    let world = world()?;
+    let timed = "does not say when a mapped file is written to";
+    for (what, layers, hidden, believed) in [
+        ("of disks", "lowerdir=$PWD/model:$PWD/more", "", true),
+        ("of one in memory", "lowerdir=$PWD/model:$PWD/disk", "", false),
+        ("named from where it was mounted", "lowerdir=model:more", "cd /; ", false),
+        ("that is not seen any more", "lowerdir=$PWD/model:$PWD/more", "mount -t tmpfs tmpfs model; ", false),
+    ] {
+        let script = format!(
+            "mkdir -p disk more shown; mount -t tmpfs tmpfs disk; mount -t overlay overlay -o {layers} shown; \
+             shown=$PWD/shown; {hidden}\"$0\" digest $shown --digest-cache 2>&1"
+        );
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--map-root-user", "--mount", "sh", "-ec", &script]).arg(built("omsign")?);
+        world.without_surprises(unshare.current_dir(world.path("")));
+        let output = unshare.output().context("unshare (apt: util-linux)")?;
+        let said = String::from_utf8(output.stdout)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && said.contains(timed) != believed, "{what}: {said}{errors}");
+    }
+    Ok(())
+}
+
+/// Nobody writes to it, and nobody waits for that.
+#[test]
+fn a_pipe_is_no_model() -> anyhow::Result<()> {
+    let world = world()?;
+    for more in ["", "--digest-cache"] {
+        let output = run(
+            &world,
+            &format!("mkfifo -m 600 pipe-{0} && timeout 20 omsign digest pipe-{0} {more}", more.len()),
+        )?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(
+            output.status.code() == Some(2) && errors.contains("neither a file nor a directory"),
+            "{errors}"
+        );
+    }
     Ok(())
 }
