@@ -218,6 +218,8 @@ fn progress_is_shown_to_people_only() -> anyhow::Result<()> {
         }
         ensure!(fs::read_to_string(world.path("digest"))? == digest && !terminal.contains(digest.trim()));
     }
+    let narrow = shell(&world, "script -qec 'stty columns 40; omsign digest model > digest' /dev/null")?;
+    ensure!(narrow.contains("% ") && narrow.contains(" left") && !narrow.contains("iB"), "{narrow}");
     let quiet = shell(&world, "script -qec 'omsign digest model --quiet' /dev/null")?;
     ensure!(quiet.trim_end() == digest.trim_end(), "{quiet}");
     // Elsewhere nothing, or lines on standard error when asked for.

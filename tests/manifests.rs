@@ -150,6 +150,25 @@ fn lists_of_sha256sum_are_signed() -> anyhow::Result<()> {
 }
 
 /// The recipes of docs/many-machines.md, with what starts them where it can be had here, and by hand where not.
+/// Made over the bundle of last time, too.
+#[test]
+fn a_list_that_has_the_bundle() -> anyhow::Result<()> {
+    let world = world()?;
+    shell(&world, "omsign sign model --private-key k.pem --signature model/model.sig")?;
+    shell(&world, "cd model && find . -type f -print0 | xargs -0 sha256sum > ../sums")?;
+    let signed = "omsign sign --manifest sums --model-name model --private-key k.pem --signature";
+    for (bundle, warned) in [("model/model.sig", true), ("elsewhere.sig", false)] {
+        let output = run(&world, &format!("{signed} {bundle}"))?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.success(), "{said}");
+        ensure!(
+            said.contains("the list has model.sig, which may be the bundle") == warned,
+            "{bundle}: {said}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     let world = world()?;

@@ -68,7 +68,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Hash(HashError::Threads(..)) => "ask for fewer with --jobs; one for each core is enough".into(),
         Error::Hash(HashError::Kernel(..)) => "leave OMSIGN_HASH_KERNEL out: the fastest is found by itself".into(),
         Error::Cache(CacheError::Others(path)) => {
-            format!("`chmod go-w {}`, or remove it", path.display())
+            format!("`chmod go-w {}` if it is yours, or set XDG_CACHE_HOME", path.display())
         }
         Error::Cache(CacheError::Io { source, .. })
             if matches!(source.kind(), ErrorKind::AlreadyExists | ErrorKind::NotADirectory) =>

@@ -161,6 +161,8 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
     let (mut files, mut lists) = (Vec::new(), Vec::new());
     for (path, bytes) in paths.iter().zip(&contents) {
         let malformed = |reason: String| ManifestFileError::Malformed { path: path.clone(), reason };
+        // Programs of Windows begin a text with it.
+        let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
         if bytes.trim_ascii_start().starts_with(b"{") {
             let Object(file): Object<File<Listed<'_>>> =
                 serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;

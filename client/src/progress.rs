@@ -8,10 +8,14 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use omsign::hash::Progress;
+use rustix::stdio::stderr;
+use rustix::termios::tcgetwinsize;
 
 use crate::cli::ShowProgress;
 use crate::report::{self, size};
 
+/// What a bar and its numbers take.
+const WIDE: u16 = 80;
 const BAR_EVERY: Duration = Duration::from_millis(100);
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -47,7 +51,12 @@ impl Drop for Shown {
 
 /// `wait` is true until the end.
 fn bar(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
-    let style = "{bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+    let columns = tcgetwinsize(stderr()).map_or(0, |size| size.ws_col);
+    let style = match columns {
+        // What takes two lines is not taken away again.
+        1..WIDE => "{percent}% {eta} left",
+        _ => "{bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
+    };
     let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style);
     while wait(BAR_EVERY) {

@@ -24,14 +24,15 @@ pub(crate) enum SumsError {
 
 /// The files of a list and their digests.
 pub(crate) fn parse(text: &str) -> Result<Vec<Resource>, SumsError> {
-    // Editors of Windows put it before a text, and end lines with two characters. In a list where one line does, it is the
-    // end of a name.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     // With `--zero` names are as they are.
     let zero = text.contains('\0');
+    let says_nothing = |line: &str| line.trim().is_empty() || (!zero && line.starts_with('#'));
     let lines =
-        || text.split(if zero { '\0' } else { '\n' }).enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let windows = !zero && lines().all(|(_, line)| line.ends_with('\r'));
+        || text.split(if zero { '\0' } else { '\n' }).enumerate().filter(|(_, line)| !says_nothing(line));
+    // Programs of Windows end lines with two characters, but for the last one, maybe. In a list where one line does, it is
+    // the end of a name.
+    let ends = text.matches('\n').count();
+    let windows = !zero && lines().filter(|(index, _)| *index < ends).all(|(_, line)| line.ends_with('\r'));
     let resource = |(index, line): (usize, &str)| {
         let malformed = || SumsError::Line(index + 1);
         let line = line.strip_suffix('\r').filter(|_| windows).unwrap_or(line);
@@ -129,8 +130,10 @@ mod tests {
         let escaped = format!("\\{digest}  ./a\\nb\n\\SHA256 (a\\rb) = {digest}\n");
         assert_eq!(parse(&escaped).expect("a list"), [resource("a\nb"), resource("a\rb")]);
         let upper = digest.to_string().to_uppercase();
-        let windows = format!("\u{feff}{upper}  a\r\n{digest} *b\r\n\r\n");
-        assert_eq!(parse(&windows).expect("a list"), [resource("a"), resource("b")]);
+        for end in ["\r\n\r\n", "\r\n", "\r", ""] {
+            let windows = format!("# of Windows\r\n{upper}  a\r\n{digest} *b{end}");
+            assert_eq!(parse(&windows).expect("a list"), [resource("a"), resource("b")]);
+        }
         let one = format!("{digest}  a\r\n{digest}  b\n");
         assert_eq!(parse(&one).expect("a list"), [resource("a\r"), resource("b")]);
         assert_eq!(parse(&format!("{digest}  a\nb\0")).expect("a list"), [resource("a\nb")]);

@@ -109,6 +109,13 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
             manifest.model_name
         ));
     }
+    let bundle = std::path::absolute(&files.signature).unwrap_or_default();
+    if let Some(listed) = manifest.resources.iter().find(|resource| bundle.ends_with(&resource.file)) {
+        report::warning(&format!(
+            "the list has {}, which may be the bundle that is written now: then it verifies nowhere; leave it out of the list",
+            listed.file
+        ));
+    }
     Ok(Subject::Manifest(manifest, bytes))
 }
 

@@ -330,6 +330,12 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_says_that_it_is_empty() {
+        let error = hash_one(Path::new("/proc/version")).expect_err("it is not");
+        assert!(crate::with_causes(&error).ends_with("it says that it is empty, and is not"));
+    }
+
+    #[test]
     fn a_file_that_grows_is_an_error_that_names_it() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         file.as_file().set_len(64 << 20).expect("grown");

@@ -64,6 +64,10 @@ impl Source {
         }
         if self.ended() {
             self.check_same()?;
+            // One of the kernel's says so, whatever it holds.
+            if self.stamp.size == 0 && self.file.read_at(&mut [0], 0).map_err(SourceError::Io)? > 0 {
+                return Err(SourceError::Io(io::Error::other("it says that it is empty, and is not")));
+            }
         }
         Ok(filled)
     }
