@@ -119,6 +119,15 @@ fn yubikey() -> anyhow::Result<()> {
     // Before anything is asked, or changed.
     let subject = ["yubikey", "--subject", "Acme"];
     refuses_with(&world, &subject, &environment, "", "\"Acme\" is not a distinguished name")?;
+    for key_type in ["p521", "ml-dsa-65"] {
+        let typed = ["yubikey", "--type", key_type];
+        refuses_with(&world, &typed, &environment, "", &format!("makes no keys of type {key_type}"))?;
+    }
+    let mut elsewhere = Command::new(built("omsign-agent")?);
+    elsewhere.args(["init", "yubikey", "--directory", "/sys/kernel"]).envs(environment.clone());
+    world.without_surprises(&mut elsewhere);
+    let errors = String::from_utf8(typing(&mut elsewhere, "")?.stderr)?;
+    ensure!(errors.contains("cannot write to /sys/kernel"), "{errors}");
     for (answers, expected) in [
         ("", "no new PIN was given; nothing was changed"),
         ("12\n", "a new PIN has 6 to 8 characters; nothing was changed"),
@@ -151,6 +160,21 @@ fn yubikey() -> anyhow::Result<()> {
     works(&other, &arguments, &environment, "97531864\n", Some("97531864"))?;
     ensure!(piv::PIN != "97531864");
     Ok(())
+}
+
+/// Modules of cards name keys themselves.
+#[test]
+fn pkcs11_with_keys_of_a_card() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.generate("9c", "ECCP256", &[])?;
+    let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
+    let pin = format!("{}\n", piv::PIN);
+    let arguments = [&["pkcs11", "--profile", "ykcs11"], &SUBJECT[..]].concat();
+    refuses_with(&world, &arguments, &environment, &pin, "--key-label is the label of the one to sign with")?;
+    let named = [&arguments[..], &["--key-label", "Private key for Digital Signature"]].concat();
+    works(&world, &named, &environment, &pin, Some(piv::PIN))
 }
 
 #[test]

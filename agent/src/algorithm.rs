@@ -75,6 +75,11 @@ pub enum KeyType {
 }
 
 impl KeyType {
+    /// Whether it is one of FIPS 204.
+    pub fn is_ml_dsa(self) -> bool {
+        matches!(self, Self::MlDsa44 | Self::MlDsa65 | Self::MlDsa87)
+    }
+
     /// Whether it pads.
     pub fn is_rsa(self) -> bool {
         matches!(self, Self::Rsa2048 | Self::Rsa3072 | Self::Rsa4096)

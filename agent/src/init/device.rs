@@ -51,7 +51,22 @@ pub enum Wish {
         /// The token's label, where there are several
         #[arg(long)]
         label: Option<String>,
+        /// The key's label on the token, as `pkcs11-tool --list-objects` shows it [default: the key's name]
+        #[arg(long)]
+        key_label: Option<String>,
     },
+}
+
+impl Wish {
+    /// Whether it is known of all such devices that they have no keys of this type.
+    pub(super) fn cannot_make(&self, key_type: KeyType) -> bool {
+        match self {
+            Self::Softhsm => key_type.is_ml_dsa(),
+            Self::Tpm { .. } => key_type.is_ml_dsa() || key_type == KeyType::Ed25519,
+            Self::Yubikey { .. } => key_type.is_ml_dsa() || key_type == KeyType::P521,
+            Self::Pkcs11 { .. } => false,
+        }
+    }
 }
 
 /// A device, in the words of the configuration.
@@ -81,8 +96,9 @@ impl Init {
             Wish::Softhsm => self.softhsm(left).await,
             Wish::Tpm { tcti } => self.tpm(tcti.as_deref(), left).await,
             Wish::Yubikey { serial, slot, .. } => self.yubikey(*serial, slot, ask, say).await,
-            Wish::Pkcs11 { profile, module, label } => {
-                self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), ask).await
+            Wish::Pkcs11 { profile, module, label, key_label } => {
+                let key_label = key_label.as_ref().unwrap_or(&self.name);
+                self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), key_label, ask).await
             }
         }
     }
@@ -222,6 +238,7 @@ impl Init {
         profile: Option<&str>,
         module: Option<PathBuf>,
         label: Option<&str>,
+        key_label: &str,
         ask: Ask<'_>,
     ) -> Result<Chosen, InitError> {
         let named = profile.map(Profile::named).transpose().map_err(InitError::Device)?;
@@ -258,7 +275,7 @@ impl Init {
                 quoted(&module.display().to_string()),
                 quoted(&token.label)
             ),
-            object: format!("{{ label = {} }}", quoted(&self.name)),
+            object: format!("{{ label = {} }}", quoted(key_label)),
             key_type: KeyType::P384,
             pin: Some(pin),
             made_by: known.made_by.clone(),

@@ -119,11 +119,17 @@ impl Init {
         let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
         // Before anything of the device is changed.
         subject.check().map_err(|error| InitError::Answer(error.to_string()))?;
+        if let Some(key_type) = self.key_type.filter(|key_type| self.wish.cannot_make(*key_type)) {
+            return Err(InitError::Answer(format!(
+                "such a device makes no keys of type {key_type}; use p256"
+            )));
+        }
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.directory)
             .map_err(system("make", &self.directory))?;
+        tempfile::tempfile_in(&self.directory).map_err(system("write to", &self.directory))?;
         let mut left = Left(Vec::new());
         let Chosen { token, object, key_type, pin, made_by, notes } =
             self.choose(ask, say, &mut left).await?;
@@ -177,7 +183,7 @@ impl Init {
                 error: Box::new(error),
             },
             error => InitError::Device(format!(
-                "{error}; this device's keys are made with {made_by}, and --name is the label of the one to sign with"
+                "{error}; this device's keys are made with {made_by}, and --key-label is the label of the one to sign with"
             )),
         });
         if let Output::Pem(text) = requested? {

@@ -149,7 +149,7 @@ fn generate(
         return Err(refused("--pin-policy and --touch-policy are for a YubiKey's keys".into()));
     }
     let key_type = template.key_type();
-    if matches!(key_type, KeyType::Ed25519 | KeyType::MlDsa44 | KeyType::MlDsa65 | KeyType::MlDsa87) {
+    if key_type == KeyType::Ed25519 || key_type.is_ml_dsa() {
         return Err(refused("TPMs have neither Ed25519 nor ML-DSA; use p256".into()));
     }
     if key_type.is_rsa() && key.padding == Padding::Pss {
