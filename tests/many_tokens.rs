@@ -165,6 +165,10 @@ fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
     second.generate("k", KeyType::P256, Objects::Pair)?;
     let config =
         world.listen() + &token_section("a", &first, "") + &token_section("b", &second, "") + &on_both();
+    world.write("agent.toml", &config)?;
+    let (status, said) = world.doctor()?;
+    let told = "token b holds another key under this name than token a: only one of them signs";
+    ensure!(status.code() == Some(1) && said.contains(told), "{said}");
     let agent = Agent::start(&world, &config)?;
     // Before anybody asks for the key.
     eventually("the warning", || {

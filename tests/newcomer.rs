@@ -88,6 +88,12 @@ fn with_softhsm() -> anyhow::Result<()> {
     follows("softhsm", &[], &[], &[])
 }
 
+/// Whose verifiers take keys that OMS does not name.
+#[test]
+fn with_a_key_of_rsa() -> anyhow::Result<()> {
+    follows("softhsm --type rsa2048", &[], &[], &[])
+}
+
 #[test]
 fn with_a_tpm() -> anyhow::Result<()> {
     let place = World::new()?;

@@ -86,6 +86,28 @@ fn what_is_opened_anew_waits_for_its_pin() -> anyhow::Result<()> {
     told(&["rotate", "k", "--finish"], &format!("token t then waits for its PIN: {unlock}"))
 }
 
+/// It is kept nowhere: when the token's process has ended, an operator types it again.
+#[test]
+fn a_process_that_ends_takes_its_pin_with_it() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (_token, config) = asked_for(&world)?;
+    let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
+    let agent = agent_at(&terminal, &world, &config)?;
+    terminal.shows("PIN for token t: ")?;
+    let sign = ["sign", "model", "--key", "k"];
+    world.omsign_ok(&sign)?;
+    for host in agent.hosts()? {
+        signal(host, Signal::KILL)?;
+        eventually("its end", || Ok(!agent.hosts()?.contains(&host)))?;
+    }
+    eventually("its wait", || Ok(world.omsign_ok(&["agent", "status"])?.contains("it waits for its PIN")))?;
+    let errors = world.omsign_fails(2, &sign)?;
+    ensure!(errors.contains("it waits for its PIN") && errors.contains("omsign agent unlock"), "{errors}");
+    let unlock = omsign(&world, &["agent", "unlock", "t", "--ask-pin"])?;
+    Terminal::new(&[("PIN for token t: ", PIN)])?.runs(&unlock, 0)?;
+    world.omsign_ok(&sign).map(drop)
+}
+
 /// Lines for people where somebody looks, JSON where nobody does.
 #[test]
 fn logs_are_for_whoever_reads_them() -> anyhow::Result<()> {

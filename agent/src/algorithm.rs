@@ -75,6 +75,11 @@ pub enum KeyType {
 }
 
 impl KeyType {
+    /// Whether the OMS algorithm registry names it: other tools verify what it signs.
+    pub fn is_of_oms(self) -> bool {
+        matches!(self, Self::P256 | Self::P384 | Self::P521)
+    }
+
     /// Whether it is one of FIPS 204.
     pub fn is_ml_dsa(self) -> bool {
         matches!(self, Self::MlDsa44 | Self::MlDsa65 | Self::MlDsa87)

@@ -144,7 +144,11 @@ pub(crate) fn init(init: &Init) -> anyhow::Result<()> {
     say(format_args!("  omsign-agent serve --config {config}"));
     let socket = init.directory.join("agent.sock");
     let agent = if init.apart { format!(" --agent {}", socket.display()) } else { String::new() };
-    say(format_args!("  omsign sign MODEL --key {name}{agent}"));
+    let allow = match made.key_type {
+        Some(key_type) if !key_type.is_of_oms() => " --allow-nonstandard-key",
+        _ => "",
+    };
+    say(format_args!("  omsign sign MODEL --key {name}{agent}{allow}"));
     say(format_args!(
         "and, to sign with a certificate, have the request certified for code signing, then write"
     ));

@@ -1,5 +1,6 @@
 //! `omsign-agent doctor`: what works, what does not, and what to do, for everything the configuration names.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -68,6 +69,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
     // An agent may listen elsewhere, or on TCP only.
     let running = listeners(config, &mut report) || Audit::is_held(&config.audit);
     audit(config, &mut report);
+    let mut shown = Shown::new();
     for (name, token) in &config.tokens {
         let subject = format!("token.{name}");
         let surveyed = survey(name, token).await;
@@ -97,7 +99,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
                  status`";
             report.add(Level::Warning, &subject, message);
         } else if token.pin != PinSource::Prompt && surveyed.is_ok() && source.is_ok() {
-            open(config, name, &subject, &mut report).await;
+            open(config, name, &subject, &mut report, &mut shown).await;
         }
     }
     for (name, key) in &config.keys {
@@ -227,7 +229,10 @@ fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {
     }
 }
 
-async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
+/// The public half of each key, and the token that showed it.
+type Shown = BTreeMap<String, (String, SpkiDer)>;
+
+async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, shown: &mut Shown) {
     let Some(token) = config.tokens.get(name) else { return };
     let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
@@ -249,6 +254,14 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report) {
                             config.keys.get(key).and_then(|key| mismatch(key, &public.spki))
                         {
                             report.add(Level::Error, &subject, problem);
+                        }
+                        let other = || (name.to_owned(), public.spki.clone());
+                        let (one, spki) = &*shown.entry(key.clone()).or_insert_with(other);
+                        if *spki != public.spki {
+                            let message = format!(
+                                "token {name} holds another key under this name than token {one}: only one of them signs"
+                            );
+                            report.add(Level::Error, &subject, message);
                         }
                         let message = format!("{object}: {}, signs and verifies", public.algorithm.name());
                         report.add(Level::Ok, &subject, message);

@@ -55,6 +55,8 @@ pub struct Made {
     pub config: PathBuf,
     /// The certificate request.
     pub request: PathBuf,
+    /// What kind of key, where one was made.
+    pub key_type: Option<KeyType>,
     /// What else its owner should know.
     pub notes: Vec<String>,
 }
@@ -147,7 +149,7 @@ impl Init {
             InitError::Device(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         let typed = |_: &str| Pin::new(pin.as_ref()?.as_str().to_owned());
-        let key_type = Some(self.key_type.unwrap_or(key_type));
+        let key_type = made_by.is_empty().then(|| self.key_type.unwrap_or(key_type));
         // An authorization value that init makes is too long to guess, and keys that nobody can lock stay usable.
         let no_da = matches!(self.wish, Wish::Tpm { .. });
         let touch_policy = match self.wish {
@@ -190,7 +192,7 @@ impl Init {
             left.write(&request, &text)?;
             left.0.clear();
         }
-        Ok(Made { config, request, notes })
+        Ok(Made { config, request, key_type, notes })
     }
 }
 

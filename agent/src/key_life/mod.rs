@@ -136,6 +136,15 @@ impl Operator<'_> {
                 let like = present.map(|present| present.object.clone());
                 let template = Template { like, ..template.clone() };
                 let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
+                let tokens = self.config.keys.get(key).map(|key| key.tokens.as_slice()).unwrap_or_default();
+                if let [first, others @ ..] = tokens
+                    && !others.is_empty()
+                {
+                    say(&format!(
+                        "it is on {first} alone: bring it to {} with the vendor's tools, or they never sign with it",
+                        others.join(" and ")
+                    ));
+                }
                 // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
                 // time.
                 if !key.ends_with(NEXT) && !place.token.look_again(false).await {

@@ -5,7 +5,7 @@ use yubikey::piv::{self, ManagementSlotId, SlotId};
 
 use super::super::{LAST_TRY, Say, UNANSWERED, gone, locked, pin_for};
 use super::errors::{self, classify};
-use super::{FACTORY_PIN, LONGEST_PIN};
+use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN};
 use crate::host::wire::{Failure, OpenSpec, Opening};
 use crate::secret::Pin;
 
@@ -58,8 +58,9 @@ pub(super) fn is_fit(pin: &Pin) -> Result<(), Failure> {
                 .into(),
         ));
     }
-    if pin.expose().len() > LONGEST_PIN {
-        return Err(locked(format!("its PIN has at most {LONGEST_PIN} bytes, and the one given has more")));
+    if !(SHORTEST_PIN..=LONGEST_PIN).contains(&pin.expose().len()) {
+        let message = format!("its PIN has {SHORTEST_PIN} to {LONGEST_PIN} bytes, and the one given has not");
+        return Err(locked(message));
     }
     Ok(())
 }

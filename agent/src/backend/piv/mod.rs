@@ -38,10 +38,8 @@ const CACHED: Duration = Duration::from_secs(15);
 /// What every YubiKey has when it is new (Yubico, "PIV").
 const FACTORY_PIN: &[u8] = b"123456";
 
-/// In bytes (NIST SP 800-73-4, part 2, 2.4.3).
+/// In bytes (NIST SP 800-73-4, part 2, 2.4.3). One of another length is not shown to a card, which would count it.
 const LONGEST_PIN: usize = 8;
-
-/// A new one (Yubico, "PIV").
 const SHORTEST_PIN: usize = 6;
 
 /// An idle card is let go of after this long: connecting takes a few of its commands.
