@@ -257,6 +257,32 @@ mod tests {
         }
     }
 
+    /// What is there beside, or is not, or was wrong, is told by a list of all there is, and not by a look at what is right.
+    #[test]
+    fn more_than_what_was_signed() {
+        let hasher = Hasher::new(None, None).expect("a hasher");
+        let root = tempfile::tempdir().expect("a directory");
+        let write = |name: &str| std::fs::write(root.path().join(name), "12345").expect("written");
+        ["a", "b"].into_iter().for_each(write);
+        let walk = || Model::walk(root.path(), &Scope::default()).expect("a model");
+        let found = walk();
+        let plan = Plan::new(&found, Serialization::default(), &hasher).expect("planned");
+        let signed = plan.manifest(plan.hash(&hasher).expect("hashed"));
+        let is_all = || {
+            let found = walk();
+            pair(&signed, &found, false, &hasher).are_all_of(&walk(), &hasher)
+        };
+        assert!(is_all());
+        write("c");
+        assert!(!is_all(), "an unsigned file");
+        std::fs::remove_file(root.path().join("c")).expect("removed");
+        std::os::unix::fs::symlink("a", root.path().join("c")).expect("linked");
+        assert!(!is_all(), "a link");
+        std::fs::remove_file(root.path().join("c")).expect("removed");
+        std::fs::remove_file(root.path().join("b")).expect("removed");
+        assert!(!is_all(), "a missing file");
+    }
+
     /// By the name that the reference gives it, and a link to it.
     #[test]
     fn another_only_file_after_it_was_compared() {

@@ -276,6 +276,19 @@ mod tests {
         assert_eq!(clear(&directory.join("none")).expect("nothing there"), 0);
     }
 
+    /// What was only looked up is there already.
+    #[test]
+    fn nothing_new_is_not_written() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (piece, digest) = (Piece { file: 0, range: 0..3 }, Digest::sha256(b"x"));
+        let mut cache = cache(directory.path());
+        for (made, written) in [(false, false), (true, true)] {
+            let known = || std::iter::once(Known { stamp: &OLD, piece: &piece, digest: &digest, made });
+            assert_eq!(cache.keep(Algorithm::Sha256, 1, known).expect("kept"), 0);
+            assert_eq!(cache.path.exists(), written);
+        }
+    }
+
     /// Parts of a model that are hashed side by side, on one machine, by processes that began with the same cache.
     #[test]
     fn parts_do_not_make_it_forget_each_other() {
