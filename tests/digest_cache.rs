@@ -169,29 +169,19 @@ fn the_cache_after_a_failure() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An overlay is believed as far as all of it can be seen, and is on disks.
+/// Where what an overlay shows really is, nobody can tell.
 #[test]
 fn the_cache_and_overlays() -> anyhow::Result<()> {
     let world = world()?;
-    let timed = "does not say when a mapped file is written to";
-    for (what, layers, hidden, believed) in [
-        ("of disks", "lowerdir=$PWD/model:$PWD/more", "", true),
-        ("of one in memory", "lowerdir=$PWD/model:$PWD/disk", "", false),
-        ("named from where it was mounted", "lowerdir=model:more", "cd /; ", false),
-        ("that is not seen any more", "lowerdir=$PWD/model:$PWD/more", "mount -t tmpfs tmpfs model; ", false),
-    ] {
-        let script = format!(
-            "mkdir -p disk more shown; mount -t tmpfs tmpfs disk; mount -t overlay overlay -o {layers} shown; \
-             shown=$PWD/shown; {hidden}\"$0\" digest $shown --digest-cache 2>&1"
-        );
-        let mut unshare = Command::new("unshare");
-        unshare.args(["--map-root-user", "--mount", "sh", "-ec", &script]).arg(built("omsign")?);
-        world.without_surprises(unshare.current_dir(world.path("")));
-        let output = unshare.output().context("unshare (apt: util-linux)")?;
-        let said = String::from_utf8(output.stdout)?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success() && said.contains(timed) != believed, "{what}: {said}{errors}");
-    }
+    let script = "mkdir more shown; mount -t overlay overlay -o lowerdir=$PWD/model:$PWD/more shown; \
+                  \"$0\" digest shown --digest-cache 2>&1";
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--map-root-user", "--mount", "sh", "-ec", script]).arg(built("omsign")?);
+    world.without_surprises(unshare.current_dir(world.path("")));
+    let output = unshare.output().context("unshare (apt: util-linux)")?;
+    let said = String::from_utf8([output.stdout, output.stderr].concat())?;
+    let told = said.contains("does not say when a mapped file is written to");
+    ensure!(output.status.success() && told, "{said}");
     Ok(())
 }
 

@@ -63,11 +63,15 @@ impl Place {
 
     /// The examples of a command.
     fn examples(&self, command: &str) -> anyhow::Result<Vec<String>> {
-        let help = self.shell(&format!("omsign {command} --help"))?.output()?;
-        let help = String::from_utf8(help.stdout)?;
-        let (_, examples) = help.split_once("\nExamples:\n").context("no examples")?;
-        // As a narrow terminal would not have it.
-        ensure!(examples.lines().all(|line| line.len() <= 100), "{examples}");
+        let of_columns = |columns: &str| {
+            let help = self.shell(&format!("omsign {command} --help"))?.env("COLUMNS", columns).output()?;
+            let help = String::from_utf8(help.stdout)?;
+            let (_, examples) = help.split_once("\nExamples:\n").context("no examples")?;
+            anyhow::Ok(examples.to_owned())
+        };
+        let examples = of_columns("80")?;
+        // No line is broken where it would not be typed so.
+        ensure!(of_columns("200")? == examples, "{examples}");
         let examples = examples.replace("\\\n", "");
         Ok(examples.lines().map(|line| line.trim().to_owned()).collect())
     }
@@ -108,6 +112,7 @@ fn completions() -> anyhow::Result<()> {
         ("omsign", "sig", "sign"),
         ("omsign", "digest --hash-type bla", "blake2b blake3"),
         ("omsign-agent", "key gen", "generate"),
+        ("omsign-agent", "--ver", "--version"),
         // What only the agent starts is not offered.
         ("omsign-agent", "tok", ""),
     ] {

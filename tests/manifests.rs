@@ -149,7 +149,6 @@ fn lists_of_sha256sum_are_signed() -> anyhow::Result<()> {
     world.omsign_refuses(2, &arguments, &["does not say the model's name: give --model-name"])
 }
 
-/// The recipes of docs/many-machines.md, with what starts them where it can be had here, and by hand where not.
 /// Made over the bundle of last time, too.
 #[test]
 fn a_list_that_has_the_bundle() -> anyhow::Result<()> {
@@ -169,6 +168,7 @@ fn a_list_that_has_the_bundle() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The recipes of docs/many-machines.md, with what starts them where it can be had here, and by hand where not.
 #[test]
 fn the_recipes_for_many_machines() -> anyhow::Result<()> {
     let world = world()?;

@@ -1,10 +1,13 @@
 //! The key that takes another's place is guarded as that one was, where nobody says otherwise.
 
-use anyhow::ensure;
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::SoftHsm;
 use omsign_fixtures::swtpm::SwTpm;
-use omsign_tests::operator::{does, refuses};
+use omsign_tests::operator::{self, does, refuses};
 use omsign_tests::world::{World, key, key_section, token_section};
 
 /// What is listed of a key.
@@ -58,7 +61,11 @@ fn of_a_tpm() -> anyhow::Result<()> {
     let text = std::fs::read_to_string(world.path("agent.toml"))?;
     ensure!(text.contains("next = { file = \"file.tpm-2.pem\" }"), "{text}");
     ensure!(world.path("file.tpm-2.pem").exists());
-    Ok(())
+    // One that is gone says nothing of the next one.
+    let config = key("k", "tpm", "handle = \"0x81000030\"")
+        .replace("\n[[", "\nnext = { handle = \"0x81000031\" }\n[[");
+    world.write("agent.toml", world.listen() + &chip.section("tpm") + &config)?;
+    does(&world, &["generate", "k/next", "--type", "p256"]).map(drop)
 }
 
 #[test]
@@ -72,10 +79,29 @@ fn of_a_pkcs11_token() -> anyhow::Result<()> {
     let keys = key_section("always", "t", "always") + &key_section("once", "t", "once");
     world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &keys)?;
     for name in ["always", "once"] {
-        does(&world, &["rotate", name])?;
+        let output = operator::key(&world, &["rotate", name])?;
+        let said = String::from_utf8(output.stderr)?;
+        let printed: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("  omsign-agent ")).collect();
+        ensure!(output.status.success() && printed.len() == 2, "{said}");
+        let (csr, _) = printed[0].split_once("    ").context("what it is for")?;
+        types(&world, &csr.replace('…', "CN=Next"))?;
         let next = listed(&world, &format!("{name}/next"))?;
         let asks = next.contains("asks for the PIN before every signature");
         ensure!(next.contains("rsa") && asks == (name == "always"), "{name}: {next}");
+        let (finish, _) = printed[1].split_once("    ").context("what it is for")?;
+        types(&world, finish)?;
     }
+    let config = key_section("k", "t", "gone").replace("\n[[", "\nnext = { label = \"new\" }\n[[");
+    world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &config)?;
+    does(&world, &["generate", "k/next", "--type", "p256"]).map(drop)
+}
+
+/// Types what was printed.
+fn types(world: &World, line: &str) -> anyhow::Result<()> {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("\"$0\" {line}")]).arg(built("omsign-agent")?);
+    world.without_surprises(shell.current_dir("/"));
+    let output = shell.output()?;
+    ensure!(output.status.success(), "{line}: {output:?}");
     Ok(())
 }

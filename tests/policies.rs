@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
+use omsign_fixtures::write_private;
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, next_event, request};
@@ -277,6 +278,31 @@ fn imported_keys() -> anyhow::Result<()> {
         desk.world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", &public])?;
         refuses(&desk.world, &["attest", slot], "attests only keys that it made itself")?;
     }
+    Ok(())
+}
+
+/// What is too short to be a PIN, or a PUK, is not shown to the card, which would count it.
+#[test]
+fn what_can_be_no_pin_costs_no_try() -> anyhow::Result<()> {
+    let desk = Desk::new()?;
+    desk.card.change_puk()?;
+    desk.card.generate("9c", "ECCP256", &[])?;
+    write_private(&desk.card.pin_file(), b"1234\n")?;
+    let agent = desk.agent(&["9c"])?;
+    eventually("the reason", || {
+        Ok(agent.log()?.contains("its PIN has 6 to 8 bytes, and the one given has not"))
+    })?;
+    ensure!(desk.card.pin_tries()? == 3 && desk.card.wrong_pins() == 0);
+    drop(agent);
+    write_private(&desk.card.pin_file(), format!("{}\n", piv::PIN).as_bytes())?;
+    desk.card.enter_wrong_pins(3);
+    for _ in 0..3 {
+        let refused = unblocking(&desk.world, "card", "1234\n")?;
+        let errors = String::from_utf8_lossy(&refused.stderr);
+        ensure!(errors.contains("a PUK has 6 to 8 bytes, and the one given has not"), "{errors}");
+    }
+    let set = unblocking(&desk.world, "card", &format!("{}\n", piv::PUK))?;
+    ensure!(set.status.success() && desk.card.pin_tries()? == 3, "{set:?}");
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use omsign_fixtures::piv::{Faults, VirtualPiv};
 use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::operator::refuses;
 use omsign_tests::world::{World, key};
 use openssl::ec::{EcGroup, EcKey};
 use openssl::nid::Nid;
@@ -65,7 +66,10 @@ fn a_key_on_both() -> anyhow::Result<()> {
     second.import("9a", &private)?;
     let tokens = first.section("first") + &second.section("second");
     let on_both = key("k", "first", "slot = \"9a\"").replace("\"first\"", "[\"first\", \"second\"]");
-    let agent = Agent::start(&world, &(world.listen() + &tokens + &on_both))?;
+    let config = world.listen() + &tokens + &on_both;
+    world.write("agent.toml", config.replace("\"9a\"", "\"9c\""))?;
+    refuses(&world, &["generate", "k"], "a key that is made here can never be on second, too")?;
+    let agent = Agent::start(&world, &config)?;
     eventually("both", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
     let public = public.display().to_string();
     let both_sign = || {

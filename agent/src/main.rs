@@ -61,7 +61,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => {
             let all = Cli::command();
             let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
-            let mut shown = clap::Command::new("omsign-agent").subcommands(shown);
+            let shown = clap::Command::new("omsign-agent").subcommands(shown);
+            let mut shown = shown.version(env!("CARGO_PKG_VERSION")).args(all.get_arguments().cloned());
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut shown, "omsign-agent", &mut script);
             std::io::stdout().write_all(&script)?;

@@ -67,17 +67,11 @@ impl Rotation<'_> {
             }
         };
         say(format_args!("the next key is {next}, named {}{NEXT} until it takes its place:", self.name));
-        let config = match self.path == Config::default_path() {
-            true => String::new(),
-            false => format!(" --config {}", self.path.display()),
-        };
         // Those that it has are for the present key.
         let chain = if key.certificate_chain.is_empty() { "" } else { " --certificate-chain FILE" };
         let name = self.name;
-        say(format_args!(
-            "  omsign-agent key{config} csr {name}{NEXT} --subject …    asks for its certificate"
-        ));
-        say(format_args!("  omsign-agent key{config} rotate {name} --finish{chain}    puts it in its place"));
+        say(format_args!("  {} csr {name}{NEXT} --subject …    asks for its certificate", self.typed()));
+        say(format_args!("  {} rotate {name} --finish{chain}    puts it in its place", self.typed()));
         Ok(public)
     }
 
@@ -135,8 +129,9 @@ impl Rotation<'_> {
             return Err(error);
         }
         say(format_args!(
-            "{} is the next key once the agent reads its configuration: omsign-agent key reload",
-            self.name
+            "{} is the next key once the agent reads its configuration: {} reload",
+            self.name,
+            self.typed()
         ));
         let typed = |name: &&String| {
             self.config.tokens.get(*name).is_some_and(|token| token.pin == PinSource::Prompt)
@@ -202,6 +197,17 @@ impl Rotation<'_> {
             (Some(Device::Piv { .. }), "slot") => Object::piv_slot(value).with_context(wrong)?,
             _ => bail!(wrong()),
         })
+    }
+
+    /// How the next command begins, as a shell takes it.
+    fn typed(&self) -> String {
+        match self.path == Config::default_path() {
+            true => "omsign-agent key".to_owned(),
+            false => {
+                let path = self.path.display().to_string().replace('\'', r"'\''");
+                format!("omsign-agent key --config '{path}'")
+            }
+        }
     }
 
     /// As the configuration is to have it: files beside it by their names, wherever it is moved to.

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::differences::{Changed, Differences, How, Unreadable};
-use crate::hash::{HashError, Hasher, Looked, Piece, Root, Stamp};
+use crate::hash::{HashError, Hasher, Looked, MOST_JOBS, Piece, Root, Stamp};
 use crate::manifest::{Manifest, Method, Resource};
 use crate::model::{File, Model};
 use crate::walk::leads_nowhere;
 
-/// Files that are looked at together: of many, what is known of them is large.
-const LOOKED_AT: usize = 4096;
+/// Files that are looked at together, some for each of as many threads as there can be: of all, what comes of it is large.
+const LOOKED_AT: usize = 64 * MOST_JOBS;
 
 /// What was signed, and what was found of it.
 pub(crate) struct Pairs<'a> {
@@ -129,8 +129,8 @@ impl<'a> Pairs<'a> {
         let mut wrong = self.wrong.clone();
         let algorithm = self.signed.serialization.algorithm;
         let piece = |&(file, resource): &(usize, &Resource)| {
-            let whole = || self.files.stamp(file).map_or(0..0, |stamp| 0..stamp.size);
-            Piece { file, range: resource.shard.clone().unwrap_or_else(whole) }
+            let stamp = self.files.stamp(file).expect("a resource is of one of the files");
+            Piece { file, range: resource.shard.clone().unwrap_or(0..stamp.size) }
         };
         let pieces: Vec<_> = self.resources.iter().map(piece).collect();
         let (digests, mut failures) = hasher.digests_of_each(algorithm, &self.files, &pieces);

@@ -127,7 +127,10 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
         predicate: Object(Predicate::new(&manifest.resources, &manifest.serialization)),
     };
     // About what it takes, where names need no escapes: it may be tens of megabytes.
-    let resource = |resource: &Resource| resource.file.len() + 2 * resource.digest.as_bytes().len() + 48;
+    let resource = |resource: &Resource| {
+        let shard = if resource.shard.is_some() { ":18446744073709551615".len() * 2 } else { 0 };
+        resource.file.len() + shard + 2 * resource.digest.as_bytes().len() + 48
+    };
     let mut bytes = Vec::with_capacity(1024 + manifest.resources.iter().map(resource).sum::<usize>());
     serde_json::to_writer(&mut bytes, &statement).expect("strings and lists always serialize");
     bytes

@@ -47,7 +47,7 @@ pub struct Config {
     pub tokens: BTreeMap<String, Token>,
     /// What callers name.
     pub keys: BTreeMap<String, Key>,
-    /// Who may unlock tokens. Default: root and the agent's own user, over the Unix socket.
+    /// Who may unlock tokens and manage keys: root, and those that are named or, without any, the agent's own user.
     pub operators: Vec<Rule>,
 }
 

@@ -264,6 +264,10 @@ impl Init {
             };
             return Err(InitError::Device(message));
         };
+        if !known.made_by.is_empty() && self.key_type.is_some() {
+            let message = format!("this device's keys are made with {}; leave --type out", known.made_by);
+            return Err(InitError::Answer(message));
+        }
         let form = if known.pin.is_empty() { String::new() } else { format!(" ({})", known.pin) };
         let pin = answer(&format!("PIN of the token {:?}{form}", token.label), ask)?;
         let profile = profile.map(|name| format!("profile = {}\n", quoted(name))).unwrap_or_default();

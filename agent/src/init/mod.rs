@@ -8,6 +8,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use x509_cert::der::{DecodePem as _, Encode as _};
+use x509_cert::request::CertReq;
 use zeroize::Zeroizing;
 
 use self::device::Chosen;
@@ -17,6 +19,7 @@ use crate::config::Config;
 use crate::key_life::{Command, Output, Subject, Template};
 use crate::operator::{self, OperatorError};
 use crate::secret::Pin;
+use crate::spki::SpkiDer;
 
 /// The name of the configuration.
 const FILE: &str = "agent.toml";
@@ -55,7 +58,7 @@ pub struct Made {
     pub config: PathBuf,
     /// The certificate request.
     pub request: PathBuf,
-    /// What kind of key, where one was made.
+    /// What kind of key.
     pub key_type: Option<KeyType>,
     /// What else its owner should know.
     pub notes: Vec<String>,
@@ -149,7 +152,7 @@ impl Init {
             InitError::Device(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         let typed = |_: &str| Pin::new(pin.as_ref()?.as_str().to_owned());
-        let key_type = made_by.is_empty().then(|| self.key_type.unwrap_or(key_type));
+        let key_type = Some(self.key_type.unwrap_or(key_type));
         // An authorization value that init makes is too long to guess, and keys that nobody can lock stay usable.
         let no_da = matches!(self.wish, Wish::Tpm { .. });
         let touch_policy = match self.wish {
@@ -188,12 +191,20 @@ impl Init {
                 "{error}; this device's keys are made with {made_by}, and --key-label is the label of the one to sign with"
             )),
         });
+        let mut key_type = None;
         if let Output::Pem(text) = requested? {
+            key_type = certified(&text);
             left.write(&request, &text)?;
             left.0.clear();
         }
         Ok(Made { config, request, key_type, notes })
     }
+}
+
+/// What kind of key a request is for.
+fn certified(request: &str) -> Option<KeyType> {
+    let request = CertReq::from_pem(request).ok()?;
+    SpkiDer(request.info.public_key.to_der().ok()?).key_type()
 }
 
 /// What goes when making it fails.

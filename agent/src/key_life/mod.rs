@@ -132,17 +132,21 @@ impl Operator<'_> {
             Command::List { token } => self.list(token.as_deref(), say).await.map(Output::Listed),
             Command::Generate { key, template } => {
                 let place = self.place(key)?;
+                let tokens = self.config.keys.get(key).map(|key| key.tokens.as_slice()).unwrap_or_default();
+                let others = tokens.get(1..).unwrap_or_default().join(" and ");
+                let device = self.config.tokens.get(&place.token.name).map(|token| &token.device);
+                if !others.is_empty() && !matches!(device, Some(Device::Pkcs11 { .. })) {
+                    let why = format!("a key that is made here can never be on {others}, too");
+                    return Err(place.failed(TokenError::Refused(why)));
+                }
                 let present = key.strip_suffix(NEXT).and_then(|name| self.config.keys.get(name));
                 let like = present.map(|present| present.object.clone());
                 let template = Template { like, ..template.clone() };
                 let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
-                let tokens = self.config.keys.get(key).map(|key| key.tokens.as_slice()).unwrap_or_default();
-                if let [first, others @ ..] = tokens
-                    && !others.is_empty()
-                {
+                if !others.is_empty() {
                     say(&format!(
-                        "it is on {first} alone: bring it to {} with the vendor's tools, or they never sign with it",
-                        others.join(" and ")
+                        "it is on {} alone: bring it to {others} with the vendor's tools, or they never sign with it",
+                        place.token.name
                     ));
                 }
                 // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own

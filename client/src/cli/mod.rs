@@ -182,8 +182,8 @@ pub(crate) struct Work {
     /// each core, and more while they wait for small files]
     #[arg(long, short, value_name = "N", value_parser = jobs)]
     pub(crate) jobs: Option<NonZeroUsize>,
-    /// Remembers digests, and believes those of files whose size, times and inode are as they were; on ext4, XFS, Btrfs, F2FS
-    /// and overlays of them, which are written to the disk first
+    /// Remembers digests, and believes those of files whose size, times and inode are as they were; on ext4, XFS, Btrfs and
+    /// F2FS, which are written to the disk first
     #[arg(long)]
     pub(crate) digest_cache: bool,
     /// Shows how far it is: a bar, or a line every few seconds [default: a bar on a terminal]
@@ -204,7 +204,7 @@ pub(crate) enum ShowProgress {
     None,
 }
 
-/// Of help.
+/// The heading of what names a key.
 const KEY: &str = "Key";
 
 #[derive(Debug, Args)]

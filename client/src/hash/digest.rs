@@ -77,11 +77,11 @@ impl Digest {
         Self(Bytes::Short(hasher.finalize().into()))
     }
 
-    /// From an algorithm's output: none if it is of another length than any.
+    /// From an algorithm's output.
     pub(super) fn from_bytes(output: &[u8]) -> Self {
         let short = || output.try_into().map(Bytes::Short);
         let long = || output.try_into().map(|bytes| Bytes::Long(Box::new(bytes)));
-        Self(short().or_else(|_| long()).unwrap_or(Bytes::None))
+        Self(short().or_else(|_| long()).expect("an algorithm's digests have 32 or 64 bytes"))
     }
 
     /// Parses an algorithm's digest in lower-case hexadecimal, which alone is canonical.

@@ -7,7 +7,7 @@ use yubikey::{MgmKey, YubiKey};
 use super::super::{locked, refused};
 use super::errors::{classify, tries_left};
 use super::login::is_fit;
-use super::{FACTORY_PIN, LONGEST_PIN, connect, in_use};
+use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use};
 use crate::config::{Object, PIV_SLOTS};
 use crate::host::wire::{Factory, Failure, Fresh, Survey, SurveyedToken};
 use crate::secret::Pin;
@@ -125,8 +125,9 @@ pub(in super::super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) ->
 pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result<(), Failure> {
     is_fit(pin)?;
     let (puk, pin) = (fresh.puk.as_bytes(), pin.expose().as_bytes());
-    if puk.len() > LONGEST_PIN {
-        return Err(refused(format!("a PUK has at most {LONGEST_PIN} bytes")));
+    if !(SHORTEST_PIN..=LONGEST_PIN).contains(&puk.len()) {
+        let message = format!("a PUK has {SHORTEST_PIN} to {LONGEST_PIN} bytes, and the one given has not");
+        return Err(refused(message));
     }
     let mut yubikey = connect(serial)?;
     // Firmware before 5.3 does not tell.

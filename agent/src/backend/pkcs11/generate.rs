@@ -11,7 +11,7 @@ use super::ways::Ways;
 use crate::algorithm::KeyType;
 use crate::config::{Object, Profile};
 use crate::host::task::Template;
-use crate::host::wire::{Failure, KeySpec};
+use crate::host::wire::{Class, Failure, KeySpec};
 
 /// Makes the key that the configuration names. One that is there already stays.
 pub(super) fn generate(
@@ -57,10 +57,14 @@ pub(super) fn generate(
     let mut private = named.to_vec();
     private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
     private.push(Attribute::Sign(true));
-    if let Some(Object::Pkcs11(present)) = &template.like
-        && asks_always(session, present)?
-    {
-        private.push(Attribute::AlwaysAuthenticate(true));
+    if let Some(Object::Pkcs11(present)) = &template.like {
+        match asks_always(session, present) {
+            Ok(true) => private.push(Attribute::AlwaysAuthenticate(true)),
+            Ok(false) => {}
+            // One that is gone says nothing.
+            Err(failure) if failure.class == Class::Refused => {}
+            Err(failure) => return Err(failure),
+        }
     }
     let mechanism = match kind(template.key_type()) {
         Made::Curve(params) => {

@@ -50,8 +50,9 @@ impl Guard {
         let Some(pcrs) = &self.pcrs else { return Ok(None) };
         let session = self.session(context, pcrs, SessionType::Trial)?;
         let digest = context.policy_get_digest(session);
-        flush(context, session)?;
-        digest.map(Some).map_err(|error| classify("make the policy", &error))
+        let ended = flush(context, session);
+        let digest = digest.map_err(|error| of_session("make the policy", &error))?;
+        ended.map(|()| Some(digest))
     }
 
     fn session(
@@ -74,14 +75,19 @@ impl Guard {
         let shown = context.policy_pcr(session, Digest::default(), selection);
         let shown = shown.and_then(|()| if self.auth { context.policy_auth_value(session) } else { Ok(()) });
         if let Err(error) = shown {
-            flush(context, session)?;
-            return Err(match code(&error) {
-                // The only handle is the session's.
-                Some(Code::ReferenceH0) => Failure { class: Class::Busy, ..failed(error) },
-                _ => failed(error),
-            });
+            // Why it failed says more than that it cannot be ended.
+            let _ = flush(context, session);
+            return Err(of_session("begin a policy session", &error));
         }
         Ok(session)
+    }
+}
+
+/// Of a command whose only handle is a session's: somebody may have ended that.
+fn of_session(what: &str, error: &tss_esapi::Error) -> Failure {
+    match classify(what, error) {
+        failure if code(error) == Some(Code::ReferenceH0) => Failure { class: Class::Busy, ..failure },
+        failure => failure,
     }
 }
 

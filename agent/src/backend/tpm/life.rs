@@ -155,7 +155,13 @@ fn generate(
     if key_type.is_rsa() && key.padding == Padding::Pss {
         return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
-    let no_da = template.no_da || template.like.as_ref().map_or(Ok(false), |like| is_no_da(context, like))?;
+    let no_da = template.no_da
+        || match template.like.as_ref().map(|like| is_no_da(context, like)) {
+            // One that is gone says nothing.
+            None => false,
+            Some(Err(failure)) if failure.class == Class::Refused => false,
+            Some(found) => found?,
+        };
     if auth.is_none() && !no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
         return Err(refused(
             "nobody could tell whether this key has an authorization value: give the token one (pin = …), or say --no-da"

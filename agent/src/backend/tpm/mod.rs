@@ -18,7 +18,7 @@ use tss_esapi::structures::{Auth, CapabilityData};
 use tss_esapi::tcti_ldr::TctiNameConf;
 use tss_esapi::{Context, WrapperErrorKind};
 
-use self::errors::{classify, describe};
+use self::errors::{Code, classify, code, describe};
 use self::keys::Key;
 use super::{Device, Notify, Say, Signer, gone, locked, open_keys, pin_for, refused};
 use crate::algorithm::Content;
@@ -186,6 +186,8 @@ fn flush_leftovers(context: &mut Context) -> Result<(), Failure> {
             match context.flush_context(object.map_err(failed)?) {
                 // tss-esapi says so of a policy session that it has just flushed.
                 Err(tss_esapi::Error::WrapperError(WrapperErrorKind::InvalidHandleState)) => {}
+                // Whose it was has ended it.
+                Err(error) if code(&error) == Some(Code::Handle) => {}
                 flushed => flushed.map_err(failed)?,
             }
         }

@@ -40,7 +40,7 @@ pub(super) fn turn(directory: &Path) -> Option<File> {
 
 /// Room is made at once for about as many entries as a file of its length has: to make more as they come takes twice as much
 /// meanwhile. For a million at most, whatever it claims to be.
-const LINE_BYTES: usize = 128;
+const LINE_BYTES: usize = 144;
 const LIKELY_ENTRIES: usize = 1 << 20;
 
 /// What it holds; nothing, where it is none.
