@@ -188,6 +188,12 @@ impl Token {
                     return serde_json::from_slice(&done)
                         .map_err(|error| TokenError::Unavailable(error.to_string()));
                 }
+                Ok(Err(failure)) if failure.class == Class::Busy && again => {
+                    // Others may be done in a moment.
+                    again = false;
+                    tokio::time::sleep(BUSY.0).await;
+                    continue;
+                }
                 Ok(Err(failure)) if failure.class != Class::Gone => return Err(failure.into()),
                 Ok(Err(failure)) => failure.into(),
                 Err(killed) => TokenError::Unavailable(killed),
