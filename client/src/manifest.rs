@@ -241,8 +241,7 @@ impl<'a> Plan<'a> {
             digest,
         };
         let resources = pieces.iter().zip(digests).map(resource).collect();
-        let serialization = serialization.clone();
-        Manifest { model_name: model.name.clone(), resources, serialization }
+        Manifest { model_name: model.name.clone(), resources, serialization: serialization.clone() }
     }
 
     /// Whether the model, found once more, has the same files in the same states: hashing may have taken hours.

@@ -5,13 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::differences::{Changed, Differences, How, Unreadable};
-use crate::hash::{HashError, Hasher, Looked, MOST_JOBS, Piece, Root, Stamp};
+use crate::hash::{HashError, Hasher, Looked, Piece, Stamp};
 use crate::manifest::{Manifest, Method, Resource};
 use crate::model::{File, Model};
 use crate::walk::leads_nowhere;
-
-/// Files that are looked at together, some for each of as many threads as there can be: of all, what comes of it is large.
-const LOOKED_AT: usize = 64 * MOST_JOBS;
 
 /// What was signed, and what was found of it.
 pub(crate) struct Pairs<'a> {
@@ -64,7 +61,7 @@ pub(crate) fn pair<'a>(
         resources: Vec::with_capacity(resources.len()),
         wrong: BTreeMap::new(),
     };
-    for (at, stamp) in found.files.chunks(LOOKED_AT).flat_map(|files| looked(files, &found.root, hasher)) {
+    for (at, stamp) in looked(found, hasher) {
         let file = at.name.as_str();
         let before = |shards: &&[(&str, &Resource)]| shards.first().is_some_and(|(own, _)| *own < file);
         while let Some(missing) = signed_files.next_if(before) {
@@ -98,14 +95,15 @@ pub(crate) fn pair<'a>(
     pairs
 }
 
-/// Files, each with what came of looking at it.
+/// A model's files, each with what came of looking at it: some for each thread at a time, for of all of them it is large.
 fn looked<'a>(
-    files: &'a [File],
-    root: &Root,
+    model: &'a Model,
     hasher: &Hasher,
 ) -> impl Iterator<Item = (&'a File, Result<Stamp, HashError>)> {
-    let paths: Vec<&Path> = files.iter().map(File::path).collect();
-    files.iter().zip(hasher.look_each(root, &paths))
+    model.files.chunks(hasher.looks()).flat_map(|files| {
+        let paths: Vec<&Path> = files.iter().map(File::path).collect();
+        files.iter().zip(hasher.look_each(&model.root, &paths))
+    })
 }
 
 impl<'a> Pairs<'a> {
@@ -158,11 +156,10 @@ impl<'a> Pairs<'a> {
             at.name == *name && now.is_ok_and(|now| self.files.stamp(index) == Some(&now))
         };
         let nothing_else = files.len() == self.names.len() && odd.is_empty() && closed.is_empty();
-        let looked = files.chunks(LOOKED_AT).flat_map(|files| looked(files, &again.root, hasher));
         nothing_else
             && self.missing.is_empty()
             && self.wrong.is_empty()
-            && looked.enumerate().zip(&self.names).all(same)
+            && looked(again, hasher).enumerate().zip(&self.names).all(same)
     }
 
     /// What is different now that all of it was compared `before`, and found right: that may have taken hours.

@@ -150,6 +150,11 @@ impl Hasher {
         self.cores.pool.install(|| paths.par_iter().with_min_len(64).map(look).collect())
     }
 
+    /// How many to look at together: some for each thread, and of all that there are no more than that.
+    pub(crate) fn looks(&self) -> usize {
+        (64 * self.cores.count()).max(4096)
+    }
+
     /// A digest of some bytes of the largest files, at sixteen places at most, and of all of a small one: two models of the
     /// same names and sizes mostly have different ones, but not where they differ only elsewhere.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
@@ -217,18 +222,12 @@ impl Hasher {
         self.progress.total.fetch_add(Piece::total(pieces), Ordering::Relaxed);
         let of = |unit: &Unit| files.get(pieces.get(unit.piece).map_or(0, |piece| piece.file));
         let pieces_of = || pieces.iter().enumerate();
-        let whole = || pieces_of().map(|(index, piece)| Unit::whole(index, piece.range.clone()));
+        let whole = || pieces_of().map(|(i, piece)| Unit::whole(i, piece.range.clone())).collect::<Vec<_>>();
         let (cores, hashed) = (&self.cores, &self.progress.hashed);
         let watch = |kept| Watch { hashed, kept: Option::zip(kept, Some(KEPT_EVERY)) };
         match algorithm {
-            Algorithm::Sha256 => {
-                let units: Vec<Unit> = whole().collect();
-                schedule::run(&self.sha256, &units, of, on_failure, cores, watch(kept))
-            }
-            Algorithm::Blake2b => {
-                let units: Vec<Unit> = whole().collect();
-                schedule::run(&Blake2b, &units, of, on_failure, cores, watch(kept))
-            }
+            Algorithm::Sha256 => schedule::run(&self.sha256, &whole(), of, on_failure, cores, watch(kept)),
+            Algorithm::Blake2b => schedule::run(&Blake2b, &whole(), of, on_failure, cores, watch(kept)),
             Algorithm::Blake3 => {
                 let subtree = subtree_bytes(Piece::total(pieces));
                 let units =
@@ -318,21 +317,16 @@ mod tests {
         assert_eq!(Piece::total(&[piece.clone(), piece.clone(), piece]), u64::MAX);
     }
 
-    /// A disk's error, or a server's: of a file of the kernel's that says EINVAL to everybody.
+    /// A disk's error, or a server's: of a file of the kernel's that says EINVAL to everybody. And of one that has no size.
     #[test]
     fn a_file_that_cannot_be_read_is_an_error_that_names_it() {
-        let path = Path::new("/sys/class/net/lo/duplex");
-        let error = hash_one(path).expect_err("no device has that");
-        assert_eq!(
-            crate::with_causes(&error),
-            format!("cannot read {}: Invalid argument (os error 22)", path.display())
-        );
-    }
-
-    #[test]
-    fn a_file_that_says_that_it_is_empty() {
-        let error = hash_one(Path::new("/proc/version")).expect_err("it is not");
-        assert!(crate::with_causes(&error).ends_with("it says that it is empty, and is not"));
+        for (path, why) in [
+            ("/sys/class/net/lo/duplex", "Invalid argument (os error 22)"),
+            ("/proc/version", "it says that it is empty, and is not"),
+        ] {
+            let error = hash_one(path.as_ref()).expect_err("nobody can hash that");
+            assert_eq!(crate::with_causes(&error), format!("cannot read {path}: {why}"));
+        }
     }
 
     #[test]
