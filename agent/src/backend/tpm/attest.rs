@@ -20,7 +20,7 @@ use tss_esapi::traits::{Marshall as _, UnMarshall as _};
 
 use super::super::refused;
 use super::credential::{activate, name};
-use super::errors::classify;
+use super::errors::{classify, kept};
 use super::keys::{encoded, padded};
 use crate::algorithm::{Algorithm, Curve};
 use crate::host::task::{Asking, Challenge, Evidence};
@@ -48,7 +48,7 @@ pub(super) fn attest(context: &mut Context, key: KeyHandle, asking: &Asking) -> 
     let certified =
         context.execute_with_sessions(sessions, |context| context.certify(key.into(), by, nonce, scheme));
     let endorsed = endorsement(context, by, asking.challenge.as_ref());
-    context.flush_context(by.into()).map_err(failed)?;
+    context.flush_context(by.into()).map_err(|error| kept("let go of the attestation key", &error))?;
     let (info, signature) = certified.map_err(failed)?;
     let (endorsement_certificate, answer) = endorsed?;
     Ok(Evidence::Tpm {
@@ -84,7 +84,7 @@ fn endorsement(
     let key = create_ek_object_2(context, which, None)
         .map_err(|error| failed("make the endorsement key", error))?;
     let answer = activate(context, attestation_key, key, challenge);
-    context.flush_context(key.into()).map_err(|error| classify("let go of the endorsement key", &error))?;
+    context.flush_context(key.into()).map_err(|error| kept("let go of the endorsement key", &error))?;
     let answer = answer.map_err(|error| match failed("answer the challenge", error) {
         failure if failure.class == Class::Refused => {
             refused(format!("the challenge is for another TPM, or was changed: {}", failure.message))

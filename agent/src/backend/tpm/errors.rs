@@ -59,6 +59,12 @@ pub(super) fn code(error: &Error) -> Option<Code> {
     code.kind()
 }
 
+/// The same of a key or session that the TPM does not let go of: whatever the reason, there is room for three. Another process
+/// begins without any.
+pub(super) fn kept(what: &str, error: &Error) -> Failure {
+    Failure { class: Class::Gone, ..classify(what, error) }
+}
+
 /// The same where a key that was found is used. Its handle is of nothing when somebody took the key from the TPM: then it is
 /// looked for anew.
 pub(super) fn using(what: &str, error: &Error) -> Failure {

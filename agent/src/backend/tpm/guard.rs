@@ -8,7 +8,7 @@ use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
 use tss_esapi::structures::{Digest, PcrSelectionList, PcrSlot, SymmetricDefinition};
 
 use super::super::{gone, refused};
-use super::errors::{Code, classify, code, using};
+use super::errors::{Code, classify, code, kept, using};
 use crate::config::{Bank, Pcrs};
 use crate::host::wire::{Class, Failure};
 
@@ -94,7 +94,7 @@ fn of_session(what: &str, error: &tss_esapi::Error) -> Failure {
 /// Ends a session. Without a resource manager, others may have done so.
 fn flush(context: &mut Context, session: PolicySession) -> Result<(), Failure> {
     match context.flush_context(SessionHandle::from(session).into()) {
-        Err(error) if code(&error) != Some(Code::Handle) => Err(classify("end the session", &error)),
+        Err(error) if code(&error) != Some(Code::Handle) => Err(kept("end the session", &error)),
         _ => Ok(()),
     }
 }

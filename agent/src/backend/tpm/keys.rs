@@ -15,7 +15,7 @@ use tss_esapi::structures::{
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
 use super::super::{challenge, gone, locked, refused};
-use super::errors::{classify, owners};
+use super::errors::{classify, kept, owners};
 use super::guard::Guard;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve};
@@ -96,7 +96,7 @@ impl Source {
             Self::Kept(_) => context.tr_close(&mut handle.into()),
             Self::File(..) => context.flush_context(handle.into()),
         };
-        released.map_err(|error| classify("let go of the key", &error))
+        released.map_err(|error| kept("let go of the key", &error))
     }
 }
 
@@ -268,7 +268,7 @@ fn load(context: &mut Context, file: &KeyFile) -> Result<KeyHandle, Failure> {
     });
     // A TPM has room for three keys or so.
     if file.parent == OWNER {
-        context.flush_context(parent.into()).map_err(|error| classify("flush the parent key", &error))?;
+        context.flush_context(parent.into()).map_err(|error| kept("flush the parent key", &error))?;
     }
     loaded.map_err(|error| match classify("load the key file", &error) {
         failure if failure.class == Class::Refused => {

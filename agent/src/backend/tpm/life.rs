@@ -21,7 +21,7 @@ use tss_esapi::structures::{
 };
 
 use super::super::refused;
-use super::errors::{classify, is_about_parameters, owners};
+use super::errors::{classify, is_about_parameters, kept, owners};
 use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
 use super::keys::Key;
@@ -208,7 +208,7 @@ fn generate(
         }
         object => Err(refused(format!("{object} is not a key of a TPM"))),
     });
-    context.flush_context(parent.into()).map_err(|error| classify("flush the parent key", &error))?;
+    context.flush_context(parent.into()).map_err(|error| kept("flush the parent key", &error))?;
     done
 }
 
