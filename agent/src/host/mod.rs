@@ -3,12 +3,13 @@
 //! its replacement: it answers "gone" and exits, and the agent starts another.
 
 mod held;
+mod inbox;
 mod operate;
 pub(crate) mod task;
 pub(crate) mod wire;
 
 use std::cell::Cell;
-use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::io::{self, BufReader, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +17,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 
 use self::held::{Held, TOGETHER};
+use self::inbox::Inbox;
 use self::operate::operate;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
@@ -33,11 +34,6 @@ const SLOW: Duration = Duration::from_micros(350);
 
 /// How many signatures may wait to be checked.
 const UNCHECKED: usize = 8;
-
-/// After a lone request that came within this time of the answer before it, the next one is looked for as long
-/// before this process sleeps: a caller who sends one request after the other waits for fewer wake-ups of sleeping
-/// CPUs then, which cost as much as a quick signature. Who signs now and then costs nothing more.
-const SOON: Duration = Duration::from_micros(150);
 
 /// Runs the host on the socketpair that is its standard input, until the agent closes it.
 pub fn run() -> io::Result<()> {
@@ -133,41 +129,6 @@ enum Check {
     NoMore,
     /// Something was held back.
     Held,
-}
-
-/// Our end of the line to the agent.
-struct Inbox {
-    reader: BufReader<UnixStream>,
-    /// The last request was alone, and came soon after the answer before it.
-    soon: bool,
-}
-
-impl Inbox {
-    /// Waits until something is there, or the socket's time-out.
-    fn wait(&mut self) -> io::Result<&[u8]> {
-        if !self.reader.buffer().is_empty() {
-            return Ok(self.reader.buffer());
-        }
-        let since = Instant::now();
-        while self.soon && since.elapsed() < SOON && !self.is_more_here() {
-            std::thread::yield_now();
-        }
-        let here = self.reader.fill_buf();
-        self.soon = since.elapsed() < SOON;
-        here
-    }
-
-    fn is_more_here(&self) -> bool {
-        recv(self.reader.get_ref(), &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok()
-    }
-
-    /// How many requests are here; never waits.
-    fn waiting(&mut self) -> io::Result<usize> {
-        if self.reader.buffer().is_empty() && self.is_more_here() {
-            self.reader.fill_buf()?;
-        }
-        Ok(wire::frames(self.reader.buffer()))
-    }
 }
 
 /// What came of a request, before it is answered.
@@ -358,9 +319,11 @@ impl Shared<'_> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Next::Idle),
             Err(error) => return Err(error),
         }
-        let request: Request = wire::decode(&wire::read(&mut inbox.reader)?)?;
-        inbox.soon &= request.alone;
-        Ok(Next::Request(request, inbox.waiting()?))
+        let taken = inbox.take();
+        // Where the next frame begins, nobody knows then: no other thread may read on.
+        self.over.fetch_or(taken.is_err(), Ordering::SeqCst);
+        let (request, waiting) = taken?;
+        Ok(Next::Request(request, waiting))
     }
 
     fn die(&self, failure: &Failure) -> ! {
