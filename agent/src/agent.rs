@@ -1,6 +1,6 @@
 //! What the agent does once a caller is known: its tokens and keys, a signature and its record.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, watch};
@@ -25,6 +25,9 @@ use crate::token::{Token, TokenError};
 /// each would wake the event loop once more per signature.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How long after the first of them the rest of those who were turned away is recorded.
+const REST: Duration = Duration::from_secs(60);
+
 /// The longest that questions about keys wait for a token that starts.
 pub(crate) const SETTLE: Duration = Duration::from_secs(5);
 
@@ -36,6 +39,8 @@ pub(crate) struct Agent {
     pub(crate) denials: Denials,
     /// Places for operators' commands.
     pub(crate) operators: Arc<Semaphore>,
+    /// Somebody was turned away, and nothing was recorded.
+    denied: Notify,
     ticks: watch::Sender<u64>,
     /// Starts the clock: with nobody who waits, an idle agent sleeps.
     waits: Arc<Notify>,
@@ -49,7 +54,7 @@ impl Agent {
         let setup = RwLock::new(Arc::new(Setup::new(config, None)));
         let operators = Arc::new(Semaphore::new(operator::CONNECTIONS));
         let (replay, denials) = (Replay::default(), Denials::default());
-        Self { setup, replay, audit, denials, operators, ticks, waits }
+        Self { setup, replay, audit, denials, operators, denied: Notify::new(), ticks, waits }
     }
 
     /// What the configuration makes of it now.
@@ -117,13 +122,39 @@ impl Agent {
     /// Records that somebody was turned away, and tells the operator why; of very many times only some, with their number.
     pub(crate) async fn turn_away(&self, entry: Entry<'_>, deadline: Instant) -> Result<(), Status> {
         let (caller, missing, action, key) = (entry.identity, entry.reason, entry.action, entry.key);
-        let Some(unrecorded) = self.denials.admit(caller.caller(), action, missing) else { return Ok(()) };
+        let Some(unrecorded) = self.denials.admit(caller.caller(), action, missing) else {
+            self.denials.keep(caller, action, missing);
+            self.denied.notify_one();
+            return Ok(());
+        };
         tracing::warn!(%caller, missing, unrecorded, action, key, "denied");
         let recorded = self.record(&Entry { unrecorded, ..entry }, deadline).await;
         if recorded.is_err() {
             self.denials.unrecorded(caller.caller(), action, missing, unrecorded + 1);
         }
         recorded
+    }
+
+    /// Records, from time to time, of how many nothing was.
+    pub(crate) async fn record_denials_later(&self) {
+        loop {
+            self.denied.notified().await;
+            tokio::time::sleep(REST).await;
+            self.record_denials().await;
+        }
+    }
+
+    /// Records the rest of those who were turned away, and do not come again.
+    pub(crate) async fn record_denials(&self) {
+        for (identity, action, why, count) in self.denials.rest() {
+            let unrecorded = count.saturating_sub(1);
+            let entry =
+                Entry { action, outcome: "denied", reason: &why, unrecorded, ..operator::about(&identity) };
+            if self.record(&entry, Instant::now() + audit::PATIENCE).await.is_err() {
+                self.denials.unrecorded(identity.caller(), action, &why, count);
+                self.denials.keep(&identity, action, &why);
+            }
+        }
     }
 
     /// Records a decision. Without the record nothing is released.
@@ -135,15 +166,15 @@ impl Agent {
         }
     }
 
-    /// Has a token logged in for an operator, and records it.
+    /// Has a token logged in for an operator who `waits`, and records it.
     pub(crate) async fn unlock(
         &self,
         token: &Token,
-        pin: Option<Pin>,
+        (waits, pin): (Weak<()>, Option<Pin>),
         entry: UnlockEntry,
         deadline: Instant,
     ) -> Result<(), Status> {
-        let unlocked = token.unlock(pin, deadline).await;
+        let unlocked = token.unlock_for(waits, pin, deadline).await;
         let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
         self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + audit::PATIENCE)).await?;

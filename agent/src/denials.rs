@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::identity::Caller;
+use crate::identity::{Caller, Identity};
 
 /// So many are recorded each; and then one more for each pause, with the number of those before it.
 const EACH: u32 = 100;
@@ -24,12 +24,34 @@ struct Recorded {
     left: u32,
     since: Instant,
     unrecorded: u64,
+    /// Who it was, last time that it was not recorded.
+    last: Option<Identity>,
 }
+
+/// Refusals that were not recorded: who, of what, why, and how many.
+pub(crate) type Rest = (Identity, &'static str, String, u64);
 
 impl Denials {
     /// Whether this one is recorded: then how many before it were not.
     pub(crate) fn admit(&self, caller: Caller, action: &'static str, why: &str) -> Option<u64> {
         self.admit_at((caller, action, why.to_owned()), Instant::now())
+    }
+
+    /// Remembers who it was that was not recorded.
+    pub(crate) fn keep(&self, identity: &Identity, action: &'static str, why: &str) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(it) = all.get_mut(&(identity.caller(), action, why.to_owned())) {
+            it.last = Some(identity.clone());
+        }
+    }
+
+    /// What was not recorded so far, and is now.
+    pub(crate) fn rest(&self) -> Vec<Rest> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let rest = all.iter_mut().filter(|(_, it)| it.unrecorded > 0).filter_map(|((_, action, why), it)| {
+            Some((it.last.take()?, *action, why.clone(), std::mem::take(&mut it.unrecorded)))
+        });
+        rest.collect()
     }
 
     /// So many could not be recorded after all.
@@ -45,8 +67,8 @@ impl Denials {
         if all.len() > KNOWN {
             all.retain(|_, it| it.unrecorded > 0 || now.duration_since(it.since) < PAUSE * EACH);
         }
-        let begin = Recorded { left: EACH, since: now, unrecorded: 0 };
-        let Recorded { left, since, unrecorded } = all.entry(refused).or_insert(begin);
+        let begin = Recorded { left: EACH, since: now, unrecorded: 0, last: None };
+        let Recorded { left, since, unrecorded, .. } = all.entry(refused).or_insert(begin);
         let pauses = now.duration_since(*since).as_secs() / PAUSE.as_secs();
         *since += PAUSE * u32::try_from(pauses).unwrap_or(u32::MAX);
         *left = EACH.min(left.saturating_add(u32::try_from(pauses).unwrap_or(EACH)));

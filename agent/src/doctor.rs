@@ -66,8 +66,9 @@ impl Report {
 /// Looks at everything. Each token is opened once, as the agent would, unless an agent already runs.
 pub async fn examine(config: &Config) -> Vec<Finding> {
     let mut report = Report::default();
-    // An agent may listen elsewhere, or on TCP only.
-    let running = listeners(config, &mut report) || Audit::is_held(&config.audit);
+    // An agent may listen elsewhere, or on TCP only. None begins meanwhile.
+    let held = Audit::hold(&config.audit);
+    let running = listeners(config, held.is_none(), &mut report);
     audit(config, &mut report);
     let mut shown = Shown::new();
     for (name, token) in &config.tokens {
@@ -102,6 +103,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             open(config, name, &subject, &mut report, &mut shown).await;
         }
     }
+    drop(held);
     for (name, key) in &config.keys {
         certificates(name, key, &mut report);
     }
@@ -120,14 +122,14 @@ fn environment(token: &config::Token, subject: &str, report: &mut Report) {
     }
 }
 
-/// Whether an agent answers on the configured socket.
-fn listeners(config: &Config, report: &mut Report) -> bool {
-    let mut running = false;
+/// Whether an agent answers on the configured socket, or is known to be `running` anyhow.
+fn listeners(config: &Config, mut running: bool, report: &mut Report) -> bool {
     if let Some(unix) = &config.listen.unix {
         let shown = unix.path.display();
-        running = std::os::unix::net::UnixStream::connect(&unix.path).is_ok();
+        let answers = std::os::unix::net::UnixStream::connect(&unix.path).is_ok();
+        running |= answers;
         let directory = unix.path.parent().unwrap_or(Path::new("/"));
-        if running {
+        if answers {
             report.add(Level::Ok, "listen.unix", format!("an agent answers on {shown}"));
         } else if unix
             .path
@@ -163,7 +165,7 @@ fn listeners(config: &Config, report: &mut Report) -> bool {
     if let Some(tls) = &config.listen.tls {
         let message = format!("{} with certificate {}", tls.address, tls.certificate.display());
         let taken = std::net::TcpListener::bind(tls.address).err();
-        match taken.filter(|_| !running && !Audit::is_held(&config.audit)) {
+        match taken.filter(|_| !running) {
             // systemd may hold it for an agent that it starts at the first connection.
             Some(error) => report.add(Level::Warning, "listen.tls", format!("{message}: {error}")),
             None => report.add(Level::Ok, "listen.tls", message),
@@ -236,7 +238,7 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, s
     let Some(token) = config.tokens.get(name) else { return };
     let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
-    let opened = Token::start(name, token.clone(), keys.clone(), None);
+    let opened = Token::start(name, token.clone(), keys.clone(), Vec::new());
     let deadline = Instant::now() + OPEN;
     while matches!(opened.state(), State::Starting) {
         if tokio::time::timeout_at(deadline, opened.watch()).await.is_err() {

@@ -1,6 +1,7 @@
 //! Who is calling: established once per connection, by the kernel or by TLS, never by the caller's word.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use nix::unistd::{Gid, Uid, User, getgrouplist};
 use serde::Serialize;
@@ -45,6 +46,18 @@ pub enum Identity {
 pub(crate) enum Caller {
     Uid(u32),
     Certificate([u8; 32]),
+    /// One who did not get as far as to say who it is.
+    Address(IpAddr),
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Uid(uid) => write!(f, "uid {uid}"),
+            Self::Certificate(fingerprint) => write!(f, "certificate {}", hex::encode(fingerprint)),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
 }
 
 impl Identity {

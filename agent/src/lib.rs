@@ -25,6 +25,7 @@ mod pin;
 mod places;
 pub mod policy;
 mod public_key;
+mod reload;
 mod replay;
 pub mod secret;
 mod sent;

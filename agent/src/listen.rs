@@ -2,8 +2,8 @@
 //! connection carries the [`Identity`] of its caller before the first request is read from it.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt};
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -17,13 +17,16 @@ use tokio::time::{Sleep, timeout};
 use tonic::transport::server::Connected;
 
 use crate::config::{Listen, TlsListen, UnixListen};
-use crate::identity::Identity;
+use crate::identity::{Caller, Identity};
 use crate::places::{Place, Places};
 use crate::tls::{Proof, Tls, TlsError};
 
 /// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
 /// whether somebody is there.
 const PREFACE: usize = 24;
+
+/// How long a caller may leave unread what is sent, pings among it: then nobody is there.
+const UNREAD: Duration = Duration::from_secs(60);
 
 /// How long a caller may take to prove who it is.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -39,6 +42,8 @@ pub struct Connection {
     silence: Option<Pin<Box<Sleep>>>,
     /// Bytes read before that.
     preface: usize,
+    /// Ends one that reads nothing: keep-alive does not, for its pings wait, too.
+    unread: Option<Pin<Box<Sleep>>>,
     /// Why the caller is believed to be who it was at the start; on a Unix socket that does not change.
     proof: Option<Proof>,
     /// Given back, or dropped, when the connection ends.
@@ -59,14 +64,28 @@ pub struct Listeners {
 
 /// Socket files that we made, removed with this value.
 #[derive(Default)]
-pub(crate) struct SocketFiles(pub(crate) Vec<PathBuf>);
+pub(crate) struct SocketFiles(Vec<(PathBuf, (u64, u64))>);
+
+impl SocketFiles {
+    /// Remembers a file that was just made.
+    pub(crate) fn made(&mut self, path: &Path, socket: UnixListener) -> UnixListener {
+        self.0.extend(identity_at(path).map(|found| (path.to_owned(), found)));
+        socket
+    }
+}
 
 impl Drop for SocketFiles {
     fn drop(&mut self) {
-        for file in &self.0 {
+        // Another agent may have put its own there.
+        for (file, _) in self.0.iter().filter(|(file, made)| identity_at(file).as_ref() == Some(made)) {
             let _ = std::fs::remove_file(file);
         }
     }
+}
+
+/// Device and inode of what is there.
+fn identity_at(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// Why it cannot listen.
@@ -113,8 +132,8 @@ impl Listeners {
         }
         // What systemd did not hand over is bound here.
         if let Some(unix) = config.unix.as_ref().filter(|_| listeners.unix.is_empty()) {
-            listeners.unix.push(bind_unix(unix)?);
-            listeners.files.0.push(unix.path.clone());
+            let socket = listeners.files.made(&unix.path, bind_unix(unix)?);
+            listeners.unix.push(socket);
         }
         if let (Some(TlsListen { address, .. }), Some(tls)) =
             (&config.tls, tls.filter(|_| listeners.tcp.is_empty()))
@@ -164,7 +183,7 @@ impl Connection {
 
     fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
         let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self { io, identity: Arc::new(identity), silence, preface: 0, proof: None, _held: held }
+        Self { io, identity: Arc::new(identity), silence, preface: 0, unread: None, proof: None, _held: held }
     }
 }
 
@@ -181,16 +200,19 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
         let (accepted, taken) = (accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
             let Ok(credentials) = stream.peer_cred() else { return };
-            // The user database may be a slow directory server: not on the event loop, not for ever.
-            let mut identified = tokio::task::spawn_blocking(move || identity_of(credentials));
-            let Ok(identified) = timeout(HANDSHAKE, &mut identified).await else {
-                // One that was not begun is not looked up for nobody.
-                identified.abort();
-                return;
+            let Some(place) = Place::of(Caller::Uid(credentials.uid()), place, &taken) else { return };
+            // The user database may be a slow directory server: not on the event loop, not for ever, and not for one
+            // caller alone.
+            let turn = place.turn();
+            let identified = async {
+                let turn = turn.lock_owned().await;
+                let look_up = move || {
+                    let _turn = turn;
+                    identity_of(credentials)
+                };
+                tokio::task::spawn_blocking(look_up).await
             };
-            if let Ok(identity) = identified
-                && let Some(place) = Place::of(&identity, place, &taken)
-            {
+            if let Ok(Ok(identity)) = timeout(HANDSHAKE, identified).await {
                 let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                 let _ = accepted.send(Ok(connection)).await;
             }
@@ -217,13 +239,13 @@ async fn accept_tls(
         tokio::spawn(async move {
             match timeout(HANDSHAKE, tls.handshake(stream)).await {
                 Ok(Ok((stream, identity, proof))) => {
-                    let Some(place) = Place::of(&identity, place, &taken) else { return };
+                    let Some(place) = Place::of(identity.caller(), place, &taken) else { return };
                     let mut connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                     connection.proof = Some(proof);
                     let _ = accepted.send(Ok(connection)).await;
                 }
-                Ok(Err(error)) => tracing::warn!(%address, %error, "TLS handshake refused"),
-                Err(_) => tracing::warn!(%address, "TLS handshake took too long"),
+                Ok(Err(error)) => taken.refused_handshake(address, &error.to_string()),
+                Err(_) => taken.refused_handshake(address, "it took too long"),
             }
         });
     }
@@ -263,10 +285,14 @@ pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError
     let fail = |source| ListenError::System { at: path.display().to_string(), source };
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.clone())),
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(ListenError::InUse(path.clone()));
-        }
-        Ok(_) => tracing::info!(path = %path.display(), "taking over the socket of an agent that has ended"),
+        // That nobody listens is all that says that it has ended.
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => return Err(ListenError::InUse(path.clone())),
+            Err(error) if error.kind() != io::ErrorKind::ConnectionRefused => return Err(fail(error)),
+            Err(_) => {
+                tracing::info!(path = %path.display(), "taking over the socket of an agent that has ended")
+            }
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(fail(error)),
     }
@@ -327,13 +353,27 @@ impl AsyncRead for Connection {
     }
 }
 
+impl Connection {
+    /// What became of writing, or an error where nothing has for long.
+    fn in_time<T>(&mut self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.unread = None;
+            return written;
+        }
+        let unread = self.unread.get_or_insert_with(|| Box::pin(tokio::time::sleep(UNREAD)));
+        unread.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let written = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.in_time(written, cx)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.in_time(flushed, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -345,7 +385,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.in_time(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {

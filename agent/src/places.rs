@@ -1,11 +1,13 @@
 //! How many connections there may be: of all callers together, and of each.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::identity::{Caller, Identity};
+use crate::denials::Denials;
+use crate::identity::Caller;
 
 /// How many connections each socket may have open at once.
 const CONNECTIONS: usize = 1024;
@@ -13,20 +15,35 @@ const CONNECTIONS: usize = 1024;
 /// How many of these one caller may have: nobody keeps the others out.
 const CONNECTIONS_OF_ONE: usize = 256;
 
-/// How many each caller has.
-type Taken = Arc<Mutex<HashMap<Caller, usize>>>;
-
 /// The places of one socket.
 pub(crate) struct Places {
     pub(crate) all: Arc<Semaphore>,
-    pub(crate) taken: Taken,
+    pub(crate) taken: Arc<Taken>,
 }
+
+/// How many each caller has.
+#[derive(Default)]
+pub(crate) struct Taken {
+    of_each: Mutex<HashMap<Caller, OfOne>>,
+    /// Who was turned away.
+    denials: Denials,
+}
+
+#[derive(Default)]
+struct OfOne {
+    count: usize,
+    turn: Turn,
+}
+
+/// Held by one connection of a caller at a time.
+type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// A place, given back when dropped.
 pub(crate) struct Place {
     _one: OwnedSemaphorePermit,
     caller: Caller,
-    taken: Taken,
+    taken: Arc<Taken>,
+    turn: Turn,
 }
 
 impl Places {
@@ -36,26 +53,47 @@ impl Places {
     }
 }
 
+impl Taken {
+    /// Logs that somebody did not prove who they are; of very many times only some.
+    pub(crate) fn refused_handshake(&self, address: SocketAddr, error: &str) {
+        if let Some(unlogged) = self.denials.admit(Caller::Address(address.ip()), "connect", "") {
+            tracing::warn!(%address, error, unlogged, "TLS handshake refused");
+        }
+    }
+
+    fn of_each(&self) -> MutexGuard<'_, HashMap<Caller, OfOne>> {
+        self.of_each.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Place {
     /// The place of a caller who is known now. None: this caller has enough.
-    pub(crate) fn of(identity: &Identity, one: OwnedSemaphorePermit, taken: &Taken) -> Option<Self> {
-        let caller = identity.caller();
-        let mut of_each = taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = of_each.entry(caller.clone()).or_default();
-        if *count >= CONNECTIONS_OF_ONE {
-            tracing::warn!(caller = %identity, "has {CONNECTIONS_OF_ONE} connections already; this one is closed");
+    pub(crate) fn of(caller: Caller, one: OwnedSemaphorePermit, taken: &Arc<Taken>) -> Option<Self> {
+        let mut of_each = taken.of_each();
+        let of_one = of_each.entry(caller.clone()).or_default();
+        if of_one.count >= CONNECTIONS_OF_ONE {
+            drop(of_each);
+            if let Some(unlogged) = taken.denials.admit(caller.clone(), "connect", "") {
+                tracing::warn!(%caller, unlogged, "has {CONNECTIONS_OF_ONE} connections already; this one is closed");
+            }
             return None;
         }
-        *count += 1;
+        of_one.count += 1;
+        let turn = Arc::clone(&of_one.turn);
         drop(of_each);
-        Some(Self { _one: one, caller, taken: Arc::clone(taken) })
+        Some(Self { _one: one, caller, taken: Arc::clone(taken), turn })
+    }
+
+    /// For what one caller's connections do one after the other, so that it does not keep others from it.
+    pub(crate) fn turn(&self) -> Turn {
+        Arc::clone(&self.turn)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut of_each = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = of_each.get_mut(&self.caller) {
+        let mut of_each = self.taken.of_each();
+        if let Some(OfOne { count, .. }) = of_each.get_mut(&self.caller) {
             *count -= 1;
             if *count == 0 {
                 of_each.remove(&self.caller);

@@ -45,7 +45,8 @@ impl Rotation<'_> {
             template.key_type = SpkiDer(present).key_type();
         }
         let before = self.text()?;
-        self.write(&edit::begin(&before, self.name, &self.written(&next))?)?;
+        let begun = edit::begin(&before, self.name, &self.written(&next))?;
+        self.write(&begun)?;
         let public = match self.make(template) {
             Ok(public) => public,
             Err(error) => {
@@ -54,14 +55,14 @@ impl Rotation<'_> {
                     Ok(changed) => changed,
                     Err(_) => {
                         // A configuration with mistakes changes nothing in an agent that runs.
-                        self.write(&before)?;
+                        self.take_back(&begun, &before)?;
                         return Err(error);
                     }
                 };
                 let there =
                     ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Shown });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
-                self.write(&before)?;
+                self.take_back(&begun, &before)?;
                 reload(self.config)?;
                 return Err(error);
             }
@@ -73,6 +74,12 @@ impl Rotation<'_> {
         say(format_args!("  {} csr {name}{NEXT} --subject …    asks for its certificate", self.typed()));
         say(format_args!("  {} rotate {name} --finish{chain}    puts it in its place", self.typed()));
         Ok(public)
+    }
+
+    /// As before it had begun. Making a key takes minutes on some devices, and others may have changed the file meanwhile.
+    fn take_back(&self, begun: &str, before: &str) -> anyhow::Result<()> {
+        let now = self.text()?;
+        if now == *begun { self.write(before) } else { self.write(&edit::take_back(&now, self.name)?) }
     }
 
     fn make(&self, template: Template) -> anyhow::Result<String> {

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,7 +16,6 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::service::LayerExt as _;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
 use crate::algorithm::Padding;
@@ -24,17 +23,14 @@ use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::health;
 use crate::intake;
-use crate::key_life::how_to_unlock;
 use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
-use crate::operator::{self, Reloaded};
+use crate::operator;
 use crate::policy::{Match, Rule};
+use crate::reload::Reload;
 use crate::secret::Pin;
 use crate::server::{DEADLINE, Service};
 use crate::tls::Tls;
 use crate::token::{State, Token};
-
-/// How long a configuration may take to be read, with its certificates and users.
-const LOAD: Duration = Duration::from_secs(30);
 
 /// The one key of a private agent.
 const PRIVATE_KEY: &str = "key";
@@ -73,11 +69,13 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let hangup = signal(SignalKind::hangup())?;
     let tls = config.listen.tls.as_ref().map(Tls::load).transpose().map_err(ListenError::from)?.map(Arc::new);
-    let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
+    // Of two agents that start together, one has the log and the devices; its sockets are not taken from it.
     let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
-    let (operators, _operators_file) = match &config.listen.operator {
-        Some(path) => (Some(operator::bind(path, &config.operators)?), SocketFiles(vec![path.clone()])),
-        None => (None, SocketFiles::default()),
+    let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
+    let mut operators_file = SocketFiles::default();
+    let operators = match &config.listen.operator {
+        Some(path) => Some(operators_file.made(path, operator::bind(path, &config.operators)?)),
+        None => None,
     };
     let shutdown_timeout = config.listen.shutdown_timeout;
     let (listen, audit_config) = (config.listen.clone(), config.audit.clone());
@@ -88,13 +86,17 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     tokio::spawn(ask_for_pins(tokens.values().cloned().collect()));
     let incoming = ReceiverStream::new(listeners.accept());
     let required: Vec<_> = required.iter().filter_map(|name| tokens.get(name)).cloned().collect();
+    let opened: Vec<_> = tokens.values().cloned().collect();
     let (missing, failed) = tokio::sync::oneshot::channel();
     let stop = async move {
         let ready = async {
             for token in required {
                 if let Err(error) = ready(&token).await {
-                    let _ = missing.send(error);
-                    return;
+                    let Some(locked) = refused(&opened).await else {
+                        let _ = missing.send(error);
+                        return;
+                    };
+                    tracing::error!(%error, "it runs all the same: the PIN of token {locked} was refused");
                 }
             }
             // Without systemd there is nobody to tell.
@@ -144,6 +146,22 @@ async fn ready(token: &Token) -> Result<(), ServeError> {
             }
         }
     }
+}
+
+/// A token whose PIN was refused, once all have been opened, or not: whoever starts this agent again would have it offered
+/// once more, and at each start.
+async fn refused(tokens: &[Arc<Token>]) -> Option<&str> {
+    for token in tokens {
+        loop {
+            let change = token.watch();
+            match token.state() {
+                State::Starting => drop(change.await),
+                _ => break,
+            }
+        }
+    }
+    let refused = |token: &&Arc<Token>| !token.wants_prompt() && token.refused_source().is_some();
+    tokens.iter().find(refused).map(|token| token.name.as_str())
 }
 
 /// Runs a private agent for the process at the other end of `socket`, for the key that a URI names,
@@ -214,6 +232,8 @@ async fn run(
     let (reporter, health_service) = tonic_health::server::health_reporter();
     reporter.set_service_status(health::SERVICE, ServingStatus::Serving).await;
     tokio::spawn(health::of_audit(Arc::clone(&agent), reporter.clone()));
+    let denied = Arc::clone(&agent);
+    tokio::spawn(async move { denied.record_denials_later().await });
     for token in agent.setup().tokens.values() {
         tokio::spawn(health::of_token(Arc::clone(token), Arc::clone(&agent), reporter.clone()));
     }
@@ -260,6 +280,7 @@ async fn run(
         }
     };
     let close = async {
+        serving.record_denials().await;
         for token in serving.setup().tokens.values() {
             token.stop().await;
         }
@@ -273,102 +294,6 @@ async fn run(
     }
     let _ = timeout(Duration::from_secs(5), close).await;
     Ok(ended?)
-}
-
-/// How the configuration is read anew.
-struct Reload {
-    path: PathBuf,
-    /// What cannot be changed while it runs, as it was at the start.
-    listen: Listen,
-    audit: config::Audit,
-    /// But not what is in these files.
-    tls: Option<Arc<Tls>>,
-    hangup: Signal,
-    /// One at a time, also where the one before had its time and goes on.
-    reading: Arc<Semaphore>,
-    /// Operators who wait for it.
-    asked: mpsc::Receiver<Reloaded>,
-}
-
-impl Reload {
-    /// At each signal, and whenever an operator asks.
-    async fn run(mut self, agent: Arc<Agent>, reporter: HealthReporter) {
-        loop {
-            tokio::select! {
-                Some(()) = self.hangup.recv() => {
-                    if let Err(mistakes) = self.once(&agent, &reporter).await {
-                        tracing::error!(mistakes, "the configuration is not reloaded");
-                    }
-                }
-                Some(done) = self.asked.recv() => {
-                    // An operator who hung up needs no answer.
-                    let _ = done.send(self.once(&agent, &reporter).await);
-                }
-                else => return,
-            }
-        }
-    }
-
-    /// A configuration with mistakes changes nothing.
-    async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<Vec<String>, String> {
-        let (path, tls) = (self.path.clone(), self.tls.clone());
-        let busy = |_| "the files of a reload before this one are still being read".to_owned();
-        let reading = Arc::clone(&self.reading).try_acquire_owned().map_err(busy)?;
-        // The user database may be a slow directory server.
-        let loaded = tokio::task::spawn_blocking(move || {
-            let config = Config::load(&path).map_err(|mistakes| {
-                mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
-            })?;
-            // Other files take a restart, and those of before may be gone.
-            let tls = tls.filter(|tls| tls.is_for(config.listen.tls.as_ref()));
-            let files = tls.map(|tls| tls.read()).transpose().map_err(|error| error.to_string())?;
-            drop(reading);
-            Ok::<_, String>((config, files))
-        });
-        let late =
-            |_| "the configuration could not be read in time; the user database may not answer".to_owned();
-        let (config, files) =
-            timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
-        if let Some((tls, files)) = self.tls.as_ref().zip(files) {
-            tls.renew(files);
-        }
-        let mut notes = Vec::new();
-        let sections = [("[listen]", config.listen != self.listen), ("[audit]", config.audit != self.audit)];
-        for (section, _) in sections.iter().filter(|(_, changed)| *changed) {
-            let note = format!("{section} changed, which takes a restart of the agent");
-            tracing::warn!("{note}");
-            notes.push(note);
-        }
-        if let Some(path) = &self.listen.operator {
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
-            if let Err(error) = std::fs::set_permissions(path, mode) {
-                tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
-            }
-        }
-        let (closed, new) = agent.reload(config);
-        // A certificate may say now whose key it is.
-        agent.setup().keys.values().for_each(|key| key.check());
-        tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
-        for token in new.iter().filter(|token| token.wants_prompt()) {
-            let note = format!("is opened anew and waits for its PIN: {}", how_to_unlock(&token.name));
-            tracing::warn!(token = %token.name, "it {note}");
-            notes.push(format!("token {} {note}", token.name));
-        }
-        for token in closed {
-            let (mut reporter, agent) = (reporter.clone(), Arc::clone(agent));
-            tokio::spawn(async move {
-                token.close().await;
-                // There may be one of this name again.
-                if !agent.setup().tokens.contains_key(&token.name) {
-                    reporter.clear_service_status(&format!("token.{}", token.name)).await;
-                }
-            });
-        }
-        for token in new {
-            tokio::spawn(health::of_token(token, Arc::clone(agent), reporter.clone()));
-        }
-        Ok(notes)
-    }
 }
 
 /// Whether the terminal is ours: from the background, asking at it or setting it would stop the whole agent.

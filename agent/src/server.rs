@@ -28,12 +28,10 @@ use crate::policy::allowed;
 use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
 use crate::sent::{digest_only, prepared};
+use crate::setup::short;
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
-
-/// Longest key's name that is recorded, in bytes.
-const NAME_BYTES: usize = 256;
 
 /// Longest `context`, in bytes.
 const CONTEXT_BYTES: usize = 1024;
@@ -215,9 +213,7 @@ impl AgentService for Service {
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let setup = self.0.setup();
         let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
-        // What they call it may be of any length.
-        let recorded = name.get(..name.floor_char_boundary(NAME_BYTES)).unwrap_or_default().to_owned();
-        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: recorded };
+        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: short(&name).to_owned() };
         if entry.rule.is_none() {
             self.0.turn_away(entry.with("denied", "operator"), deadline).await?;
             return Err(denied("unlock", &entry.token));
@@ -229,12 +225,15 @@ impl AgentService for Service {
         };
         let Some(token) = setup.tokens.get(&name) else {
             self.0.record(&entry.with("failed", "no such token"), deadline).await?;
-            return Err(Status::not_found(format!("no token {name:?} is configured")));
+            return Err(Status::not_found(format!("no token {:?} is configured", entry.token)));
         };
         let (agent, token) = (Arc::clone(&self.0), Arc::clone(token));
         // A task of its own: a PIN that was offered is recorded even when the operator hangs up.
-        let unlocking = tokio::spawn(async move { agent.unlock(&token, pin, entry, deadline).await });
+        let here = Arc::new(());
+        let login = (Arc::downgrade(&here), pin);
+        let unlocking = tokio::spawn(async move { agent.unlock(&token, login, entry, deadline).await });
         unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
+        drop(here);
         Ok(Response::new(UnlockTokenResponse {}))
     }
 }
@@ -249,15 +248,13 @@ impl Service {
         reason: &str,
         deadline: Instant,
     ) -> Result<(), Status> {
-        // What they call it may be of any length.
-        let key = key.get(..key.floor_char_boundary(NAME_BYTES)).unwrap_or_default();
         let entry = Entry {
             time: audit::now(),
             action,
             request_id: "",
             identity: caller,
             rule: None,
-            key,
+            key: short(key),
             token: "",
             algorithm: None,
             digest: "",

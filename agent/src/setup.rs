@@ -11,6 +11,14 @@ use crate::host::wire::KeySpec;
 use crate::key::{KeyEntry, Place};
 use crate::token::Token;
 
+/// Longest name that is recorded and repeated, in bytes.
+const NAME_BYTES: usize = 256;
+
+/// As much of what somebody calls a key or token, which may be of any length, as is recorded and repeated.
+pub(crate) fn short(name: &str) -> &str {
+    name.get(..name.floor_char_boundary(NAME_BYTES)).unwrap_or_default()
+}
+
 /// Tokens and keys by their names, and the configuration that they come from.
 pub(crate) struct Setup {
     pub(crate) config: Config,
@@ -31,18 +39,26 @@ impl Setup {
                 on_token.push(key.spec(name));
             }
         }
-        let start = |(name, token): (&String, &config::Token)| {
-            let keys = objects.remove(name.as_str()).unwrap_or_default();
-            // Of the same name, or, renamed, for the same device: that belongs to one process.
-            let old =
-                before.and_then(|before| before.tokens.get(name).or_else(|| before.gone(&config, token)));
-            let token = match old {
-                Some(old) if old.name == *name && old.is_for(token, &keys) => Arc::clone(old),
-                old => Token::start(name, token.clone(), keys, old.cloned()),
-            };
-            (name.clone(), token)
+        let stays = |(name, token): (&String, &config::Token)| {
+            let keys = objects.get(name.as_str()).map_or(&[][..], Vec::as_slice);
+            let old = before?.tokens.get(name).filter(|old| old.is_for(token, keys))?;
+            Some((name.clone(), Arc::clone(old)))
         };
-        let tokens: BTreeMap<_, _> = config.tokens.iter().map(start).collect();
+        let mut tokens: BTreeMap<_, _> = config.tokens.iter().filter_map(stays).collect();
+        for (name, token) in &config.tokens {
+            if tokens.contains_key(name) {
+                continue;
+            }
+            // Those of the same name, or, whatever they were called, of the same device: that belongs to one process.
+            let ends = |old: &&Arc<Token>| {
+                let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, old));
+                !stays && (old.name == *name || old.is_of(token))
+            };
+            let old =
+                before.map_or_else(Vec::new, |before| before.tokens.values().filter(ends).cloned().collect());
+            let keys = objects.remove(name.as_str()).unwrap_or_default();
+            tokens.insert(name.clone(), Token::start(name, token.clone(), keys, old));
+        }
         let stays = |name: &String| {
             let old = before.and_then(|before| before.tokens.get(name));
             old.zip(tokens.get(name)).is_some_and(|(old, new)| Arc::ptr_eq(old, new))
@@ -72,12 +88,6 @@ impl Setup {
         Self { config, tokens, keys }
     }
 
-    /// The token for this device that another configuration does not name any more.
-    fn gone(&self, next: &Config, token: &config::Token) -> Option<&Arc<Token>> {
-        let mut gone = self.tokens.iter().filter(|(name, _)| !next.tokens.contains_key(*name));
-        gone.find(|(_, old)| old.is_of(token)).map(|(_, old)| old)
-    }
-
     /// Tokens of this one that `next` does not have: nobody closes those.
     pub(crate) fn without(&self, next: &Self) -> Vec<Arc<Token>> {
         let gone = self.tokens.iter().filter(|(name, _)| !next.tokens.contains_key(*name));
@@ -95,6 +105,8 @@ impl Setup {
 
     /// A key by its name.
     pub(crate) fn key(&self, name: &str) -> Result<&Arc<KeyEntry>, Status> {
-        self.keys.get(name).ok_or_else(|| Status::not_found(format!("no key {name:?} is configured")))
+        self.keys
+            .get(name)
+            .ok_or_else(|| Status::not_found(format!("no key {:?} is configured", short(name))))
     }
 }

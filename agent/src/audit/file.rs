@@ -76,13 +76,18 @@ impl AuditFile {
         begun
     }
 
-    /// Whether a process has the lock of one of these files, or whether that cannot be told.
-    pub(super) fn is_held(directory: &Path, names: [&str; 2]) -> bool {
-        let held = |name| match File::open(directory.join(name)) {
-            Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
-            Err(error) => error.kind() != io::ErrorKind::NotFound,
-        };
-        names.into_iter().any(held)
+    /// Takes the locks of those of these files that are there. None: another process has one, or that cannot be told.
+    pub(super) fn hold(directory: &Path, names: [&str; 2]) -> Option<Vec<File>> {
+        let mut held = Vec::new();
+        for name in names {
+            match File::open(directory.join(name)) {
+                Ok(file) if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) => return None,
+                Ok(file) => held.push(file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(_) => return None,
+            }
+        }
+        Some(held)
     }
 
     /// A crash can leave half a line. Its signature was never released; the line is kept, ended.
@@ -156,8 +161,22 @@ fn locked(directory: &Path, lock: &str, name: &str) -> io::Result<File> {
     Ok(held)
 }
 
+/// Opens a file, or makes it. Made by root, it is the directory's owner's, as if their agent had made it.
 fn opened(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).mode(0o600);
+    match options.open(path) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {}
+        opened => return opened,
+    }
+    let file = options.create(true).open(path)?;
+    if rustix::process::geteuid().is_root()
+        && let Some(directory) = path.parent()
+    {
+        let owner = std::fs::metadata(directory)?;
+        std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    Ok(file)
 }
 
 fn identity(found: &Metadata) -> (u64, u64) {

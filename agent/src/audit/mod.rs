@@ -143,9 +143,9 @@ impl Audit {
         Ok(Self { writer: Writer::Thread { lines, thread }, failing })
     }
 
-    /// Whether somebody holds the log, and so owns the devices; also where this user cannot look.
-    pub fn is_held(config: &config::Audit) -> bool {
-        AuditFile::is_held(&config.directory, [LOCK, FILE])
+    /// Keeps others from owning the devices for as long as the result lives. None: somebody does, or this user cannot look.
+    pub fn hold(config: &config::Audit) -> Option<impl Sized + use<>> {
+        AuditFile::hold(&config.directory, [LOCK, FILE])
     }
 
     /// Writes what waits and lets go of the file. Dropped, the log does so a little later.

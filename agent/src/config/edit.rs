@@ -31,6 +31,13 @@ pub fn begin(text: &str, name: &str, next: &Object) -> Result<String, EditError>
     Ok(document.to_string())
 }
 
+/// Takes back that it says so: whatever else was changed since stays.
+pub fn take_back(text: &str, name: &str) -> Result<String, EditError> {
+    let mut document: DocumentMut = text.parse()?;
+    section(&mut document, name)?.remove("next");
+    Ok(document.to_string())
+}
+
 /// Puts the next key in place of the present one, whose public half, or whose certificates, are in the file `previous`.
 pub fn finish(text: &str, name: &str, chain: Option<&str>, previous: &str) -> Result<String, EditError> {
     let mut document: DocumentMut = text.parse()?;

@@ -318,7 +318,7 @@ pub async fn alone(
     let (mut tokens, mut failed) = (BTreeMap::new(), None);
     for name in command.tokens(config) {
         let Some(configured) = config.tokens.get(name) else { continue };
-        let token = Token::start(name, configured.clone(), Vec::new(), None);
+        let token = Token::start(name, configured.clone(), Vec::new(), Vec::new());
         if let Err(error) = open(&token, ask).await {
             failed = failed.or(Some(error));
         }

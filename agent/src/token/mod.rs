@@ -1,6 +1,7 @@
 //! The front half of a token: a bounded queue, deadlines, and what callers are told. The process that owns the
 //! device is started, watched and replaced in `supervise.rs`.
 
+mod command;
 mod error;
 mod line;
 mod process;
@@ -9,12 +10,13 @@ mod supervise;
 mod touch;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
 use self::line::{Held, Host, Place};
 pub(crate) use self::process::{prepare, survey, unblock};
@@ -65,30 +67,14 @@ pub struct Token {
     unanswered: AtomicBool,
 }
 
-/// Where the outcome of an unlock goes.
-type Unlocked = oneshot::Sender<Result<(), TokenError>>;
-
-/// What the supervisor can be told.
-enum Command {
-    Unlock(Option<Pin>, Unlocked),
-    /// Its PIN is to be set anew.
-    Unblock(Fresh, Unlocked),
-    /// Keys were made, or one that it has was deleted. Whether they will be looked for.
-    LookAgain {
-        deleted: bool,
-        looks: oneshot::Sender<bool>,
-    },
-    Stop(oneshot::Sender<()>),
-}
-
 impl Token {
     /// Starts the token's supervisor, which starts its process. Returns at once.
-    /// A token that it takes the place of is closed first: a device belongs to one process.
+    /// Tokens that it takes the place of are closed first: a device belongs to one process.
     pub(crate) fn start(
         name: &str,
         config: config::Token,
         keys: Vec<KeySpec>,
-        before: Option<Arc<Self>>,
+        before: Vec<Arc<Self>>,
     ) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
@@ -105,12 +91,15 @@ impl Token {
         });
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
-            if let Some(before) = before {
+            for before in before {
                 before.close().await;
                 // The same PIN is no other one, and the device may be the same, whatever it is called by now.
                 if before.config.pin == supervised.config.pin {
-                    supervised.refuse_source(before.refused_source());
-                    supervised.unanswered.store(before.unanswered.load(Ordering::Relaxed), Ordering::Relaxed);
+                    if let Some(reason) = before.refused_source() {
+                        supervised.refuse_source(Some(reason));
+                    }
+                    let unanswered = before.unanswered.load(Ordering::Relaxed);
+                    supervised.unanswered.fetch_or(unanswered, Ordering::Relaxed);
                 }
             }
             supervise::supervise(supervised, inbox).await;
@@ -226,9 +215,21 @@ impl Token {
         answer.map(Some).map_err(|_| TokenError::Deadline)
     }
 
-    /// Logs in again: with this PIN, or with the configured source read anew.
+    /// Logs in again: with this PIN, or with the configured source read anew. Not once the other end of `waits` is gone.
+    pub(crate) async fn unlock_for(
+        &self,
+        waits: Weak<()>,
+        pin: Option<Pin>,
+        deadline: Instant,
+    ) -> Result<(), TokenError> {
+        let asked = Instant::now();
+        self.command(|done| Command::Unlock(Login { pin, done, waits, asked }), deadline).await
+    }
+
+    /// The same, for whoever waits for this.
     pub async fn unlock(&self, pin: Option<Pin>, deadline: Instant) -> Result<(), TokenError> {
-        self.command(|done| Command::Unlock(pin, done), deadline).await
+        let here = Arc::new(());
+        self.unlock_for(Arc::downgrade(&here), pin, deadline).await
     }
 
     /// Has the PIN of a token that is locked set anew; it stays locked.
@@ -275,7 +276,8 @@ impl Token {
         self.stop().await;
     }
 
-    fn refused_source(&self) -> Option<String> {
+    /// Why the configured PIN is not offered again, if that was refused.
+    pub(crate) fn refused_source(&self) -> Option<String> {
         self.refused_source.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

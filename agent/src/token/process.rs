@@ -14,8 +14,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
+use super::command::{Command, Login};
 use super::line::Host;
-use super::{Command, LAST_REQUESTS, Token, TokenError, Unlocked};
+use super::{LAST_REQUESTS, Token, TokenError};
 use crate::backend::card_holder;
 use crate::config;
 use crate::host::wire::{self, Answer, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Request, Survey};
@@ -30,7 +31,7 @@ pub(super) enum End {
     /// A PIN was refused in the middle of its life: somebody changed it.
     Locked(String),
     /// An operator wants it opened again, since some keys were not usable.
-    Reopen(Option<Pin>, Unlocked),
+    Reopen(Login),
     /// The same, by itself: they may be there by now.
     LookAgain,
     Stop(oneshot::Sender<()>),
@@ -270,11 +271,12 @@ impl Process {
         let told = async {
             loop {
                 match commands.recv().await {
-                    Some(Command::Unlock(pin, done)) if missing => {
+                    Some(Command::Unlock(login)) if missing => {
+                        let Some(login) = login.wanted() else { continue };
                         drain(host).await;
-                        return End::Reopen(pin, done);
+                        return End::Reopen(login);
                     }
-                    Some(Command::Unlock(_, done) | Command::Unblock(_, done)) => {
+                    Some(Command::Unlock(Login { done, .. }) | Command::Unblock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
                     }
                     // What an operator typed is not ours to offer again, and keys that are there need no look.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
+use super::command::{Command, Login, Unlocked};
 use super::process::{End, Lost, launch, unblock};
-use super::{Command, Status, Token, TokenError, Unlocked};
+use super::{Status, Token, TokenError};
 use crate::host::wire::{Class, Failure, Opened};
-use crate::secret::Pin;
 
 /// The first pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -26,10 +26,15 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
     let mut pause = PAUSES.0;
     let mut look_again = LOOK_AGAIN.0;
-    let mut login: (Option<Pin>, Option<Unlocked>) = (None, None);
+    let mut login: Option<Login> = None;
+    // When the configured PIN was refused last.
+    let mut refused = None;
     loop {
         token.state.send_replace(Status::Starting);
-        let (pin, mut unlocked) = std::mem::take(&mut login);
+        let (pin, mut unlocked) = match login.take().and_then(Login::wanted) {
+            Some(Login { pin, done, .. }) => (pin, Some(done)),
+            None => (None, None),
+        };
         let from_source = pin.is_none();
         if from_source && unlocked.is_some() {
             token.refuse_source(None);
@@ -63,8 +68,8 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         End::Died(_) | End::LookAgain,
                         Some(Lost::Refused(reason) | Lost::Unanswered(reason)),
                     ) => End::Locked(reason),
-                    (End::Reopen(_, done), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
-                        unlocked = Some(done);
+                    (End::Reopen(login), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
+                        unlocked = Some(login.done);
                         End::Locked(reason)
                     }
                     (End::Stop(stopped), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
@@ -95,8 +100,8 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         let _ = stopped.send(());
                         return;
                     }
-                    End::Reopen(pin, unlocked) => {
-                        login = (pin, Some(unlocked));
+                    End::Reopen(asked) => {
+                        login = Some(asked);
                         continue;
                     }
                     End::LookAgain => continue,
@@ -130,6 +135,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             );
             if from_source {
                 token.refuse_source(Some(failure.message.clone()));
+                refused = Some(Instant::now());
             }
             token.state.send_replace(Status::Locked(failure.message));
             None
@@ -141,9 +147,9 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             pause = (pause * 2).min(PAUSES.1);
             Some(wake)
         };
-        match command_or_wake(&token, &mut commands, wake).await {
+        match command_or_wake(&token, &mut commands, wake, refused).await {
             None | Some(Command::LookAgain { .. } | Command::Unblock(..)) => {}
-            Some(Command::Unlock(pin, unlocked)) => login = (pin, Some(unlocked)),
+            Some(Command::Unlock(asked)) => login = Some(asked),
             Some(Command::Stop(stopped)) => {
                 let _ = stopped.send(());
                 return;
@@ -158,6 +164,7 @@ async fn command_or_wake(
     token: &Token,
     commands: &mut mpsc::Receiver<Command>,
     wake: Option<Instant>,
+    refused: Option<Instant>,
 ) -> Option<Command> {
     let wake = async {
         match wake {
@@ -169,8 +176,17 @@ async fn command_or_wake(
     loop {
         tokio::select! {
             command = commands.recv() => match command {
-                // Nobody waits for this one any more: no PIN try is spent for them.
-                Some(Command::Unlock(_, done) | Command::Unblock(_, done)) if done.is_closed() => {}
+                Some(Command::Unlock(login)) => match login.wanted() {
+                    // What was refused since it was asked for is not offered once more.
+                    Some(Login { pin: None, done, asked, .. }) if refused.is_some_and(|at| asked < at) => {
+                        let reason = token.refused_source().unwrap_or_default();
+                        answer(&mut Some(done), Err(TokenError::Locked(reason)));
+                    }
+                    Some(login) => return Some(Command::Unlock(login)),
+                    None => {}
+                },
+                // Nobody waits for this one any more.
+                Some(Command::Unblock(_, done)) if done.is_closed() => {}
                 Some(Command::Unblock(fresh, done)) => {
                     answer(&mut Some(done), unblock(&token.name, &token.config, fresh).await);
                 }

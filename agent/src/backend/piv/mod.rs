@@ -174,7 +174,7 @@ impl Card<'_> {
         if waits {
             notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
-        let error = match self.attempt(key, input, notify) {
+        let error = match self.attempt(key, input, notify)? {
             Ok(signature) => return Ok(signature),
             Err(error) => error,
         };
@@ -204,7 +204,7 @@ impl Card<'_> {
         if !waits && self.waits_for_touch(key) {
             notify(Doing::AwaitsTouch(&touch_me(self.known.serial)));
         }
-        self.attempt(key, input, notify).map_err(|error| classify("sign", &error))
+        self.attempt(key, input, notify)?.map_err(|error| classify("sign", &error))
     }
 
     /// Whether the card may be shown the PIN that it accepted before: somebody may have changed it, and entered wrong ones.
@@ -217,10 +217,27 @@ impl Card<'_> {
         self.verify(notify).map_err(|error| classify("verify the PIN", &error))
     }
 
-    fn attempt(&mut self, key: &Key, input: &[u8], notify: Notify<'_>) -> Result<Vec<u8>, yubikey::Error> {
+    /// Inside, what may have been another program's doing. That a PIN was not accepted is not: the card may have counted it.
+    fn attempt(
+        &mut self,
+        key: &Key,
+        input: &[u8],
+        notify: Notify<'_>,
+    ) -> Result<Result<Vec<u8>, yubikey::Error>, Failure> {
         if key.pin == PinPolicy::Always {
-            self.verify(notify)?;
+            match self.verify(notify) {
+                Ok(()) => {}
+                // The card was not shown it.
+                Err(reset @ yubikey::Error::PcscError { inner: Some(pcsc::Error::ResetCard) }) => {
+                    return Ok(Err(reset));
+                }
+                Err(error) => return Err(classify("verify the PIN", &error)),
+            }
         }
+        Ok(self.attempt_verified(key, input))
+    }
+
+    fn attempt_verified(&mut self, key: &Key, input: &[u8]) -> Result<Vec<u8>, yubikey::Error> {
         let started = Instant::now();
         let signature = if key.algorithm == Algorithm::Ed25519 {
             line::sign_message(self.yubikey, key.slot, input)?

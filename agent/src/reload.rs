@@ -1,0 +1,116 @@
+//! The configuration that is read anew while the agent runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::Signal;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+use tonic_health::server::HealthReporter;
+
+use crate::agent::Agent;
+use crate::config::{self, Config, Listen};
+use crate::health;
+use crate::key_life::how_to_unlock;
+use crate::operator::{self, Reloaded};
+use crate::tls::Tls;
+
+/// How long a configuration may take to be read, with its certificates and users.
+const LOAD: Duration = Duration::from_secs(30);
+
+/// How the configuration is read anew.
+pub(crate) struct Reload {
+    pub(crate) path: PathBuf,
+    /// What cannot be changed while it runs, as it was at the start.
+    pub(crate) listen: Listen,
+    pub(crate) audit: config::Audit,
+    /// But not what is in these files.
+    pub(crate) tls: Option<Arc<Tls>>,
+    pub(crate) hangup: Signal,
+    /// One at a time, also where the one before had its time and goes on.
+    pub(crate) reading: Arc<Semaphore>,
+    /// Operators who wait for it.
+    pub(crate) asked: mpsc::Receiver<Reloaded>,
+}
+
+impl Reload {
+    /// At each signal, and whenever an operator asks.
+    pub(crate) async fn run(mut self, agent: Arc<Agent>, reporter: HealthReporter) {
+        loop {
+            tokio::select! {
+                Some(()) = self.hangup.recv() => {
+                    if let Err(mistakes) = self.once(&agent, &reporter).await {
+                        tracing::error!(mistakes, "the configuration is not reloaded");
+                    }
+                }
+                Some(done) = self.asked.recv() => {
+                    // An operator who hung up needs no answer.
+                    let _ = done.send(self.once(&agent, &reporter).await);
+                }
+                else => return,
+            }
+        }
+    }
+
+    /// A configuration with mistakes changes nothing.
+    async fn once(&self, agent: &Arc<Agent>, reporter: &HealthReporter) -> Result<Vec<String>, String> {
+        let (path, tls) = (self.path.clone(), self.tls.clone());
+        let busy = |_| "the files of a reload before this one are still being read".to_owned();
+        let reading = Arc::clone(&self.reading).try_acquire_owned().map_err(busy)?;
+        // The user database may be a slow directory server.
+        let loaded = tokio::task::spawn_blocking(move || {
+            let config = Config::load(&path).map_err(|mistakes| {
+                mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+            })?;
+            // Other files take a restart, and those of before may be gone.
+            let tls = tls.filter(|tls| tls.is_for(config.listen.tls.as_ref()));
+            let files = tls.map(|tls| tls.read()).transpose().map_err(|error| error.to_string())?;
+            drop(reading);
+            Ok::<_, String>((config, files))
+        });
+        let late =
+            |_| "the configuration could not be read in time; the user database may not answer".to_owned();
+        let (config, files) =
+            timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
+        if let Some((tls, files)) = self.tls.as_ref().zip(files) {
+            tls.renew(files);
+        }
+        let mut notes = Vec::new();
+        let sections = [("[listen]", config.listen != self.listen), ("[audit]", config.audit != self.audit)];
+        for (section, _) in sections.iter().filter(|(_, changed)| *changed) {
+            let note = format!("{section} changed, which takes a restart of the agent");
+            tracing::warn!("{note}");
+            notes.push(note);
+        }
+        if let Some(path) = &self.listen.operator {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
+            if let Err(error) = std::fs::set_permissions(path, mode) {
+                tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
+            }
+        }
+        let (closed, new) = agent.reload(config);
+        // A certificate may say now whose key it is.
+        agent.setup().keys.values().for_each(|key| key.check());
+        tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
+        for token in new.iter().filter(|token| token.wants_prompt()) {
+            let note = format!("is opened anew and waits for its PIN: {}", how_to_unlock(&token.name));
+            tracing::warn!(token = %token.name, "it {note}");
+            notes.push(format!("token {} {note}", token.name));
+        }
+        for token in closed {
+            let (mut reporter, agent) = (reporter.clone(), Arc::clone(agent));
+            tokio::spawn(async move {
+                token.close().await;
+                // There may be one of this name again.
+                if !agent.setup().tokens.contains_key(&token.name) {
+                    reporter.clear_service_status(&format!("token.{}", token.name)).await;
+                }
+            });
+        }
+        for token in new {
+            tokio::spawn(health::of_token(token, Arc::clone(agent), reporter.clone()));
+        }
+        Ok(notes)
+    }
+}
