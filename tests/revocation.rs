@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::ensure;
 use omsign_tests::certified::{sign, verify, world};
 use omsign_tests::pki::{CA, Certificate, Pki};
+use openssl::x509::X509Crl;
 
 #[test]
 fn revoked_certificates() -> anyhow::Result<()> {
@@ -26,6 +27,19 @@ fn revoked_certificates() -> anyhow::Result<()> {
     let [root, issuing] = all;
     world.write("all.crl", root? + &issuing?)?;
     world.omsign_ok(&verify(&["root.pem", "--crl", "all.crl"]))?;
+    // But each whole, and as a list: what is passed over may be the newest.
+    let pem = |name: &str| fs::read_to_string(world.path(name));
+    let der = |name: &str| anyhow::Ok(X509Crl::from_pem(pem(name)?.as_bytes())?.to_der()?);
+    world.write("both.der", [der("root.crl")?, der("issuing.crl")?].concat())?;
+    let (root, issuing) = (pem("root.crl")?, pem("issuing.crl")?);
+    world.write("cut.crl", format!("{root}{}", &issuing[..issuing.len() - 30]))?;
+    world.write("other.crl", root + &issuing.replace("X509 CRL", "CRL"))?;
+    for name in ["both.der", "cut.crl", "other.crl"] {
+        let arguments = ["root.pem", "--crl", "root.crl", "--crl", "issuing.crl", "--crl", name];
+        world.omsign_refuses(2, &verify(&arguments), &[name, "CRL"])?;
+    }
+    world.write("one.der", der("root.crl")?)?;
+    world.omsign_ok(&verify(&["root.pem", "--crl", "one.der", "--crl", "issuing.crl"]))?;
     // A certificate whose issuer says nothing is not known to be good.
     world.omsign_refuses(
         2,

@@ -56,16 +56,23 @@ fn parse(der: &[u8]) -> der::Result<(AlgorithmIdentifierOwned, Vec<ObjectIdentif
 impl Crls {
     /// Adds the lists of a file, PEM or DER.
     pub fn read(&mut self, path: &Path) -> Result<(), KeyError> {
+        const BEGIN: &str = "-----BEGIN ";
         const END: &str = "-----END X509 CRL-----";
         let bytes = read(path)?;
         let content = |what| KeyError::Content { path: path.to_owned(), what, instead: None };
         let lists = match X509Crl::from_der(&bytes) {
-            Ok(list) => vec![list],
-            Err(_) => {
+            // What comes after it would be passed over: a newer list, say.
+            Ok(list) if list.to_der().is_ok_and(|der| der == bytes) => vec![list],
+            _ => {
                 let text = std::str::from_utf8(&bytes).map_err(|_| content("a CRL"))?;
                 let blocks = text.split_inclusive(END).filter(|block| block.contains(END));
                 let lists = blocks.map(|block| X509Crl::from_pem(block.as_bytes()));
-                lists.collect::<Result<_, _>>().map_err(|_| content("a CRL"))?
+                let lists: Vec<_> = lists.collect::<Result<_, _>>().map_err(|_| content("a CRL"))?;
+                // Likewise one that is cut off, or has another label.
+                if !lists.is_empty() && text.matches(BEGIN).count() != lists.len() {
+                    return Err(content("only whole CRLs"));
+                }
+                lists
             }
         };
         if lists.is_empty() {
