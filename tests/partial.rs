@@ -4,6 +4,7 @@ use std::fs;
 
 use anyhow::ensure;
 use omsign_tests::certified::world_with_signer;
+use omsign_tests::hashed::run;
 use omsign_tests::world::{World, text};
 
 fn world() -> anyhow::Result<World> {
@@ -17,6 +18,47 @@ const VERIFY: [&str; 4] = ["verify", "model", "--public-key", "k.pub"];
 
 fn partial<'a>(paths: &[&'a str]) -> Vec<&'a str> {
     [&VERIFY[..], &["--partial"], paths].concat()
+}
+
+/// What is typed in a directory of the model is not taken for another file at its root.
+#[test]
+fn from_within() -> anyhow::Result<()> {
+    let world = world_with_signer(&[("w.bin", "root"), ("v2/w.bin", "v2"), ("v2/own.bin", "own")])?;
+    world.omsign_ok(&["sign", "model", "--private-key", "k.key"])?;
+    world.write("model/v2/w.bin", "tampered with")?;
+    let verify = "verify .. --signature ../../model.sig --public-key ../../k.pub --partial";
+    let from_v2 = |path: &str| run(&world, &format!("cd model/v2 && omsign {verify} {path}"));
+    for (path, code, said) in [
+        ("./w.bin", 1, "changed: v2/w.bin"),
+        ("$PWD/w.bin", 1, "changed: v2/w.bin"),
+        ("w.bin", 2, "one path from the model's root and another from here"),
+        ("../w.bin", 0, "verified 1 file"),
+        ("own.bin", 0, "verified 1 file"),
+        (".", 1, "changed: v2/w.bin"),
+        ("v2/own.bin", 0, "verified 1 file"),
+        ("./new.bin", 1, "nothing at or below ./new.bin was signed"),
+    ] {
+        let output = from_v2(path)?;
+        let all = String::from_utf8([output.stdout, output.stderr].concat())?;
+        ensure!(output.status.code() == Some(code) && all.contains(said), "{path}: {all}");
+    }
+    // Nor is another one left out when it is signed.
+    world.write("model/cache/x", "x")?;
+    world.write("model/v2/cache/x", "x")?;
+    let sign = |path: &str| {
+        let signs = "sign .. --private-key ../../k.key --signature ../../other.sig --ignore-paths";
+        run(&world, &format!("cd model/v2 && omsign {signs} {path}"))
+    };
+    let ambiguous = sign("cache")?;
+    ensure!(ambiguous.status.code() == Some(2), "{ambiguous:?}");
+    ensure!(sign("./cache")?.status.success());
+    let signed = world.omsign_ok(&["inspect", "other.sig", "--json"])?;
+    let signed: serde_json::Value = serde_json::from_str(&signed)?;
+    ensure!(
+        signed["files"].get("cache/x").is_some() && signed["files"].get("v2/cache/x").is_none(),
+        "{signed}"
+    );
+    Ok(())
 }
 
 #[test]

@@ -10,20 +10,14 @@ use crate::model::{Model, ModelError, read_error};
 pub(crate) fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
     let error = |reason| ModelError::Ignore { path: given.to_owned(), reason };
     let real_root = root.canonicalize().map_err(|source| read_error(root, source))?;
-    // As it is written, from the model's root or from here: what a link on its way leads to is something else.
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let (here, roots) = (absolute(given), [absolute(root), real_root.clone()]);
-    let from_here = roots.iter().filter_map(|root| here.strip_prefix(root).ok());
-    for written in std::iter::once(given).chain(from_here) {
-        let parts = written.components().filter(|part| *part != Component::CurDir);
-        let plain = parts.clone().all(|part| matches!(part, Component::Normal(_)));
-        let written: PathBuf = parts.collect();
-        if plain
-            && let Some(name) = written.to_str().filter(|name| !name.is_empty() && !name.contains('\\'))
-            && std::fs::symlink_metadata(real_root.join(&written)).is_ok()
-        {
-            return Ok(name.to_owned());
-        }
+    let mut there = readings(root, &real_root, given);
+    there.retain(|name| {
+        !name.is_empty() && !name.contains('\\') && std::fs::symlink_metadata(real_root.join(name)).is_ok()
+    });
+    match (there.pop(), there.pop()) {
+        (Some(_), Some(_)) => return Err(error(AMBIGUOUS)),
+        (Some(name), None) => return Ok(name),
+        (None, _) => {}
     }
     let candidates = [real_root.join(given), given.to_owned()];
     for candidate in candidates {
@@ -44,6 +38,42 @@ pub(crate) fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
         return Err(error("patterns are not part of OMS (6.2.1); name each file or directory"));
     }
     Err(error("there is nothing of this name in the model"))
+}
+
+/// Whether other verifiers would take a path for a pattern (OMS v1.0, 6.2.1).
+pub(crate) fn is_pattern(path: &str) -> bool {
+    path.contains(['*', '?', '['])
+}
+
+/// What is wrong with a path that may mean two.
+pub(crate) const AMBIGUOUS: &str =
+    "it is one path from the model's root and another from here; begin it with ./, or write it from / on";
+
+/// The names below a model's root that a path may mean, as it is written: what a link on its way leads to is something
+/// else. From the root, and from here; one that begins with `./` or `../` is from here, where that is in the model.
+pub(crate) fn readings(root: &Path, real_root: &Path, given: &Path) -> Vec<String> {
+    let plain = |path: &Path| {
+        let parts = path.components().filter(|part| *part != Component::CurDir);
+        let plain = parts.clone().all(|part| matches!(part, Component::Normal(_)));
+        plain.then(|| parts.collect::<PathBuf>())
+    };
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let here = absolute(given);
+    let below = |root: &Path| plain(here.strip_prefix(root).ok()?);
+    let upwards = || {
+        let upwards = given.components().any(|part| part == Component::ParentDir);
+        name_below(real_root, given).filter(|_| upwards)
+    };
+    let from_here = below(&absolute(root)).or_else(|| below(real_root)).or_else(upwards);
+    let says_here = matches!(given.components().next(), Some(Component::CurDir | Component::ParentDir));
+    let from_root = plain(given).filter(|_| !says_here || from_here.is_none());
+    let mut names: Vec<String> = [from_root, from_here]
+        .into_iter()
+        .flatten()
+        .filter_map(|path| path.to_str().map(str::to_owned))
+        .collect();
+    names.dedup();
+    names
 }
 
 /// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).
@@ -115,6 +145,16 @@ mod tests {
         symlink("sub", root.path().join("link")).expect("linked");
         assert_eq!(ignored(root.path(), Path::new("link/x")).expect("there"), "link/x");
         assert_eq!(ignored(root.path(), &root.path().join("link/x")).expect("there"), "link/x");
+        // From here, where that is in the model, and no longer from there.
+        let own = std::env::current_dir().expect("here");
+        let own = own.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        let from_here = |root: &Path, given: &str| super::readings(root, root, Path::new(given));
+        let parent = std::path::absolute("..").expect("a path").canonicalize().expect("there");
+        assert_eq!(from_here(&parent, "x"), ["x".to_owned(), format!("{own}/x")]);
+        assert_eq!(from_here(&parent, "./x"), [format!("{own}/x")]);
+        assert_eq!(from_here(&parent, "../x"), ["x"]);
+        assert_eq!(from_here(&parent, "."), [own]);
+        assert_eq!(from_here(root.path(), "./x"), ["x"]);
         assert!(ignored(root.path(), Path::new("sbu")).is_err());
         assert!(ignored(root.path(), Path::new("/etc/passwd")).is_err());
         assert!(

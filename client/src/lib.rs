@@ -106,6 +106,7 @@ impl Error {
     pub fn found_wrong(&self) -> bool {
         match self {
             Self::Model(error) => error.found_wrong(),
+            Self::Subject(verify::SubjectError::Ambiguous(_)) => false,
             Self::Hash(hash::HashError::Changed(_)) | Self::Statement(_) | Self::Subject(_) => true,
             Self::Differs(differences) => !differences.none_known(),
             Self::Bundle(error) => error.found_wrong(),

@@ -25,7 +25,7 @@ use crate::Error;
 use crate::bundle::{Bundle, LARGEST_BYTES};
 use crate::differences::Differences;
 use crate::hash::Hasher;
-use crate::left_out::{bundle_inside, ignored};
+use crate::left_out::{AMBIGUOUS, bundle_inside, ignored, readings};
 use crate::listing::beside;
 use crate::manifest::{BRIEF, Manifest, Serialization};
 use crate::model::{GIT_PATHS, Model, Scope, at_or_below};
@@ -70,6 +70,8 @@ pub struct Request<'a> {
     pub model_name: Option<&'a str>,
     /// How long the bundle may be, in bytes.
     pub largest_bundle: u64,
+    /// Is shown the bundle before it is judged.
+    pub shown: fn(&Bundle),
 }
 
 impl<'a> Request<'a> {
@@ -84,6 +86,7 @@ impl<'a> Request<'a> {
             partial: &[],
             model_name: None,
             largest_bundle: LARGEST_BYTES,
+            shown: |_| {},
         }
     }
 }
@@ -125,6 +128,9 @@ pub enum SubjectError {
     /// Nothing of this name.
     #[error("nothing at or below {0} was signed (OMS 5.2.1)")]
     NotSigned(PathBuf),
+    /// It may be one of two.
+    #[error("--partial {0}: {AMBIGUOUS}")]
+    Ambiguous(PathBuf),
 }
 
 /// Verifies a model. `Ok` only if the signature, the signer and every file are right.
@@ -135,6 +141,7 @@ pub fn verify(request: &Request<'_>, judge: &Judge, hasher: &Hasher) -> Result<V
     }
     let judged = || -> Result<_, Error> {
         let bundle = Bundle::read(request.signature, request.largest_bundle)?;
+        (request.shown)(&bundle);
         Ok(judge.verify(&bundle)?.into_parts())
     };
     // Neither needs the other: a long bundle takes as long as a model of many files. A part is listed by itself.
@@ -204,19 +211,19 @@ fn is_root(name: impl AsRef<str>) -> bool {
 /// or from here: to follow a link on its way would be to look at another file than the one that is named.
 fn only(request: &Request<'_>, signed: &Manifest) -> Result<BTreeSet<String>, SubjectError> {
     let files = SignedFiles::of(signed);
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let roots = [absolute(request.model), request.model.canonicalize().unwrap_or_default()];
+    let real_root = request.model.canonicalize().unwrap_or_default();
     let name = |path: &PathBuf| {
-        let here = absolute(path);
-        let from_here = roots.iter().filter_map(|root| here.strip_prefix(root).ok());
-        let candidates = std::iter::once(path.as_path()).chain(from_here);
-        // Without `.` and a slash at the end.
-        let names = candidates.filter_map(|path| path.components().as_path().to_str());
-        let names = names.map(|name| name.strip_prefix("./").unwrap_or(name).to_owned());
-        let names: Vec<String> = names.collect();
-        let signed = names.iter().find(|name| files.has_at_or_below(name));
-        let found = signed.or_else(|| names.iter().find(|name| is_root(name)));
-        found.cloned().ok_or_else(|| SubjectError::NotSigned(path.clone()))
+        let signed = |name: &String| is_root(name) || files.has_at_or_below(name);
+        let mut there = readings(request.model, &real_root, path);
+        // What is not signed may be what was meant, too.
+        there.retain(|name| signed(name) || real_root.join(name).symlink_metadata().is_ok());
+        match (there.pop(), there.pop()) {
+            // The only file, and its own path.
+            (Some(_), Some(name)) if request.model.is_file() => Ok(name),
+            (Some(_), Some(_)) => Err(SubjectError::Ambiguous(path.clone())),
+            (Some(name), None) if signed(&name) => Ok(name),
+            _ => Err(SubjectError::NotSigned(path.clone())),
+        }
     };
     let only: BTreeSet<_> = request.partial.iter().map(name).collect::<Result<_, _>>()?;
     // The root is all of it.
