@@ -9,6 +9,26 @@ use omsign_fixtures::built;
 use omsign_tests::hashed::{KEY, VERIFY, inspect, run, shell, sign, verify, world};
 use omsign_tests::world::{World, text};
 
+/// Whoever can write to a file can exchange its content, on some file systems, without a change of its times.
+#[test]
+fn files_that_others_can_write_to() -> anyhow::Result<()> {
+    let world = world()?;
+    let remembered = "faketime -f +1h omsign digest model --digest-cache 2>&1";
+    for (change, told) in [
+        ("chmod g+w model/config.json", false),
+        ("chgrp 54321 model/config.json", true),
+        ("chmod g-w model/config.json", false),
+        ("chmod o+w model/config.json", true),
+        ("chmod o-w model/config.json && chown 54321 model/config.json", true),
+    ] {
+        shell(&world, change)?;
+        let said = shell(&world, remembered)?;
+        let tells = said.contains("of files that are somebody else's, or that others can write to");
+        ensure!(tells == told, "{change}: {said}");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::Result<()> {
     let world = world()?;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, stat, statat};
@@ -104,10 +105,26 @@ pub(crate) struct Stamp {
     pub(crate) inode: u64,
     /// Bytes in the file.
     pub(crate) size: u64,
-    /// Seconds and nanoseconds since 1970.
-    pub(crate) modified: (i64, i64),
-    /// Likewise, of the inode: no program can set it.
-    pub(crate) changed: (i64, i64),
+    /// When it was written to.
+    pub(crate) modified: Time,
+    /// When its inode changed: no program can set it.
+    pub(crate) changed: Time,
+    /// Whether others than root and the user can write to it.
+    pub(crate) open_to_others: bool,
+}
+
+/// Seconds and nanoseconds since 1970. Of many files there are many: nothing is left between them.
+#[repr(Rust, packed(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Time(pub(crate) i64, pub(crate) u32);
+
+/// Whether somebody else can write to a file, by its owner and mode. A group with the number of the owner is that user's
+/// own (pam_umask(8), usergroups), as files are made for on many systems.
+fn open_to_others(found: &Stat) -> bool {
+    static USER: LazyLock<u32> = LazyLock::new(|| rustix::process::geteuid().as_raw());
+    let is_ours = found.st_uid == 0 || found.st_uid == *USER;
+    let group = found.st_mode & 0o020 != 0 && found.st_gid != found.st_uid;
+    !is_ours || group || found.st_mode & 0o002 != 0
 }
 
 impl Stamp {
@@ -117,14 +134,20 @@ impl Stamp {
     }
 }
 
+/// They are fewer than there are in a second.
+fn nanoseconds(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
 impl From<&Stat> for Stamp {
     fn from(found: &Stat) -> Self {
         Self {
             device: found.st_dev,
             inode: found.st_ino,
             size: found.st_size.cast_unsigned(),
-            modified: (found.st_mtime, found.st_mtime_nsec.cast_signed()),
-            changed: (found.st_ctime, found.st_ctime_nsec.cast_signed()),
+            modified: Time(found.st_mtime, nanoseconds(found.st_mtime_nsec)),
+            changed: Time(found.st_ctime, nanoseconds(found.st_ctime_nsec)),
+            open_to_others: open_to_others(found),
         }
     }
 }

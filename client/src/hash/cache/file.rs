@@ -11,8 +11,8 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 use super::{CacheError, Entry};
-use crate::hash::Stamp;
 use crate::hash::digest::{Algorithm, Digest};
+use crate::hash::{Stamp, Time};
 use crate::replace;
 
 const HEADER: &str = "omsign digests 2";
@@ -86,13 +86,13 @@ fn parse_line(line: &str) -> Option<(Entry, Digest)> {
     let mut number = || words.next()?.parse::<i128>().ok();
     let mut unsigned = || u64::try_from(number()?).ok();
     let (device, inode, size) = (unsigned()?, unsigned()?, unsigned()?);
-    let mut signed = || i64::try_from(number()?).ok();
-    let (modified, changed) = ((signed()?, signed()?), (signed()?, signed()?));
+    let mut time = || Some(Time(number()?.try_into().ok()?, number()?.try_into().ok()?));
+    let (modified, changed) = (time()?, time()?);
     let mut unsigned = || u64::try_from(number()?).ok();
     let (start, end) = (unsigned()?, unsigned()?);
     let algorithm = Algorithm::from_name(words.next()?)?;
     let digest = Digest::from_hex(algorithm, words.next()?)?;
-    let stamp = Stamp { device, inode, size, modified, changed };
+    let stamp = Stamp { device, inode, size, modified, changed, open_to_others: false };
     Some((Entry { stamp, start, end, algorithm }, digest))
 }
 
@@ -106,8 +106,8 @@ pub(super) fn write(path: &Path, entries: &HashMap<Entry, Digest>) -> io::Result
         hasher.update(&line);
         file.write_all(line.as_bytes())?;
         line.clear();
-        let Stamp { device, inode, size, modified, changed } = stamp;
-        let ((ms, mn), (cs, cn)) = (modified, changed);
+        // None of a file that is open to others is remembered.
+        let Stamp { device, inode, size, modified: Time(ms, mn), changed: Time(cs, cn), .. } = *stamp;
         let _ =
             writeln!(line, "{device} {inode} {size} {ms} {mn} {cs} {cn} {start} {end} {algorithm} {digest}");
     }

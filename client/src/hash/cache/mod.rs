@@ -17,7 +17,7 @@ pub use self::look_up::CacheUse;
 pub(super) use self::look_up::Remembered;
 use self::settled::settle;
 use super::digest::{Algorithm, Digest};
-use super::{Piece, Stamp};
+use super::{Piece, Stamp, Time};
 use crate::user_directory;
 
 /// A file that was written to so shortly before it is hashed may be written to again without its times changing: file
@@ -47,6 +47,10 @@ pub enum CacheError {
     /// What is not on the model's own file system is not remembered.
     #[error("of files on other file systems than the model's directory")]
     Elsewhere,
+    /// Some file systems have calls that exchange the content of files and leave their times as they are (ioctl_xfs,
+    /// EXT4_IOC_MOVE_EXT): whoever can write to a file can use them.
+    #[error("of files that are somebody else's, or that others can write to")]
+    Shared,
     /// Whoever writes to it decides what is signed.
     #[error("the digest cache {0} belongs to, or can be written by, somebody else")]
     Others(PathBuf),
@@ -187,12 +191,14 @@ impl Cache {
         }
         let kept = entries.len();
         let youngest = self.opened.checked_sub(RACY).unwrap_or(UNIX_EPOCH);
-        let (mut elsewhere, mut young) = (false, 0);
+        let (mut elsewhere, mut shared, mut young) = (false, false, 0);
         entries.reserve(known().filter(|known| known.made).count());
         // What was remembered is there, or somebody has just had it forgotten.
         for known in known().filter(|known| known.made) {
             if known.stamp.device != settled {
                 elsewhere = true;
+            } else if known.stamp.open_to_others {
+                shared = true;
             } else if written(known.stamp).is_some_and(|written| written < youngest) {
                 entries.insert(entry(&known), known.digest.clone());
             } else {
@@ -203,7 +209,11 @@ impl Cache {
             file::write(&self.path, &entries)
                 .map_err(|source| CacheError::Io { path: self.path.clone(), source })?;
         }
-        if elsewhere { Err(CacheError::Elsewhere) } else { Ok(young) }
+        match (elsewhere, shared) {
+            (true, _) => Err(CacheError::Elsewhere),
+            (_, true) => Err(CacheError::Shared),
+            _ => Ok(young),
+        }
     }
 }
 
@@ -213,8 +223,8 @@ fn entry(algorithm: Algorithm, stamp: &Stamp, piece: &Piece) -> Entry {
 
 /// When a file was last written to, or its inode changed.
 fn written(stamp: &Stamp) -> Option<SystemTime> {
-    let (seconds, nanoseconds) = stamp.modified.max(stamp.changed);
-    let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
+    let Time(seconds, nanoseconds) = stamp.modified.max(stamp.changed);
+    let since = Duration::new(u64::try_from(seconds).ok()?, nanoseconds);
     UNIX_EPOCH.checked_add(since)
 }
 
@@ -222,7 +232,14 @@ fn written(stamp: &Stamp) -> Option<SystemTime> {
 mod tests {
     use super::*;
 
-    const OLD: Stamp = Stamp { device: 1, inode: 2, size: 3, modified: (-5, 9), changed: (100, 1) };
+    const OLD: Stamp = Stamp {
+        device: 1,
+        inode: 2,
+        size: 3,
+        modified: Time(-5, 9),
+        changed: Time(100, 1),
+        open_to_others: false,
+    };
 
     fn cache(directory: &Path) -> Cache {
         Cache { settled: Ok(OLD.device), ..Cache::read(directory, Path::new("/")).expect("read") }
@@ -239,12 +256,15 @@ mod tests {
         let directory = &directory.path().join("made");
         let piece = Piece { file: 0, range: 0..3 };
         let digest = Digest::sha256(b"x");
-        let young = Stamp { inode: 7, changed: (i64::MAX, 0), ..OLD };
+        let young = Stamp { inode: 7, changed: Time(i64::MAX, 0), ..OLD };
         let both = [OLD, young].map(|stamp| (stamp, piece.clone(), digest.clone()));
         assert_eq!(keep(&mut cache(directory), 2, &both).expect("kept"), 1, "a young one");
         let elsewhere = [(Stamp { device: 9, inode: 8, ..OLD }, piece.clone(), digest.clone())];
         let told = keep(&mut cache(directory), 1, &elsewhere);
         assert!(matches!(told, Err(CacheError::Elsewhere)) && cache(directory).entries.len() == 1);
+        let shared = [(Stamp { inode: 8, open_to_others: true, ..OLD }, piece.clone(), digest.clone())];
+        let told = keep(&mut cache(directory), 1, &shared);
+        assert!(matches!(told, Err(CacheError::Shared)) && cache(directory).entries.len() == 1);
         let other_range = [(OLD, Piece { file: 0, range: 1..2 }, digest.clone())];
         keep(&mut cache(directory), 1, &other_range).expect("kept");
         let read = cache(directory);
@@ -255,8 +275,9 @@ mod tests {
             Stamp { device: 8, ..OLD },
             Stamp { inode: 8, ..OLD },
             Stamp { size: 8, ..OLD },
-            Stamp { modified: (-5, 8), ..OLD },
-            Stamp { changed: (100, 2), ..OLD },
+            Stamp { open_to_others: true, ..OLD },
+            Stamp { modified: Time(-5, 8), ..OLD },
+            Stamp { changed: Time(100, 2), ..OLD },
         ] {
             let read = Cache { settled: Ok(other.device), ..cache(directory) };
             assert_eq!(read.get(Algorithm::Sha256, &other, &piece), None, "{other:?}");
