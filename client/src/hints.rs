@@ -13,6 +13,7 @@ use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
 use omsign::policy::PolicyError;
+use omsign::predicate::PredicateError;
 use omsign::terms::TermsError;
 use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
@@ -55,7 +56,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Model(ModelError::Odd(_, Oddity::Outside)) => "make a copy with `cp -rL` and sign that".into(),
         Error::Model(ModelError::Odd(_, Oddity::NotUtf8 | Oddity::Backslash)) => {
-            "rename it, or leave the directory that it is in out with --ignore-paths".into()
+            "rename it, or leave the directory that it is in out with --ignore-paths; where it is the model's own name, \
+             --model-name gives another"
+                .into()
         }
         Error::Bundle(BundleError::Read { source, .. }) if source.kind() == ErrorKind::IsADirectory => {
             "name the bundle itself: `omsign sign` writes model.sig".into()
@@ -78,6 +81,11 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Cache(CacheError::Io { .. }) => "`omsign cache clear` starts anew, and so does leaving --digest-cache out".into(),
         Error::ManifestFile(ManifestFileError::Gap { .. }) => {
             "give all parts at once: omsign sign --manifest part-*.json".into()
+        }
+        Error::ManifestFile(ManifestFileError::Predicate { source: PredicateError::Ignored(file), .. })
+            if GIT_PATHS.iter().any(|path| at_or_below(file, path)) =>
+        {
+            "git's own files are left out; make the list without it, or give --no-ignore-git-paths".into()
         }
         Error::ManifestFile(ManifestFileError::Malformed { .. }) => {
             "`omsign digest MODEL --json > FILE` writes one; sha256sum writes another".into()
@@ -109,10 +117,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             format!("a subject is written with its attributes: --certificate-identity 'CN={wanted}'")
         }
         Error::Trust(TrustError::Method { found: "certificate", .. }) => {
-            "verify it with --certificate-chain and the certificate of the signer's CA".into()
+            "`omsign verify MODEL --certificate-chain FILE` takes the certificate of the signer's CA".into()
         }
         Error::Trust(TrustError::Method { found: "sigstore", .. }) => {
-            "verify it with --identity and --identity-provider".into()
+            "`omsign verify MODEL --identity … --identity-provider …` says who is to have signed".into()
         }
         Error::Trust(TrustError::Legacy) => "--allow-legacy accepts it all the same".into(),
         Error::Trust(TrustError::Path(PathError::Expired(..))) => {
@@ -144,7 +152,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Bundle(BundleError::TooLarge(_)) => {
             "--max-bundle-size allows more; one of a million files takes about 300000000".into()
         }
-        Error::Trust(TrustError::Method { .. }) => "verify it with --public-key and the signer's public key".into(),
+        Error::Trust(TrustError::Method { .. }) => {
+            "`omsign verify MODEL --public-key FILE` takes the signer's public key".into()
+        }
         Error::Key(KeyError::Nonstandard(_)) => {
             "--allow-nonstandard-key signs all the same; omsign verifies it, the reference implementation does not"
                 .into()

@@ -83,11 +83,6 @@ impl Serialization {
         let (ignore_paths, allow_symlinks) = (self.left_out().clone(), self.allow_symlinks);
         let scope = Scope { ignore_paths, allow_symlinks, only: BTreeSet::new() };
         let mut found = Model::walk(model, &scope)?;
-        // Its directory's name is signed, and JSON has to carry it.
-        let real = model.canonicalize().unwrap_or_default();
-        if real.file_name().is_some_and(|name| name.to_str().is_none()) {
-            return Err(ModelError::Odd(model.to_owned(), Oddity::NotUtf8));
-        }
         if let Some(Closed { path, source, .. }) = found.closed.drain(..).next() {
             return Err(ModelError::Read { path, source });
         }

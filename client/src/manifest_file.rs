@@ -157,6 +157,9 @@ pub fn read(paths: &[PathBuf], unsaid: &Unsaid) -> Result<(Manifest, Option<u64>
             Err(source) => Err(ManifestFileError::Read { path: path.clone(), source }),
         }
     };
+    if paths.iter().filter(|path| path.as_os_str() == "-").count() > 1 {
+        return Err(ManifestFileError::Name("standard input can be read once only: give - once"));
+    }
     let contents = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let (mut files, mut lists) = (Vec::new(), Vec::new());
     for (path, bytes) in paths.iter().zip(&contents) {

@@ -161,6 +161,9 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// What is written while it is hashed would be another thing than what was.
+    #[error("{0} is a file of the model: write it elsewhere, or leave it out with --ignore-paths")]
+    Output(&'static str),
     /// A path to ignore that is not there, or not in the model.
     #[error("--ignore-paths {path}: {reason}")]
     Ignore {
@@ -176,7 +179,12 @@ impl ModelError {
     pub fn found_wrong(&self) -> bool {
         !matches!(
             self,
-            Self::Read { .. } | Self::Ignore { .. } | Self::Bundle { .. } | Self::Shards(_) | Self::Linked(_)
+            Self::Read { .. }
+                | Self::Ignore { .. }
+                | Self::Bundle { .. }
+                | Self::Output(_)
+                | Self::Shards(_)
+                | Self::Linked(_)
         )
     }
 }

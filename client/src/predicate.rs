@@ -9,6 +9,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::hash::{Algorithm, Digest};
+use crate::left_out::is_pattern;
 use crate::manifest::{Method, Resource, Serialization};
 use crate::model::above;
 use crate::object::{Object, present};
@@ -49,6 +50,14 @@ pub enum PredicateError {
     /// A name without the range of bytes that makes it a shard.
     #[error("{0:?} is not the name of a shard: <path>:<start>:<end> (OMS 6.3.2)")]
     ShardName(String),
+    /// Left out, and other verifiers leave out more.
+    #[error(
+        "the ignore_paths contain {0:?}, which other verifiers take for a pattern (OMS 6.2.1); rename it"
+    )]
+    Pattern(String),
+    /// No file can have it.
+    #[error("the manifest lists a path of more than {LONGEST_PATH} bytes, which begins with {0:?}")]
+    Long(String),
     /// Listed, and said to be left out.
     #[error("the manifest lists {0:?}, which its ignore_paths leave out (OMS 6.2)")]
     Ignored(String),
@@ -279,11 +288,22 @@ pub(crate) fn complete(resources: &[Resource], method: Method) -> Result<(), Pre
     Ok(())
 }
 
-/// Checks what no walk over a model finds: a file that is left out, or one that is a directory, too.
+/// Longest path of a file that the kernel opens (PATH_MAX, which counts its end).
+const LONGEST_PATH: usize = 4095;
+
+/// Checks what no walk over a model that is signed finds: a file that is left out, or one that is a directory, too; paths
+/// that are too long; and paths left out that others take for patterns.
 pub(crate) fn possible(
     resources: &[Resource],
     ignore_paths: &BTreeSet<String>,
 ) -> Result<(), PredicateError> {
+    if let Some(pattern) = ignore_paths.iter().find(|path| is_pattern(path)) {
+        return Err(PredicateError::Pattern(pattern.clone()));
+    }
+    if let Some(long) = resources.iter().find(|resource| resource.file.len() > LONGEST_PATH) {
+        let start = long.file.get(..long.file.floor_char_boundary(64)).unwrap_or_default();
+        return Err(PredicateError::Long(start.to_owned()));
+    }
     let files: BTreeSet<&str> = resources.iter().map(|resource| resource.file.as_str()).collect();
     for file in &files {
         if let Some(parent) = above(file).find(|parent| files.contains(parent)) {

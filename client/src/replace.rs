@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,16 +24,23 @@ pub(crate) fn replace(
     buffered.flush()?;
     drop(buffered);
     file.as_file().sync_all()?;
-    let opened = File::open(directory)?;
+    // A directory that takes files need not let itself be read.
+    let opened = File::open(directory);
     file.persist(path).map_err(|error| error.error)?;
     // It is in place, whatever comes of this.
-    let _ = opened.sync_all();
+    let _ = opened.and_then(|directory| directory.sync_all());
     Ok(())
 }
 
 /// Whether it could be written now: a directory may be missing, or read-only. Nobody sees the file that this makes.
 pub(crate) fn check_replace(path: &Path) -> io::Result<()> {
-    tempfile::tempfile_in(directory_of(path)).map(drop).map_err(unnamed)
+    let directory = directory_of(path);
+    tempfile::tempfile_in(directory).map(drop).map_err(unnamed)?;
+    // Of a sticky one, users rename and remove only what is theirs (path_resolution(7)).
+    let (Ok(found), within) = (path.symlink_metadata(), directory.metadata()?) else { return Ok(()) };
+    let own = rustix::process::geteuid().as_raw();
+    let theirs = own != 0 && found.uid() != own && within.uid() != own;
+    if theirs && within.mode() & 0o1000 != 0 { Err(Errno::PERM.into()) } else { Ok(()) }
 }
 
 /// Without the name of a file that nobody asked for.

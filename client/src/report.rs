@@ -88,7 +88,7 @@ pub(crate) fn failure(failure: &Failure) -> u8 {
             show(differences);
         }
         if let Some(hint) = hint(error) {
-            say(format_args!("hint: {hint}"));
+            say(format_args!("hint: {}", printable(&hint)));
         }
     }
     if matches!(failure, Failure::Wrong(_)) { 1 } else { 2 }

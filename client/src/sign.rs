@@ -1,6 +1,7 @@
 //! Signing, from a model's path to a bundle file.
 
 use std::borrow::Cow;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -14,7 +15,8 @@ use crate::dsse::Pae;
 use crate::hash::Hasher;
 use crate::key::{KeyError, PrivateKey, PublicKey};
 use crate::manifest::{Manifest, Plan};
-use crate::selection::Selection;
+use crate::model::ModelError;
+use crate::selection::{Selection, check_outputs};
 use crate::trust::TrustError;
 use crate::{certificate, left_out, path, statement};
 
@@ -81,6 +83,12 @@ const LARGEST_REPLACED_BYTES: u64 = 4 << 20;
 pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error> {
     // What can fail without reading a single model byte fails first.
     Bundle::may_replace(request.bundle)?;
+    if let Subject::Model(Selection { model, .. }, _) = request.subject
+        && is_same_file(model, request.bundle)
+    {
+        let (path, reason) = (request.bundle.to_owned(), "is the model's own");
+        return Err(ModelError::Bundle { path, reason }.into());
+    }
     let before = Bundle::read(request.bundle, LARGEST_REPLACED_BYTES).ok();
     let replaced = before.and_then(|before| statement::claimed_model_name(&before.payload));
     let (public_key, needs_statement, own_chain) = match signer {
@@ -111,6 +119,7 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
                 left_out::check_one_name(&model, selection.model, request.bundle)?;
             }
             let plan = Plan::new(&model, serialization.clone(), hasher)?;
+            check_outputs(&plan)?;
             // Hashing may take hours.
             if needs_statement && plan.statement_bytes() > LARGEST_STATEMENT_BYTES {
                 return Err(AgentError::Statement.into());
@@ -149,6 +158,12 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     let bundle = Bundle { material, timestamps: Vec::new(), idle_log_entries: false, payload, signature };
     bundle.write(request.bundle)?;
     Ok(Signed { files, bytes, root_digest, model_name, public_key, method, unsigned_files, replaced })
+}
+
+/// Whether both are one file that is there.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| path.metadata().ok().map(|found| (found.dev(), found.ino()));
+    identity(one).is_some_and(|found| identity(other) == Some(found))
 }
 
 /// A chain that no verifier would accept is refused before anything is signed with it.

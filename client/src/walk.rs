@@ -68,7 +68,9 @@ impl Walk<'_> {
     fn take(&mut self, listing: Vec<Found>, prefix: &str, real: &Path) -> Result<(), ModelError> {
         let mut skipped: Option<String> = None;
         for Found { name, kind } in listing {
-            if skipped.as_ref().is_some_and(|skipped| at_or_below(&name, skipped)) {
+            // The directory itself comes once; what has its name again is another one, whose own is not UTF-8.
+            let below = |skipped: &String| name != *skipped && at_or_below(&name, skipped);
+            if skipped.as_ref().is_some_and(below) {
                 continue;
             }
             skipped = None;

@@ -6,11 +6,12 @@ mod verify;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use omsign::hash::{Algorithm, MOST_JOBS};
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part};
-use omsign::selection::Selection;
+use omsign::selection::{PUBLISHED, Selection};
 
 pub(crate) use self::verify::{
     Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What, policy_from_environment,
@@ -89,11 +90,11 @@ pub(crate) struct Files {
     #[arg(long, visible_alias = "allow_symlinks")]
     pub(crate) allow_symlinks: bool,
     /// What the model is called: trust policies go by it [default: the name of its directory, or of its only file]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) model_name: Option<String>,
-    /// The bundle: written by sign, and left out where it lies inside the model
-    #[arg(long, value_name = "FILE", default_value = "model.sig")]
-    pub(crate) signature: PathBuf,
+    /// The bundle: written by sign, and left out where it lies inside the model [default for sign: model.sig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) signature: Option<PathBuf>,
     /// How files are hashed: every verifier knows sha256 [default: sha256]
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) hash_type: Option<HashType>,
@@ -141,8 +142,17 @@ pub(crate) enum Serialization {
 }
 
 impl Files {
+    /// Where `sign` writes the bundle.
+    pub(crate) fn bundle(&self) -> &Path {
+        self.signature.as_deref().unwrap_or(Path::new(PUBLISHED))
+    }
+
     /// Or what contradicts itself.
-    pub(crate) fn selection<'a>(&'a self, model: &'a Path) -> Result<Selection<'a>, &'static str> {
+    pub(crate) fn selection<'a>(
+        &'a self,
+        model: &'a Path,
+        signature: Option<&'a Path>,
+    ) -> Result<Selection<'a>, &'static str> {
         let method = match (self.serialization, self.shard_size) {
             (Some(Serialization::Files), Some(_)) => {
                 return Err("--shard-size is for shards: leave it or --serialization files out");
@@ -158,7 +168,7 @@ impl Files {
         Ok(Selection {
             model,
             model_name: self.model_name.as_deref(),
-            signature: &self.signature,
+            signature,
             ignore_paths: &self.ignore_paths,
             ignore_git_paths: !self.no_ignore_git_paths,
             allow_symlinks: self.allow_symlinks,

@@ -347,6 +347,9 @@ pub(crate) enum TrustCommand {
     Test {
         /// The bundle
         bundle: PathBuf,
+        /// Bytes that it may be long
+        #[arg(long, value_name = "BYTES", default_value = LARGEST, value_parser = bytes)]
+        max_bundle_size: NonZeroU64,
         #[command(flatten)]
         file: TrustFile,
         /// Prints one JSON object

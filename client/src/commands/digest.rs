@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use omsign::manifest::{BRIEF, Plan};
 use omsign::manifest_file::{self, PartOf};
-use rustix::fs::fstat;
+use omsign::selection::check_outputs;
 
 use super::hasher::Hashing;
 use super::{Done, Failure};
@@ -14,17 +14,12 @@ use crate::report;
 pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let cli::Digest { model, files, work, .. } = arguments;
     let begun = Instant::now();
-    let selection = files.selection(model).map_err(Failure::Usage)?;
+    let selection = files.selection(model, files.signature.as_deref()).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
     let found = selection.walk(&serialization)?;
     let plan = Plan::new(&found, serialization.clone(), &hashing.hasher)?;
-    let output = fstat(std::io::stdout()).map_err(|errno| Failure::Unprinted(errno.into()))?;
-    if plan.has(output.st_dev, output.st_ino) {
-        return Err(Failure::Usage(
-            "standard output is a file of the model: write it elsewhere, or leave it out with --ignore-paths",
-        ));
-    }
+    check_outputs(&plan)?;
     let part = match arguments.part {
         Some(part) => {
             let (names, listing) = (plan.names(), plan.listing(&hashing.hasher)?);

@@ -24,7 +24,8 @@ use crate::report::{self, count, size};
 
 pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     let model = arguments.model.as_deref();
-    if arguments.files.signature == Path::new("-") {
+    let bundle = arguments.files.bundle();
+    if bundle == Path::new("-") {
         return Err(Failure::Usage(
             "a bundle replaces the one before it as a whole: name a file with --signature",
         ));
@@ -32,7 +33,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     let hashing = Hashing::start(&arguments.work, model.unwrap_or(Path::new("")))?;
     let subject = match model {
         Some(model) => {
-            let selection = arguments.files.selection(model).map_err(Failure::Usage)?;
+            let selection = arguments.files.selection(model, Some(bundle)).map_err(Failure::Usage)?;
             if selection.published_bundle() {
                 report::say(format_args!("note: {PUBLISHED} in the model is a bundle, and no part of it"));
             }
@@ -42,7 +43,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     };
     let request = Request {
         subject,
-        bundle: &arguments.files.signature,
+        bundle,
         certificates: certificates(arguments)?,
         allow_nonstandard_key: arguments.allow_nonstandard_key,
     };
@@ -52,7 +53,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
         report::warning(&format!("this replaced the bundle of a model called {other:?}"));
     }
     report::unsigned_files(signed.unsigned_files);
-    if arguments.files.signature.metadata().is_ok_and(|bundle| bundle.len() > LARGEST_BYTES) {
+    if bundle.metadata().is_ok_and(|bundle| bundle.len() > LARGEST_BYTES) {
         report::warning(&format!(
             "omsign verify takes a bundle of more than {} only with --max-bundle-size: larger shards, or none, make it \
              smaller",
@@ -61,7 +62,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     }
     if arguments.json {
         report::json(&json!({
-            "signature": arguments.files.signature.display().to_string(),
+            "signature": bundle.display().to_string(),
             "method": signed.method,
             "algorithm": signed.public_key.algorithm.name(),
             "key_hint": signed.public_key.hint(),
@@ -73,9 +74,9 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
         let files = count(signed.files, "file");
         let size = signed.bytes.map_or_else(String::new, |bytes| format!(", {}", size(bytes)));
         let (method, algorithm) = (signed.method, signed.public_key.algorithm.name());
-        let signature = arguments.files.signature.display();
         report::result(format_args!(
-            "signed {files}{size}, with {algorithm} ({method} method): {signature}"
+            "signed {files}{size}, with {algorithm} ({method} method): {}",
+            bundle.display()
         ))?;
     }
     Ok(())
@@ -109,7 +110,7 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
             manifest.model_name
         ));
     }
-    let bundle = std::path::absolute(&files.signature).unwrap_or_default();
+    let bundle = std::path::absolute(files.bundle()).unwrap_or_default();
     if let Some(listed) = manifest.resources.iter().find(|resource| bundle.ends_with(&resource.file)) {
         report::warning(&format!(
             "the list has {}, which may be the bundle that is written now: then it verifies nowhere; leave it out of the list",
@@ -121,7 +122,7 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
 
 /// Signs with whichever key is named.
 fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failure> {
-    let waiting = |reason: &str| report::say(format_args!("waiting: {reason}"));
+    let waiting = |reason: &str| report::say(format_args!("waiting: {}", report::printable(reason)));
     if let Some(key) = &arguments.key {
         let agent = Agent::connect(&address(&arguments.connection)?)?;
         return Ok(omsign::sign::sign(request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?);

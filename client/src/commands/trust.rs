@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use omsign::Error;
-use omsign::bundle::{Bundle, LARGEST_BYTES};
+use omsign::bundle::Bundle;
 use omsign::files::Files;
 use omsign::policy::{self, Edit, Entry, PROJECT_FILE, Policy, PolicyError, own_file};
 use omsign::terms::Terms;
@@ -28,7 +28,9 @@ pub(crate) fn trust(arguments: cli::Trust) -> Done {
             edit.save()?;
             report::line(format_args!("removed {name} from {}", path.display()))
         }
-        TrustCommand::Test { bundle, file, json } => test(&bundle, &file, json),
+        TrustCommand::Test { bundle, max_bundle_size, file, json } => {
+            test(&bundle, max_bundle_size.get(), &file, json)
+        }
         TrustCommand::Allow { project } => {
             let directory = project.canonicalize();
             let directory =
@@ -95,12 +97,12 @@ fn list(file: &TrustFile, as_json: bool) -> Done {
 }
 
 /// Exit status 0 where somebody is trusted with it, 1 where nobody is.
-fn test(bundle: &Path, file: &TrustFile, as_json: bool) -> Done {
+fn test(bundle: &Path, largest: u64, file: &TrustFile, as_json: bool) -> Done {
     let policy = policy(file)?;
     if policy.entries.is_empty() {
         return Err(PolicyError::Nothing.into());
     }
-    let bundle = Bundle::read(bundle, LARGEST_BYTES).map_err(|error| checked(error.into()))?;
+    let bundle = Bundle::read(bundle, largest).map_err(|error| checked(error.into()))?;
     let mut lines = Vec::new();
     let mut accepted = false;
     for entry in &policy.entries {

@@ -56,11 +56,8 @@ fn verified(
         partial: &what.partial,
         model_name: what.model_name.as_deref(),
         largest_bundle: what.max_bundle_size.get(),
+        shown: if fingerprints { print_fingerprints } else { |_| {} },
     };
-    if fingerprints {
-        let bundle = Bundle::read(&signature, what.max_bundle_size.get());
-        print_fingerprints(&bundle.map_err(|error| checked(error.into()))?);
-    }
     let hashing = Hashing::start(&what.work, what.model())?;
     let verified = omsign::verify::verify(&request, &judge, &hashing.hasher);
     *from_cache = hashing.end();

@@ -35,6 +35,11 @@ impl<'a> Fingerprint<'a> {
         let base = self.path.parent().unwrap_or(Path::new(""));
         let mut digests = Vec::new();
         for mut terms in parse(self.text, self.path)?.signer.into_values() {
+            // A pipe put in the place of one would never end.
+            if let Some(odd) = terms.files(base).into_iter().find(|file| file.exists() && !file.is_file()) {
+                let source = std::io::Error::other("it is no regular file");
+                return Err(PolicyError::Read { path: odd, source });
+            }
             terms.crls.clear();
             for file in terms.files(base) {
                 let read = files.read(&file);
