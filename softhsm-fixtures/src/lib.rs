@@ -9,6 +9,7 @@ pub mod piv;
 pub mod raw;
 pub mod softhsm;
 pub mod swtpm;
+pub mod tpm_proxy;
 pub mod with;
 
 use std::path::{Path, PathBuf};

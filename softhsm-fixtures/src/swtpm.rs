@@ -187,6 +187,10 @@ impl SwTpm {
         Ok(u32::from_be_bytes([a, b, c, d]))
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// How it is reached, in tpm2-tss's words.
     pub fn tcti(&self) -> String {
         format!("swtpm:host=127.0.0.1,port={}", self.port)

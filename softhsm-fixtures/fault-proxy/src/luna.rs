@@ -2,7 +2,7 @@
 
 use cryptoki_sys::*;
 
-use super::{C_GenerateKeyPair, C_SignInit, cloudhsm, module};
+use super::{C_GenerateKeyPair, C_GetAttributeValue, C_GetMechanismInfo, C_SignInit, cloudhsm};
 
 /// Luna's number for each mechanism that it has under no other.
 const LUNA: [(CK_MECHANISM_TYPE, CK_MECHANISM_TYPE); 3] = [
@@ -40,11 +40,8 @@ pub(super) unsafe extern "C" fn of_mechanism(
     info: CK_MECHANISM_INFO_PTR,
 ) -> CK_RV {
     let Some(mechanism) = known_to_luna(mechanism) else { return CKR_MECHANISM_INVALID };
-    match module().and_then(|module| module.list.C_GetMechanismInfo) {
-        // SAFETY: the arguments are the caller's, for the same function of the module behind.
-        Some(function) => unsafe { function(slot, mechanism, info) },
-        None => CKR_FUNCTION_NOT_SUPPORTED,
-    }
+    // SAFETY: the arguments are the caller's, for the same function.
+    unsafe { C_GetMechanismInfo(slot, mechanism, info) }
 }
 
 pub(super) unsafe extern "C" fn made(
@@ -96,11 +93,8 @@ pub(super) unsafe extern "C" fn of_kind(
     template: CK_ATTRIBUTE_PTR,
     count: CK_ULONG,
 ) -> CK_RV {
-    let Some(function) = module().and_then(|module| module.list.C_GetAttributeValue) else {
-        return CKR_FUNCTION_NOT_SUPPORTED;
-    };
-    // SAFETY: the arguments are the caller's, for the same function of the module behind.
-    let rv = unsafe { function(session, object, template, count) };
+    // SAFETY: the arguments are the caller's, for the same function.
+    let rv = unsafe { C_GetAttributeValue(session, object, template, count) };
     if rv == CKR_OK && !template.is_null() && std::env::var_os("OMSIGN_PROXY_LUNA").is_some() {
         // SAFETY: the caller's template has that many attributes (PKCS#11 2.40, 5.7).
         let attributes = unsafe { std::slice::from_raw_parts(template, usize::try_from(count).unwrap_or(0)) };
