@@ -198,5 +198,12 @@ fn refusals_without_end() -> anyhow::Result<()> {
     })?;
     let log = agent.log()?.matches("\"message\":\"denied\"").count();
     ensure!(log < 200, "{log} lines in the log");
+    // Nobody is left out in the end.
+    ensure!(agent.stop()?.success());
+    let entries = world.audit()?.split_off(before);
+    let counts = |entry: &serde_json::Value| entry["unrecorded"].as_u64();
+    let counted: u64 = entries.iter().filter_map(counts).sum();
+    let known = u64::try_from(entries.len())? + counted;
+    ensure!(known == asked, "{known} of {asked}");
     Ok(())
 }

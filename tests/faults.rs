@@ -101,8 +101,8 @@ fn a_busy_token_is_asked_again() -> anyhow::Result<()> {
         freed?;
         signed?;
         ensure!(agent.hosts()? == hosts, "busy is no reason for a new process");
-        // CKR_HOST_MEMORY, for good: a module that has lost it all.
-        proxy.set("C_SignInit 2 0\n")?;
+        // CKR_HOST_MEMORY, for good: a module that has lost it all. The next process takes a second to get there.
+        proxy.set("C_SignInit 2 0\nC_Initialize 0 1000\n")?;
         let replaced = async {
             eventually_async("another process", || agent.hosts().is_ok_and(|now| now != hosts)).await?;
             proxy.set("")

@@ -59,7 +59,7 @@ fn a_private_instance() -> anyhow::Result<()> {
             &["verify", "model", "--signature", "k.sig", "--certificate-chain", "fulcio.pem"],
             &[
                 "signed with the sigstore method, but a certificate chain was given",
-                "hint: verify it with --identity",
+                "hint: `omsign verify MODEL --identity",
             ],
         )?;
     }

@@ -124,7 +124,7 @@ fn certificates_that_do_not_fit() -> anyhow::Result<()> {
     world.omsign_refuses(
         1,
         &by_key,
-        &["was signed with the certificate method", "hint: verify it with --certificate-chain"],
+        &["was signed with the certificate method", "hint: `omsign verify MODEL --certificate-chain"],
     )?;
     Ok(())
 }
@@ -308,7 +308,8 @@ fn what_keeps_an_agent_from_starting() -> anyhow::Result<()> {
         anyhow::Ok(())
     };
     let agent = Agent::start(&world, &config)?;
-    starts(&config, 2, "another agent is listening on")?;
+    starts(&config, 2, "an agent, or an operator's command, is running and owns the devices")?;
+    starts(&config.replace("\"audit\"", "\"other\""), 2, "another agent is listening on")?;
     let elsewhere = config.replace("agent.sock", "other.sock");
     starts(&elsewhere, 2, "nothing is signed without an audit log: audit log ")?;
     ensure!(!world.path("other.sock").exists(), "a socket of an agent that did not start");

@@ -106,6 +106,14 @@ fn another_policy_after_the_look_at_it() -> anyhow::Result<()> {
     fs::remove_file(&policy)?;
     shell(&world, "mkfifo project/.omsign/trust.toml")?;
     ensure!(changed(verify()?));
+    // Nor for one in the place of what it names.
+    fs::remove_file(&policy)?;
+    fs::rename(world.path("release.pub"), world.path("project/.omsign/release.pub"))?;
+    fs::write(&policy, "[signer.release]\npublic_key = 'release.pub'\n")?;
+    world.omsign_ok(&["trust", "allow", "project"])?;
+    shell(&world, "cd project/.omsign && rm release.pub && mkfifo release.pub")?;
+    let (code, errors) = verify()?;
+    ensure!(code == Some(2) && errors.contains("release.pub: it is no regular file"), "{errors}");
     ensure!(begun.elapsed() < Duration::from_secs(60), "it waited, or read all there is");
     // A key has an end, too.
     world.omsign_refuses(

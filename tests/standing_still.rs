@@ -1,0 +1,234 @@
+//! Others who stand still, are in the way, or hang up: nobody else waits for them, and no PIN is spent for them.
+
+use std::io::Read as _;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
+use omsign_fixtures::softhsm::KeyType;
+use omsign_proto::v1::{GetKeyRequest, UnlockTokenRequest};
+use omsign_tests::agent::{Agent, eventually, refused, signal};
+use omsign_tests::client::{connect, request, sign};
+use omsign_tests::operator::{self, does};
+use omsign_tests::world::{World, key_section, token_section};
+use rustix::process::Signal;
+use tonic::Code;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A test of one thread.
+fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
+}
+
+/// A name of sixteen megabytes would be ten times as long in an answer's header, of which nobody counts the room.
+#[test]
+fn what_somebody_calls_a_key_is_not_repeated_as_long_as_it_is() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let agent = world.agent_and_model()?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        let name = "\u{7f}".repeat(8 << 20);
+        let look = GetKeyRequest { name: name.clone() };
+        let unknown = client.get_key(look).await.err().context("there is one")?;
+        ensure!(
+            unknown.code() == Code::NotFound && unknown.message().len() < 4096,
+            "{}",
+            unknown.message().len()
+        );
+        let unknown = sign(&mut client, request(&name, 1, &[7; 32]), SECOND * 9).await;
+        ensure!(unknown.is_err_and(|unknown| unknown.message().len() < 4096));
+        let unlock = UnlockTokenRequest { token: name, pin: None };
+        let unknown = client.unlock_token(unlock).await.err().context("there is one")?;
+        ensure!(
+            unknown.code() == Code::NotFound && unknown.message().len() < 4096,
+            "{}",
+            unknown.message().len()
+        );
+        anyhow::Ok(())
+    })?;
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
+/// An operator who hung up needs no login; and one who waits, none with a PIN that was refused since.
+#[test]
+fn an_unlock_that_was_given_up() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
+    omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-5521\n")?;
+    let agent = Agent::start(&world, &config)?;
+    eventually("it is refused", || Ok(proxy.refused_pins() == 1))?;
+    // The first of them keeps the device for a while, and then is refused.
+    proxy.set("C_Initialize 0 1500\n")?;
+    run(async {
+        let unlock = || async {
+            let mut client = connect(world.path("agent.sock")).await?;
+            let asked = UnlockTokenRequest { token: "device".into(), pin: None };
+            anyhow::Ok(client.unlock_token(asked).await.map(drop))
+        };
+        let before = proxy.calls("C_Initialize");
+        let first = unlock();
+        tokio::pin!(first);
+        while proxy.calls("C_Initialize") == before {
+            ensure!(tokio::time::timeout(Duration::from_millis(10), &mut first).await.is_err(), "it is over");
+        }
+        for _ in 0..3 {
+            ensure!(tokio::time::timeout(SECOND / 10, unlock()).await.is_err(), "it was not given up");
+        }
+        let (first, waits) = tokio::join!(first, unlock());
+        for refused in [first?, waits?] {
+            ensure!(refused.is_err_and(|status| status.code() == Code::FailedPrecondition));
+        }
+        anyhow::Ok(())
+    })?;
+    ensure!(proxy.refused_pins() == 2, "{} tries", proxy.refused_pins());
+    // All of them are in the log.
+    let unlocks = world.audit()?.iter().filter(|entry| entry["action"] == "unlock").count();
+    ensure!(unlocks == 5, "{unlocks} entries");
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
+/// systemd starts an agent that ends once more, and the PIN of another token would be offered each time.
+#[test]
+fn a_required_token_that_is_not_there_beside_one_that_refuses_its_pin() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (there, other) = (world.token("there", "k", KeyType::P256)?, world.token("t", "k", KeyType::P256)?);
+    let away = world.path("away");
+    let config = world.listen()
+        + &token_section("there", &there, "")
+        + &token_section("gone", &other, "required = true\n")
+        + &key_section("k", "there", "k")
+        + &key_section("l", "gone", "k");
+    std::fs::rename(other.tokens(), &away)?;
+    let right = std::fs::read(there.pin_file())?;
+    omsign_fixtures::write_private(&there.pin_file(), b"wrong-pin-5521\n")?;
+    let agent = Agent::start(&world, &config)?;
+    eventually("it says why it goes on", || {
+        Ok(agent.log()?.contains("it runs all the same: the PIN of token there was refused"))
+    })?;
+    std::fs::rename(&away, other.tokens())?;
+    let healed = || Ok(world.omsign(&["sign", "agent.toml", "--key", "l"])?.status.success());
+    eventually("the token that came back signs", healed)?;
+    ensure!(agent.stop()?.success());
+    // With the right one, nothing keeps it from ending.
+    omsign_fixtures::write_private(&there.pin_file(), &right)?;
+    std::fs::rename(other.tokens(), &away)?;
+    let (status, said) = refused(&world, &config)?;
+    ensure!(status == Some(2) && said.contains("token gone is required"), "{status:?}: {said}");
+    Ok(())
+}
+
+/// What a token was called says nothing of whose PIN was refused.
+#[test]
+fn tokens_that_exchange_their_names() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (one, other) = (world.token("one", "k", KeyType::P256)?, world.token("other", "k", KeyType::P256)?);
+    let proxy = world.proxy()?;
+    let keys = key_section("k", "a", "k") + &key_section("l", "b", "k");
+    let sections = |first: &str, second: &str| -> anyhow::Result<String> {
+        Ok(world.listen() + &proxy.before(&one.section(first))? + &other.section(second) + &keys)
+    };
+    omsign_fixtures::write_private(&one.pin_file(), b"wrong-pin-5521\n")?;
+    let agent = Agent::start(&world, &sections("a", "b")?)?;
+    eventually("it is refused", || Ok(proxy.refused_pins() == 1))?;
+    world.write("agent.toml", sections("b", "a")?)?;
+    does(&world, &["reload"])?;
+    eventually("the other one signs", || {
+        Ok(world.omsign(&["sign", "agent.toml", "--key", "k"])?.status.success())
+    })?;
+    let errors = world.omsign_fails(2, &["sign", "agent.toml", "--key", "l"])?;
+    ensure!(errors.contains("it refused the PIN") && proxy.refused_pins() == 1, "{errors}");
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
+/// Nobody reads what it logs: a terminal with Ctrl-S, a log driver that hangs.
+#[test]
+fn a_log_that_nobody_reads() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let path = world.write("agent.toml", config)?;
+    let mut command = Command::new(built("omsign-agent")?);
+    command.arg("serve").arg("--config").arg(path).stdin(Stdio::null()).stderr(Stdio::piped());
+    world.without_surprises(command.current_dir(world.path("")));
+    let mut agent = command.spawn()?;
+    let mut stderr = agent.stderr.take().context("its log")?;
+    eventually("it signs", || Ok(world.omsign(&["sign", "agent.toml", "--key", "k"])?.status.success()))?;
+    // More lines than a pipe has room for.
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        for count in 0..150 {
+            let look = GetKeyRequest { name: format!("{count}-{}", "x".repeat(4096)) };
+            ensure!(client.get_key(look).await.is_err());
+            does(&world, &["reload"])?;
+        }
+        anyhow::Ok(())
+    })?;
+    world.omsign_ok(&["sign", "agent.toml", "--key", "k"])?;
+    // Who reads on is told.
+    let reads = std::thread::spawn(move || {
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).map(|_| text)
+    });
+    eventually("it has read", || {
+        does(&world, &["reload"])?;
+        Ok(world.omsign(&["sign", "agent.toml", "--key", "k"])?.status.success())
+    })?;
+    signal(agent.id(), Signal::TERM)?;
+    ensure!(agent.wait()?.success());
+    let text = reads.join().expect("it does not panic")?;
+    ensure!(text.contains("lines were lost"), "{}", text.len());
+    Ok(())
+}
+
+/// `doctor` opens the tokens itself: no agent begins meanwhile, and offers their PINs once more.
+#[test]
+fn an_agent_that_is_started_while_doctor_looks() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
+    // There is a log.
+    ensure!(Agent::start(&world, &config)?.stop()?.success());
+    proxy.set("C_Login 0 1500\n")?;
+    let logins = proxy.calls("C_Login");
+    let doctor = std::thread::scope(|scope| {
+        let doctor = scope.spawn(|| world.doctor());
+        eventually("it logs in", || Ok(proxy.calls("C_Login") > logins))?;
+        let (status, said) = refused(&world, &config)?;
+        ensure!(status == Some(2) && said.contains("is running and owns the devices"), "{said}");
+        doctor.join().expect("it does not panic")
+    });
+    let (status, said) = doctor?;
+    ensure!(status.success(), "{said}");
+    Ok(())
+}
+
+/// Making a key takes minutes on some devices, and the file is others', too.
+#[test]
+fn a_configuration_that_is_changed_while_a_key_is_made() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
+    world.write("agent.toml", &config)?;
+    proxy.set("C_GenerateKeyPair 30 1500\n")?;
+    let failed = std::thread::scope(|scope| {
+        let rotation = scope.spawn(|| operator::key(&world, &["rotate", "k"]));
+        eventually("it makes the key", || Ok(proxy.injected("C_GenerateKeyPair") > 0))?;
+        let begun = std::fs::read_to_string(world.path("agent.toml"))?;
+        ensure!(begun.contains("next ="), "{begun}");
+        world.write("agent.toml", begun + "\n# somebody else's\n")?;
+        rotation.join().expect("it does not panic")
+    })?;
+    ensure!(!failed.status.success(), "{failed:?}");
+    let after = std::fs::read_to_string(world.path("agent.toml"))?;
+    ensure!(after == config + "\n# somebody else's\n", "{after}");
+    Ok(())
+}
