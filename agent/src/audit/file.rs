@@ -2,8 +2,11 @@
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
 
 use crate::config::Durability;
 
@@ -81,10 +84,9 @@ impl AuditFile {
         let mut held = Vec::new();
         for name in names {
             match File::open(directory.join(name)) {
-                Ok(file) if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) => return None,
-                Ok(file) => held.push(file),
+                Ok(file) if file.try_lock().is_ok() => held.push(file),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(_) => return None,
+                _ => return None,
             }
         }
         Some(held)
@@ -163,18 +165,23 @@ fn locked(directory: &Path, lock: &str, name: &str) -> io::Result<File> {
 
 /// Opens a file, or makes it. Made by root, it is the directory's owner's, as if their agent had made it.
 fn opened(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).append(true).mode(0o600);
-    match options.open(path) {
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {}
-        opened => return opened,
-    }
-    let file = options.create(true).open(path)?;
-    if rustix::process::geteuid().is_root()
-        && let Some(directory) = path.parent()
-    {
-        let owner = std::fs::metadata(directory)?;
-        std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    let there = || OpenOptions::new().read(true).append(true).open(path);
+    let (parent, name) = match (there(), path.parent(), path.file_name()) {
+        (Err(missing), Some(parent), Some(name)) if missing.kind() == io::ErrorKind::NotFound => {
+            (parent, name)
+        }
+        (opened, ..) => return opened,
+    };
+    // Whoever owns the directory may put links in it, and others in its place: what is made is in this one, or nowhere.
+    let directory = openat(CWD, parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = match openat(&directory, name, flags, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::EXIST) => return there(),
+        made => File::from(made?),
+    };
+    if rustix::process::geteuid().is_root() {
+        let owner = fstat(&directory)?;
+        std::os::unix::fs::fchown(&file, Some(owner.st_uid), Some(owner.st_gid))?;
     }
     Ok(file)
 }
@@ -212,6 +219,24 @@ mod tests {
         file.append(b"{\"last\":1}\n").expect("appended");
         let text = std::fs::read_to_string(&path).expect("read");
         assert_eq!(text, "{\"torn\n{\"next\":1}\n{\"last\":1}\n");
+    }
+
+    /// Whose directory it is may be who gains from it.
+    #[test]
+    fn a_link_in_the_place_of_a_file() {
+        let (directory, elsewhere) =
+            (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("another"));
+        let (log, planted) = (directory.path().join("audit.jsonl"), elsewhere.path().join("planted"));
+        std::os::unix::fs::symlink(&planted, &log).expect("linked");
+        assert!(opened(&log).is_err() && !planted.exists());
+        std::fs::remove_file(&log).expect("removed");
+        // Root leaves what it makes to the directory's owner.
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(directory.path(), Some(54321), Some(54322)).expect("given away");
+        }
+        let owner = std::fs::metadata(directory.path()).expect("there");
+        let made = opened(&log).expect("made").metadata().expect("there");
+        assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (owner.uid(), owner.gid(), 0o600));
     }
 
     #[test]
