@@ -123,16 +123,20 @@ impl Agent {
     pub(crate) async fn turn_away(&self, entry: Entry<'_>, deadline: Instant) -> Result<(), Status> {
         let (caller, missing, action, key) = (entry.identity, entry.reason, entry.action, entry.key);
         let Some(unrecorded) = self.denials.admit(caller.caller(), action, missing) else {
-            self.denials.keep(caller, action, missing);
-            self.denied.notify_one();
+            self.record_later(caller, action, missing, 0);
             return Ok(());
         };
         tracing::warn!(%caller, missing, unrecorded, action, key, "denied");
         let recorded = self.record(&Entry { unrecorded, ..entry }, deadline).await;
         if recorded.is_err() {
-            self.denials.unrecorded(caller.caller(), action, missing, unrecorded + 1);
+            self.record_later(caller, action, missing, unrecorded + 1);
         }
         recorded
+    }
+
+    fn record_later(&self, caller: &Identity, action: &'static str, why: &str, count: u64) {
+        self.denials.unrecorded(caller, action, why, count);
+        self.denied.notify_one();
     }
 
     /// Records, from time to time, of how many nothing was.
@@ -151,8 +155,7 @@ impl Agent {
             let entry =
                 Entry { action, outcome: "denied", reason: &why, unrecorded, ..operator::about(&identity) };
             if self.record(&entry, Instant::now() + audit::PATIENCE).await.is_err() {
-                self.denials.unrecorded(identity.caller(), action, &why, count);
-                self.denials.keep(&identity, action, &why);
+                self.record_later(&identity, action, &why, count);
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::identity::{Caller, Identity};
 const EACH: u32 = 100;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// With more of them known, those that have had their pause, and were all recorded, are forgotten.
+/// With more of them known, those that have had their pause, and of whom nothing is to be recorded, are forgotten.
 const KNOWN: usize = 1024;
 
 /// Who was turned away lately.
@@ -37,14 +37,6 @@ impl Denials {
         self.admit_at((caller, action, why.to_owned()), Instant::now())
     }
 
-    /// Remembers who it was that was not recorded.
-    pub(crate) fn keep(&self, identity: &Identity, action: &'static str, why: &str) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(it) = all.get_mut(&(identity.caller(), action, why.to_owned())) {
-            it.last = Some(identity.clone());
-        }
-    }
-
     /// What was not recorded so far, and is now.
     pub(crate) fn rest(&self) -> Vec<Rest> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -54,18 +46,19 @@ impl Denials {
         rest.collect()
     }
 
-    /// So many could not be recorded after all.
-    pub(crate) fn unrecorded(&self, caller: Caller, action: &'static str, why: &str, count: u64) {
+    /// Remembers who it was that was not recorded, and that so many more could not be recorded after all.
+    pub(crate) fn unrecorded(&self, identity: &Identity, action: &'static str, why: &str, count: u64) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(it) = all.get_mut(&(caller, action, why.to_owned())) {
+        if let Some(it) = all.get_mut(&(identity.caller(), action, why.to_owned())) {
             it.unrecorded += count;
+            it.last = Some(identity.clone());
         }
     }
 
     fn admit_at(&self, refused: Refused, now: Instant) -> Option<u64> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() > KNOWN {
-            all.retain(|_, it| it.unrecorded > 0 || now.duration_since(it.since) < PAUSE * EACH);
+            all.retain(|_, it| it.last.is_some() || now.duration_since(it.since) < PAUSE * EACH);
         }
         let begin = Recorded { left: EACH, since: now, unrecorded: 0, last: None };
         let Recorded { left, since, unrecorded, .. } = all.entry(refused).or_insert(begin);

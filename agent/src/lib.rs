@@ -9,6 +9,7 @@ pub mod audit;
 mod backend;
 mod breaker;
 pub mod config;
+pub mod connection;
 mod denials;
 pub mod doctor;
 mod health;

@@ -4,56 +4,25 @@
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::unix::UCred;
-use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Sleep, timeout};
-use tonic::transport::server::Connected;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::config::{Listen, TlsListen, UnixListen};
+use crate::connection::{Connection, Held};
 use crate::identity::{Caller, Identity};
 use crate::places::{Place, Places};
-use crate::tls::{Proof, Tls, TlsError};
-
-/// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
-/// whether somebody is there.
-const PREFACE: usize = 24;
-
-/// How long a caller may leave unread what is sent, pings among it: then nobody is there.
-const UNREAD: Duration = Duration::from_secs(60);
+use crate::tls::{Tls, TlsError};
 
 /// How long a caller may take to prove who it is.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE: Duration = Duration::from_secs(10);
 
-trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
-
-/// A connection whose caller is known.
-pub struct Connection {
-    io: Box<dyn Io>,
-    identity: Arc<Identity>,
-    /// Ends a connection that does not get as far as its preface: it would hold its place for ever.
-    silence: Option<Pin<Box<Sleep>>>,
-    /// Bytes read before that.
-    preface: usize,
-    /// Ends one that reads nothing: keep-alive does not, for its pings wait, too.
-    unread: Option<Pin<Box<Sleep>>>,
-    /// Why the caller is believed to be who it was at the start; on a Unix socket that does not change.
-    proof: Option<Proof>,
-    /// Given back, or dropped, when the connection ends.
-    _held: Held,
-}
-
-enum Held {
-    Place(#[expect(dead_code, reason = "held, not read")] Place),
-    Closed(#[expect(dead_code, reason = "held, not read")] oneshot::Sender<()>),
-}
+/// How long it may wait for others of the same caller.
+const TURN: Duration = Duration::from_secs(60);
 
 /// The sockets, bound and listening.
 pub struct Listeners {
@@ -171,22 +140,6 @@ impl Listeners {
     }
 }
 
-impl Connection {
-    /// One end of a socketpair whose other end is our parent: the private agent of one client. `closed` is
-    /// dropped when the connection ends.
-    pub fn private(socket: std::os::unix::net::UnixStream, closed: oneshot::Sender<()>) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        let socket = UnixStream::from_std(socket)?;
-        let identity = identity_of(socket.peer_cred()?);
-        Ok(Self::new(Box::new(socket), identity, Held::Closed(closed)))
-    }
-
-    fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
-        let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self { io, identity: Arc::new(identity), silence, preface: 0, unread: None, proof: None, _held: held }
-    }
-}
-
 async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sender<io::Result<Connection>>) {
     loop {
         let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
@@ -203,16 +156,12 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
             let Some(place) = Place::of(Caller::Uid(credentials.uid()), place, &taken) else { return };
             // The user database may be a slow directory server: not on the event loop, not for ever, and not for one
             // caller alone.
-            let turn = place.turn();
-            let identified = async {
-                let turn = turn.lock_owned().await;
-                let look_up = move || {
-                    let _turn = turn;
-                    identity_of(credentials)
-                };
-                tokio::task::spawn_blocking(look_up).await
+            let Ok(turn) = timeout(TURN, place.turn().lock_owned()).await else { return };
+            let look_up = move || {
+                let _turn = turn;
+                identity_of(credentials)
             };
-            if let Ok(Ok(identity)) = timeout(HANDSHAKE, identified).await {
+            if let Ok(Ok(identity)) = timeout(HANDSHAKE, tokio::task::spawn_blocking(look_up)).await {
                 let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                 let _ = accepted.send(Ok(connection)).await;
             }
@@ -257,7 +206,7 @@ async fn pause_after(error: &io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-fn identity_of(credentials: UCred) -> Identity {
+pub(crate) fn identity_of(credentials: UCred) -> Identity {
     Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
 }
 
@@ -315,81 +264,4 @@ pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError
     let bound = bound.inspect_err(|_| drop(std::fs::remove_file(&temporary))).map_err(fail)?;
     tracing::info!(path = %path.display(), mode = format_args!("{:04o}", config.mode), "listening");
     Ok(bound)
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Arc<Identity>;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        Arc::clone(&self.identity)
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if self.silence.is_some() {
-            self.preface += buf.filled().len() - before;
-            if self.preface >= PREFACE {
-                self.silence = None;
-            }
-        }
-        if read.is_ready() && self.proof.as_mut().is_some_and(|proof| !proof.holds()) {
-            tracing::warn!(caller = %self.identity, "its certificate has expired, or is no longer trusted; it is cut off");
-            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-        }
-        if read.is_pending()
-            && let Some(silence) = &mut self.silence
-            && silence.as_mut().poll(cx).is_ready()
-        {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        read
-    }
-}
-
-impl Connection {
-    /// What became of writing, or an error where nothing has for long.
-    fn in_time<T>(&mut self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.unread = None;
-            return written;
-        }
-        let unread = self.unread.get_or_insert_with(|| Box::pin(tokio::time::sleep(UNREAD)));
-        unread.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io).poll_write(cx, buf);
-        self.in_time(written, cx)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = Pin::new(&mut self.io).poll_flush(cx);
-        self.in_time(flushed, cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
-        self.in_time(written, cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
 }

@@ -28,23 +28,28 @@ struct Ready;
 /// Lines that it did not take since the last one that it took.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
+/// As much is taken at once by a pipe that takes anything (pipe(7), PIPE_BUF).
+const PIECE: usize = 4096;
+
 impl Write for Ready {
-    /// Takes all of a line, which comes in one piece.
+    /// Takes all of a line, which comes in one piece. What becomes of it is nobody's error: who logs goes on.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let own = rustix::stdio::stderr();
-        let takes = poll(&mut [PollFd::new(&own, PollFlags::OUT)], Some(&Timespec::default()));
-        if takes.is_ok_and(|ready| ready == 0) {
-            LOST.fetch_add(1, Ordering::Relaxed);
-            return Ok(line.len());
-        }
         let mut stderr = io::stderr().lock();
-        match LOST.swap(0, Ordering::Relaxed) {
-            0 => {}
-            lost => {
-                writeln!(stderr, "{{\"level\":\"WARN\",\"message\":\"lines were lost\",\"lost\":{lost}}}")?
-            }
+        let mut put = |text: &[u8]| {
+            text.chunks(PIECE).all(|piece| {
+                let own = rustix::stdio::stderr();
+                let ready = poll(&mut [PollFd::new(&own, PollFlags::OUT)], Some(&Timespec::default()));
+                ready.is_ok_and(|ready| ready > 0) && stderr.write_all(piece).is_ok()
+            })
+        };
+        let lost = LOST.load(Ordering::Relaxed);
+        let told = || format!("{{\"level\":\"WARN\",\"message\":\"lines were lost\",\"lost\":{lost}}}\n");
+        if lost > 0 && put(told().as_bytes()) {
+            LOST.fetch_sub(lost, Ordering::Relaxed);
         }
-        stderr.write_all(line)?;
+        if !put(line) {
+            LOST.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(line.len())
     }
 

@@ -1,7 +1,7 @@
 //! How many connections there may be: of all callers together, and of each.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -56,7 +56,12 @@ impl Places {
 impl Taken {
     /// Logs that somebody did not prove who they are; of very many times only some.
     pub(crate) fn refused_handshake(&self, address: SocketAddr, error: &str) {
-        if let Some(unlogged) = self.denials.admit(Caller::Address(address.ip()), "connect", "") {
+        // Of IPv6 one has as many addresses as fit in a /64.
+        let network = match address.ip() {
+            IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() >> 64 << 64).into()),
+            ip => ip,
+        };
+        if let Some(unlogged) = self.denials.admit(Caller::Address(network), "connect", "") {
             tracing::warn!(%address, error, unlogged, "TLS handshake refused");
         }
     }
@@ -95,7 +100,8 @@ impl Drop for Place {
         let mut of_each = self.taken.of_each();
         if let Some(OfOne { count, .. }) = of_each.get_mut(&self.caller) {
             *count -= 1;
-            if *count == 0 {
+            // One who is still being looked up is not looked up beside that.
+            if *count == 0 && self.turn.try_lock().is_ok() {
                 of_each.remove(&self.caller);
             }
         }

@@ -55,14 +55,14 @@ impl Rotation<'_> {
                     Ok(changed) => changed,
                     Err(_) => {
                         // A configuration with mistakes changes nothing in an agent that runs.
-                        self.take_back(&begun, &before)?;
+                        self.take_back(&begun, &before).with_context(|| format!("{error:#}"))?;
                         return Err(error);
                     }
                 };
                 let there =
                     ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Shown });
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
-                self.take_back(&begun, &before)?;
+                self.take_back(&begun, &before).with_context(|| format!("{error:#}"))?;
                 reload(self.config)?;
                 return Err(error);
             }

@@ -21,9 +21,10 @@ use crate::agent::Agent;
 use crate::algorithm::Padding;
 use crate::audit::Audit;
 use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
+use crate::connection::Connection;
 use crate::health;
 use crate::intake;
-use crate::listen::{Connection, ListenError, Listeners, SocketFiles};
+use crate::listen::{ListenError, Listeners, SocketFiles};
 use crate::operator;
 use crate::policy::{Match, Rule};
 use crate::reload::Reload;
@@ -280,10 +281,10 @@ async fn run(
         }
     };
     let close = async {
-        serving.record_denials().await;
         for token in serving.setup().tokens.values() {
             token.stop().await;
         }
+        serving.record_denials().await;
     };
     // What operators have begun is finished and recorded first.
     let operators = u32::try_from(operator::CONNECTIONS).unwrap_or(u32::MAX);

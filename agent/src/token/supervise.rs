@@ -31,7 +31,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     let mut refused = None;
     loop {
         token.state.send_replace(Status::Starting);
-        let (pin, mut unlocked) = match login.take().and_then(Login::wanted) {
+        let (pin, mut unlocked) = match login.take() {
             Some(Login { pin, done, .. }) => (pin, Some(done)),
             None => (None, None),
         };
@@ -42,7 +42,14 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => launch(&token, pin, unlocked.is_some()).await,
+            None => {
+                let launched = launch(&token, pin, unlocked.is_some()).await;
+                let locked = launched.as_ref().err().is_some_and(|failure| failure.class == Class::Locked);
+                if from_source && locked {
+                    refused = Some(Instant::now());
+                }
+                launched
+            }
         };
         let failure = match opening {
             Ok((host, mut process)) => {
@@ -135,7 +142,6 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             );
             if from_source {
                 token.refuse_source(Some(failure.message.clone()));
-                refused = Some(Instant::now());
             }
             token.state.send_replace(Status::Locked(failure.message));
             None
