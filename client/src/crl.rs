@@ -56,7 +56,6 @@ fn parse(der: &[u8]) -> der::Result<(AlgorithmIdentifierOwned, Vec<ObjectIdentif
 impl Crls {
     /// Adds the lists of a file, PEM or DER.
     pub fn read(&mut self, path: &Path) -> Result<(), KeyError> {
-        const BEGIN: &str = "-----BEGIN ";
         const END: &str = "-----END X509 CRL-----";
         let bytes = read(path)?;
         let content = |what| KeyError::Content { path: path.to_owned(), what, instead: None };
@@ -69,7 +68,9 @@ impl Crls {
                 let lists = blocks.map(|block| X509Crl::from_pem(block.as_bytes()));
                 let lists: Vec<_> = lists.collect::<Result<_, _>>().map_err(|_| content("a CRL"))?;
                 // Likewise one that is cut off, or has another label.
-                if !lists.is_empty() && text.matches(BEGIN).count() != lists.len() {
+                let begun =
+                    text.lines().filter(|line| line.starts_with("-----BEGIN") && line.contains("CRL"));
+                if !lists.is_empty() && begun.count() != lists.len() {
                     return Err(content("only whole CRLs"));
                 }
                 lists

@@ -19,8 +19,8 @@ pub(crate) fn ignored(root: &Path, given: &Path) -> Result<String, ModelError> {
         (Some(name), None) => return Ok(name),
         (None, _) => {}
     }
-    let candidates = [real_root.join(given), given.to_owned()];
-    for candidate in candidates {
+    let from_root = Some(real_root.join(given)).filter(|_| !is_from_here(&real_root, given));
+    for candidate in from_root.into_iter().chain([given.to_owned()]) {
         if std::fs::symlink_metadata(&candidate).is_err() {
             continue;
         }
@@ -65,8 +65,7 @@ pub(crate) fn readings(root: &Path, real_root: &Path, given: &Path) -> Vec<Strin
         name_below(real_root, given).filter(|_| upwards)
     };
     let from_here = below(&absolute(root)).or_else(|| below(real_root)).or_else(upwards);
-    let says_here = matches!(given.components().next(), Some(Component::CurDir | Component::ParentDir));
-    let from_root = plain(given).filter(|_| !says_here || from_here.is_none());
+    let from_root = plain(given).filter(|_| !is_from_here(real_root, given));
     let mut names: Vec<String> = [from_root, from_here]
         .into_iter()
         .flatten()
@@ -74,6 +73,12 @@ pub(crate) fn readings(root: &Path, real_root: &Path, given: &Path) -> Vec<Strin
         .collect();
     names.dedup();
     names
+}
+
+/// Whether a path says that it is from here, and here is in the model.
+fn is_from_here(real_root: &Path, given: &Path) -> bool {
+    let says_so = matches!(given.components().next(), Some(Component::CurDir | Component::ParentDir));
+    says_so && Path::new(".").canonicalize().is_ok_and(|here| here.starts_with(real_root))
 }
 
 /// The bundle's own name, where it lies inside the model (OMS v1.0, 6.2).

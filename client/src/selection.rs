@@ -36,11 +36,19 @@ pub struct Selection<'a> {
 /// Where publishers put a model's bundle, and where `omsign verify` looks for it.
 pub const PUBLISHED: &str = "model.sig";
 
+/// The bundle that `omsign sign` wrote here, if there is one.
+pub fn bundle_here() -> Option<&'static Path> {
+    Some(Path::new(PUBLISHED)).filter(|path| is_bundle(path))
+}
+
+fn is_bundle(path: &Path) -> bool {
+    path.is_file() && Bundle::seems_one(path).unwrap_or(false)
+}
+
 impl Selection<'_> {
     /// Whether there is a bundle where publishers put it: it is no part of the model, whichever bundle is written.
     pub fn published_bundle(&self) -> bool {
-        let path = self.model.join(PUBLISHED);
-        path.is_file() && Bundle::seems_one(&path).unwrap_or(false)
+        is_bundle(&self.model.join(PUBLISHED))
     }
 
     /// Finds its files.

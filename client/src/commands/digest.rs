@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use omsign::manifest::{BRIEF, Plan};
 use omsign::manifest_file::{self, PartOf};
-use omsign::selection::check_outputs;
+use omsign::selection::{bundle_here, check_outputs};
 
 use super::hasher::Hashing;
 use super::{Done, Failure};
@@ -14,7 +14,11 @@ use crate::report;
 pub(crate) fn digest(arguments: &cli::Digest) -> Done {
     let cli::Digest { model, files, work, .. } = arguments;
     let begun = Instant::now();
-    let selection = files.selection(model, files.signature.as_deref()).map_err(Failure::Usage)?;
+    let signature = match &files.signature {
+        Some(signature) => Some(signature.as_path()),
+        None => bundle_here(),
+    };
+    let selection = files.selection(model, signature).map_err(Failure::Usage)?;
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
     let found = selection.walk(&serialization)?;
