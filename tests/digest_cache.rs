@@ -12,6 +12,7 @@ use omsign_tests::world::{World, text};
 /// Whoever can write to a file can exchange its content, on some file systems, without a change of its times.
 #[test]
 fn files_that_others_can_write_to() -> anyhow::Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test gives files to others; run it as root");
     let world = world()?;
     let remembered = "faketime -f +1h omsign digest model --digest-cache 2>&1";
     for (change, told) in [

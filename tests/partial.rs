@@ -51,6 +51,16 @@ fn from_within() -> anyhow::Result<()> {
     };
     let ambiguous = sign("cache")?;
     ensure!(ambiguous.status.code() == Some(2), "{ambiguous:?}");
+    let nothing = sign("./caches")?;
+    ensure!(nothing.status.code() == Some(2), "{nothing:?}");
+    world.write("model/extra", "not signed")?;
+    let accepts = |path: &str| {
+        let verify = "verify .. --signature ../../model.sig --public-key ../../k.pub --ignore-paths ../cache";
+        run(&world, &format!("cd model/v2 && omsign {verify} --ignore-paths ./cache --ignore-paths {path}"))
+    };
+    let errors = String::from_utf8(accepts("./extra")?.stderr)?;
+    ensure!(errors.contains("not signed: extra"), "{errors}");
+    fs::remove_file(world.path("model/extra"))?;
     ensure!(sign("./cache")?.status.success());
     let signed = world.omsign_ok(&["inspect", "other.sig", "--json"])?;
     let signed: serde_json::Value = serde_json::from_str(&signed)?;
