@@ -6,9 +6,11 @@ use std::path::Path;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::{GetKeyRequest, SignRequest};
-use omsign_tests::agent::{Agent, SOON, eventually, refused, under};
+use omsign_tests::agent::{Agent, SOON, eventually, refused, signal, under};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section, text, token_section};
+use rustix::process::Signal;
 use tonic::Code;
 
 const REQUESTS: u8 = 64;
@@ -205,5 +207,32 @@ fn refusals_without_end() -> anyhow::Result<()> {
     let counted: u64 = entries.iter().filter_map(counts).sum();
     let known = u64::try_from(entries.len())? + counted;
     ensure!(known == asked, "{known} of {asked}");
+    Ok(())
+}
+
+/// Who may sign, and with what, is another from then on.
+#[test]
+fn a_configuration_that_is_read_anew() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let agent = world.agent_and_model()?;
+    let reloads = || -> anyhow::Result<Vec<_>> {
+        let all = world.audit()?.into_iter().filter(|entry| entry["action"] == "reload");
+        Ok(all
+            .map(|entry| (entry["outcome"].clone(), entry["rule"].clone(), entry["reason"].clone()))
+            .collect())
+    };
+    does(&world, &["reload"])?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("two entries", || Ok(reloads()?.len() == 2))?;
+    let config = std::fs::read_to_string(world.path("agent.toml"))?;
+    world.write("agent.toml", config + "\nmistake")?;
+    signal(agent.pid(), Signal::HUP)?;
+    eventually("a third", || Ok(reloads()?.len() == 3))?;
+    let entries = reloads()?;
+    let [(asked, rule, _), (told, none, _), (failed, _, why)] = &entries[..] else {
+        anyhow::bail!("{entries:?}");
+    };
+    ensure!(*asked == "done" && rule.is_string() && *told == "done" && none.is_null(), "{entries:?}");
+    ensure!(*failed == "failed" && why.to_string().contains("key with no value"), "{entries:?}");
     Ok(())
 }

@@ -87,7 +87,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KeyCommand {
-    /// Names every key on every token, and what the configuration calls it
+    /// Names every key on every token, and what the configuration calls it; without an agent, each is offered its PIN
     List {
         /// Only this token
         #[arg(long)]

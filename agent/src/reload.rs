@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use tokio::signal::unix::Signal;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
+use crate::audit::{self, Entry};
 use crate::config::{self, Config, Listen};
 use crate::health;
+use crate::identity::Identity;
 use crate::key_life::how_to_unlock;
 use crate::operator::{self, Reloaded};
 use crate::tls::Tls;
@@ -40,17 +42,38 @@ impl Reload {
         loop {
             tokio::select! {
                 Some(()) = self.hangup.recv() => {
-                    if let Err(mistakes) = self.once(&agent, &reporter).await {
+                    // Who may send us signals is root, or has our user.
+                    let Ok(own) = tokio::task::spawn_blocking(operator::own_identity).await else { continue };
+                    if let Err(mistakes) = self.recorded(&agent, &reporter, &own, None).await {
                         tracing::error!(mistakes, "the configuration is not reloaded");
                     }
                 }
-                Some(done) = self.asked.recv() => {
+                Some(Reloaded { by, rule, done }) = self.asked.recv() => {
                     // An operator who hung up needs no answer.
-                    let _ = done.send(self.once(&agent, &reporter).await);
+                    let _ = done.send(self.recorded(&agent, &reporter, &by, Some(&rule)).await);
                 }
                 else => return,
             }
         }
+    }
+
+    /// Who may sign, and with what, may be another from then on.
+    async fn recorded(
+        &self,
+        agent: &Arc<Agent>,
+        reporter: &HealthReporter,
+        by: &Identity,
+        rule: Option<&str>,
+    ) -> Result<Vec<String>, String> {
+        let reloaded = self.once(agent, reporter).await;
+        let reason = reloaded.as_ref().err().cloned().unwrap_or_default();
+        let outcome = if reloaded.is_ok() { "done" } else { "failed" };
+        let entry = Entry { action: "reload", rule, outcome, reason: &reason, ..operator::about(by) };
+        if let Err(status) = agent.record(&entry, Instant::now() + audit::PATIENCE).await {
+            // It is in force all the same; nothing is signed until the log can be written.
+            tracing::error!(error = status.message(), "that the configuration was read anew is not recorded");
+        }
+        reloaded
     }
 
     /// A configuration with mistakes changes nothing.

@@ -40,7 +40,7 @@ pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
     /// What it is about: `sign`, `look` (at a key, when denied), `unlock`, `unblock`, what `omsign-agent key` does
-    /// (`generate`, `csr` and so on), or the log itself: `audit`.
+    /// (`generate`, `csr` and so on), `reload`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]

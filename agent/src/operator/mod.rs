@@ -97,8 +97,14 @@ enum Answer {
     Done(Result<Output, String>),
 }
 
-/// Where it is told whether the configuration was read anew, and what has to be done then; or what is wrong with it.
-pub(crate) type Reloaded = oneshot::Sender<Result<Vec<String>, String>>;
+/// An operator who wants the configuration read anew.
+pub(crate) struct Reloaded {
+    pub(crate) by: Identity,
+    /// The rule that lets them.
+    pub(crate) rule: String,
+    /// Where it is told what has to be done then, or what is wrong with it.
+    pub(crate) done: oneshot::Sender<Result<Vec<String>, String>>,
+}
 
 /// The socket of an agent.
 pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
@@ -240,7 +246,8 @@ async fn attend(
     };
     if matches!(command, Command::Reload) {
         let (done, reloaded) = oneshot::channel();
-        let sent = reload.send(done).await.is_ok();
+        let asked = Reloaded { by: identity.clone(), rule: rule.name.clone(), done };
+        let sent = reload.send(asked).await.is_ok();
         return match reloaded.await {
             Ok(Ok(notes)) if sent => {
                 notes.iter().for_each(|note| say(note));
