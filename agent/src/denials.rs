@@ -58,7 +58,8 @@ impl Denials {
     fn admit_at(&self, refused: Refused, now: Instant) -> Option<u64> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() > KNOWN {
-            all.retain(|_, it| it.last.is_some() || now.duration_since(it.since) < PAUSE * EACH);
+            let waits = |it: &Recorded| it.unrecorded > 0 && it.last.is_some();
+            all.retain(|_, it| waits(it) || now.duration_since(it.since) < PAUSE * EACH);
         }
         let begin = Recorded { left: EACH, since: now, unrecorded: 0, last: None };
         let Recorded { left, since, unrecorded, .. } = all.entry(refused).or_insert(begin);
@@ -92,6 +93,18 @@ mod tests {
         }
         assert_eq!((admit(1, 0), admit(1, 999), admit(2, 999)), (None, None, Some(0)));
         assert_eq!((admit(1, 1000), admit(1, 1001), admit(1, 2001)), (Some(2), None, Some(1)));
+        // Of whom all was recorded in the end, nothing is kept for ever.
+        let known =
+            |uid| denials.0.lock().expect("no panic").keys().any(|(caller, ..)| *caller == Caller::Uid(uid));
+        let one = Identity::Unix { uid: 1, user: None, groups: Vec::new(), pid: None };
+        denials.unrecorded(&one, "look", "no such key", 0);
+        assert_eq!((admit(1, 3001), admit(1, 3002)), (Some(0), None));
+        denials.unrecorded(&one, "look", "no such key", 0);
+        let others = 10_000..10_001 + u32::try_from(KNOWN).expect("few");
+        assert!(others.into_iter().all(|uid| admit(uid, 500_000) == Some(0)));
+        assert!(known(1) && denials.rest().len() == 1);
+        assert_eq!(admit(2, 500_001), Some(0));
+        assert!(!known(1));
         // Whoever waits is one like others again.
         assert_eq!((0..2 * EACH).filter(|_| admit(1, 1_000_000).is_some()).count(), EACH as usize);
     }

@@ -39,12 +39,12 @@ impl Setup {
                 on_token.push(key.spec(name));
             }
         }
-        let stays = |(name, token): (&String, &config::Token)| {
+        let same = |(name, token): (&String, &config::Token)| {
             let keys = objects.get(name.as_str()).map_or(&[][..], Vec::as_slice);
             let old = before?.tokens.get(name).filter(|old| old.is_for(token, keys))?;
             Some((name.clone(), Arc::clone(old)))
         };
-        let mut tokens: BTreeMap<_, _> = config.tokens.iter().filter_map(stays).collect();
+        let mut tokens: BTreeMap<_, _> = config.tokens.iter().filter_map(same).collect();
         for (name, token) in &config.tokens {
             if tokens.contains_key(name) {
                 continue;

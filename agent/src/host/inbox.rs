@@ -47,7 +47,7 @@ impl Inbox {
     }
 
     /// How many requests are here; never waits.
-    pub(super) fn waiting(&mut self) -> io::Result<usize> {
+    fn waiting(&mut self) -> io::Result<usize> {
         if self.reader.buffer().is_empty() && self.is_more_here() {
             self.reader.fill_buf()?;
         }

@@ -53,16 +53,16 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
     Failure { class, message }
 }
 
-/// What the TPM, or the way to it, answered.
-pub(super) fn code(error: &Error) -> Option<Code> {
-    let Error::Tss2Error(code) = error else { return None };
-    code.kind()
-}
-
 /// The same of a key or session that the TPM does not let go of: whatever the reason, there is room for three. Another process
 /// begins without any.
 pub(super) fn kept(what: &str, error: &Error) -> Failure {
     Failure { class: Class::Gone, ..classify(what, error) }
+}
+
+/// What the TPM, or the way to it, answered.
+pub(super) fn code(error: &Error) -> Option<Code> {
+    let Error::Tss2Error(code) = error else { return None };
+    code.kind()
 }
 
 /// The same where a key that was found is used. Its handle is of nothing when somebody took the key from the TPM: then it is
