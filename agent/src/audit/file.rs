@@ -1,6 +1,6 @@
 //! The file behind the log: whole lines or nothing.
 
-use std::fs::{DirBuilder, File, Metadata, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, Metadata, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -165,22 +165,25 @@ fn locked(directory: &Path, lock: &str, name: &str) -> io::Result<File> {
 
 /// Opens a file, or makes it. Made by root, it is the directory's owner's, as if their agent had made it.
 fn opened(path: &Path) -> io::Result<File> {
-    let there = || OpenOptions::new().read(true).append(true).open(path);
-    let (parent, name) = match (there(), path.parent(), path.file_name()) {
-        (Err(missing), Some(parent), Some(name)) if missing.kind() == io::ErrorKind::NotFound => {
-            (parent, name)
-        }
-        (opened, ..) => return opened,
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidFilename.into());
     };
-    // Whoever owns the directory may put links in it, and others in its place: what is made is in this one, or nowhere.
+    // Whoever owns the directory may put links in it, and others in its place: it is in this one, or nowhere.
     let directory = openat(CWD, parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let file = match openat(&directory, name, flags, Mode::RUSR | Mode::WUSR) {
-        Err(Errno::EXIST) => return there(),
+    let (owner, us) = (fstat(&directory)?, rustix::process::geteuid());
+    let follow = if owner.st_uid == us.as_raw() { OFlags::empty() } else { OFlags::NOFOLLOW };
+    let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC;
+    let there = || openat(&directory, name, flags | follow, Mode::empty()).map(File::from);
+    match there() {
+        Err(Errno::NOENT) => {}
+        found => return Ok(found?),
+    }
+    let file = match openat(&directory, name, flags | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR)
+    {
+        Err(Errno::EXIST) => return Ok(there()?),
         made => File::from(made?),
     };
-    if rustix::process::geteuid().is_root() {
-        let owner = fstat(&directory)?;
+    if us.is_root() {
         std::os::unix::fs::fchown(&file, Some(owner.st_uid), Some(owner.st_gid))?;
     }
     Ok(file)
@@ -229,11 +232,14 @@ mod tests {
         let (log, planted) = (directory.path().join("audit.jsonl"), elsewhere.path().join("planted"));
         std::os::unix::fs::symlink(&planted, &log).expect("linked");
         assert!(opened(&log).is_err() && !planted.exists());
-        std::fs::remove_file(&log).expect("removed");
-        // Root leaves what it makes to the directory's owner.
+        std::fs::write(&planted, b"theirs").expect("written");
+        assert!(opened(&log).is_ok(), "our own link");
+        // Root leaves what it makes to the directory's owner, and follows none of theirs.
         if rustix::process::geteuid().is_root() {
             std::os::unix::fs::chown(directory.path(), Some(54321), Some(54322)).expect("given away");
+            assert!(opened(&log).is_err(), "another's link");
         }
+        std::fs::remove_file(&log).expect("removed");
         let owner = std::fs::metadata(directory.path()).expect("there");
         let made = opened(&log).expect("made").metadata().expect("there");
         assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (owner.uid(), owner.gid(), 0o600));
