@@ -10,6 +10,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
+use omsign_tests::device::debian_module;
 use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::process::Signal;
@@ -188,13 +189,18 @@ fn a_factory_pin_signs_nothing() -> anyhow::Result<()> {
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
     ensure!(errors.contains(expected) && errors.contains("omsign agent unlock card"), "{errors}");
     ensure!(agent.stop()?.success());
-    let uri = format!("piv:serial=7000021;slot=9c?pin-source={}", text(&card.pin_file()));
-    let mut without = std::process::Command::new(omsign_fixtures::built("omsign")?);
-    without.args(["sign", "model", "--key-uri", &uri]).current_dir(world.path(""));
-    world.without_surprises(&mut without);
-    let output = without.env("PCSCLITE_CSOCK_NAME", card.socket()).output()?;
-    let errors = String::from_utf8(output.stderr)?;
-    ensure!(output.status.code() == Some(2) && errors.contains(expected), "{errors}");
+    // Nor without an agent, nor through the modules by which others reach the same card.
+    let modules = ["libykcs11.so", "opensc-pkcs11.so"].map(debian_module);
+    let keys = modules.map(|module| format!("pkcs11:slot-id=0;id=%02?module-path={module}&"));
+    for key in [String::from("piv:serial=7000021;slot=9c?")].iter().chain(&keys) {
+        let uri = format!("{key}pin-source={}", text(&card.pin_file()));
+        let mut without = std::process::Command::new(omsign_fixtures::built("omsign")?);
+        without.args(["sign", "model", "--key-uri", &uri]).current_dir(world.path(""));
+        world.without_surprises(&mut without);
+        let output = without.env("PCSCLITE_CSOCK_NAME", card.socket()).output()?;
+        let errors = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(2) && errors.contains(expected), "{uri}: {errors}");
+    }
     let (_, report) = world.doctor()?;
     ensure!(
         report.contains("3 PIN tries left") && report.contains("PIN is the one from the factory"),

@@ -89,8 +89,8 @@ pub(crate) fn open(
 /// Sets a PIN anew, whatever became of the old one.
 pub(crate) fn unblock(token: &config::Token, fresh: &Fresh) -> Result<(), Failure> {
     match &token.device {
-        config::Device::Pkcs11 { module, select, .. } => {
-            pkcs11::unblock(module, select, &new_pin(token, fresh)?, fresh)
+        config::Device::Pkcs11 { module, select, profile } => {
+            pkcs11::unblock(module, select, profile, &new_pin(token, fresh)?, fresh)
         }
         config::Device::Piv { serial } => piv::unblock(*serial, &new_pin(token, fresh)?, fresh),
         config::Device::Tpm(_) => Err(refused(
@@ -106,6 +106,12 @@ fn new_pin(token: &config::Token, fresh: &Fresh) -> Result<Pin, Failure> {
         return Err(refused("it takes the security officer's PIN, or a card's PUK; none was given".into()));
     }
     Pin::new(fresh.pin.clone()).map_or_else(|| read_pin(&token.pin).map_err(refused), Ok)
+}
+
+/// A PIN that everybody knows signs nothing.
+fn factory_pin(how_to_change: &str) -> Failure {
+    let is = "its PIN is the one from the factory, which everybody knows";
+    locked(format!("{is}; change it with {how_to_change}"))
 }
 
 /// Looks at a device without logging in, for `doctor`.

@@ -1,6 +1,7 @@
 //! What is known of PKCS#11 modules, as data: `hsm-config/profiles/NAME.toml`, compiled in. A module that none is
 //! about is taken to do what PKCS#11 says.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub struct Profile {
     pub only_writing_sessions: bool,
     /// The form of its PIN, where that is not just a PIN.
     pub pin: String,
+    /// The PINs that its devices have when they are new, and how each is changed.
+    pub factory_pins: BTreeMap<String, String>,
     /// Its own configuration may hold the PIN.
     pub may_hold_pin: bool,
     /// Its vendor's own numbers.
@@ -116,6 +119,7 @@ impl Default for Profile {
             shows_public_before_login: true,
             only_writing_sessions: false,
             pin: String::new(),
+            factory_pins: BTreeMap::new(),
             may_hold_pin: false,
             instead: Instead::default(),
             hides_public_keys: false,

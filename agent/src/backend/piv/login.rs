@@ -3,7 +3,7 @@
 use yubikey::YubiKey;
 use yubikey::piv::{self, ManagementSlotId, SlotId};
 
-use super::super::{LAST_TRY, Say, UNANSWERED, gone, locked, pin_for};
+use super::super::{LAST_TRY, Say, UNANSWERED, factory_pin, gone, locked, pin_for};
 use super::errors::{self, classify};
 use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN};
 use crate::host::wire::{Failure, OpenSpec, Opening};
@@ -52,11 +52,7 @@ fn has_all_tries(yubikey: &mut YubiKey) -> bool {
 /// A PIN that a card can have, and that not everybody knows.
 pub(super) fn is_fit(pin: &Pin) -> Result<(), Failure> {
     if pin.expose().as_bytes() == FACTORY_PIN {
-        return Err(locked(
-            "its PIN is the one from the factory, which everybody knows; change it with `omsign-agent init yubikey` or \
-             `ykman piv access change-pin`"
-                .into(),
-        ));
+        return Err(factory_pin("`omsign-agent init yubikey` or `ykman piv access change-pin`"));
     }
     if !(SHORTEST_PIN..=LONGEST_PIN).contains(&pin.expose().len()) {
         let message = format!("its PIN has {SHORTEST_PIN} to {LONGEST_PIN} bytes, and the one given has not");

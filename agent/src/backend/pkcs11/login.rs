@@ -8,7 +8,7 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use super::super::{Doing, LAST_TRY, Notify, Say, UNANSWERED, gone, locked, refused};
+use super::super::{Doing, LAST_TRY, Notify, Say, UNANSWERED, factory_pin, gone, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
 use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
@@ -44,6 +44,7 @@ pub(super) fn log_in(
         Some(pin) => pin,
         None => read_pin(&spec.token.pin).map_err(locked)?,
     };
+    is_fit(&pin, profile)?;
     let pin = AuthPin::new(pin.expose().into());
     // The agent has to know before the token does: a module that hangs or crashes now may have counted a try.
     say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
@@ -61,6 +62,14 @@ pub(super) fn log_in(
     }
     say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
     Ok(Some(pin))
+}
+
+/// A PIN that not everybody knows.
+pub(super) fn is_fit(pin: &Pin, profile: &Profile) -> Result<(), Failure> {
+    match profile.factory_pins.get(pin.expose()) {
+        Some(how) => Err(factory_pin(how)),
+        None => Ok(()),
+    }
 }
 
 /// The security officer logs in, once, and sets the user's PIN.

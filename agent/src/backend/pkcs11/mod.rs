@@ -139,9 +139,11 @@ pub(super) fn prepare(module: &Path, fresh: &Fresh) -> Result<(), Failure> {
 pub(super) fn unblock(
     module: &Path,
     select: &TokenSelector,
+    profile: &Profile,
     pin: &Pin,
     fresh: &Fresh,
 ) -> Result<(), Failure> {
+    login::is_fit(pin, profile)?;
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
     let session = pkcs11.open_rw_session(slot).map_err(|error| classify("open a session", &error))?;
