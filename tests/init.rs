@@ -110,6 +110,20 @@ fn tpm() -> anyhow::Result<()> {
     works(&world, &[&["tpm", "--tcti", &chip.tcti()], &SUBJECT[..]].concat(), &[], "", None)
 }
 
+/// Of a TPM with an owner, what only that one knows is asked for.
+#[test]
+fn tpm_with_an_owner() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let chip = SwTpm::create(&place.path("tpm"))?;
+    chip.tool("tpm2_changeauth", |tool| {
+        tool.args(["-c", "owner", "owner-auth-8080"]);
+    })?;
+    let tcti = chip.tcti();
+    let arguments = [&["tpm", "--tcti", &tcti], &SUBJECT[..]].concat();
+    refuses(&world, &arguments, "", "no authorization value of the TPM's owner hierarchy was given")?;
+    works(&world, &arguments, &[], "owner-auth-8080\n", None)
+}
+
 #[test]
 fn yubikey() -> anyhow::Result<()> {
     let (world, place) = (World::new()?, World::new()?);
@@ -159,6 +173,19 @@ fn yubikey() -> anyhow::Result<()> {
     refuses_with(&other, &arguments, &environment, "00000000\n", "it refused the PIN; 2 tries are left")?;
     works(&other, &arguments, &environment, "97531864\n", Some("97531864"))?;
     ensure!(piv::PIN != "97531864");
+    // A key that is there is taken when that is what is wanted.
+    let existing = |slot| [&["yubikey", "--existing", "--slot", slot], &SUBJECT[..]].concat();
+    let third = World::new()?;
+    refuses_with(&third, &existing("82"), &environment, "", "the card has no key in slot 82")?;
+    for tries in ["2 tries are left", "1 try is left"] {
+        refuses_with(&third, &existing("9a"), &environment, "00000000\n", tries)?;
+    }
+    let warning = "one wrong PIN more blocks this YubiKey's PIN";
+    refuses_with(&third, &existing("9a"), &environment, "", warning)?;
+    works(&third, &existing("9a"), &environment, "97531864\n", Some("97531864"))?;
+    let [request, before] = [&third, &other].map(|world| std::fs::read(world.path("release.csr")));
+    let (request, before) = (X509Req::from_pem(&request?)?, X509Req::from_pem(&before?)?);
+    ensure!(request.public_key()?.public_eq(before.public_key()?.as_ref()), "another key");
     Ok(())
 }
 
@@ -185,10 +212,30 @@ fn pkcs11() -> anyhow::Result<()> {
     let arguments = [&["pkcs11", "--module", MODULE], &SUBJECT[..]].concat();
     refuses(&world, &["pkcs11", "--profile", "nothing"], "", "\"nothing\" is unknown; write one of softhsm")?;
     refuses(&world, &["pkcs11", "--profile", "luna"], "", "the profile's library is not installed")?;
+    refuses(&world, &["pkcs11", "--profile", "tpm2-pkcs11"], "", "told by TPM2_PKCS11_STORE")?;
     let wrong = [&arguments[..], &["--label", "other"]].concat();
     refuses_with(&world, &wrong, &environment, "", "choose one token: --label \"acme\"")?;
     refuses_with(&world, &arguments, &environment, "wrong-pin-5714\n", "it refused the PIN")?;
     works(&world, &arguments, &environment, &format!("{PIN}\n"), Some(PIN))?;
+    // What was made, or anything that is there, is taken once more when that is wanted.
+    let third = World::new()?;
+    refuses_with(
+        &third,
+        &arguments,
+        &environment,
+        &format!("{PIN}\n"),
+        "if the key is there already, --existing uses it",
+    )?;
+    let existing = [&arguments[..], &["--existing"]].concat();
+    let absent = [&existing[..], &["--key-label", "absent"]].concat();
+    refuses_with(
+        &third,
+        &absent,
+        &environment,
+        &format!("{PIN}\n"),
+        "has no private key with label \"absent\"",
+    )?;
+    works(&third, &existing, &environment, &format!("{PIN}\n"), Some(PIN))?;
     // Where users make no keys, one is there already.
     let (other, token) = (World::new()?, SoftHsm::create(&place.path("u"), "nethsm")?);
     let environment = [("SOFTHSM2_CONF", text(&token.config()))];

@@ -1,9 +1,11 @@
 //! What a token shows when it is opened: halves that do not belong together, and a module that keeps dying.
 
+use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
@@ -11,6 +13,9 @@ use omsign_tests::device::card_through;
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
+
+/// A user that owns nothing.
+const NOBODY: u32 = 65534;
 
 /// A signature that no announced key verifies would be found by its readers only: each key signs a challenge first.
 #[test]
@@ -306,5 +311,24 @@ fn doctor_leaves_the_tokens_of_a_running_agent_alone() -> anyhow::Result<()> {
     ensure!(status.success() && said.contains("warning listen.tls") && said.contains("in use"), "{said}");
     ensure!(said.contains("nobody could unlock a token"), "{said}");
     ensure!(proxy.calls("C_Login") == 2 && said.contains("signs and verifies"), "{said}");
+    Ok(())
+}
+
+/// Its device is there, for a group that the user is not in. Needs root, which alone can become somebody else.
+#[test]
+fn a_tpm_of_another_group() -> anyhow::Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test becomes another user; run it as root");
+    let home = tempfile::Builder::new().prefix("omsign-group-").tempdir()?;
+    std::os::unix::fs::chown(home.path(), Some(NOBODY), Some(NOBODY))?;
+    let (device, program) = (home.path().join("tpmrm0"), home.path().join("omsign-agent"));
+    omsign_fixtures::write_private(&device, b"")?;
+    std::fs::copy(built("omsign-agent")?, &program)?;
+    let tcti = format!("device:{}", device.display());
+    let mut init = Command::new(&program);
+    init.args(["init", "tpm", "--tcti", &tcti, "--directory"]).arg(home.path().join("agent"));
+    let output = init.uid(NOBODY).gid(NOBODY).current_dir("/").output()?;
+    let errors = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(2) && errors.contains("SupplementaryGroups=tss"), "{errors}");
+    ensure!(!home.path().join("agent").exists(), "an empty directory was left");
     Ok(())
 }

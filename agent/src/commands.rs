@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, PinSource};
-use omsign_agent::init::{Init, Secret};
+use omsign_agent::init::Init;
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
 use omsign_agent::key_life::{Asking, Command, NEXT, Need, Output, TokenKeys};
@@ -164,16 +164,16 @@ pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
     let (mut officer, mut pin) = (Zeroizing::new(String::new()), Zeroizing::new(String::new()));
     match &configured.device {
         Device::Pkcs11 { .. } => {
-            officer = answered(&format!("security officer's PIN of token {token}"), Secret::Yes)?;
+            officer = answered(&format!("security officer's PIN of token {token}"))?;
         }
-        Device::Piv { .. } => officer = answered(&format!("PUK of token {token}"), Secret::Yes)?,
+        Device::Piv { .. } => officer = answered(&format!("PUK of token {token}"))?,
         // It has none, and the agent says what to do.
         Device::Tpm(_) => {}
     }
     if configured.pin == PinSource::Prompt {
-        pin = answered("new PIN", Secret::Yes)?;
+        pin = answered("new PIN")?;
         ensure!(!pin.is_empty(), "that is no PIN");
-        ensure!(answered("the same once more", Secret::Yes)? == pin, "those are not the same PIN");
+        ensure!(answered("the same once more")? == pin, "those are not the same PIN");
     }
     let unblock = Unblock { token, officer: officer.to_string(), pin: pin.to_string() };
     runtime()?.block_on(operator::unblock(config, unblock))?;
@@ -181,9 +181,9 @@ pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks on the terminal, or reads a line where there is none.
-fn answered(question: &str, secret: Secret) -> std::io::Result<Zeroizing<String>> {
-    if std::io::stdin().is_terminal() && secret == Secret::Yes {
+/// Asks on the terminal, where it is not shown, or reads a line where there is none.
+fn answered(question: &str) -> std::io::Result<Zeroizing<String>> {
+    if std::io::stdin().is_terminal() {
         return rpassword::prompt_password(format!("{question}: ")).map(Zeroizing::new);
     }
     begin_line(question);

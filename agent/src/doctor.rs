@@ -113,12 +113,8 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
 /// What the module is known to need.
 fn environment(token: &config::Token, subject: &str, report: &mut Report) {
     let config::Device::Pkcs11 { profile, .. } = &token.device else { return };
-    let set = |name: &String| token.env.contains_key(name) || std::env::var_os(name).is_some();
-    for name in profile.environment.iter().filter(|name| !set(name)) {
-        let message = format!(
-            "this module is told by {name} where its configuration is, which is not set; add it to env"
-        );
-        report.add(Level::Warning, subject, message);
+    for unset in profile.unset(&token.env) {
+        report.add(Level::Warning, subject, format!("{unset}; add it to env"));
     }
 }
 

@@ -154,6 +154,15 @@ impl Profile {
         PROFILES.iter().map(|(_, text)| parse(text)).find(about).unwrap_or_default()
     }
 
+    /// What is to be said of each variable that the library needs, and that is set neither here nor in the environment.
+    pub fn unset(&self, env: &BTreeMap<String, String>) -> Vec<String> {
+        let unset = |name: &&String| !env.contains_key(*name) && std::env::var_os(name).is_none();
+        let told = |name: &String| {
+            format!("this module is told by {name} where its configuration is, which is not set")
+        };
+        self.environment.iter().filter(unset).map(told).collect()
+    }
+
     /// The library, if it is installed.
     pub fn library(&self) -> Option<PathBuf> {
         self.libraries.iter().find(|path| path.is_file()).cloned()

@@ -134,6 +134,10 @@ pub(crate) struct SurveyedToken {
     pub(crate) device: String,
     pub(crate) selected: bool,
     pub(crate) factory: Vec<Factory>,
+    /// How often its PIN may still be wrong, where that can be seen.
+    pub(crate) tries: Option<u8>,
+    /// Whether the owner hierarchy of a TPM has an authorization value.
+    pub(crate) has_owner_auth: bool,
     /// Places that hold keys, where that can be seen without a login.
     pub(crate) objects: Vec<config::Object>,
     /// Things worth knowing: PIN flags, session limit.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use zeroize::Zeroizing;
 
-use super::{Ask, Init, InitError, Left, Secret};
+use super::{Ask, Init, InitError, Left, Wish};
 use crate::algorithm::KeyType;
 use crate::config::{Device, Object, PinSource, Profile, Tcti, Token, TokenSelector};
 use crate::host::task::TouchPolicy;
@@ -16,58 +16,6 @@ use crate::token::{prepare, survey};
 
 /// What every YubiKey has when it is new: its PIN and its PUK.
 const FACTORY: [&str; 2] = ["123456", "12345678"];
-
-/// What kind of device somebody has.
-#[derive(Clone, Debug, clap::Subcommand)]
-pub enum Wish {
-    /// A token in software, for trials: made in the directory
-    Softhsm,
-    /// A TPM 2.0: the key is a file that no other TPM can use
-    Tpm {
-        /// How it is reached [default: device:/dev/tpmrm0]
-        #[arg(long)]
-        tcti: Option<String>,
-    },
-    /// A YubiKey 5: PIN, PUK and management key from the factory are changed first
-    Yubikey {
-        /// Its serial number, where there are several
-        #[arg(long)]
-        serial: Option<u32>,
-        /// Where the key goes
-        #[arg(long, default_value = "9c")]
-        slot: String,
-        /// When it waits for a touch
-        #[arg(long, value_name = "WHEN")]
-        touch_policy: Option<TouchPolicy>,
-    },
-    /// Any device with a PKCS#11 module, whose token is initialized
-    Pkcs11 {
-        /// What is known of the module: softhsm, yubihsm2, luna and others of hsm-config/profiles
-        #[arg(long, required_unless_present = "module")]
-        profile: Option<String>,
-        /// The module [default: that of the profile]
-        #[arg(long)]
-        module: Option<PathBuf>,
-        /// The token's label, where there are several
-        #[arg(long)]
-        label: Option<String>,
-        /// The key's label on the token, as `pkcs11-tool --list-objects` shows it [default: the key's name]
-        #[arg(long)]
-        key_label: Option<String>,
-    },
-}
-
-impl Wish {
-    /// Whether it is known of all such devices that they have no keys of this type.
-    pub(super) fn cannot_make(&self, key_type: KeyType) -> bool {
-        match self {
-            Self::Softhsm => key_type.is_ml_dsa(),
-            Self::Tpm { .. } => key_type.is_ml_dsa() || key_type == KeyType::Ed25519,
-            Self::Yubikey { .. } => key_type.is_ml_dsa() || key_type == KeyType::P521,
-            Self::Pkcs11 { .. } => false,
-        }
-    }
-}
 
 /// A device, in the words of the configuration.
 pub(super) struct Chosen {
@@ -79,9 +27,23 @@ pub(super) struct Chosen {
     pub(super) key_type: KeyType,
     /// The PIN, where the configuration does not say where it is.
     pub(super) pin: Option<Zeroizing<String>>,
-    /// What makes its keys, where its users' login cannot: one is there already then.
+    /// Whether its key is there already.
+    pub(super) exists: bool,
+    /// What makes its keys, where its users' login cannot.
     pub(super) made_by: String,
     pub(super) notes: Vec<String>,
+}
+
+impl Chosen {
+    /// Says what a key without a touch means.
+    fn touched(mut self, policy: Option<TouchPolicy>) -> Self {
+        if !self.exists && policy.is_none_or(|policy| policy == TouchPolicy::Never) {
+            let note =
+                "it signs without a touch; --touch-policy always makes one that waits for it each time";
+            self.notes.push(note.into());
+        }
+        self
+    }
 }
 
 impl Init {
@@ -90,26 +52,29 @@ impl Init {
         &self,
         ask: Ask<'_>,
         say: &(dyn Fn(&str) + Sync),
-        left: &mut Left,
+        left: &mut Left<'_>,
     ) -> Result<Chosen, InitError> {
         match &self.wish {
             Wish::Softhsm => self.softhsm(left).await,
-            Wish::Tpm { tcti } => self.tpm(tcti.as_deref(), left).await,
-            Wish::Yubikey { serial, slot, .. } => self.yubikey(*serial, slot, ask, say).await,
-            Wish::Pkcs11 { profile, module, label, key_label } => {
+            Wish::Tpm { tcti } => self.tpm(tcti.as_deref(), ask, left).await,
+            Wish::Yubikey { serial, slot, touch_policy, .. } => {
+                let chosen = self.yubikey(*serial, slot, ask, say).await?;
+                Ok(chosen.touched(*touch_policy))
+            }
+            Wish::Pkcs11 { profile, module, label, key_label, .. } => {
                 let key_label = key_label.as_ref().unwrap_or(&self.name);
                 self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), key_label, ask).await
             }
         }
     }
 
-    async fn softhsm(&self, left: &mut Left) -> Result<Chosen, InitError> {
+    async fn softhsm(&self, left: &mut Left<'_>) -> Result<Chosen, InitError> {
         let profile = Profile::named("softhsm").map_err(InitError::Device)?;
         let absent = || InitError::Device("SoftHSM is not installed: apt-get install softhsm2".into());
         let module = profile.library().ok_or_else(absent)?;
         let directory = self.directory.join("softhsm");
         std::fs::create_dir(&directory).map_err(super::system("make", &directory))?;
-        left.0.push(directory.clone());
+        left.files.push(directory.clone());
         let config = directory.join("softhsm2.conf");
         left.write(&config, &format!("directories.tokendir = {}\nlog.level = ERROR\n", directory.display()))?;
         let (pin, puk) = (random()?, random()?);
@@ -135,26 +100,34 @@ impl Init {
             object: format!("{{ label = {} }}", quoted(&self.name)),
             key_type: KeyType::P384,
             pin: None,
+            exists: false,
             made_by: String::new(),
             notes: vec!["SoftHSM keeps keys in files: for trials, not for releases".into()],
         })
     }
 
-    async fn tpm(&self, tcti: Option<&str>, left: &mut Left) -> Result<Chosen, InitError> {
+    async fn tpm(&self, tcti: Option<&str>, ask: Ask<'_>, left: &mut Left<'_>) -> Result<Chosen, InitError> {
         let text = tcti.unwrap_or(crate::config::DEFAULT_TCTI);
         let parsed: Tcti = text.parse().map_err(|error| InitError::Device(format!("{error}")))?;
         let found = survey(&self.name, &bare(Device::Tpm(parsed))).await.map_err(InitError::Device)?;
+        let mut owner_auth = String::new();
+        if found.tokens.iter().any(|chip| chip.has_owner_auth) {
+            let value = answer("authorization value of the TPM's owner hierarchy", ask)?;
+            self.keep("owner", &value, left)?;
+            owner_auth = format!("owner_auth = {{ file = \"{}.owner\" }}\n", self.name);
+        }
         self.keep("pin", &random()?, left)?;
         let notes = found.tokens.into_iter().flat_map(|token| token.notes).collect();
         Ok(Chosen {
             token: format!(
-                "backend = \"tpm\"\ntcti = {}\npin = {{ file = \"{}.pin\" }}\ntimeout = \"30s\"\n",
+                "backend = \"tpm\"\ntcti = {}\npin = {{ file = \"{}.pin\" }}\n{owner_auth}timeout = \"30s\"\n",
                 quoted(text),
                 self.name
             ),
             object: format!("{{ file = \"{}.tpm.pem\" }}", self.name),
             key_type: KeyType::P256,
             pin: None,
+            exists: false,
             made_by: String::new(),
             notes,
         })
@@ -184,10 +157,26 @@ impl Init {
         let slot_number = Object::piv_slot(slot);
         let wanted =
             slot_number.ok_or_else(|| InitError::Device(format!("there is no slot {slot:?} for keys")))?;
-        if card.objects.contains(&wanted) {
-            let message =
-                format!("the card has a key in {wanted} already; choose another: --slot 9a, 82 to 95");
-            return Err(InitError::Device(message));
+        match (card.objects.contains(&wanted), self.wish.exists()) {
+            (true, true) | (false, false) => {}
+            (true, false) => {
+                return Err(InitError::Device(format!(
+                    "the card has a key in {wanted} already; --existing uses it, or choose another: --slot 9a, 82 to 95"
+                )));
+            }
+            (false, true) => {
+                return Err(InitError::Device(format!(
+                    "the card has no key in {wanted}: leave --existing out"
+                )));
+            }
+        }
+        match card.tries {
+            Some(0) => {
+                let message = "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin";
+                return Err(InitError::Device(message.into()));
+            }
+            Some(1) => say("one wrong PIN more blocks this YubiKey's PIN"),
+            _ => {}
         }
         let mut fresh = Fresh::default();
         fresh.management_key = is(Factory::ManagementKey);
@@ -226,6 +215,7 @@ impl Init {
             object: format!("{{ slot = {} }}", quoted(slot)),
             key_type: KeyType::P256,
             pin: Some(pin),
+            exists: self.wish.exists(),
             made_by: String::new(),
             notes: vec![
                 "keep the PUK where the PIN is not: it unblocks the PIN after three wrong ones".into(),
@@ -252,17 +242,19 @@ impl Init {
         let select = TokenSelector { label: label.map(str::to_owned), ..TokenSelector::default() };
         let select = Box::new(select);
         let token = bare(Device::Pkcs11 { module: module.clone(), select, profile: Box::new(known.clone()) });
-        let Survey { tokens, .. } = survey(&self.name, &token).await.map_err(InitError::Device)?;
+        let told = |message: String| {
+            InitError::Device([vec![message], known.unset(&BTreeMap::new())].concat().join("; "))
+        };
+        let Survey { tokens, .. } = survey(&self.name, &token).await.map_err(told)?;
         let labels: Vec<_> = tokens.iter().map(|token| format!("{:?}", token.label)).collect();
         let selected: Vec<_> = tokens.iter().filter(|token| token.selected).collect();
         let [token] = selected.as_slice() else {
-            let message = match labels.as_slice() {
-                [] => {
-                    "the module shows no initialized token; initialize one with the vendor's tool".to_owned()
-                }
-                labels => format!("choose one token: --label {}", labels.join(" or ")),
-            };
-            return Err(InitError::Device(message));
+            return Err(match labels.as_slice() {
+                [] => told(
+                    "the module shows no initialized token; initialize one with the vendor's tool".into(),
+                ),
+                labels => InitError::Device(format!("choose one token: --label {}", labels.join(" or "))),
+            });
         };
         if !known.made_by.is_empty() && self.key_type.is_some() {
             let message = format!("this device's keys are made with {}; leave --type out", known.made_by);
@@ -282,13 +274,14 @@ impl Init {
             object: format!("{{ label = {} }}", quoted(key_label)),
             key_type: KeyType::P384,
             pin: Some(pin),
+            exists: self.wish.exists() || !known.made_by.is_empty(),
             made_by: known.made_by.clone(),
             notes: token.notes.clone(),
         })
     }
 
     /// Leaves a secret in a file for its owner alone.
-    fn keep(&self, extension: &str, secret: &str, left: &mut Left) -> Result<(), InitError> {
+    fn keep(&self, extension: &str, secret: &str, left: &mut Left<'_>) -> Result<(), InitError> {
         let line = Zeroizing::new(format!("{secret}\n"));
         left.write(&self.directory.join(format!("{}.{extension}", self.name)), &line)
     }
@@ -326,7 +319,7 @@ fn random() -> Result<Zeroizing<String>, InitError> {
 }
 
 fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
-    let answer = ask(question, Secret::Yes)
+    let answer = ask(question)
         .map_err(|source| InitError::System { what: format!("cannot ask for the {question}"), source })?;
     if answer.is_empty() {
         return Err(InitError::Answer(format!("no {question} was given; nothing was changed")));

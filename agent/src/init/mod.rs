@@ -2,6 +2,7 @@
 //! knows. What is there already stays; what was begun and failed is taken back.
 
 mod device;
+mod wish;
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -13,13 +14,14 @@ use x509_cert::request::CertReq;
 use zeroize::Zeroizing;
 
 use self::device::Chosen;
-pub use self::device::Wish;
+pub use self::wish::Wish;
 use crate::algorithm::KeyType;
 use crate::config::Config;
-use crate::key_life::{Command, Output, Subject, Template};
+use crate::key_life::{Command, KeyLifeError, Output, Subject, Template};
 use crate::operator::{self, OperatorError};
 use crate::secret::Pin;
 use crate::spki::SpkiDer;
+use crate::token::TokenError;
 
 /// The name of the configuration.
 const FILE: &str = "agent.toml";
@@ -40,17 +42,8 @@ pub struct Init {
     pub wish: Wish,
 }
 
-/// Asks a person something; what is secret is not shown while it is typed.
-pub type Ask<'a> = &'a dyn Fn(&str, Secret) -> io::Result<Zeroizing<String>>;
-
-/// Whether an answer is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Secret {
-    /// It is not.
-    Yes,
-    /// It is.
-    No,
-}
+/// Asks a person for a secret, which is not shown while it is typed.
+pub type Ask<'a> = &'a dyn Fn(&str) -> io::Result<Zeroizing<String>>;
 
 /// What was made.
 pub struct Made {
@@ -129,14 +122,18 @@ impl Init {
                 "such a device makes no keys of type {key_type}; use p256"
             )));
         }
+        if self.wish.exists() && self.key_type.is_some() {
+            return Err(InitError::Answer("the key is there already; leave --type out".into()));
+        }
+        let fresh = !self.directory.exists();
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.directory)
             .map_err(system("make", &self.directory))?;
         tempfile::tempfile_in(&self.directory).map_err(system("write to", &self.directory))?;
-        let mut left = Left(Vec::new());
-        let Chosen { token, object, key_type, pin, made_by, notes } =
+        let mut left = Left { files: Vec::new(), directory: fresh.then_some(&self.directory) };
+        let Chosen { token, object, key_type, pin, exists, made_by, notes } =
             self.choose(ask, say, &mut left).await?;
         let uid = rustix::process::geteuid().as_raw();
         let apart = "[listen]\nunix = { path = \"agent.sock\", mode = \"0600\" }\n\n[audit]\ndirectory = \"audit\"\n\n";
@@ -161,27 +158,35 @@ impl Init {
         };
         let template = Template { key_type, no_da, pin_policy: None, touch_policy, like: None };
         let generate = Command::Generate { key: self.name.clone(), template };
-        let made = if made_by.is_empty() {
-            say("making the key");
-            operator::alone(&loaded, &generate, say, &typed).await.map(drop)
-        } else {
+        // Of one that is there already nothing stays unless it is what is meant.
+        let made = if exists {
             Ok(())
+        } else {
+            say("making the key");
+            operator::alone(&loaded, &generate, say, &typed).await.map(|_| left.files.clear())
         };
         match made {
-            Ok(()) if made_by.is_empty() => left.0.clear(),
-            // One that is there already may be another than is meant: without it, nothing stays.
             Ok(()) => {}
             // The device did not open, or was not asked: nothing was made.
             Err(error @ (OperatorError::Token { .. } | OperatorError::Log(_))) => return Err(error.into()),
+            // None was made where the device says no; the PIN is not one of ours.
+            Err(OperatorError::KeyLife(KeyLifeError::Device {
+                error: error @ TokenError::Refused(_),
+                ..
+            })) if pin.is_some() => {
+                let how = "if the key is there already, --existing uses it";
+                return Err(InitError::Device(format!("{error}; {how}")));
+            }
             // Whether a key was made only the device knows, and what opens it is here.
             Err(error) => {
-                left.0.clear();
+                left.files.clear();
                 return Err(InitError::Begun { config, name: self.name.clone(), error: Box::new(error) });
             }
         }
         let csr = Command::Csr { key: self.name.clone(), subject };
         let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match error {
             OperatorError::Token { .. } | OperatorError::Log(_) => InitError::Operator(error),
+            error if exists && made_by.is_empty() => InitError::Operator(error),
             error if made_by.is_empty() => InitError::Requested {
                 config: config.clone(),
                 name: self.name.clone(),
@@ -195,7 +200,7 @@ impl Init {
         if let Output::Pem(text) = requested? {
             key_type = certified(&text);
             left.write(&request, &text)?;
-            left.0.clear();
+            left.files.clear();
         }
         Ok(Made { config, request, key_type, notes })
     }
@@ -208,23 +213,30 @@ fn certified(request: &str) -> Option<KeyType> {
 }
 
 /// What goes when making it fails.
-struct Left(Vec<PathBuf>);
+struct Left<'a> {
+    files: Vec<PathBuf>,
+    /// Where they are, if that was made for them; unless there is something else by then.
+    directory: Option<&'a Path>,
+}
 
-impl Left {
+impl Left<'_> {
     /// Writes a file that was not there, for its owner alone.
     fn write(&mut self, path: &Path, text: &str) -> Result<(), InitError> {
         let mut options = fs::OpenOptions::new();
         let mut file =
             options.write(true).create_new(true).mode(0o600).open(path).map_err(system("make", path))?;
-        self.0.push(path.to_owned());
+        self.files.push(path.to_owned());
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(system("write", path))
     }
 }
 
-impl Drop for Left {
+impl Drop for Left<'_> {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.files {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
+        if let Some(directory) = self.directory {
+            let _ = fs::remove_dir(directory);
         }
     }
 }

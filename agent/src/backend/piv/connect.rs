@@ -42,13 +42,6 @@ fn unconnected(serial: u32, error: yubikey::Error) -> Failure {
         yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
             in_use(&format!("YubiKey {serial}"))
         }
-        yubikey::Error::PcscError { inner: Some(inner) } => gone(match inner {
-            pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
-                "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`"
-                    .to_owned()
-            }
-            inner => format!("no YubiKey with serial {serial} is connected: {inner}"),
-        }),
         error => classify(&format!("open YubiKey {serial}"), &error),
     }
 }

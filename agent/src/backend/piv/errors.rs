@@ -28,10 +28,23 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         Error::AuthenticationError => {
             (Class::Refused, "the key asks for the PIN, which it did not get".to_owned())
         }
-        Error::PcscError { inner: Some(inner) } => (Class::Gone, inner.to_string()),
+        Error::PcscError { inner: Some(inner) } => (Class::Gone, unserved(*inner)),
         error => (Class::Gone, error.to_string()),
     };
     Failure { class, message: format!("cannot {what}: {why}") }
+}
+
+/// What PC/SC says, and what to do where it serves nobody, or not us.
+pub(super) fn unserved(error: pcsc::Error) -> String {
+    match error {
+        pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
+            "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`".into()
+        }
+        pcsc::Error::SecurityViolation => {
+            "the PC/SC service does not serve this user; let it in with a rule of polkit, as in hsm-config/yubikey.toml".into()
+        }
+        error => error.to_string(),
+    }
 }
 
 /// Who probably holds it: `: scdaemon (process 1234)`, or nothing. Those that are known to do so first, then all that have

@@ -40,7 +40,17 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
     });
     let objects = taken.map(Object::PivSlot).collect();
     leave(yubikey);
-    Ok(SurveyedToken { slot: 0, label: serial.to_string(), device, selected: true, factory, objects, notes })
+    Ok(SurveyedToken {
+        slot: 0,
+        label: serial.to_string(),
+        device,
+        selected: true,
+        factory,
+        tries: Some(tries),
+        has_owner_auth: false,
+        objects,
+        notes,
+    })
 }
 
 /// Lets go of a card as it is. Dropped, it would be reset, which whoever else uses it would notice.

@@ -169,6 +169,8 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             device: device(&info),
             selected: selected && selects(&pkcs11, select, slot, &info),
             factory: Vec::new(),
+            tries: None,
+            has_owner_auth: false,
             objects: Vec::new(),
             notes: login::notes(&info),
         });

@@ -10,6 +10,8 @@ mod keys;
 mod life;
 
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
@@ -28,6 +30,10 @@ use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToke
 use crate::pin::read_pin;
 use crate::secret::Pin;
 use crate::verifier::Verifier;
+
+/// TPMA_PERMANENT (TPM 2.0 Part 2, 8.6).
+const OWNER_AUTH_SET: u32 = 1;
+const IN_LOCKOUT: u32 = 1 << 9;
 
 /// The first handles of keys that are loaded, not kept, and of sessions (TPM 2.0 Part 2, 7.5).
 const LEFTOVERS: [u32; 2] = [0x8000_0000, 0x0200_0000];
@@ -143,7 +149,8 @@ fn own(context: &mut Context, owner_auth: &PinSource) -> Result<(), Failure> {
 pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
     let mut context = connect(tcti)?;
     let device = device(&mut context)?;
-    let notes = match locked_out(&mut context)? {
+    let state = property(&mut context, PropertyTag::Permanent)?;
+    let notes = match state & IN_LOCKOUT != 0 {
         true => vec!["in lockout: wait, or run `tpm2_dictionarylockout --clear-lockout`".to_owned()],
         false => Vec::new(),
     };
@@ -153,6 +160,8 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
         device,
         selected: true,
         factory: Vec::new(),
+        tries: None,
+        has_owner_auth: state & OWNER_AUTH_SET != 0,
         objects: Vec::new(),
         notes,
     };
@@ -162,9 +171,22 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
 fn connect(tcti: &Tcti) -> Result<Context, Failure> {
     let cannot =
         |error: tss_esapi::Error| gone(format!("cannot reach the TPM at {tcti}: {}", describe(&error)));
-    if let Some(absent) = tcti.device().filter(|device| !device.exists()) {
-        let absent = absent.display();
-        return Err(gone(format!("{absent} does not exist; is the TPM switched on in the firmware?")));
+    // Of what is wrong with a file, tpm2-tss says nothing.
+    if let Some(path) = tcti.device()
+        && let Err(error) = OpenOptions::new().read(true).write(true).open(path)
+    {
+        let what = match error.kind() {
+            io::ErrorKind::NotFound => "is the TPM switched on in the firmware?",
+            io::ErrorKind::PermissionDenied => {
+                "add the user to the group that it belongs to (Debian: tss), or give the service that group: \
+                 SupplementaryGroups=tss"
+            }
+            io::ErrorKind::ResourceBusy => {
+                "another program has it; share it with others as device:/dev/tpmrm0"
+            }
+            _ => "is it a TPM?",
+        };
+        return Err(gone(format!("cannot open {}: {error}; {what}", path.display())));
     }
     let name: TctiNameConf = tcti.to_string().parse().map_err(cannot)?;
     let mut context = Context::new(name).map_err(cannot)?;
@@ -224,7 +246,6 @@ fn property(context: &mut Context, tag: PropertyTag) -> Result<u32, Failure> {
 
 /// Whether authorization values of keys are refused at present, right or wrong.
 fn locked_out(context: &mut Context) -> Result<bool, Failure> {
-    const IN_LOCKOUT: u32 = 1 << 9; // TPMA_PERMANENT, TPM 2.0 Part 2, 8.6
     Ok(property(context, PropertyTag::Permanent)? & IN_LOCKOUT != 0)
 }
 
