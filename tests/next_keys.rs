@@ -5,8 +5,9 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::softhsm::SoftHsm;
+use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::agent::Agent;
 use omsign_tests::operator::{self, does, refuses};
 use omsign_tests::world::{World, key, key_section, token_section};
 
@@ -91,9 +92,50 @@ fn of_a_pkcs11_token() -> anyhow::Result<()> {
         let (finish, _) = printed[1].split_once("    ").context("what it is for")?;
         types(&world, finish)?;
     }
+    // As `rotate` says to, where it was named and not made: of the present one's kind.
+    token.generate("p521", KeyType::P521, Objects::Pair)?;
+    let named = key_section("k", "t", "p521").replace("\n[[", "\nnext = { label = \"p521-2\" }\n[[");
+    world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &named)?;
+    refuses(&world, &["rotate", "k"], "`omsign-agent key generate k/next` makes it")?;
+    does(&world, &["generate", "k/next"])?;
+    let next = listed(&world, "k/next")?;
+    ensure!(next.contains("p521"), "{next}");
     let config = key_section("k", "t", "gone").replace("\n[[", "\nnext = { label = \"new\" }\n[[");
     world.write("agent.toml", world.listen() + &token_section("t", &token, "") + &config)?;
     does(&world, &["generate", "k/next", "--type", "p256"]).map(drop)
+}
+
+/// Each changes the one file of all three, and none what another wrote.
+#[test]
+fn rotations_at_the_same_time() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k1", KeyType::P256)?;
+    for label in ["k2", "k3"] {
+        token.generate(label, KeyType::P256, Objects::Pair)?;
+    }
+    let keys: String = ["k1", "k2", "k3"].iter().map(|name| key_section(name, "t", name)).collect();
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &keys))?;
+    let all = |arguments: &[&str]| {
+        std::thread::scope(|scope| {
+            let rotate = |name| {
+                let world = &world;
+                scope.spawn(move || does(world, &[&["rotate", name], arguments].concat()).map(drop))
+            };
+            let at_work = ["k1", "k2", "k3"].map(rotate);
+            at_work.into_iter().try_for_each(|rotated| rotated.join().expect("no panic"))
+        })
+    };
+    for round in 2..5 {
+        all(&[])?;
+        all(&["--finish"])?;
+        let text = std::fs::read_to_string(world.path("agent.toml"))?;
+        for name in ["k1", "k2", "k3"] {
+            let object = format!("object = {{ label = \"{name}-{round}\" }}");
+            ensure!(text.contains(&object) && !text.contains("next ="), "round {round}, {name}: {text}");
+        }
+    }
+    ensure!(agent.stop()?.success());
+    Ok(())
 }
 
 /// Types what was printed.

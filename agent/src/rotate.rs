@@ -1,15 +1,21 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
 use omsign_agent::key_life::{Command, NEXT, Need, Output, Template, how_to_unlock};
-
 use omsign_agent::operator::OperatorError;
 use omsign_agent::spki::SpkiDer;
 
 use crate::commands::{ask, say};
+
+/// A configuration as it was read.
+struct Opened {
+    text: String,
+    _lock: File,
+}
 
 /// A key that is rotated, and the file that names it.
 pub(crate) struct Rotation<'a> {
@@ -20,7 +26,7 @@ pub(crate) struct Rotation<'a> {
 
 impl Rotation<'_> {
     /// Names the next key in the configuration and makes it; returns its public half, PEM.
-    pub(crate) fn begin(&self, mut template: Template, object: Option<&str>) -> anyhow::Result<String> {
+    pub(crate) fn begin(&self, template: Template, object: Option<&str>) -> anyhow::Result<String> {
         let key = self.key()?;
         ensure!(
             key.next.is_none(),
@@ -39,14 +45,13 @@ impl Rotation<'_> {
             None => following(self.name, &key.object)?,
         };
         self.is_free(key, &next)?;
-        if template.key_type.is_none() {
-            let (_, present) = der::pem::decode_vec(self.public(self.name, Need::Shown)?.as_bytes())
-                .map_err(|error| anyhow::anyhow!("{error}"))?;
-            template.key_type = SpkiDer(present).key_type();
-        }
-        let before = self.text()?;
-        let begun = edit::begin(&before, self.name, &self.written(&next))?;
-        self.write(&begun)?;
+        // Making a key takes minutes on some devices, and others may change the file meanwhile.
+        let (before, begun) = {
+            let opened = self.opened()?;
+            let begun = edit::begin(&opened.text, self.name, &self.written(&next))?;
+            self.write(&opened, &begun)?;
+            (opened.text, begun)
+        };
         let public = match self.make(template) {
             Ok(public) => public,
             Err(error) => {
@@ -76,10 +81,14 @@ impl Rotation<'_> {
         Ok(public)
     }
 
-    /// As before it had begun. Making a key takes minutes on some devices, and others may have changed the file meanwhile.
+    /// As before it had begun, but for what others changed.
     fn take_back(&self, begun: &str, before: &str) -> anyhow::Result<()> {
-        let now = self.text()?;
-        if now == *begun { self.write(before) } else { self.write(&edit::take_back(&now, self.name)?) }
+        let now = self.opened()?;
+        let taken_back = match now.text == *begun {
+            true => before.to_owned(),
+            false => edit::take_back(&now.text, self.name)?,
+        };
+        self.write(&now, &taken_back)
     }
 
     fn make(&self, template: Template) -> anyhow::Result<String> {
@@ -118,18 +127,19 @@ impl Rotation<'_> {
         reload(self.config)?;
         let next = self.public(&format!("{}{NEXT}", self.name), Need::Signs)?;
         let present = self.public(self.name, Need::Shown)?;
-        let before = self.text()?;
-        let written = self.written_chain(&before)?;
+        let before = self.opened()?;
+        let written = self.written_chain(&before.text)?;
         let old = match &written {
             // The file that it has is all that verifiers need.
             Some(file) => file.clone(),
             None => self.keep(&present)?,
         };
         let chain = chain.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
-        self.write(&edit::finish(&before, self.name, chain.as_deref(), &old)?)?;
+        let finished = edit::finish(&before.text, self.name, chain.as_deref(), &old)?;
+        self.write(&before, &finished)?;
         // Certificates for another key, or none at all: as it was.
         if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next, &present)) {
-            self.write(&before)?;
+            self.write(&Opened { text: finished, ..before }, &before.text)?;
             if written.is_none() {
                 std::fs::remove_file(self.directory().join(&old))?;
             }
@@ -236,8 +246,22 @@ impl Rotation<'_> {
         std::fs::read_to_string(self.path).with_context(|| format!("{} cannot be read", self.path.display()))
     }
 
-    fn write(&self, text: &str) -> anyhow::Result<()> {
-        edit::write(self.path, text).with_context(|| format!("{} cannot be changed", self.path.display()))
+    /// The file, which no other rotation changes meanwhile.
+    fn opened(&self) -> anyhow::Result<Opened> {
+        let path = self.path.display();
+        let directory = std::fs::canonicalize(self.path).map(|path| path.parent().map(Path::to_owned));
+        let directory = directory.with_context(|| format!("{path} cannot be read"))?;
+        let lock = File::open(directory.as_deref().unwrap_or(Path::new("/")))
+            .and_then(|directory| directory.lock().map(|()| directory))
+            .with_context(|| format!("the directory of {path} cannot be locked"))?;
+        Ok(Opened { text: self.text()?, _lock: lock })
+    }
+
+    /// Changes the file, unless somebody else did.
+    fn write(&self, before: &Opened, text: &str) -> anyhow::Result<()> {
+        let path = self.path.display();
+        ensure!(self.text()? == before.text, "{path} was changed meanwhile, and stays as it is: try again");
+        edit::write(self.path, text).with_context(|| format!("{path} cannot be changed"))
     }
 
     /// The configuration as it is now.

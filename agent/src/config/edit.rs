@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use tempfile::NamedTempFile;
-use toml_edit::{Array, DocumentMut, InlineTable, Item, Table, Value};
+use toml_edit::{Array, DocumentMut, Entry, InlineTable, Item, Table, Value};
 
 use super::Object;
 
@@ -19,6 +19,9 @@ pub enum EditError {
     /// The section is written in a way that is not edited.
     #[error("[key.{0}] is not a section of its own; change it by hand")]
     Section(String),
+    /// Somebody else was quicker.
+    #[error("[key.{0}] has a `next` key already")]
+    Begun(String),
     /// The file system.
     #[error("the configuration cannot be changed")]
     System(#[from] io::Error),
@@ -27,7 +30,10 @@ pub enum EditError {
 /// Has `[key.NAME]` say which key is to take its place.
 pub fn begin(text: &str, name: &str, next: &Object) -> Result<String, EditError> {
     let mut document: DocumentMut = text.parse()?;
-    section(&mut document, name)?.insert("next", Item::Value(written(next)));
+    match section(&mut document, name)?.entry("next") {
+        Entry::Occupied(_) => return Err(EditError::Begun(name.to_owned())),
+        Entry::Vacant(absent) => drop(absent.insert(Item::Value(written(next)))),
+    }
     Ok(document.to_string())
 }
 
@@ -137,5 +143,6 @@ unix = { uid = 0 }
         assert_eq!(finished, expected);
         assert!(finish(BEFORE, "release", None, "x").is_err());
         assert!(begin(BEFORE, "other", &next).is_err());
+        assert!(matches!(begin(&begun, "release", &next), Err(EditError::Begun(_))));
     }
 }

@@ -139,9 +139,15 @@ impl Operator<'_> {
                     let why = format!("a key that is made here can never be on {others}, too");
                     return Err(place.failed(TokenError::Refused(why)));
                 }
-                let present = key.strip_suffix(NEXT).and_then(|name| self.config.keys.get(name));
-                let like = present.map(|present| present.object.clone());
-                let template = Template { like, ..template.clone() };
+                let mut template = template.clone();
+                if let Some(present) = key.strip_suffix(NEXT) {
+                    let present = self.place(present)?;
+                    if template.key_type.is_none() {
+                        let find = Task::Find(present.spec.clone(), Need::Shown);
+                        template.key_type = present.public(find, say).await?.spki.key_type();
+                    }
+                    template.like = Some(present.spec.object);
+                }
                 let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
                 if !others.is_empty() {
                     say(&format!(
