@@ -153,7 +153,7 @@ fn a_log_that_is_moved_away() -> anyhow::Result<()> {
         let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
         let hint = "hint: nothing is signed without its record: make room";
         ensure!(errors.contains("the audit log cannot be written: ") && errors.contains(hint), "{errors}");
-        let serves = || Ok(!world.omsign_ok(&["agent", "status"])?.contains(": not serving"));
+        let serves = || Ok(!world.status()?.contains(": not serving"));
         eventually("the service's end", || Ok(!serves()?))?;
         std::fs::remove_dir(&log)?;
         eventually("service again", serves)?;

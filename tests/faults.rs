@@ -356,7 +356,7 @@ fn a_token_that_is_down_does_not_keep_the_agent_from_starting() -> anyhow::Resul
     eventually("what is there", || {
         Ok(world.omsign_fails(2, &["sign", "model", "--key", "a"])?.contains(present))
     })?;
-    let status = world.omsign_ok(&["agent", "status"])?;
+    let status = world.status()?;
     ensure!(status.contains("token t: ready") && status.contains("token absent: unavailable: "), "{status}");
     ensure!(agent.stop()?.success());
     Ok(())

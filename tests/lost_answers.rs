@@ -13,7 +13,7 @@ use omsign_tests::world::{World, key, key_section, token_section};
 const LOCKED: &str = "locked: it may have counted a PIN that it did not answer";
 
 fn says(world: &World, what: &str) -> anyhow::Result<bool> {
-    Ok(world.omsign_ok(&["agent", "status"])?.contains(what))
+    Ok(world.status()?.contains(what))
 }
 
 /// A card service that ends right when the card has looked at the PIN.

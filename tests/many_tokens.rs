@@ -48,7 +48,7 @@ fn twins() -> anyhow::Result<Twins> {
         + &right.before(&token_section("b", &second, "timeout = \"1s\""))?
         + &on_both();
     let agent = Agent::start(&world, &config)?;
-    eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
+    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
     Ok(Twins { world, _beside: beside, first, second, left, right, agent })
 }
 
@@ -180,7 +180,7 @@ fn a_twin_with_another_key_never_signs() -> anyhow::Result<()> {
     let pin = format!("pin = {{ file = \"{}\" }}", text(&first.pin_file()));
     world.write("agent.toml", config.replace(&pin, "pin = \"prompt\""))?;
     signal(agent.pid(), Signal::HUP)?;
-    eventually("the first one's wait", || Ok(world.omsign_ok(&["agent", "status"])?.contains("locked")))?;
+    eventually("the first one's wait", || Ok(world.status()?.contains("locked")))?;
     let digest = openssl::sha::sha256(b"");
     let refusal = runtime.block_on(async {
         let mut client = connect(world.path("agent.sock")).await?;
@@ -231,7 +231,7 @@ fn one_of_them_hashes() -> anyhow::Result<()> {
         tokens += &token_section(name, &token, "");
     }
     let agent = Agent::start(&world, &(world.listen() + &tokens + &on_both()))?;
-    eventually("both tokens", || Ok(world.omsign_ok(&["agent", "status"])?.matches(": ready").count() == 4))?;
+    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
     let statement = b"{}".to_vec();
     let digest = openssl::sha::sha256(&pae(&statement));
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {

@@ -243,6 +243,7 @@ fn full_disk(world: &World, device: &str) -> anyhow::Result<()> {
         head -c 70000 /dev/zero > disk/filler || true
         # A few more lines fit into the last page of the file.
         for i in $(seq 20); do "$OMSIGN" sign model --key k --signature full.sig >/dev/null || echo "status $?"; done
+        "$AGENT" doctor --config agent.toml > doctor.txt || true
         rm -f full.sig disk/filler
         "$OMSIGN" sign model --key k --signature 2.sig
         ls ?.sig; cat disk/audit/audit.jsonl > audit.jsonl
@@ -253,6 +254,8 @@ fn full_disk(world: &World, device: &str) -> anyhow::Result<()> {
     let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(out.matches("status 2").count() > 5 && out.contains("1.sig\n2.sig\n"), "{out}{errors}");
     ensure!(errors.contains("the audit log cannot be written: No space left on device"), "{out}{errors}");
+    let doctor = fs::read_to_string(world.path("doctor.txt"))?;
+    ensure!(doctor.contains("disk/audit cannot be written: No space left on device"), "{doctor}");
     // The agent in that shell ended with it, and removed its socket.
     ensure!(!world.path("agent.sock").exists(), "{out}{errors}");
     for line in fs::read_to_string(world.path("audit.jsonl"))?.lines() {

@@ -202,9 +202,7 @@ fn a_pin_that_is_refused_at_the_first_signature() -> anyhow::Result<()> {
     // The first is the user's, and the second is for a digest, which kryoptic does not take.
     proxy.set("C_Login a0 0 later\n")?;
     let agent = Agent::start(&world, &(world.listen() + &config))?;
-    eventually("the refusal", || {
-        Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked: key p256"))
-    })?;
+    eventually("the refusal", || Ok(world.status()?.contains("token device: locked: key p256")))?;
     for key in ["a", "p256"] {
         ensure!(signs(&world, key)?.status.code() == Some(2));
     }
@@ -249,9 +247,7 @@ fn is_replaced_in(login: &str) -> anyhow::Result<()> {
         let asks = scope.spawn(|| signs(&world, "p256"));
         eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
         does(&world, &["generate", "missing", "--type", "p256"])?;
-        eventually("its end", || {
-            Ok(world.omsign_ok(&["agent", "status"])?.contains("token device: locked"))
-        })?;
+        eventually("its end", || Ok(world.status()?.contains("token device: locked")))?;
         asks.join().expect("it does not panic").map(drop)
     })?;
     ensure!(proxy.calls("C_Login") == logins + 1, "{} logins", proxy.calls("C_Login") - logins);

@@ -100,7 +100,7 @@ fn a_process_that_ends_takes_its_pin_with_it() -> anyhow::Result<()> {
         signal(host, Signal::KILL)?;
         eventually("its end", || Ok(!agent.hosts()?.contains(&host)))?;
     }
-    eventually("its wait", || Ok(world.omsign_ok(&["agent", "status"])?.contains("it waits for its PIN")))?;
+    eventually("its wait", || Ok(world.status()?.contains("it waits for its PIN")))?;
     let errors = world.omsign_fails(2, &sign)?;
     ensure!(errors.contains("it waits for its PIN") && errors.contains("omsign agent unlock"), "{errors}");
     let unlock = omsign(&world, &["agent", "unlock", "t", "--ask-pin"])?;

@@ -225,7 +225,7 @@ fn a_configuration_is_read_anew() -> anyhow::Result<()> {
     let one = world.listen() + &token_section("a", &first, "") + &key_section("k", "a", "k");
     let agent = Agent::start(&world, &one)?;
     eventually("its process", || Ok(agent.hosts()?.len() == 1))?;
-    let (host, status) = (agent.hosts()?, || world.omsign_ok(&["agent", "status"]));
+    let (host, status) = (agent.hosts()?, || world.status());
     let two = one.clone() + &token_section("b", &second, "") + &key_section("l", "b", "k");
     // Mistakes change nothing.
     world.write("agent.toml", two.replace("label = \"b\"", "labl = \"b\""))?;
@@ -261,13 +261,11 @@ fn a_refused_pin_stays_refused() -> anyhow::Result<()> {
         anyhow::Ok(world.listen() + &section + &key_section("k", "t", "k"))
     };
     let agent = Agent::start(&world, &config("9s")?)?;
-    eventually("a refusal", || Ok(world.omsign_ok(&["agent", "status"])?.contains("it refused the PIN")))?;
+    eventually("a refusal", || Ok(world.status()?.contains("it refused the PIN")))?;
     world.write("agent.toml", config("10s")?)?;
     signal(agent.pid(), Signal::HUP)?;
     eventually("a reload", || Ok(agent.log()?.contains("the configuration is reloaded")))?;
-    eventually("the same state", || {
-        Ok(world.omsign_ok(&["agent", "status"])?.contains("it refused the PIN"))
-    })?;
+    eventually("the same state", || Ok(world.status()?.contains("it refused the PIN")))?;
     ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
     write_private(&token.pin_file(), format!("{PIN}\n").as_bytes())?;
     world.omsign_ok(&["agent", "unlock", "t"])?;

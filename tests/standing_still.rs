@@ -193,7 +193,7 @@ fn a_log_that_nobody_reads() -> anyhow::Result<()> {
     drop(agent.0.stderr.take());
     eventually("it signs", || Ok(world.omsign(&["sign", "agent.toml", "--key", "k"])?.status.success()))?;
     does(&world, &["reload"])?;
-    let status = world.omsign_ok(&["agent", "status"])?;
+    let status = world.status()?;
     ensure!(status.contains("token t: ready"), "{status}");
     signal(agent.0.id(), Signal::TERM)?;
     ensure!(agent.0.wait()?.success());

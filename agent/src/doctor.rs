@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 use x509_cert::Certificate;
-use x509_cert::der::{Decode as _, Encode as _};
+use x509_cert::der::Decode as _;
 
 use crate::audit::Audit;
 use crate::config::{self, Config, Key, PinSource, UnixListen};
@@ -15,6 +16,7 @@ use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
 use crate::spki::SpkiDer;
+use crate::tls::certificates_in;
 use crate::token::{State, Token, survey};
 
 /// How long a token may take to open.
@@ -166,6 +168,11 @@ fn listeners(config: &Config, mut running: bool, report: &mut Report) -> bool {
             Some(error) => report.add(Level::Warning, "listen.tls", format!("{message}: {error}")),
             None => report.add(Level::Ok, "listen.tls", message),
         }
+        // What cannot be read, check-config says.
+        let own = certificates_in(&tls.certificate).unwrap_or_default();
+        if let Some((level, validity)) = own.first().and_then(|leaf| validity(leaf)) {
+            report.add(level, "listen.tls", format!("its certificate: {validity}"));
+        }
         let by_certificate = |rule: &Rule| !matches!(rule.matches, Match::Uid(_) | Match::Gid(_));
         if config.listen.unix.is_none() && !config.operators.iter().any(by_certificate) {
             let message = "operators are told by their Unix ids, and there is no Unix socket: nobody could unlock a \
@@ -191,7 +198,10 @@ fn shut_out<'a>(config: &'a Config, unix: &UnixListen) -> impl Iterator<Item = &
 fn audit(config: &Config, report: &mut Report) {
     let shown = config.audit.directory.display();
     let existing = config.audit.directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
+    // A disk that is full takes a file, and nothing in it.
+    let written = tempfile::tempfile_in(existing)
+        .and_then(|mut file| file.write_all(&[0; 4096]).and_then(|()| file.sync_data()));
+    match written {
         Ok(()) => report.add(Level::Ok, "audit", format!("{shown} can be written")),
         Err(error) => {
             let message = format!("{shown} cannot be written: {error}; nothing is signed without it");
@@ -279,15 +289,9 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, s
 
 /// What is wrong with a key's certificate, as seen from the key.
 fn mismatch(key: &Key, spki: &SpkiDer) -> Option<String> {
-    let leaf = Certificate::from_der(key.certificate_chain.first()?).ok()?;
-    let tbs = leaf.tbs_certificate();
-    let certified = tbs.subject_public_key_info().to_der().ok()?;
-    if certified != spki.0 {
-        return Some(
-            "its certificate is for another key; write the one that was issued for it, leaf first".into(),
-        );
-    }
-    None
+    let certified = SpkiDer::of_certificate(key.certificate_chain.first()?)?;
+    let what = "its certificate is for another key; write the one that was issued for it, leaf first";
+    (certified != *spki).then(|| what.into())
 }
 
 /// Whether a certificate is valid, and for how long. The key's owner has to ask for the next one in time.

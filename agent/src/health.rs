@@ -39,6 +39,15 @@ pub(crate) async fn of_token(token: Arc<Token>, agent: Arc<Agent>, reporter: Hea
     }
 }
 
+/// Tells the health service that all is over, and nothing more.
+pub(crate) async fn ends(agent: &Agent, mut reporter: HealthReporter) {
+    let tokens = agent.setup().tokens.keys().map(|name| format!("token.{name}")).collect::<Vec<_>>();
+    for service in tokens.iter().map(String::as_str).chain(["", SERVICE]) {
+        reporter.set_service_status(service, ServingStatus::NotServing).await;
+        reporter.clear_service_status(service).await;
+    }
+}
+
 /// Tells the health service when nothing can be signed since nothing can be recorded, and tries until it can.
 pub(crate) async fn of_audit(agent: Arc<Agent>, reporter: HealthReporter) {
     let mut failing = agent.audit.watch();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use omsign_proto::v1::FILE_DESCRIPTOR_SET;
 use omsign_proto::v1::agent_service_server::AgentServiceServer;
@@ -169,13 +169,7 @@ async fn refused(tokens: &[Arc<Token>]) -> Option<&str> {
 /// until that process closes it.
 pub async fn one_shot(uri: &str, socket: std::os::unix::net::UnixStream) -> Result<(), ServeError> {
     let config = private_config(uri)?;
-    // A file for each call: private agents of one user may run side by side.
-    let name = format!(
-        "one-shot-{}-{}.jsonl",
-        humantime::format_rfc3339_micros(SystemTime::now()),
-        std::process::id()
-    );
-    let audit = Audit::open_own(&config.audit, &name).map_err(ServeError::Audit)?;
+    let audit = Audit::open_own(&config.audit).map_err(ServeError::Audit)?;
     let agent = Arc::new(Agent::start(config, audit));
     let (closed, end) = tokio::sync::oneshot::channel();
     let connection = Connection::private(socket, closed)?;
@@ -251,8 +245,11 @@ async fn run(
     // The older version is all that gRPC's own Python client knows.
     let older_reflection = described().build_v1alpha().expect(COMPILED);
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let watched = Arc::clone(&agent);
     let stop = async move {
         stop.await;
+        // Whoever watches is told so, and waits for nothing more: their streams end.
+        health::ends(&watched, reporter).await;
         stopping.send_replace(true);
     };
     let (serving, working) = (Arc::clone(&agent), Arc::clone(&agent));
@@ -281,10 +278,16 @@ async fn run(
         }
     };
     let close = async {
-        for token in serving.setup().tokens.values() {
-            token.stop().await;
-        }
         serving.record_denials().await;
+        let stop = |token: &Arc<Token>| {
+            let token = Arc::clone(token);
+            tokio::spawn(async move { token.stop().await })
+        };
+        // Side by side: none is left open because another one hangs.
+        let stopping: Vec<_> = serving.setup().tokens.values().map(stop).collect();
+        for token in stopping {
+            let _ = token.await;
+        }
     };
     // What operators have begun is finished and recorded first.
     let operators = u32::try_from(operator::CONNECTIONS).unwrap_or(u32::MAX);

@@ -24,6 +24,8 @@ pub(crate) struct Setup {
     pub(crate) config: Config,
     pub(crate) tokens: BTreeMap<String, Arc<Token>>,
     pub(crate) keys: BTreeMap<Arc<str>, Arc<KeyEntry>>,
+    /// Tokens of configurations before that are still being closed, or whose PIN was refused: one that comes back is theirs.
+    retired: Vec<Arc<Token>>,
 }
 
 impl Setup {
@@ -54,8 +56,7 @@ impl Setup {
                 let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, old));
                 !stays && (old.name == *name || old.is_of(token))
             };
-            let old =
-                before.map_or_else(Vec::new, |before| before.tokens.values().filter(ends).cloned().collect());
+            let old = before.map_or_else(Vec::new, |before| before.ever().filter(ends).cloned().collect());
             let keys = objects.remove(name.as_str()).unwrap_or_default();
             tokens.insert(name.clone(), Token::start(name, token.clone(), keys, old));
         }
@@ -85,10 +86,23 @@ impl Setup {
             (Arc::clone(&shared), Arc::new(KeyEntry::new(shared, key, places, ours)))
         };
         let keys = config.keys.iter().map(entry).collect();
-        Self { config, tokens, keys }
+        let mut retired: Vec<Arc<Token>> = Vec::new();
+        // The latest first.
+        for old in before.into_iter().flat_map(Self::ever) {
+            let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, old));
+            if !stays && old.is_remembered(tokens.values().chain(&retired)) {
+                retired.push(Arc::clone(old));
+            }
+        }
+        Self { config, tokens, keys, retired }
     }
 
-    /// Tokens of this one that `next` does not have: nobody closes those.
+    /// Its tokens, and those of before that are remembered.
+    fn ever(&self) -> impl Iterator<Item = &Arc<Token>> {
+        self.tokens.values().chain(&self.retired)
+    }
+
+    /// Tokens of this one that `next` does not have: nothing that takes their place closes those.
     pub(crate) fn without(&self, next: &Self) -> Vec<Arc<Token>> {
         let gone = self.tokens.iter().filter(|(name, _)| !next.tokens.contains_key(*name));
         gone.map(|(_, token)| Arc::clone(token)).collect()

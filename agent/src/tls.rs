@@ -15,7 +15,9 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use x509_cert::Certificate;
+use x509_cert::certificate::Version;
 use x509_cert::der::Decode as _;
+use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
 
 use crate::config::TlsListen;
 use crate::identity::Identity;
@@ -123,7 +125,7 @@ fn files(config: &TlsListen) -> Result<Files, TlsError> {
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(&config.client_ca)? {
+    for certificate in certificates_in(&config.client_ca)? {
         roots.add(certificate).map_err(|error| at(&config.client_ca)(error.to_string()))?;
     }
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
@@ -131,11 +133,15 @@ fn files(config: &TlsListen) -> Result<Files, TlsError> {
         .map_err(|error| at(&config.client_ca)(error.to_string()))?;
     let key = PrivateKeyDer::from_pem_file(&config.private_key)
         .map_err(|error| at(&config.private_key)(format!("no private key in PEM: {error}")))?;
+    let own = certificates_in(&config.certificate)?;
+    if let Some(reason) = own.first().and_then(|leaf| unusable(leaf)) {
+        return Err(at(&config.certificate)(reason.into()));
+    }
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| at(&config.certificate)(error.to_string()))?
         .with_client_cert_verifier(Arc::clone(&verifier))
-        .with_single_cert(certificates(&config.certificate)?, key)
+        .with_single_cert(own, key)
         .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
     server.alpn_protocols = vec![b"h2".to_vec()];
     // A session that is resumed has the certificate that was checked at its start, and nobody would ask whether it still is
@@ -145,15 +151,31 @@ fn files(config: &TlsListen) -> Result<Files, TlsError> {
     Ok(Files { acceptor: TlsAcceptor::from(Arc::new(server)), verifier })
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+/// The certificates in a file, at least one.
+pub(crate) fn certificates_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let fail = |reason| TlsError { path: path.to_owned(), reason };
-    let found: Result<Vec<_>, _> = match CertificateDer::pem_file_iter(path) {
-        Ok(found) => found.collect(),
-        Err(error) => return Err(fail(format!("no certificates in PEM: {error}"))),
-    };
+    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
     let found = found.map_err(|error| fail(format!("no certificates in PEM: {error}")))?;
     if found.is_empty() {
         return Err(fail("no certificates in PEM".into()));
     }
     Ok(found)
+}
+
+/// Why no client takes the agent's certificate, whoever issued it.
+fn unusable(leaf: &[u8]) -> Option<&'static str> {
+    let leaf = Certificate::from_der(leaf).ok()?;
+    let tbs = leaf.tbs_certificate();
+    if tbs.version() != Version::V3 {
+        return Some("it is of X.509 version 1, which no client takes; have one issued with extensions");
+    }
+    if tbs.get_extension::<BasicConstraints>().ok()?.is_some_and(|(_, constraints)| constraints.ca) {
+        return Some("it is a CA's own (CA:TRUE), which no client takes; have one issued for this agent");
+    }
+    if tbs.get_extension::<SubjectAltName>().ok()?.is_none() {
+        return Some(
+            "it has no subjectAltName, in which clients look for the name or address they connect to",
+        );
+    }
+    None
 }

@@ -14,9 +14,9 @@ use crate::hints::hint;
 /// Names printed of each kind of difference; `--json` has more.
 const SHOWN: usize = 50;
 
-/// Prints a result.
+/// Prints a result in one line, whatever names in it hold.
 pub(crate) fn result(text: impl std::fmt::Display) -> Result<(), Failure> {
-    raw(format!("{}\n", printable(&text.to_string())).as_bytes())
+    raw(format!("{}\n", printable(&text.to_string().replace('\n', "\\n"))).as_bytes())
 }
 
 /// Prints a result for programs: one JSON object in a line.
@@ -39,11 +39,6 @@ impl Formatter for Controls {
         }
         out.write_all(rest.as_bytes())
     }
-}
-
-/// Prints a result in one line, whatever names in it hold.
-pub(crate) fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
-    result(text.to_string().replace('\n', "\\n"))
 }
 
 /// Names and values of others may hold escape sequences for the terminal, and what turns the order of characters round.
@@ -91,7 +86,7 @@ pub(crate) fn failure(failure: &Failure) -> u8 {
             say(format_args!("hint: {}", printable(&hint)));
         }
     }
-    if matches!(failure, Failure::Wrong(_)) { 1 } else { 2 }
+    if matches!(failure, Failure::Wrong(_) | Failure::NotReady) { 1 } else { 2 }
 }
 
 /// Prints something worth knowing that is not an error.

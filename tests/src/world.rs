@@ -102,6 +102,16 @@ impl World {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// What `omsign agent status` prints, whether everything is ready or not.
+    pub fn status(&self) -> anyhow::Result<String> {
+        let output = self.omsign(&["agent", "status"])?;
+        let said = String::from_utf8(output.stdout.clone())?;
+        let ready = output.status.success();
+        let all = said.lines().all(|line| line.ends_with(": serving") || line.ends_with(": ready"));
+        ensure!(ready == all && output.status.code() != Some(2), "{output:?}");
+        Ok(said)
+    }
+
     /// Runs `omsign`, which must end with this status; returns its errors.
     pub fn omsign_fails(&self, status: i32, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.omsign(arguments)?;

@@ -15,7 +15,7 @@ pub(super) struct AuditFile {
     file: File,
     /// Which file it is, by device and inode.
     at: (u64, u64),
-    _lock: Option<File>,
+    lock: Option<Lock>,
     durability: Durability,
     /// Set by a failed fsync: the kernel may have dropped the pages, so what the file holds is unknown.
     lost: Option<String>,
@@ -40,11 +40,11 @@ impl AuditFile {
             .create(directory)
             .map_err(|error| with_path(error, directory))?;
         let path = directory.join(name);
-        let held = lock.map(|lock| locked(directory, lock, name)).transpose();
-        let held = held.map_err(|error| with_path(error, directory))?;
+        let lock = lock.map(|lock| Lock::take(directory, lock, name)).transpose();
+        let lock = lock.map_err(|error| with_path(error, directory))?;
         let file = opened(&path).map_err(|error| with_path(error, &path))?;
         let at = identity(&file.metadata()?);
-        let mut file = Self { path, file, at, _lock: held, durability, lost: None, torn: false };
+        let mut file = Self { path, file, at, lock, durability, lost: None, torn: false };
         file.begin()?;
         Ok(file)
     }
@@ -60,6 +60,9 @@ impl AuditFile {
 
     /// Begins another file where the one before was moved away, or removed: what is written to that one, nobody may find.
     fn follow(&mut self) -> io::Result<()> {
+        if let Some(lock) = &mut self.lock {
+            lock.follow()?;
+        }
         let found = std::fs::metadata(&self.path).map(|found| identity(&found));
         if found.as_ref().is_ok_and(|found| *found == self.at) {
             return Ok(());
@@ -148,19 +151,45 @@ impl AuditFile {
     }
 }
 
-/// Takes the lock: of a file of its own, which only we can open; where a directory takes no new files, of the log as it is.
-fn locked(directory: &Path, lock: &str, name: &str) -> io::Result<File> {
-    let held = opened(&directory.join(lock)).or_else(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => opened(&directory.join(name)),
-        _ => Err(error),
-    })?;
-    held.try_lock().map_err(|error| match error {
-        TryLockError::WouldBlock => {
-            io::Error::other("an agent, or an operator's command, is running and owns the devices")
+/// That no other process owns the devices, or will.
+struct Lock {
+    path: PathBuf,
+    /// Which file it is, by device and inode.
+    at: (u64, u64),
+    _held: File,
+}
+
+impl Lock {
+    /// Takes it: of a file of its own, which only we can open; where a directory takes no new files, of the log as it is.
+    fn take(directory: &Path, lock: &str, name: &str) -> io::Result<Self> {
+        Self::of(directory.join(lock)).or_else(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Self::of(directory.join(name))
+            }
+            _ => Err(error),
+        })
+    }
+
+    fn of(path: PathBuf) -> io::Result<Self> {
+        let held = opened(&path)?;
+        held.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "an agent, or an operator's command, is running and owns the devices",
+            ),
+            TryLockError::Error(error) => error,
+        })?;
+        Ok(Self { path, at: identity(&held.metadata()?), _held: held })
+    }
+
+    /// Takes it anew where its file was moved away, or removed: who starts next looks for the one that is there.
+    fn follow(&mut self) -> io::Result<()> {
+        if std::fs::metadata(&self.path).is_ok_and(|found| identity(&found) == self.at) {
+            return Ok(());
         }
-        TryLockError::Error(error) => error,
-    })?;
-    Ok(held)
+        *self = Self::of(self.path.clone())?;
+        Ok(())
+    }
 }
 
 /// Opens a file, or makes it. Made by root, it is the directory's owner's, as if their agent had made it.
@@ -243,6 +272,23 @@ mod tests {
         let owner = std::fs::metadata(directory.path()).expect("there");
         let made = opened(&log).expect("made").metadata().expect("there");
         assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (owner.uid(), owner.gid(), 0o600));
+    }
+
+    /// As somebody does who makes room, or moves all of it away.
+    #[test]
+    fn a_lock_that_is_removed_is_taken_anew() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let open = || AuditFile::open(directory.path(), "audit.jsonl", Some("audit.lock"), Durability::Os);
+        let mut ours = open().expect("opened");
+        std::fs::remove_file(directory.path().join("audit.lock")).expect("removed");
+        ours.append(b"{}\n").expect("appended");
+        assert!(open().is_err(), "a second owner");
+        std::fs::remove_file(directory.path().join("audit.lock")).expect("removed");
+        let theirs = open().expect("the first one has not noticed");
+        let error = ours.append(b"{}\n").expect_err("somebody else owns the devices by now");
+        assert!(error.to_string().contains("owns the devices"), "{error}");
+        drop(theirs);
+        ours.append(b"{}\n").expect("appended");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod file;
 
+use std::io::ErrorKind;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
@@ -111,9 +112,18 @@ impl Audit {
         Self::open_file(config, FILE, Some(LOCK))
     }
 
-    /// Opens a log of a process's own.
-    pub fn open_own(config: &config::Audit, name: &str) -> std::io::Result<Self> {
-        Self::open_file(config, name, None)
+    /// Opens a log for one who owns no agent's devices: that of the day, or one beside it while another process has that.
+    pub fn open_own(config: &config::Audit) -> std::io::Result<Self> {
+        let day = now().chars().take_while(|character| *character != 'T').collect::<String>();
+        let mut number = 1;
+        loop {
+            let more = if number == 1 { String::new() } else { format!("-{number}") };
+            let name = format!("one-shot-{day}{more}.jsonl");
+            match Self::open_file(config, &name, Some(&name)) {
+                Err(error) if error.kind() == ErrorKind::ResourceBusy => number += 1,
+                opened => return opened,
+            }
+        }
     }
 
     /// Opens a file, and starts its writing thread.
@@ -208,6 +218,7 @@ fn append(file: &mut AuditFile, text: &[u8], failing: &watch::Sender<bool>) -> R
         failing.send_if_modified(|failing| std::mem::replace(failing, written.is_err()) != written.is_err());
     match &written {
         Err(error) if changed => tracing::error!(%error, "nothing is signed until it can be written again"),
+        Ok(()) if changed => tracing::info!("the audit log can be written again"),
         _ => {}
     }
     written

@@ -69,6 +69,12 @@ struct Waiting {
     held: Held,
 }
 
+impl Waiting {
+    fn is_busy(&self, now: Instant) -> bool {
+        self.busy_until.is_some_and(|until| until > now)
+    }
+}
+
 /// What a request holds while it is with the process.
 pub(super) struct Held {
     pub(super) turn: OwnedSemaphorePermit,
@@ -181,6 +187,12 @@ impl Host {
         self.pending().took / u32::try_from(self.opened.sessions.max(1)).unwrap_or(u32::MAX)
     }
 
+    /// Whether it is at something that takes its time: a touch, or an operator's task.
+    pub(super) fn takes_time(&self) -> bool {
+        let now = Instant::now();
+        self.pending().waiting.values().any(|waiting| waiting.is_busy(now))
+    }
+
     /// Whether no request is with it.
     pub(super) fn is_idle(&self) -> bool {
         self.pending().waiting.is_empty()
@@ -245,7 +257,7 @@ impl Host {
     pub(super) fn hangs(&self, limit: Duration) -> bool {
         let pending = self.pending();
         let now = Instant::now();
-        let busy = |waiting: &&Waiting| waiting.busy_until.is_some_and(|until| until > now);
+        let busy = |waiting: &&Waiting| waiting.is_busy(now);
         // With one session, everybody waits behind it; with more, the others go on.
         if self.opened.sessions == 1 && pending.waiting.values().any(|waiting| busy(&waiting)) {
             return false;

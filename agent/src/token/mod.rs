@@ -5,6 +5,7 @@ mod command;
 mod error;
 mod line;
 mod process;
+mod requests;
 mod state;
 mod supervise;
 mod touch;
@@ -18,24 +19,17 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
-use self::line::{Held, Host, Place};
 pub(crate) use self::process::{prepare, survey, unblock};
 pub use self::state::State;
 use self::state::Status;
-use crate::algorithm::Content;
 use crate::config;
-use crate::host::task::{Done, Task};
-use crate::host::wire::{Asked, Class, Failure, Fresh, KeySpec, Opened};
+use crate::host::wire::{Fresh, KeySpec, Opened};
 use crate::public_key::PublicKey;
-use crate::replay::Tell;
 use crate::secret::Pin;
 
 /// How long requests that have begun keep a token open that a new configuration does not have, or a process that is to look
 /// for keys anew: somebody may be on the way to touch it.
 const LAST_REQUESTS: Duration = Duration::from_secs(20);
-
-/// How long a request waits before it asks a device again that is busy: at first, and at most.
-const BUSY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// A finished signature.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +52,8 @@ pub struct Token {
     last_opened: watch::Sender<Option<Opened>>,
     commands: mpsc::Sender<Command>,
     waiting: Arc<AtomicUsize>,
+    /// It is to be closed, whatever it is at.
+    stopping: watch::Sender<bool>,
     /// It was closed, and stays so.
     over: AtomicBool,
     /// Why what the configured PIN source holds is not offered again: it was refused once. Only an operator who has
@@ -85,6 +81,7 @@ impl Token {
             last_opened: watch::Sender::new(None),
             commands,
             waiting: Arc::default(),
+            stopping: watch::Sender::new(false),
             over: AtomicBool::new(false),
             refused_source: Mutex::default(),
             unanswered: AtomicBool::new(false),
@@ -105,114 +102,6 @@ impl Token {
             supervise::supervise(supervised, inbox).await;
         });
         token
-    }
-
-    /// Signs with the key of this index. Waits while the token starts or has others before it, until the deadline, and,
-    /// when it is `the_last` that could, while it says that it is busy. `tell` learns when the device waits for a touch.
-    pub(crate) async fn sign(
-        &self,
-        key: usize,
-        content: &Content,
-        tell: &Tell,
-        deadline: Instant,
-        the_last: bool,
-    ) -> Result<Signed, TokenError> {
-        let place = Arc::new(self.queue()?);
-        let (mut retried, mut pause) = (false, BUSY.0);
-        let mut before: Option<Vec<u8>> = None;
-        loop {
-            let host = self.ready(deadline).await?;
-            let (public_key, fit) = match host.opened.keys.get(key) {
-                Some(Ok(public @ PublicKey { spki, .. })) => {
-                    let fit = public.fit(content).map_err(TokenError::Refused)?;
-                    if before.is_some_and(|before| before != spki.0) {
-                        let message = "the key was replaced by another meanwhile; look at it again";
-                        return Err(TokenError::Unavailable(message.into()));
-                    }
-                    before = Some(spki.0.clone());
-                    (spki.0.clone(), fit)
-                }
-                Some(Err(reason)) => return Err(TokenError::Refused(reason.clone())),
-                None => return Err(TokenError::Refused("no such key".into())),
-            };
-            host.announce(key, tell);
-            let asked = Asked::Sign(key, fit);
-            let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
-            let failure = match answer {
-                Ok(Ok(signature)) => return Ok(Signed { signature, public_key }),
-                Ok(Err(failure)) => failure,
-                Err(killed) => return Err(TokenError::Unavailable(killed)),
-            };
-            if failure.class == Class::Busy && the_last && Instant::now() + pause < deadline {
-                // Out of sessions or memory, and nothing was signed: others may be done in a moment.
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(BUSY.1);
-                continue;
-            }
-            if failure.class != Class::Gone || retried {
-                return Err(failure.into());
-            }
-            // The host said itself that nothing was signed and that it starts over: one more try is safe.
-            retried = true;
-            self.replaced(&host, deadline).await?;
-        }
-    }
-
-    /// Does what an operator asks for. But for a look, what was begun is not tried again: nobody knows what a device did
-    /// before it failed.
-    pub(crate) async fn operate(
-        &self,
-        task: Task,
-        tell: &Tell,
-        deadline: Instant,
-    ) -> Result<Done, TokenError> {
-        let place = Arc::new(self.queue()?);
-        let mut again = task.only_looks();
-        loop {
-            let host = self.ready(deadline).await?;
-            let asked = Asked::Do(task.clone());
-            let Some(answer) = self.ask(&host, asked, tell, &place, deadline).await? else { continue };
-            let failure = match answer {
-                Ok(Ok(done)) => {
-                    return serde_json::from_slice(&done)
-                        .map_err(|error| TokenError::Unavailable(error.to_string()));
-                }
-                Ok(Err(failure)) if failure.class == Class::Busy && again => {
-                    // Others may be done in a moment.
-                    again = false;
-                    tokio::time::sleep(BUSY.0).await;
-                    continue;
-                }
-                Ok(Err(failure)) if failure.class != Class::Gone => return Err(failure.into()),
-                Ok(Err(failure)) => failure.into(),
-                Err(killed) => TokenError::Unavailable(killed),
-            };
-            // Its process has ended, or will: the next one tells.
-            if !std::mem::take(&mut again) {
-                return Err(failure);
-            }
-            self.replaced(&host, deadline).await?;
-        }
-    }
-
-    /// Has the process do it once it has room. None: nothing has begun, this process is being replaced; ask the next one.
-    async fn ask(
-        &self,
-        host: &Arc<Host>,
-        asked: Asked,
-        tell: &Tell,
-        place: &Arc<Place>,
-        deadline: Instant,
-    ) -> Result<Option<Result<Result<Vec<u8>, Failure>, String>>, TokenError> {
-        // A closed window means that it is being replaced.
-        let turn = timeout_at(deadline, Arc::clone(&host.window).acquire_owned());
-        let Ok(turn) = turn.await.map_err(|_| TokenError::Deadline)? else {
-            self.replaced(host, deadline).await?;
-            return Ok(None);
-        };
-        let held = Held { turn, _place: Arc::clone(place) };
-        let answer = timeout_at(deadline, host.ask(asked, tell, held)).await;
-        answer.map(Some).map_err(|_| TokenError::Deadline)
     }
 
     /// Logs in again: with this PIN, or with the configured source read anew. Not once the other end of `waits` is gone.
@@ -270,10 +159,15 @@ impl Token {
     /// Closes the device once the requests that have begun are answered, or have had their time.
     pub(crate) async fn close(&self) {
         let deadline = Instant::now() + LAST_REQUESTS;
-        while self.waiting.load(Ordering::Relaxed) > 0 && Instant::now() < deadline {
+        while self.waiting.load(Ordering::Relaxed) > 0 && (Instant::now() < deadline || self.takes_time()) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.stop().await;
+    }
+
+    /// Whether its device is at something that takes its time.
+    fn takes_time(&self) -> bool {
+        matches!(&*self.state.borrow(), Status::Ready(host) if host.takes_time())
     }
 
     /// Why the configured PIN is not offered again, if that was refused.
@@ -290,8 +184,16 @@ impl Token {
         self.over.load(Ordering::Relaxed)
     }
 
+    /// What is lost with it: that its PIN is not to be offered again, unless another token knows that.
+    pub(crate) fn is_remembered<'a>(&self, mut others: impl Iterator<Item = &'a Arc<Self>>) -> bool {
+        let knows = self.refused_source().is_some() || self.unanswered.load(Ordering::Relaxed);
+        let same = |other: &Arc<Self>| other.is_of(&self.config) && other.config.pin == self.config.pin;
+        !self.is_over() || (knows && !others.any(same))
+    }
+
     /// Closes the device. Requests in flight should have ended.
     pub async fn stop(&self) {
+        self.stopping.send_replace(true);
         let (done, stopped) = oneshot::channel();
         if self.commands.send(Command::Stop(done)).await.is_ok() {
             let _ = stopped.await;
@@ -354,42 +256,5 @@ impl Token {
     /// Whether it waits for a PIN that only a person can give.
     pub fn wants_prompt(&self) -> bool {
         self.config.pin == config::PinSource::Prompt
-    }
-
-    /// The host, once it is ready.
-    async fn ready(&self, deadline: Instant) -> Result<Arc<Host>, TokenError> {
-        match &*self.state.borrow() {
-            Status::Ready(host) => return Ok(Arc::clone(host)),
-            Status::Locked(reason) => return Err(TokenError::Locked(reason.clone())),
-            Status::Down(reason) => return Err(TokenError::Unavailable(reason.clone())),
-            Status::Starting => {}
-        }
-        let mut changes = self.state.subscribe();
-        let started = changes.wait_for(|status| !matches!(status, Status::Starting));
-        let status = match timeout_at(deadline, started).await {
-            Err(_) => return Err(TokenError::Deadline),
-            Ok(Err(_)) => return Err(TokenError::Unavailable("the agent is stopping".into())),
-            Ok(Ok(status)) => status.clone(),
-        };
-        match status {
-            Status::Ready(host) => Ok(host),
-            Status::Locked(reason) => Err(TokenError::Locked(reason)),
-            Status::Down(reason) => Err(TokenError::Unavailable(reason)),
-            Status::Starting => Err(TokenError::Unavailable("it is being replaced".into())),
-        }
-    }
-
-    /// Waits until this host is no longer the current one.
-    async fn replaced(&self, old: &Arc<Host>, deadline: Instant) -> Result<(), TokenError> {
-        let mut changes = self.state.subscribe();
-        let gone = |status: &Status| !matches!(status, Status::Ready(host) if Arc::ptr_eq(host, old));
-        match timeout_at(deadline, changes.wait_for(gone)).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(TokenError::Deadline),
-        }
-    }
-
-    fn queue(&self) -> Result<Place, TokenError> {
-        Place::take(&self.waiting, self.config.queue).map_err(|waiting| TokenError::Full { waiting })
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command as Spawn};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use zeroize::Zeroizing;
 
 use super::command::{Command, Login};
@@ -24,6 +25,9 @@ use crate::secret::Pin;
 
 /// How long a process may take to close its device when it is told to, or a supervisor to answer.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
+
+/// How often a process looks for keys that could not be used.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// How a process's life ended.
 pub(super) enum End {
@@ -68,7 +72,14 @@ pub(super) async fn launch(
         purpose: Purpose::Open,
     };
     let logging_in = AtomicBool::new(false);
-    let (child, socket, opening) = start(&token.name, &spec, pin, None, &logging_in).await?;
+    let mut stopping = token.stopping.subscribe();
+    let started = tokio::select! {
+        biased;
+        started = start(&token.name, &spec, pin, None, &logging_in) => started,
+        // Its process, which may hang, is killed.
+        _ = stopping.wait_for(|stopping| *stopping) => Err(unopened("it was closed", &logging_in)),
+    };
+    let (child, socket, opening) = started?;
     match opening {
         Opening::Opened(opened) => {
             let (host, inbox) = Host::new(opened, &token.config);
@@ -169,18 +180,26 @@ async fn start(
             }
         }
     };
-    let failure = |message: String| match logging_in.load(Ordering::Relaxed) {
-        true => Failure { class: Class::Locked, message: while_logging_in(&message) },
-        false => gone(message),
-    };
     // When this future is dropped, so is the child, which kills it.
     match timeout(limit, opening).await {
         Ok(Ok(opened)) => Ok(opened),
-        Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(failure("its process ended while opening the device; the module may have crashed".into()))
+        Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Err(unopened(
+            "its process ended while opening the device; the module may have crashed",
+            logging_in,
+        )),
+        Ok(Err(error)) => Err(unopened(&format!("its process cannot be started: {error}"), logging_in)),
+        Err(_) => {
+            let message = format!("the device did not open within {} s", limit.as_secs_f64());
+            Err(unopened(&message, logging_in))
         }
-        Ok(Err(error)) => Err(failure(format!("its process cannot be started: {error}"))),
-        Err(_) => Err(failure(format!("the device did not open within {} s", limit.as_secs_f64()))),
+    }
+}
+
+/// Why a device is not open, when a PIN may have been on its way.
+fn unopened(message: &str, logging_in: &AtomicBool) -> Failure {
+    match logging_in.load(Ordering::Relaxed) {
+        true => Failure { class: Class::Locked, message: while_logging_in(message) },
+        false => gone(message.to_owned()),
     }
 }
 
@@ -208,12 +227,13 @@ fn spawn(name: &str, config: &config::Token) -> io::Result<(UnixStream, Child)> 
 }
 
 impl Process {
-    /// Passes requests and answers until the process dies, hangs, or we are told to stop.
-    /// With unusable keys it ends after `look_again`, when nobody waits for it. Returns also what became of a PIN that was
-    /// not taken.
+    /// Passes requests and answers until the process dies, hangs, or we are told to stop. With unusable keys it ends after
+    /// `look_again`, or where one is there before that, when nobody waits for it. Returns also what became of a PIN that
+    /// was not taken.
     pub(super) async fn drive(
         &mut self,
-        host: &Host,
+        token: &Token,
+        host: &Arc<Host>,
         commands: &mut mpsc::Receiver<Command>,
         look_again: Option<Duration>,
     ) -> (End, Option<Lost>) {
@@ -267,7 +287,7 @@ impl Process {
                 }
             }
         };
-        let missing = host.opened.keys.iter().any(Result::is_err);
+        let (missing, opened) = (host.opened.keys.iter().any(Result::is_err), Instant::now());
         let told = async {
             loop {
                 match commands.recv().await {
@@ -298,8 +318,10 @@ impl Process {
         let look_again = async {
             match look_again.filter(|_| missing) {
                 Some(pause) => loop {
-                    tokio::time::sleep(pause).await;
-                    if host.is_idle() {
+                    tokio::time::sleep(pause.min(LOOK)).await;
+                    // Some modules show what is new only to a process that is.
+                    let anew = Instant::now() >= opened + pause;
+                    if host.is_idle() && (anew || token.finds_missing(host).await) {
                         drain(host).await;
                         return End::LookAgain;
                     }
@@ -352,12 +374,10 @@ impl Process {
 /// ones wait for the next process.
 async fn drain(host: &Host) {
     host.window.close();
-    let idle = async {
-        while !host.is_idle() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let _ = timeout(LAST_REQUESTS, idle).await;
+    let deadline = Instant::now() + LAST_REQUESTS;
+    while !host.is_idle() && (Instant::now() < deadline || host.takes_time()) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn ended(error: &io::Error) -> String {

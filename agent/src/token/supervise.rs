@@ -19,8 +19,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// A process that lived this long, or answered a request, earns an immediate replacement.
 const HEALTHY: Duration = Duration::from_secs(10);
 
-/// How long keys that could not be used are left alone before the token is opened anew: at first, and at most.
-const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long before the token is opened anew for keys that could not be used: at first, and at most. All of its keys wait for
+/// that, and sign a challenge.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60 * 60));
 
 /// Runs until told to stop.
 pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
@@ -65,7 +66,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
                 // What an operator typed is not ours to offer again.
                 let wait = from_source.then_some(look_again);
-                let end = match process.drive(&host, &mut commands, wait).await {
+                let end = match process.drive(&token, &host, &mut commands, wait).await {
                     // A card tells how many tries are left: the next process looks at them first.
                     (end @ (End::Died(_) | End::LookAgain), Some(Lost::Unanswered(_))) if token.is_card() => {
                         token.unanswered.store(true, Ordering::Relaxed);

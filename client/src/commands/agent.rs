@@ -4,11 +4,12 @@ use omsign::agent::{Agent, AgentError};
 use omsign::certificate;
 use omsign::key::PublicKey;
 use omsign_proto::v1::{Key, KeyState, Token};
+use openssl::asn1::Asn1Time;
 use openssl::x509::X509;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Done, address};
+use super::{Done, Failure, address};
 use crate::cli;
 use crate::report;
 
@@ -49,7 +50,7 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
     for key in keys {
         let (state, algorithm) = (state(key.state()), algorithm(&key));
         let method = if key.certificate_chain.is_empty() { "key" } else { "certificate" };
-        let until = expiry(&key).map(|until| format!("; certificate until {until}")).unwrap_or_default();
+        let until = leaf(&key).map(|leaf| format!("; certificate {}", validity(&leaf))).unwrap_or_default();
         let detail = if key.state_detail.is_empty() { key.device + &until } else { key.state_detail };
         report::result(format_args!(
             "{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}",
@@ -80,15 +81,23 @@ fn key_json(key: &Key) -> serde_json::Value {
         "state_detail": key.state_detail,
         "algorithm": algorithm(key),
         "certificates": key.certificate_chain.len(),
-        "certificate_until": expiry(key),
+        "certificate_until": leaf(key).map(|leaf| certificate::time(leaf.not_after())),
         "previous": key.previous.len(),
     })
 }
 
-/// Until when its certificate is valid.
-fn expiry(key: &Key) -> Option<String> {
-    let leaf = key.certificate_chain.first().and_then(|der| certificate::parse(der))?;
-    Some(certificate::time(leaf.not_after()))
+/// Its certificate.
+fn leaf(key: &Key) -> Option<X509> {
+    key.certificate_chain.first().and_then(|der| certificate::parse(der))
+}
+
+fn has_expired(leaf: &X509) -> bool {
+    Asn1Time::days_from_now(0).is_ok_and(|now| leaf.not_after() < now)
+}
+
+fn validity(leaf: &X509) -> String {
+    let until = certificate::time(leaf.not_after());
+    if has_expired(leaf) { format!("expired on {until}") } else { format!("until {until}") }
 }
 
 fn state(state: KeyState) -> &'static str {
@@ -130,6 +139,11 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
     let serving = agent.health("omsign.v1.AgentService")?;
     // Keys first: the agent waits a moment for tokens that start.
     let (keys, tokens) = (agent.list_keys()?, agent.list_tokens()?);
+    let expired = |key: &Key| leaf(key).filter(has_expired);
+    let ready = serving
+        && tokens.iter().all(|token| token.state() == KeyState::Ready)
+        && keys.iter().all(|key| key.state() == KeyState::Ready && expired(key).is_none());
+    let all_ready = if ready { Ok(()) } else { Err(Failure::NotReady) };
     if as_json {
         let keys: Vec<_> = keys.iter().map(key_json).collect();
         let token_json = |token: &Token| {
@@ -137,9 +151,10 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
             json!({ "name": token.name, "device": token.device, "state": state, "state_detail": detail })
         };
         let tokens: Vec<_> = tokens.iter().map(token_json).collect();
-        return report::json(
+        report::json(
             &json!({ "address": address.to_string(), "serving": serving, "tokens": tokens, "keys": keys }),
-        );
+        )?;
+        return all_ready;
     }
     report::result(format_args!("agent at {address}: {}", if serving { "serving" } else { "not serving" }))?;
     let line = |state: &str, detail: &str| match detail {
@@ -152,8 +167,14 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
         for key in keys.iter().filter(|key| key.tokens.contains(&token.name)) {
             // What ails the token is said once.
             let detail = if key.state() == token.state() { "" } else { &key.state_detail };
-            report::result(format_args!("  key {}: {}", key.name, line(state(key.state()), detail)))?;
+            let until = expired(key).map(|leaf| format!(", but its certificate {}", validity(&leaf)));
+            report::result(format_args!(
+                "  key {}: {}{}",
+                key.name,
+                line(state(key.state()), detail),
+                until.unwrap_or_default()
+            ))?;
         }
     }
-    Ok(())
+    all_ready
 }

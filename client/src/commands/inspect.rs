@@ -165,7 +165,7 @@ fn print_lines(outline: &Map<String, Value>) -> Done {
 }
 
 fn line(name: &str, value: &str) -> Done {
-    report::line(format_args!("{name:<15} {value}"))
+    report::result(format_args!("{name:<15} {value}"))
 }
 
 fn shard_size(manifest: &Manifest) -> Option<u64> {
@@ -198,7 +198,7 @@ fn print_manifest(manifest: &Manifest) -> Done {
     line("left out", &ignored.join(" "))?;
     line("files", &manifest.files().to_string())?;
     for resource in &manifest.resources {
-        report::line(format_args!("  {}  {}", resource.digest, resource.name().escape_debug()))?;
+        report::result(format_args!("  {}  {}", resource.digest, resource.name().escape_debug()))?;
     }
     Ok(())
 }

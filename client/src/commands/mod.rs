@@ -29,6 +29,8 @@ use crate::{cli, report};
 pub(crate) enum Failure {
     /// 1: it was checked and found wrong.
     Wrong(Error),
+    /// 1: the agent cannot do all that it is there for.
+    NotReady,
     /// 2: it could not be done.
     Undone(Error),
     /// 2: the arguments contradict each other.
@@ -42,6 +44,7 @@ impl Failure {
     pub(crate) fn text(&self) -> String {
         match self {
             Self::Wrong(error) | Self::Undone(error) => omsign::with_causes(error),
+            Self::NotReady => "not everything is ready".to_owned(),
             Self::Usage(what) => (*what).to_owned(),
             Self::Unprinted(error) => format!("the result could not be written to standard output: {error}"),
         }

@@ -26,7 +26,7 @@ pub(crate) fn trust(arguments: cli::Trust) -> Done {
             let mut edit = Edit::open(&path)?;
             edit.remove(&name)?;
             edit.save()?;
-            report::line(format_args!("removed {name} from {}", path.display()))
+            report::result(format_args!("removed {name} from {}", path.display()))
         }
         TrustCommand::Test { bundle, max_bundle_size, file, json } => {
             test(&bundle, max_bundle_size.get(), &file, json)
@@ -36,7 +36,7 @@ pub(crate) fn trust(arguments: cli::Trust) -> Done {
             let directory =
                 directory.map_err(|source| PolicyError::Read { path: project.clone(), source })?;
             policy::allow(&directory)?;
-            report::line(format_args!("{} counts in {}", PROJECT_FILE, directory.display()))
+            report::result(format_args!("{} counts in {}", PROJECT_FILE, directory.display()))
         }
     }
 }
@@ -63,7 +63,7 @@ fn add(name: &str, mut terms: Terms, file: &TrustFile) -> Done {
         edit.add(name, &terms)?;
         edit.save()?;
     }
-    report::line(format_args!("added {name} to {}", path.display()))
+    report::result(format_args!("added {name} to {}", path.display()))
 }
 
 /// The policy that a command is about: that of a file, or all that counts here.
@@ -91,7 +91,10 @@ fn list(file: &TrustFile, as_json: bool) -> Done {
         let (name, method, file) = (&entry.name, entry.terms.method().unwrap_or(""), entry.file.display());
         let models = &entry.terms.models;
         let models = if models.is_empty() { "any model".to_owned() } else { models.join(" ") };
-        report::line(format_args!("{name:<width$}  {method:<11}  {models}  {}  ({file})", entry.signers()))?;
+        report::result(format_args!(
+            "{name:<width$}  {method:<11}  {models}  {}  ({file})",
+            entry.signers()
+        ))?;
     }
     Ok(())
 }
@@ -115,7 +118,7 @@ fn test(bundle: &Path, largest: u64, file: &TrustFile, as_json: bool) -> Done {
             );
         } else {
             let verdict = why.map_or_else(|| "accepts it".to_owned(), |why| format!("does not: {why}"));
-            report::line(format_args!("{}: {verdict}", entry.name))?;
+            report::result(format_args!("{}: {verdict}", entry.name))?;
         }
     }
     if as_json {

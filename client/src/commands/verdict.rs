@@ -29,8 +29,8 @@ pub(crate) fn print(verified: &Verified, from_cache: usize) -> Done {
         0 => String::new(),
         digests => format!(", {} believed from the cache", count(digests, "digest")),
     };
-    report::line(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
-    let line = |name: &str, text: &str| report::line(format_args!("  {name:<12} {text}"));
+    report::result(format_args!("verified {files}, {size}, signed by {signer}{cached}"))?;
+    let line = |name: &str, text: &str| report::result(format_args!("  {name:<12} {text}"));
     if !verified.model_name.is_empty() {
         line("model", &verified.model_name)?;
     }

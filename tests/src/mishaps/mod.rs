@@ -159,7 +159,7 @@ impl Mishaps {
     }
 
     fn is(&self, token: &str, state: &str) -> anyhow::Result<bool> {
-        let status = self.world.omsign_ok(&["agent", "status"])?;
+        let status = self.world.status()?;
         Ok(status.contains(&format!("token {token}: {state}")))
     }
 
