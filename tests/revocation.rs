@@ -60,6 +60,12 @@ fn revoked_certificates() -> anyhow::Result<()> {
     pki.crl("root", "")?;
     sign(&world, "k", &["k", "issuing"])?;
     world.omsign_refuses(1, &verify(&both), &["CN=issuing was revoked"])?;
+    // Also by whoever is told to trust the whole chain; of an intermediate alone nobody could tell.
+    let chain =
+        ["root.pem", "--certificate-chain", "issuing.pem", "--crl", "root.crl", "--crl", "issuing.crl"];
+    world.omsign_refuses(1, &verify(&chain), &["CN=issuing was revoked"])?;
+    let alone = ["issuing.pem", "--crl", "root.crl", "--crl", "issuing.crl"];
+    world.omsign_refuses(2, &verify(&alone), &["no CRL tells whether CN=issuing was revoked"])?;
     // A list of another CA, one that is over, and none.
     pki.root("other")?;
     pki.crl("other", "")?;
@@ -86,6 +92,8 @@ fn lists_that_prove_nothing() -> anyhow::Result<()> {
     pki.issue("issuing", "root", Certificate { extensions: CA, ..Certificate::default() })?;
     pki.issue("k", "issuing", Certificate::default())?;
     sign(&world, "k", &["k", "issuing"])?;
+    pki.crl("issuing", "")?;
+    fs::rename(world.path("issuing.crl"), world.path("before.crl"))?;
     pki.revoke("issuing", "k")?;
     pki.crl("root", "")?;
     pki.crl("issuing", "")?;
@@ -95,6 +103,11 @@ fn lists_that_prove_nothing() -> anyhow::Result<()> {
     };
     world.omsign_refuses(1, &with(&["issuing.crl"]), &["CN=k was revoked"])?;
     fs::rename(world.path("issuing.crl"), world.path("revoked.crl"))?;
+    // Of two that are of now, whichever says so.
+    for lists in [["revoked.crl", "before.crl"], ["before.crl", "revoked.crl"]] {
+        world.omsign_refuses(1, &with(&lists), &["CN=k was revoked"])?;
+    }
+    world.omsign_ok(&with(&["before.crl"]))?;
     // A delta that names nobody does not take back what the complete one says.
     pki.crl_with("issuing", "2.5.29.27 = critical, DER:020101\n2.5.29.20 = DER:020102\n", "")?;
     world.omsign_refuses(

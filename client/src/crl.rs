@@ -8,6 +8,7 @@ use cms::cert::x509::der::{self, Decode as _, Reader as _, SliceReader, Tagged a
 use cms::cert::x509::spki::AlgorithmIdentifierOwned;
 use openssl::asn1::Asn1Time;
 use openssl::x509::{X509, X509Crl};
+use tempfile::NamedTempFile;
 
 use crate::certificate;
 use crate::key::{KeyError, read};
@@ -100,31 +101,32 @@ impl Crls {
         self.0.is_empty()
     }
 
-    /// Those of a certificate's issuer that are of now, in a file: OpenSSL takes CRLs from files only. None where its
-    /// issuer says nothing; an error where what it says is over, for it may miss what was revoked since.
-    pub(crate) fn about(&self, certificate: &X509) -> Result<Option<tempfile::NamedTempFile>, PathError> {
+    /// Those of a certificate's issuer that are of now, each in a file: OpenSSL takes CRLs from files only, and of several at
+    /// once it takes one. None where its issuer says nothing; an error where what it says is over, for it may miss what was
+    /// revoked since.
+    pub(crate) fn about(&self, certificate: &X509) -> Result<Vec<NamedTempFile>, PathError> {
         let now = Asn1Time::days_from_now(0)?;
-        let mut file = tempfile::NamedTempFile::new().map_err(PathError::Handed)?;
-        let (mut current, mut old) = (false, None);
+        let (mut current, mut old) = (Vec::new(), None);
         for Crl { list, pem } in &self.0 {
             if !list.issuer_name().try_cmp(certificate.issuer_name())?.is_eq() {
                 continue;
             }
             // RFC 5280, 5.1.2.5: there is always a next one.
             if list.last_update() <= &*now && list.next_update().is_some_and(|next| next >= &*now) {
+                let mut file = NamedTempFile::new().map_err(PathError::Handed)?;
                 file.write_all(pem).map_err(PathError::Handed)?;
-                current = true;
+                current.push(file);
             } else {
                 old = Some(list);
             }
         }
         match old {
-            Some(list) if !current => {
+            Some(list) if current.is_empty() => {
                 let until = list.next_update().map_or_else(|| "no date".to_owned(), ToString::to_string);
                 let issuer = certificate::name(list.issuer_name());
                 Err(PathError::OldCrl { issuer, from: list.last_update().to_string(), until })
             }
-            _ => Ok(current.then_some(file)),
+            _ => Ok(current),
         }
     }
 }

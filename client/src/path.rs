@@ -9,8 +9,9 @@ use openssl::ssl::SslFiletype;
 use openssl::stack::Stack;
 use openssl::x509::store::{X509Lookup, X509StoreBuilder};
 use openssl::x509::verify::{X509VerifyFlags, X509VerifyParam};
-use openssl::x509::{X509, X509ExtendedKeyUsage, X509PurposeId, X509StoreContext};
+use openssl::x509::{X509, X509ExtendedKeyUsage, X509PurposeId, X509StoreContext, X509VerifyResult};
 use openssl_sys as ffi;
+use tempfile::NamedTempFile;
 
 use crate::certificate;
 use crate::crl::Crls;
@@ -154,26 +155,49 @@ fn is_for_something_else(issuer: &X509, usage: X509ExtendedKeyUsage) -> bool {
     issuer.extended_key_usage().is_some_and(|own| !own.intersects(usage | X509ExtendedKeyUsage::ANYEKU))
 }
 
-/// Whether no certificate on a way is revoked by now, whenever it was used. Of the anchor nobody has to say so; but a
-/// leaf that is the anchor, and that a CRL is about, is no leaf that was checked.
-pub(crate) fn check_revocation(path: &[X509], crls: &Crls, now: Timestamp) -> Result<(), PathError> {
-    if let [leaf] = path
-        && !is_self_issued(leaf)?
-        && crls.about(leaf)?.is_some()
+/// Whether no certificate on a way is revoked by now, whenever it was used. Of the anchor nobody has to say so; but one that
+/// is not its own issuer, and that a CRL is about, counts as much as its issuer does, which has to be among the `trusted`.
+pub(crate) fn check_revocation(
+    path: &[X509],
+    trusted: &[X509],
+    crls: &Crls,
+    now: Timestamp,
+) -> Result<(), PathError> {
+    let mut path = path.to_vec();
+    while let Some(anchor) = path.last().filter(|_| path.len() <= trusted.len() + 1)
+        && !is_self_issued(anchor)?
+        && !crls.about(anchor)?.is_empty()
     {
+        let issuer = trusted.iter().find(|issuer| issuer.issued(anchor) == X509VerifyResult::OK).cloned();
         let why = "it is trusted itself, and its issuer, who has to sign the CRL, is not";
-        return Err(PathError::NoCrl(certificate::subject(leaf), why));
+        path.push(issuer.ok_or_else(|| PathError::NoCrl(certificate::subject(anchor), why))?);
     }
-    for pair in path.windows(2) {
-        let [certificate, issuer] = pair else { continue };
-        let Some(file) = crls.about(certificate)? else {
-            return Err(PathError::NoCrl(certificate::subject(certificate), "there is none of its issuer"));
-        };
+    path.windows(2).try_for_each(|pair| match pair {
+        [certificate, issuer] => check_revoked(certificate, issuer, &crls.about(certificate)?, now),
+        _ => Ok(()),
+    })
+}
+
+/// Of several lists it takes one that says that it is revoked, and one that says that it is not.
+fn check_revoked(
+    certificate: &X509,
+    issuer: &X509,
+    lists: &[NamedTempFile],
+    now: Timestamp,
+) -> Result<(), PathError> {
+    let mut known = Err(PathError::NoCrl(certificate::subject(certificate), "there is none of its issuer"));
+    for list in lists {
         let mut parameters = parameters()?;
         parameters.set_flags(X509VerifyFlags::CRL_CHECK | X509VerifyFlags::NO_CHECK_TIME)?;
-        verify(std::slice::from_ref(issuer), certificate, &[], &parameters, Some(file.path()), now)?;
+        let issuer = std::slice::from_ref(issuer);
+        match verify(issuer, certificate, &[], &parameters, Some(list.path()), now) {
+            Ok(_) => known = Ok(()),
+            Err(revoked @ PathError::Revoked(_)) => return Err(revoked),
+            Err(error) if known.is_err() => known = Err(error),
+            Err(_) => {}
+        }
     }
-    Ok(())
+    known
 }
 
 fn verify(

@@ -334,7 +334,7 @@ impl Anchors {
             path = question.ask(time)?;
         }
         if !self.crls.is_empty() {
-            check_revocation(&path, &self.crls, now)?;
+            check_revocation(&path, &self.roots, &self.crls, now)?;
         }
         certificate::check_usage(leaf)?;
         match &self.identity {
@@ -355,7 +355,7 @@ impl Anchors {
     fn check_authorities(&self, stamps: &[Seen], now: Timestamp) -> Result<bool, TrustError> {
         let mut known = !self.crls.is_empty();
         for seen in stamps {
-            match check_revocation(&seen.path, &self.crls, now) {
+            match check_revocation(&seen.path, &[], &self.crls, now) {
                 Ok(()) => {}
                 Err(PathError::NoCrl(..)) => known = false,
                 Err(error) => return Err(TimestampError::Authority(error).into()),

@@ -13,6 +13,8 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::statvfs;
+
 pub use self::look_up::CacheUse;
 pub(super) use self::look_up::Remembered;
 use self::settled::settle;
@@ -134,7 +136,10 @@ impl Cache {
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory).map_err(|source| error(directory, source))?;
         let real = model.canonicalize().map_err(|source| error(model, source))?;
-        let path = directory.join(Digest::sha256(real.as_os_str().as_bytes()).to_string());
+        // Another file system may be there by now, with a device's number that is used again.
+        let volume = statvfs(&real).map_err(|source| error(model, source.into()))?.f_fsid;
+        let name = [real.as_os_str().as_bytes(), &[0], &volume.to_le_bytes()].concat();
+        let path = directory.join(Digest::sha256(&name).to_string());
         for (path, found) in [(directory, directory.metadata()), (&path, path.symlink_metadata())] {
             match found {
                 Ok(found)
