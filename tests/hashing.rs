@@ -295,9 +295,14 @@ fn a_model_that_is_not_as_it_was_when_verify_ends() -> anyhow::Result<()> {
     let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     ensure!(said["ignored"][0] == "more.py" && said["left_out"][0] == ".github", "{said}");
     // A single file, by a link to it.
-    world.omsign_ok(&[&["sign", "model/long"], &KEY[..]].concat())?;
     let current = world.path("current");
     symlink("model/long", &current)?;
+    world.omsign_ok(&[&["sign", "current"], &KEY[..]].concat())?;
+    world.omsign_ok(&[&["verify", "current"], &VERIFY[..]].concat())?;
+    // It is called what the link is.
+    fs::create_dir(world.path("downloads"))?;
+    fs::copy(world.path("model/long"), world.path("downloads/current"))?;
+    world.omsign_ok(&[&["verify", "downloads/current"], &VERIFY[..]].concat())?;
     let output = while_it_hashes(&world, &[&["verify", "current"], &VERIFY[..]].concat(), || {
         fs::remove_file(&current)?;
         Ok(symlink("model/big.bin", &current)?)

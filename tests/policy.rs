@@ -343,6 +343,11 @@ fn a_project_has_a_say_only_where_it_was_allowed_to() -> anyhow::Result<()> {
     fs::copy(world.path("other.pub"), world.path("project/model/key.pem"))?;
     world.write("project/p.toml", "[signer.a]\npublic_key = 'model/key.pem'\n")?;
     refused("p.toml")?;
+    // Nor by a link in it on the way to a key elsewhere.
+    std::os::unix::fs::symlink(world.path("other.pub"), world.path("project/model/.gitignore"))?;
+    std::os::unix::fs::symlink("model/.gitignore", world.path("project/via.pub"))?;
+    world.write("project/p.toml", "[signer.a]\npublic_key = 'via.pub'\n")?;
+    refused("p.toml")?;
     // The model is the project's directory, so that its policy lies in it.
     let here = ["verify", ".", "--signature", "model/model.sig"];
     let output = omsign_in(&world, "project", &here)?;

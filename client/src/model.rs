@@ -204,12 +204,12 @@ impl Model {
         };
         let kind = std::fs::symlink_metadata(&real).map_err(|source| read_error(root, source))?;
         if kind.is_file() {
-            // It is the file's name, too.
-            if real.file_name().is_some_and(|name| name.to_str().is_none()) {
-                return Err(ModelError::Odd(root.to_owned(), Oddity::NotUtf8));
-            }
+            // The link's own name, the target's content: what it is called elsewhere, such as in a cache, nobody else sees.
+            let own = root.file_name().or(real.file_name()).and_then(|name| name.to_str());
+            let name = own.ok_or_else(|| ModelError::Odd(root.to_owned(), Oddity::NotUtf8))?.to_owned();
             let directory = real.parent().expect("a file is in a directory");
-            let only = File { name: name.clone(), target: None };
+            let target = (real.file_name() != root.file_name()).then(|| real.as_path().into());
+            let only = File { name: name.clone(), target };
             return Ok(Self {
                 name,
                 root: Root::open(directory).map_err(|source| read_error(root, source))?,

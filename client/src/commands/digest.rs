@@ -7,7 +7,7 @@ use omsign::manifest_file::{self, PartOf};
 use omsign::selection::{bundle_here, check_outputs};
 
 use super::hasher::Hashing;
-use super::{Done, Failure};
+use super::{Done, Failure, note_published};
 use crate::cli;
 use crate::report;
 
@@ -19,6 +19,7 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
         None => bundle_here(),
     };
     let selection = files.selection(model, signature).map_err(Failure::Usage)?;
+    note_published(&selection);
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
     let found = selection.walk(&serialization)?;

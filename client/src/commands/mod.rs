@@ -15,6 +15,7 @@ use clap::CommandFactory as _;
 use clap_complete::Shell;
 use omsign::Error;
 use omsign::agent::{Address, AgentError, TlsFiles};
+use omsign::selection::{PUBLISHED, Selection};
 
 pub(crate) use self::agent::{agent, keys};
 pub(crate) use self::cache::cache;
@@ -62,6 +63,13 @@ type Done = Result<(), Failure>;
 /// A check that failed because of what was checked is not one that could not be made.
 fn checked(error: Error) -> Failure {
     if error.found_wrong() { Failure::Wrong(error) } else { Failure::Undone(error) }
+}
+
+/// What is left out of a model without anybody having said so.
+fn note_published(selection: &Selection<'_>) {
+    if selection.published_bundle() {
+        report::say(format_args!("note: {PUBLISHED} in the model is a bundle, and no part of it"));
+    }
 }
 
 /// What a shell completes.

@@ -10,7 +10,6 @@ use omsign::key::{KeyError, PrivateKey, read_certificates};
 use omsign::manifest_file::{self, Unsaid};
 use omsign::model::{GIT_PATHS, at_or_below};
 use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
-use omsign::selection::PUBLISHED;
 use omsign::sign::{Request, Signed, Signer, Subject};
 use omsign_proto::v1::KeyState;
 use openssl::x509::X509;
@@ -18,7 +17,7 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::hasher::Hashing;
-use super::{Done, Failure, address};
+use super::{Done, Failure, address, note_published};
 use crate::cli;
 use crate::report::{self, count, size};
 
@@ -34,9 +33,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     let subject = match model {
         Some(model) => {
             let selection = arguments.files.selection(model, Some(bundle)).map_err(Failure::Usage)?;
-            if selection.published_bundle() {
-                report::say(format_args!("note: {PUBLISHED} in the model is a bundle, and no part of it"));
-            }
+            note_published(&selection);
             Subject::Model(selection, &hashing.hasher)
         }
         None => from_manifests(arguments)?,

@@ -200,7 +200,9 @@ impl Policy {
         let both = |path: &Path| [written(path), path.canonicalize().ok()];
         let roots: Vec<PathBuf> = both(model).into_iter().flatten().collect();
         let inside = |path: &Path| {
-            both(path).iter().flatten().any(|path| roots.iter().any(|root| path.starts_with(root)))
+            let on_the_way = links(path);
+            let mut all = both(path).into_iter().flatten().chain(on_the_way);
+            all.any(|path| roots.iter().any(|root| path.starts_with(root)))
         };
         for entry in &self.entries {
             let named = entry.terms.files(entry.file.parent().unwrap_or(Path::new("")));
@@ -223,6 +225,30 @@ impl Policy {
         }
         Err(TrustError::Refused { method, refusals })
     }
+}
+
+/// The links on the way to where a path leads, each where it really is.
+fn links(path: &Path) -> Vec<PathBuf> {
+    // As many as Linux follows (path_resolution(7)).
+    const MOST: usize = 40;
+    let (mut at, mut found) = (PathBuf::new(), Vec::new());
+    let mut rest = std::path::absolute(path).unwrap_or_default();
+    while let Some(part) = rest.components().next().map(|part| part.as_os_str().to_owned()) {
+        rest = rest.components().skip(1).collect();
+        match Path::new(&part).components().next() {
+            Some(Component::ParentDir) => drop(at.pop()),
+            _ => at.push(&part),
+        }
+        if let Ok(target) = std::fs::read_link(&at)
+            && found.len() < MOST
+        {
+            found.push(at.clone());
+            at.pop();
+            // An absolute one begins anew.
+            rest = target.join(rest);
+        }
+    }
+    found
 }
 
 impl Entry {
