@@ -15,7 +15,8 @@ const ALL: &str = "softhsm,kryoptic,swtpm,piv,fault";
 fn with(kinds: &str, script: &str) -> anyhow::Result<Output> {
     let fixtures = built("omsign-fixtures")?;
     let directory = fixtures.parent().map(std::path::Path::to_owned).unwrap_or_default();
-    let path = format!("{}:{}", directory.display(), std::env::var("PATH")?);
+    // As Debian's users have it, who are not root.
+    let path = format!("{}:/usr/local/bin:/usr/bin:/bin", directory.display());
     let mut command = Command::new(&fixtures);
     command.args(["with", kinds, "--", "sh", "-euc", script]).env("PATH", path);
     Ok(command.output()?)
@@ -46,6 +47,14 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
     ensure!(said.matches("verified 1 file, 8 bytes, signed by the certificate CN=").count() == 5, "{said}");
     let directory = said.lines().next().unwrap_or_default();
     ensure!(!directory.is_empty() && !std::path::Path::new(directory).exists(), "{directory} is still there");
+    Ok(())
+}
+
+#[test]
+fn one_of_a_kind() -> anyhow::Result<()> {
+    let output = with("softhsm,softhsm", "exit 7")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1) && errors.contains("name it once"), "{errors}");
     Ok(())
 }
 

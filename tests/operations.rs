@@ -136,6 +136,33 @@ fn a_reload_while_a_key_is_made() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Nobody's signature waits for it, with one session as with many.
+#[test]
+fn signatures_while_a_key_is_made() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let proxy = world.proxy()?;
+    let section = proxy.before(&token_section("t", &token, "profile = \"softhsm\""))?;
+    let keys = key_section("k", "t", "k") + &key_section("slow", "t", "slow");
+    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
+    world.model()?;
+    world.omsign_ok(&["sign", "model", "--key", "k"])?;
+    proxy.set("C_GenerateKeyPair 0 5000\n")?;
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| asks(&world, &["generate", "slow", "--type", "p256"]));
+        eventually("its begin", || Ok(proxy.calls("C_GenerateKeyPair") == 1))?;
+        for _ in 0..3 {
+            world.omsign_ok(&["sign", "model", "--key", "k"])?;
+        }
+        ensure!(!made.is_finished(), "the signatures waited");
+        let made = made.join().expect("no panic")?;
+        ensure!(made.status.success(), "{made:?}");
+        anyhow::Ok(())
+    })?;
+    ensure!(agent.stop()?.success());
+    Ok(())
+}
+
 /// Whoever issues certificates by hand makes these three first; clients say only that something is wrong.
 #[test]
 fn server_certificates_that_no_client_takes() -> anyhow::Result<()> {

@@ -65,6 +65,8 @@ fn a_key_is_followed_by_the_next() -> anyhow::Result<()> {
     signal(agent.pid(), Signal::HUP)?;
     eventually("the next key", || Ok(exported(&world, &[])? == second))?;
     ensure!(exported(&world, &["--previous"])? == first);
+    let (keys, listed) = (world.omsign_ok(&["keys"])?, does(&world, &["list"])?);
+    ensure!(keys.contains("; took the place of 1 key\n") && listed.contains("k/previous "), "{keys}{listed}");
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "second.sig"])?;
     for (signature, public) in [("first.sig", &first), ("second.sig", &second)] {
         world.write("public.pem", public)?;

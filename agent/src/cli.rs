@@ -174,7 +174,8 @@ pub(crate) enum KeyCommand {
     /// First the next key is made beside the present one, of the same type and guarded likewise where nothing else is said,
     /// and named in the configuration as NAME/next: ask for its certificate (key csr NAME/next), tell verifiers about it.
     /// Then --finish writes it into the configuration; callers get it when the agent reads that anew (`omsign-agent key
-    /// reload`). The old key stays listed, for verification, and stays on its device until it is deleted.
+    /// reload`). The old key stays listed, for verification, as NAME/previous, and stays on its
+    /// device until it is deleted: in a [key] section of its own, for `key delete`.
     Rotate {
         /// The key's name in the configuration
         name: String,

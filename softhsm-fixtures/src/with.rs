@@ -79,6 +79,9 @@ enum Device {
 /// Starts the stand-ins, runs the command, and cleans up.
 pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
     let (program, arguments) = command.split_first().context("no command")?;
+    let twice =
+        kinds.iter().enumerate().find(|(index, kind)| kinds.iter().take(*index).any(|one| one == *kind));
+    ensure!(twice.is_none(), "each stand-in is started once: name it once");
     sweep()?;
     let directory = tempfile::Builder::new().prefix(PREFIX).tempdir().context("a directory")?;
     let place = directory.path();

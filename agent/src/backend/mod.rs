@@ -59,6 +59,10 @@ pub(crate) trait Device: Sync {
     }
     /// Whether the device still answers. Asked when it is idle.
     fn probe(&self) -> Result<(), Failure>;
+    /// Whether it does what operators ask for beside signing, in a thread of its own.
+    fn operates_beside(&self) -> bool {
+        false
+    }
     /// Does what an operator asks for.
     fn operate(&self, task: &Task, notify: Notify<'_>) -> Result<Done, Failure>;
     /// Lets go of the device.

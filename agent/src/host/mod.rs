@@ -22,6 +22,7 @@ use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_sig
 use self::held::{Held, TOGETHER};
 use self::inbox::Inbox;
 use self::operate::operate;
+use self::task::Task;
 use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
 use crate::algorithm::Content;
 use crate::backend::{self, Device, Doing, Signer};
@@ -34,6 +35,9 @@ const SLOW: Duration = Duration::from_micros(350);
 
 /// How many signatures may wait to be checked.
 const UNCHECKED: usize = 8;
+
+/// How many of operators' tasks may wait for the thread that does them.
+const TASKS: usize = 16;
 
 /// Runs the host on the socketpair that is its standard input, until the agent closes it.
 pub fn run() -> io::Result<()> {
@@ -88,9 +92,14 @@ pub fn run() -> io::Result<()> {
                 scope.spawn(|| drop(shared.attend(inbox)));
                 checks
             });
+            let tasks = device.operates_beside().then(|| {
+                let (tasks, inbox) = mpsc::sync_channel(TASKS);
+                scope.spawn(|| drop(shared.operators(inbox)));
+                tasks
+            });
             for signer in signers {
-                let checks = checks.clone();
-                scope.spawn(|| shared.work(signer, checks));
+                let (checks, tasks) = (checks.clone(), tasks.clone());
+                scope.spawn(|| shared.work(signer, checks, tasks));
             }
         });
     }
@@ -151,7 +160,12 @@ impl Shared<'_> {
     /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
     /// so no request ever waits behind a busy one. With `checks`, another one checks and answers what it signed while more
     /// requests are here.
-    fn work(&self, mut signer: Box<dyn Signer + '_>, checks: Option<SyncSender<Check>>) {
+    fn work(
+        &self,
+        mut signer: Box<dyn Signer + '_>,
+        checks: Option<SyncSender<Check>>,
+        tasks: Option<SyncSender<(u64, Task)>>,
+    ) {
         let mut held = Held::default();
         let no_more = || match &checks {
             Some(checks) => checks.send(Check::NoMore).map_err(io::Error::other),
@@ -182,31 +196,17 @@ impl Shared<'_> {
                 }
             }
             let login = Cell::new(None);
-            let notify = |doing: Doing<'_>| {
-                // When the agent is gone, the next read says so.
-                let _ = match doing {
-                    Doing::AwaitsTouch(message) => {
-                        no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
-                    }
-                    Doing::LogsIn => {
-                        // It may be this request's own, of a card that another program had.
-                        login.set(None);
-                        login.set(self.login.lock().ok());
-                        self.say(&Answer::logs_in(id, true))
-                    }
-                    Doing::LoggedIn => {
-                        let said = self.say(&Answer::logs_in(id, false));
-                        login.set(None);
-                        said
-                    }
-                };
-            };
-            let (outcome, content) = match asked {
-                Asked::Sign(key, content) => (signer.sign(key, &content, &notify), Some(content)),
-                Asked::Do(task) => {
-                    let _ = self.say(&Answer::begun(id, task.may_take(self.timeout)));
-                    (operate(self.device, &task, &notify).map(wire::done), None)
+            let (outcome, content) = match (asked, &tasks) {
+                (Asked::Sign(key, content), _) => {
+                    let notify = |doing: Doing<'_>| self.tell(id, &login, &no_more, doing);
+                    (signer.sign(key, &content, &notify), Some(content))
                 }
+                // Signatures go on meanwhile.
+                (Asked::Do(task), Some(tasks)) => match tasks.send((id, task)) {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                },
+                (Asked::Do(task), None) => (self.operate(id, &task, &login, &no_more), None),
             };
             login.set(None);
             let took = started.elapsed();
@@ -230,6 +230,58 @@ impl Shared<'_> {
                 return;
             }
         }
+    }
+
+    /// The thread that does what operators ask for, where signatures go on meanwhile.
+    fn operators(&self, inbox: Receiver<(u64, Task)>) -> io::Result<()> {
+        for (id, task) in inbox {
+            if self.over.load(Ordering::SeqCst) {
+                break;
+            }
+            let (started, login) = (Instant::now(), Cell::new(None));
+            let outcome = self.operate(id, &task, &login, &|| self.check(Check::NoMore));
+            drop(login);
+            let made = Made { id, outcome, unchecked: None, took: started.elapsed() };
+            self.check(Check::Made(made, false))?;
+        }
+        Ok(())
+    }
+
+    fn operate<'s>(
+        &'s self,
+        id: u64,
+        task: &Task,
+        login: &Cell<Option<MutexGuard<'s, ()>>>,
+        no_more: &dyn Fn() -> io::Result<()>,
+    ) -> Result<Vec<u8>, Failure> {
+        let _ = self.say(&Answer::begun(id, task.may_take(self.timeout)));
+        operate(self.device, task, &|doing| self.tell(id, login, no_more, doing)).map(wire::done)
+    }
+
+    /// Tells the agent what the device is about with a request. Where it is gone, the next read says so.
+    fn tell<'s>(
+        &'s self,
+        id: u64,
+        login: &Cell<Option<MutexGuard<'s, ()>>>,
+        no_more: &dyn Fn() -> io::Result<()>,
+        doing: Doing<'_>,
+    ) {
+        let _ = match doing {
+            Doing::AwaitsTouch(message) => {
+                no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
+            }
+            Doing::LogsIn => {
+                // It may be this request's own, of a card that another program had.
+                login.set(None);
+                login.set(self.login.lock().ok());
+                self.say(&Answer::logs_in(id, true))
+            }
+            Doing::LoggedIn => {
+                let said = self.say(&Answer::logs_in(id, false));
+                login.set(None);
+                said
+            }
+        };
     }
 
     /// The other thread. After each look it sleeps for as long as a slow device took.

@@ -10,6 +10,9 @@ use crate::host::task::{Asking, Listed, Need, Template};
 /// After a key's name: the key that is to take its place.
 pub const NEXT: &str = "/next";
 
+/// And so are those whose place a key took, where keys are listed.
+pub const PREVIOUS: &str = "/previous";
+
 /// What an operator asks for. Names are those of the configuration, with [`NEXT`] for a key's `next`: nothing else
 /// can be reached.
 #[derive(Debug, Serialize, Deserialize)]

@@ -18,7 +18,7 @@ use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
 use self::attestation::Attestation;
 pub use self::certificate::Subject;
-pub use self::command::{Command, NEXT, Named, Output, TokenKeys};
+pub use self::command::{Command, NEXT, Named, Output, PREVIOUS, TokenKeys};
 use crate::audit::{self, Audit, AuditError, Entry};
 use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Need, Template, TouchPolicy};
@@ -254,7 +254,12 @@ impl Operator<'_> {
                     .into_iter()
                     .map(|listed| {
                         let names = configured().filter(|(_, object)| object.names(&listed.object));
-                        Named { names: names.map(|(name, _)| name).collect(), listed }
+                        let mut names: Vec<_> = names.map(|(name, _)| name).collect();
+                        let previous = self.config.keys.iter().filter(|(_, key)| {
+                            key.previous.iter().any(|previous| previous.public_key.0 == listed.public_key)
+                        });
+                        names.extend(previous.map(|(name, _)| format!("{name}{PREVIOUS}")));
+                        Named { names, listed }
                     })
                     .collect()),
                 Ok(_) => Err(surprise().to_string()),

@@ -51,7 +51,14 @@ pub(crate) fn keys(arguments: &cli::Keys) -> Done {
         let (state, algorithm) = (state(key.state()), algorithm(&key));
         let method = if key.certificate_chain.is_empty() { "key" } else { "certificate" };
         let until = leaf(&key).map(|leaf| format!("; certificate {}", validity(&leaf))).unwrap_or_default();
-        let detail = if key.state_detail.is_empty() { key.device + &until } else { key.state_detail };
+        let previous = match key.previous.len() {
+            0 => String::new(),
+            count => format!("; took the place of {}", report::count(count, "key")),
+        };
+        let detail = match key.state_detail.as_str() {
+            "" => key.device + &until + &previous,
+            detail => detail.to_owned(),
+        };
         report::result(format_args!(
             "{:<width$}  {state:<11}  {algorithm:<19}  {method:<11}  {detail}",
             key.name

@@ -161,7 +161,8 @@ impl VirtualPiv {
         let mut shell = Command::new("setpriv");
         // What a terminal sends is for the command that uses it.
         shell.process_group(0).args(["--pdeathsig", "KILL", "sh", "-c"]);
-        shell.arg("LISTEN_PID=$$ LISTEN_FDS=1 exec pcscd -f -c \"$0\" 3<&0 0</dev/null");
+        // Debian has it where users do not look for programs.
+        shell.arg("PATH=$PATH:/usr/sbin LISTEN_PID=$$ LISTEN_FDS=1 exec pcscd -f -c \"$0\" 3<&0 0</dev/null");
         shell.arg(self.directory.join("readers"));
         shell.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)));
         shell.stdout(Stdio::null()).stderr(Stdio::null());

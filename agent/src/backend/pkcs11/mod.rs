@@ -35,6 +35,8 @@ struct OpenToken {
     slot: Slot,
     keys: Vec<Option<Key>>,
     sessions: usize,
+    /// Whether operators' tasks have a thread of their own.
+    beside: bool,
     /// Stays open so that the login outlives the other sessions: closing the last one logs out.
     anchor: Mutex<Session>,
     ways: Ways,
@@ -101,6 +103,7 @@ pub(super) fn open(
     {
         return Err(failure);
     }
+    let beside = ways::operates_beside(info.max_session_count(), profile);
     let opened = Opened { device: device(&info), sessions, keys: public, touch: BTreeMap::new() };
     let (anchor, profile) = (Mutex::new(anchor), profile.clone());
     Ok((
@@ -109,6 +112,7 @@ pub(super) fn open(
             slot,
             keys,
             sessions,
+            beside,
             anchor,
             ways,
             profile,
@@ -202,6 +206,10 @@ impl Device for OpenToken {
             None => self.pkcs11.get_token_info(self.slot).map(drop),
         };
         asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
+    }
+
+    fn operates_beside(&self) -> bool {
+        self.beside
     }
 
     fn operate(&self, task: &Task, notify: Notify<'_>) -> Result<Done, Failure> {

@@ -99,15 +99,26 @@ impl Ways {
 /// In how many sessions to sign, of those that the configuration wants; none where the token has too few. One more is
 /// the anchor's, and one for operators' tasks, where the token has that many.
 pub(super) fn sessions(wanted: usize, of_token: Limit, profile: &Profile) -> Option<usize> {
-    let of_token = match of_token {
-        Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX),
-        Limit::Infinite | Limit::Unavailable => usize::MAX,
-    };
-    let most = match profile.max_sessions.map_or(of_token, |most| most.min(of_token)) {
+    let most = match most_sessions(of_token, profile) {
         few @ 0..=2 => few.saturating_sub(1),
         many => many - 2,
     };
     (most > 0).then(|| wanted.min(most).min(profile.threads.unwrap_or(usize::MAX)))
+}
+
+/// Whether operators' tasks have a thread of their own: where a module is known to take several, and has a session for it.
+pub(super) fn operates_beside(of_token: Limit, profile: &Profile) -> bool {
+    let is_known = !profile.about.is_empty();
+    is_known && profile.threads != Some(1) && most_sessions(of_token, profile) > 2
+}
+
+/// How many sessions the token has for us.
+fn most_sessions(of_token: Limit, profile: &Profile) -> usize {
+    let of_token = match of_token {
+        Limit::Max(limit) => usize::try_from(limit).unwrap_or(usize::MAX),
+        Limit::Infinite | Limit::Unavailable => usize::MAX,
+    };
+    profile.max_sessions.map_or(of_token, |most| most.min(of_token))
 }
 
 fn vendor(number: MechanismType) -> Mechanism<'static> {
@@ -131,5 +142,11 @@ mod tests {
         assert_eq!(sessions(8, Limit::Max(4), &few), Some(2), "the token says less");
         assert_eq!(sessions(2, Limit::Infinite, &few), Some(2));
         assert_eq!(sessions(8, Limit::Infinite, &profile(Some(5), Some(1))), Some(1), "more do harm");
+        let known = |threads| Profile { about: "known".into(), ..profile(None, threads) };
+        assert!(
+            operates_beside(Limit::Infinite, &known(None)) && operates_beside(Limit::Max(3), &known(None))
+        );
+        assert!(!operates_beside(Limit::Max(2), &known(None)) && !operates_beside(Limit::Infinite, &any));
+        assert!(!operates_beside(Limit::Infinite, &known(Some(1))), "more do harm");
     }
 }
