@@ -7,32 +7,23 @@ use super::super::{LAST_TRY, locked};
 use super::login::{is_last_try, may_have_counted};
 use crate::host::wire::{Class, Failure};
 
-/// What a failed C_Sign asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Recovery {
-    /// A handle is stale: a new session, find the key, sign again.
-    Reopen,
-    /// Nothing to be done within this session.
-    None,
-}
-
-/// Whether a fresh session and a fresh object handle may heal this.
-pub(super) fn recovery(error: &Error) -> Recovery {
-    match error {
-        error if may_have_counted(error) => Recovery::None,
+/// Whether a handle is stale, so that a fresh session and a fresh object handle may heal this.
+pub(super) fn is_stale(error: &Error) -> bool {
+    let stale = matches!(
+        error,
         Error::Pkcs11(
             RvError::ObjectHandleInvalid
-            | RvError::KeyHandleInvalid
-            | RvError::SessionHandleInvalid
-            | RvError::SessionClosed
-            | RvError::OperationActive
-            | RvError::OperationNotInitialized
-            | RvError::FunctionCanceled
-            | RvError::Cancel,
+                | RvError::KeyHandleInvalid
+                | RvError::SessionHandleInvalid
+                | RvError::SessionClosed
+                | RvError::OperationActive
+                | RvError::OperationNotInitialized
+                | RvError::FunctionCanceled
+                | RvError::Cancel,
             _,
-        ) => Recovery::Reopen,
-        _ => Recovery::None,
-    }
+        )
+    );
+    stale && !may_have_counted(error)
 }
 
 /// The class of a failure to do `what`. Whatever is not known to be somebody's fault counts as gone: starting
@@ -171,7 +162,7 @@ mod tests {
         assert_eq!(classify("sign", &no_login).class, Class::Refused);
         // No fresh session is a reason to offer it again.
         let canceled = Error::Pkcs11(RvError::FunctionCanceled, Function::Login);
-        assert_eq!((classify("sign", &canceled).class, recovery(&canceled)), (Class::Locked, Recovery::None));
+        assert_eq!((classify("sign", &canceled).class, is_stale(&canceled)), (Class::Locked, false));
         assert_eq!(classify("read attributes", &Error::NotSupported).class, Class::Refused);
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cryptoki::session::Session;
 
 use super::super::{Notify, gone, refused};
-use super::errors::{Recovery, classify, describe, is_out_of_host_memory, recovery};
+use super::errors::{classify, describe, is_out_of_host_memory, is_stale};
 use super::objects::{self, Found};
 use super::{Key, OpenToken, open_session};
 use crate::algorithm::Content;
@@ -109,19 +109,16 @@ impl backend::Signer for Signer<'_> {
                 Err(error) => error,
             };
             tracing::debug!(key = %key.name, %error, "C_Sign failed");
-            match recovery(&error) {
-                Recovery::Reopen if !reopened => {
-                    reopened = true;
-                    self.reopen(index, key, notify)?;
-                }
-                Recovery::Reopen => return Err(gone(format!("cannot sign: {}", describe(&error)))),
-                Recovery::None => {
-                    // After a failed C_Sign the operation may still be active: the session is spent. Without another one,
-                    // the next signature says so.
-                    let _ = self.renew_session();
-                    return Err(self.token.starved("sign", &error));
-                }
+            if !is_stale(&error) {
+                // After a failed C_Sign the operation may still be active: the session is spent. Without another one, the
+                // next signature says so.
+                let _ = self.renew_session();
+                return Err(self.token.starved("sign", &error));
             }
+            if std::mem::replace(&mut reopened, true) {
+                return Err(gone(format!("cannot sign: {}", describe(&error))));
+            }
+            self.reopen(index, key, notify)?;
         }
     }
 }
