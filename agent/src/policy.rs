@@ -18,12 +18,16 @@ pub enum Match {
     Uid(u32),
     /// Members of this Unix group.
     Gid(u32),
-    /// Exactly this certificate subject, as RFC 4514 writes it.
-    Subject(String),
+    /// Exactly this certificate subject, by its parts, in either order.
+    Subject(Vec<String>),
     /// A DNS name in the certificate, lower case.
     Dns(String),
+    /// One in which `*` stands for one label, or some of it.
+    DnsPattern(String),
     /// A URI in the certificate, such as a SPIFFE id.
     Uri(String),
+    /// One in which `*` stands for what is between two slashes, or some of it.
+    UriPattern(String),
     /// This certificate, by its SHA-256.
     Fingerprint([u8; 32]),
 }
@@ -38,17 +42,54 @@ impl Match {
         match (self, identity) {
             (Self::Uid(wanted), Identity::Unix { uid, .. }) => wanted == uid,
             (Self::Gid(wanted), Identity::Unix { groups, .. }) => groups.contains(wanted),
-            (Self::Subject(wanted), Identity::Certificate { subject, .. }) => wanted == subject,
+            (Self::Subject(wanted), Identity::Certificate { subject, .. }) => {
+                let own = subject_parts(subject);
+                own == *wanted || own.iter().eq(wanted.iter().rev())
+            }
             (Self::Dns(wanted), Identity::Certificate { dns, .. }) => dns.contains(wanted),
+            (Self::DnsPattern(pattern), Identity::Certificate { dns, .. }) => {
+                dns.iter().any(|name| fits(pattern, name, '.'))
+            }
             (Self::Uri(wanted), Identity::Certificate { uris, .. }) => uris.contains(wanted),
+            (Self::UriPattern(pattern), Identity::Certificate { uris, .. }) => {
+                uris.iter().any(|uri| fits(pattern, uri, '/'))
+            }
             (Self::Fingerprint(wanted), Identity::Certificate { fingerprint, .. }) => wanted == fingerprint,
             (Self::Uid(_) | Self::Gid(_), Identity::Certificate { .. }) => false,
             (
-                Self::Subject(_) | Self::Dns(_) | Self::Uri(_) | Self::Fingerprint(_),
+                Self::Subject(_)
+                | Self::Dns(_)
+                | Self::DnsPattern(_)
+                | Self::Uri(_)
+                | Self::UriPattern(_)
+                | Self::Fingerprint(_),
                 Identity::Unix { .. },
             ) => false,
         }
     }
+}
+
+/// The parts of a distinguished name, without the blanks that some write around them.
+pub(crate) fn subject_parts(text: &str) -> Vec<String> {
+    let mut escaped = false;
+    let between = |character| {
+        let splits = character == ',' && !escaped;
+        escaped = character == '\\' && !escaped;
+        splits
+    };
+    let part = |part: &str| match part.split_once('=') {
+        Some((kind, value)) => format!("{}={}", kind.trim(), value.trim()),
+        None => part.trim().to_owned(),
+    };
+    text.split(between).map(part).collect()
+}
+
+/// Whether a text is one of a pattern's, in which each `*` stands for one character or more, and none that `ends` it.
+fn fits(pattern: &str, text: &str, ends: char) -> bool {
+    let Some((before, after)) = pattern.split_once('*') else { return pattern == text };
+    let Some(rest) = text.strip_prefix(before) else { return false };
+    let most = rest.find(ends).unwrap_or(rest.len());
+    (1..=most).filter_map(|taken| rest.get(taken..)).any(|rest| fits(after, rest, ends))
 }
 
 #[cfg(test)]
@@ -67,9 +108,11 @@ mod tests {
         for (matches, wanted, other) in [
             (Match::Uid(7), &unix, &certificate),
             (Match::Gid(50), &unix, &certificate),
-            (Match::Subject("CN=ci".into()), &certificate, &unix),
+            (Match::Subject(vec!["CN=ci".into()]), &certificate, &unix),
             (Match::Dns("ci.example".into()), &certificate, &unix),
+            (Match::DnsPattern("*.example".into()), &certificate, &unix),
             (Match::Uri("spiffe://acme/ci".into()), &certificate, &unix),
+            (Match::UriPattern("spiffe://acme/c*".into()), &certificate, &unix),
             (Match::Fingerprint([9; 32]), &certificate, &unix),
         ] {
             assert!(matches.covers(wanted) && !matches.covers(other), "{matches:?}");
@@ -77,13 +120,47 @@ mod tests {
         for matches in [
             Match::Uid(8),
             Match::Gid(51),
-            Match::Subject("CN=c".into()),
+            Match::Subject(vec!["CN=c".into()]),
             Match::Dns("example".into()),
+            Match::DnsPattern("*example".into()),
             Match::Uri("spiffe://acme/".into()),
+            Match::UriPattern("spiffe://*".into()),
             Match::Fingerprint([8; 32]),
         ] {
             assert!(!matches.covers(&unix) && !matches.covers(&certificate), "{matches:?}");
         }
         assert!(allowed(&[], &unix).is_none());
+    }
+
+    #[test]
+    fn subjects_in_either_order_and_patterns_within_their_part() {
+        let named = |subject: &str| Identity::Certificate {
+            subject: subject.into(),
+            dns: Vec::new(),
+            uris: Vec::new(),
+            fingerprint: [0; 32],
+        };
+        let own = named("CN=ci\\, 1,OU=x,O=Acme");
+        for (text, same) in [
+            ("CN=ci\\, 1,OU=x,O=Acme", true),
+            ("O = Acme, OU = x, CN = ci\\, 1", true),
+            ("OU=x,O=Acme,CN=ci\\, 1", false),
+            ("CN=ci\\, 1,OU=x", false),
+            ("CN=ci,1,OU=x,O=Acme", false),
+        ] {
+            assert_eq!(Match::Subject(subject_parts(text)).covers(&own), same, "{text}");
+        }
+        for (pattern, text, expected) in [
+            ("*.ci.acme.example", "r1.ci.acme.example", true),
+            ("*.ci.acme.example", "a.r1.ci.acme.example", false),
+            ("*.ci.acme.example", ".ci.acme.example", false),
+            ("runner-*.acme.*", "runner-7.acme.example", true),
+            ("runner-*.acme.*", "runner-.acme.example", false),
+            ("*", "ä", true),
+        ] {
+            assert_eq!(fits(pattern, text, '.'), expected, "{pattern} {text}");
+        }
+        assert!(fits("spiffe://acme/ci/*", "spiffe://acme/ci/7", '/'));
+        assert!(!fits("spiffe://acme/ci/*", "spiffe://acme/ci/7/admin", '/'));
     }
 }

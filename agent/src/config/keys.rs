@@ -10,8 +10,11 @@ use super::listen::Callers;
 use super::read::{Reader, Section};
 use super::{Key, Pcrs, Previous, objects};
 use crate::algorithm::Padding;
-use crate::policy::{Match, Rule};
+use crate::policy::{Match, Rule, subject_parts};
 use crate::spki::SpkiDer;
+
+/// How many `*` a pattern may have: how long it takes to compare grows with each.
+const MOST_STARS: usize = 3;
 
 /// Name of the rule that lets the agent's own user in where no rule is written: the private agent of one
 /// client, and the default operators.
@@ -200,7 +203,7 @@ fn rules(
             }
             _ => {
                 let message = "give exactly one of unix = { user | uid | group } and certificate = { subject | dns | \
-                               uri | fingerprint }";
+                               dns_pattern | uri | uri_pattern | fingerprint }";
                 reader.mistake(table.at, &table.path.clone(), message.into());
                 None
             }
@@ -247,32 +250,63 @@ pub(super) fn group_id(reader: &mut Reader<'_>, at: usize, path: &str, name: &st
 }
 
 fn certificate(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
-    let subject = table.string(reader, "subject").map(Match::Subject);
-    let dns = table.string(reader, "dns").map(|name| Match::Dns(name.to_ascii_lowercase()));
-    let uri = table.string(reader, "uri").map(Match::Uri);
-    let fingerprint = table.string(reader, "fingerprint");
+    let mut given: Vec<Result<Match, String>> = Vec::new();
+    given.extend(table.string(reader, "subject").map(|text| subject(&text)));
+    for (key, is_pattern) in [("dns", false), ("dns_pattern", true)] {
+        let name = table.string(reader, key).map(|text| text.to_ascii_lowercase());
+        given.extend(name.map(|text| value(text, "dns_pattern", is_pattern, Match::Dns, Match::DnsPattern)));
+    }
+    for (key, is_pattern) in [("uri", false), ("uri_pattern", true)] {
+        let uri = table.string(reader, key);
+        given.extend(uri.map(|text| value(text, "uri_pattern", is_pattern, Match::Uri, Match::UriPattern)));
+    }
+    given.extend(table.string(reader, "fingerprint").map(|text| fingerprint(&text)));
     let (at, path) = (table.at, table.path.clone());
     table.finish(reader);
-    let fingerprint = match fingerprint {
-        None => None,
-        Some(text) => {
-            let hexadecimal = text.replace(':', "").to_ascii_lowercase();
-            let bytes = hex::decode(hexadecimal).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
-            if bytes.is_none() {
-                let message = "fingerprint is the SHA-256 of the certificate, 64 hexadecimal digits: \
-                               openssl x509 -noout -fingerprint -sha256 -in client.pem";
-                reader.mistake(at, &path, message.into());
-                return None;
-            }
-            bytes.map(Match::Fingerprint)
-        }
+    let one = given.pop().filter(|_| given.is_empty()).unwrap_or_else(|| {
+        Err("give exactly one of subject, dns, dns_pattern, uri, uri_pattern and fingerprint".into())
+    });
+    one.map_err(|message| reader.mistake(at, &path, message)).ok()
+}
+
+/// A subject as anybody writes it: from the most general part down, as OpenSSL does, or up, as RFC 4514.
+fn subject(text: &str) -> Result<Match, String> {
+    let parts = subject_parts(text);
+    let is_part = |part: &String| {
+        let (kind, value) = part.split_once('=').unwrap_or_default();
+        let known = kind.chars().all(|character| character.is_ascii_alphanumeric() || character == '.');
+        known && !kind.is_empty() && !value.is_empty() && !value.contains('*')
     };
-    let mut given = [subject, dns, uri, fingerprint].into_iter().flatten();
-    let first = given.next();
-    if first.is_none() || given.next().is_some() {
-        let message = "give exactly one of subject, dns, uri and fingerprint".into();
-        reader.mistake(at, &path, message);
-        return None;
+    match parts.iter().all(is_part) {
+        true => Ok(Match::Subject(parts)),
+        false => Err(format!(
+            "{text:?} is no distinguished name, which has no patterns: write it as the agent logs it, such as CN=ci,O=Acme"
+        )),
     }
-    first
+}
+
+fn value(
+    text: String,
+    for_patterns: &str,
+    is_pattern: bool,
+    exact: fn(String) -> Match,
+    pattern: fn(String) -> Match,
+) -> Result<Match, String> {
+    match text.matches('*').count() {
+        0 if !is_pattern => Ok(exact(text)),
+        1..=MOST_STARS if is_pattern => Ok(pattern(text)),
+        0 => Err(format!("{text:?} has no * for a pattern; write it without _pattern")),
+        _ if is_pattern => Err(format!("{text:?} has more than {MOST_STARS} *")),
+        _ => Err(format!("{text:?} has a *, which only {for_patterns} goes by")),
+    }
+}
+
+fn fingerprint(text: &str) -> Result<Match, String> {
+    let hexadecimal = text.replace(':', "").to_ascii_lowercase();
+    let bytes = hex::decode(hexadecimal).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+    bytes.map(Match::Fingerprint).ok_or_else(|| {
+        "fingerprint is the SHA-256 of the certificate, 64 hexadecimal digits: \
+         openssl x509 -noout -fingerprint -sha256 -in client.pem"
+            .into()
+    })
 }

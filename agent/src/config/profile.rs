@@ -41,7 +41,7 @@ pub struct Profile {
     pub environment: Vec<String>,
     /// And those that it goes by where they are set.
     pub environment_if_set: Vec<String>,
-    /// The most PKCS#11 sessions that are of use, or allowed. One of them is the agent's anchor.
+    /// The most PKCS#11 sessions that are of use, or allowed. One of them is the agent's anchor, one is for operators' tasks.
     pub max_sessions: Option<usize>,
     /// How many threads may sign at once, each in its session, where more are of no use or do harm.
     pub threads: Option<usize>,
