@@ -3,6 +3,8 @@
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use sha2::{Digest as _, Sha256};
+
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;
@@ -112,7 +114,10 @@ impl Agent {
         // The token's answer may have taken all of the caller's time; the record gets some of its own.
         let deadline = deadline.max(Instant::now() + audit::PATIENCE);
         let rule = Some(rule.name.as_str());
-        let entry = Entry { rule, token, busy, digest, ..authorised.entry(outcome, &reason, algorithm) };
+        let signer = signed.as_ref().map(|(signed, _)| hex::encode(Sha256::digest(&signed.public_key)));
+        let key_sha256 = signer.as_deref().unwrap_or_default();
+        let entry = authorised.entry(outcome, &reason, algorithm);
+        let entry = Entry { rule, token, busy, digest, key_sha256, ..entry };
         let written = self.record(&entry, deadline).await;
         let (signed, _) = signed.map_err(|failed| status(&failed.token, &failed.error))?;
         written?;
@@ -153,8 +158,8 @@ impl Agent {
         for (identity, action, why, count) in self.denials.rest() {
             let unrecorded = count.saturating_sub(1);
             let entry =
-                Entry { action, outcome: "denied", reason: &why, unrecorded, ..operator::about(&identity) };
-            if self.record(&entry, Instant::now() + audit::PATIENCE).await.is_err() {
+                Entry { action, outcome: "denied", reason: &why, unrecorded, ..Entry::about(&identity) };
+            if self.audit.record_soon(&entry).await.is_err() {
                 self.record_later(&identity, action, &why, count);
             }
         }
@@ -207,20 +212,16 @@ impl Authorised {
         algorithm: Option<&'a str>,
     ) -> Entry<'a> {
         Entry {
-            time: audit::now(),
             action: "sign",
             request_id: &self.request_id,
-            identity: &self.identity,
             rule: Some(&self.rule),
             key: &self.key,
-            token: "",
             algorithm,
             digest: &self.digest_hex,
             claimed_context: &self.context,
             outcome,
             reason,
-            unrecorded: 0,
-            busy: Duration::ZERO,
+            ..Entry::about(&self.identity)
         }
     }
 }
@@ -235,22 +236,8 @@ pub(crate) struct UnlockEntry {
 impl UnlockEntry {
     /// The record of how it ended.
     pub(crate) fn with<'a>(&'a self, outcome: &'static str, reason: &'a str) -> Entry<'a> {
-        Entry {
-            time: audit::now(),
-            action: "unlock",
-            request_id: "",
-            identity: &self.identity,
-            rule: self.rule.as_deref(),
-            key: &self.token,
-            token: "",
-            algorithm: None,
-            digest: "",
-            claimed_context: "",
-            outcome,
-            reason,
-            unrecorded: 0,
-            busy: Duration::ZERO,
-        }
+        let rule = self.rule.as_deref();
+        Entry { action: "unlock", rule, key: &self.token, outcome, reason, ..Entry::about(&self.identity) }
     }
 }
 

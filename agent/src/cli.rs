@@ -41,6 +41,18 @@ pub(crate) enum Command {
     },
     /// Checks a configuration file and reports every mistake in it
     CheckConfig(ConfigFile),
+    /// What a client does, and is looked for here
+    #[command(hide = true, disable_help_flag = true)]
+    Unlock {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// The same
+    #[command(hide = true, disable_help_flag = true)]
+    Status {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Tries every module, token, PIN source, key and certificate, and says what to do
     ///
     /// Each token is opened once, as the agent would do it: a wrong PIN costs one try.

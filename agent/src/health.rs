@@ -60,7 +60,7 @@ pub(crate) async fn of_audit(agent: Arc<Agent>, reporter: HealthReporter) {
         while *failing.borrow_and_update() {
             tokio::time::sleep(TRY_AGAIN).await;
             let reason = "entries before this one could not be written, and nothing was signed";
-            let entry = Entry { action: "audit", outcome: "resumed", reason, ..operator::about(&identity) };
+            let entry = Entry { action: "audit", outcome: "resumed", reason, ..Entry::about(&identity) };
             let _ = agent.audit.record_soon(&entry).await;
         }
         for service in ["", SERVICE] {

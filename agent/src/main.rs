@@ -34,6 +34,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             log::start();
             host::run()?;
         }
+        Command::Unlock { arguments } => anyhow::bail!(
+            "that is a client's command: `omsign agent unlock {}`; a PIN that is blocked is set anew with `omsign-agent unblock`",
+            arguments.join(" ")
+        ),
+        Command::Status { .. } => anyhow::bail!("that is a client's command: `omsign agent status`"),
         Command::Serve(file) => {
             let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
             log::start();

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::signal::unix::Signal;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tonic_health::server::HealthReporter;
 
 use crate::agent::Agent;
-use crate::audit::{self, Entry};
+use crate::audit::Entry;
 use crate::config::{self, Config, Listen};
 use crate::health;
 use crate::identity::Identity;
@@ -68,10 +68,10 @@ impl Reload {
         let reloaded = self.once(agent, reporter).await;
         let reason = reloaded.as_ref().err().cloned().unwrap_or_default();
         let outcome = if reloaded.is_ok() { "done" } else { "failed" };
-        let entry = Entry { action: "reload", rule, outcome, reason: &reason, ..operator::about(by) };
-        if let Err(status) = agent.record(&entry, Instant::now() + audit::PATIENCE).await {
+        let entry = Entry { action: "reload", rule, outcome, reason: &reason, ..Entry::about(by) };
+        if let Err(error) = agent.audit.record_soon(&entry).await {
             // It is in force all the same; nothing is signed until the log can be written.
-            tracing::error!(error = status.message(), "that the configuration was read anew is not recorded");
+            tracing::error!(%error, "that the configuration was read anew is not recorded");
         }
         reloaded
     }

@@ -24,6 +24,7 @@ use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
 use crate::connection::Connection;
 use crate::health;
 use crate::intake;
+use crate::key_life::how_to_unlock;
 use crate::listen::{ListenError, Listeners, SocketFiles};
 use crate::operator;
 use crate::policy::{Match, Rule};
@@ -307,10 +308,12 @@ pub fn is_in_the_foreground() -> bool {
 
 /// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
 async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
-    if !std::io::stdin().is_terminal() || !is_in_the_foreground() {
-        return;
-    }
+    let here = std::io::stdin().is_terminal() && is_in_the_foreground();
     for token in tokens.iter().filter(|token| token.wants_prompt()) {
+        if !here {
+            tracing::warn!(token = %token.name, "token waits for its PIN: {}", how_to_unlock(&token.name));
+            continue;
+        }
         let question = format!("PIN for token {}: ", token.name);
         let asked = tokio::task::spawn_blocking(move || rpassword::prompt_password(question)).await;
         let Ok(Ok(Some(pin))) = asked.map(|asked| asked.map(Pin::new)) else { continue };

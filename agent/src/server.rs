@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 
 use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
 use crate::algorithm::Content;
-use crate::audit::{self, Entry};
+use crate::audit::Entry;
 use crate::identity::Identity;
 use crate::intake::Held;
 use crate::key::token_to_proto;
@@ -248,22 +248,7 @@ impl Service {
         reason: &str,
         deadline: Instant,
     ) -> Result<(), Status> {
-        let entry = Entry {
-            time: audit::now(),
-            action,
-            request_id: "",
-            identity: caller,
-            rule: None,
-            key: short(key),
-            token: "",
-            algorithm: None,
-            digest: "",
-            claimed_context: "",
-            outcome: "denied",
-            reason,
-            unrecorded: 0,
-            busy: Duration::ZERO,
-        };
+        let entry = Entry { action, key: short(key), outcome: "denied", reason, ..Entry::about(caller) };
         self.0.turn_away(entry, deadline).await
     }
 }

@@ -41,7 +41,7 @@ pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
     /// What it is about: `sign`, `look` (at a key, when denied), `unlock`, `unblock`, what `omsign-agent key` does
-    /// (`generate`, `csr` and so on), `reload`, or the log itself: `audit`.
+    /// (`generate`, `csr` and so on), or tried to (`operate`, when denied), `reload`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -57,6 +57,9 @@ pub struct Entry<'a> {
     pub token: &'a str,
     /// How the key signs.
     pub algorithm: Option<&'a str>,
+    /// The key that signed: SHA-256 of its SubjectPublicKeyInfo, hexadecimal. Another one may have its name tomorrow.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub key_sha256: &'a str,
     /// What was signed, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub digest: &'a str,
@@ -74,6 +77,29 @@ pub struct Entry<'a> {
     /// How long the device is busy with what others asked for: before that, more lines come. Not recorded.
     #[serde(skip)]
     pub busy: Duration,
+}
+
+impl<'a> Entry<'a> {
+    /// Of what somebody did to no key.
+    pub(crate) fn about(identity: &'a Identity) -> Self {
+        Self {
+            time: now(),
+            action: "",
+            request_id: "",
+            identity,
+            rule: None,
+            key: "",
+            token: "",
+            algorithm: None,
+            key_sha256: "",
+            digest: "",
+            claimed_context: "",
+            outcome: "",
+            reason: "",
+            unrecorded: 0,
+            busy: Duration::ZERO,
+        }
+    }
 }
 
 /// The audit log cannot be written: nothing may be released. Trying again helps once the disk has space.

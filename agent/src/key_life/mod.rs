@@ -19,7 +19,7 @@ use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use self::attestation::Attestation;
 pub use self::certificate::Subject;
 pub use self::command::{Command, NEXT, Named, Output, PREVIOUS, TokenKeys};
-use crate::audit::{self, Audit, AuditError, Entry};
+use crate::audit::{Audit, AuditError, Entry};
 use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Need, Template, TouchPolicy};
 use crate::host::task::{Done, Task};
@@ -330,22 +330,9 @@ impl Operator<'_> {
         reason: &str,
     ) -> Result<(), AuditError> {
         let token = self.place(key).map(|place| place.token.name.clone()).unwrap_or_default();
-        let entry = Entry {
-            time: audit::now(),
-            action,
-            request_id: "",
-            identity: self.identity,
-            rule: Some(self.rule),
-            key,
-            token: &token,
-            algorithm: None,
-            digest: "",
-            claimed_context: "",
-            outcome,
-            reason,
-            unrecorded: 0,
-            busy: Duration::ZERO,
-        };
+        let rule = Some(self.rule);
+        let entry =
+            Entry { action, rule, key, token: &token, outcome, reason, ..Entry::about(self.identity) };
         self.audit.record_soon(&entry).await
     }
 }

@@ -199,30 +199,10 @@ async fn converse(
 
 /// Records that somebody is no operator.
 async fn deny(agent: &Agent, identity: &Identity) -> Result<Output, OperatorError> {
-    let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..about(identity) };
+    let entry = Entry { action: "operate", outcome: "denied", reason: "operator", ..Entry::about(identity) };
     let recorded = agent.turn_away(entry, Instant::now() + audit::PATIENCE).await;
     recorded.map_err(|status| OperatorError::Told(status.message().to_owned()))?;
     Err(OperatorError::NotOperator)
-}
-
-/// An entry of what somebody did to no key.
-pub(crate) fn about(identity: &Identity) -> Entry<'_> {
-    Entry {
-        time: audit::now(),
-        action: "",
-        request_id: "",
-        identity,
-        rule: None,
-        key: "",
-        token: "",
-        algorithm: None,
-        digest: "",
-        claimed_context: "",
-        outcome: "",
-        reason: "",
-        unrecorded: 0,
-        busy: Duration::ZERO,
-    }
 }
 
 /// Does what an operator asks of a running agent, if they are one.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use zeroize::ZeroizeOnDrop;
 
-use super::{Asked, OPEN, OperatorError, about, owner, running, tell};
+use super::{Asked, OPEN, OperatorError, owner, running, tell};
 use crate::audit::{Audit, Entry};
 use crate::config::Config;
 use crate::host::wire::Fresh;
@@ -59,7 +59,7 @@ impl Unblock {
         rule: &str,
     ) -> Result<Output, OperatorError> {
         let (action, rule, key) = ("unblock", Some(rule), self.token.as_str());
-        let entry = |outcome, reason| Entry { action, rule, key, outcome, reason, ..about(identity) };
+        let entry = |outcome, reason| Entry { action, rule, key, outcome, reason, ..Entry::about(identity) };
         audit.record_soon(&entry("begun", "")).await.map_err(KeyLifeError::from)?;
         let done = work.await;
         let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();

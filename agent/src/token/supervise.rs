@@ -137,10 +137,13 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         answer(&mut unlocked, Err(failure.clone().into()));
         let wake = if failure.class == Class::Locked {
             let ask = if token.wants_prompt() { " --ask-pin" } else { "" };
-            tracing::warn!(
-                token = %token.name, reason = %failure,
-                "token is locked; no PIN is offered again until `omsign agent unlock {}{ask}`", token.name
-            );
+            // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
+            if !(from_source && token.wants_prompt() && token.last_opened.borrow().is_none()) {
+                tracing::warn!(
+                    token = %token.name, reason = %failure,
+                    "token is locked; no PIN is offered again until `omsign agent unlock {}{ask}`", token.name
+                );
+            }
             if from_source {
                 token.refuse_source(Some(failure.message.clone()));
             }
