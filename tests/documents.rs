@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::{built, model};
 use omsign_tests::agent::Agent;
 use omsign_tests::pki::Pki;
-use omsign_tests::world::World;
+use omsign_tests::world::{World, key_section, token_section};
 
 fn project(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(name)
@@ -102,6 +103,53 @@ fn the_policy_of_the_manual() -> anyhow::Result<()> {
         list.contains("bob           key") && list.contains("release-team  certificate  acme-*"),
         "{list}"
     );
+    Ok(())
+}
+
+/// From no certificate at all to a signature over the network.
+#[test]
+fn the_manual_of_remote_signing() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("release", "release", KeyType::P256)?;
+    model::create(&world.path("my-model"), 2, 1 << 10)?;
+    let manual = std::fs::read_to_string(project("docs/remote.md"))?;
+    let here = manual.replace("signer.acme.example", "localhost");
+    let blocks = |start: &str| -> Vec<&str> {
+        let after = here.split(start).skip(1);
+        after.filter_map(|rest| rest.split("```").next()).collect()
+    };
+    let run = |script: &str| {
+        let binaries = built("omsign")?;
+        let path =
+            format!("{}:{}", binaries.parent().context("a directory")?.display(), std::env::var("PATH")?);
+        let mut shell = Command::new("sh");
+        world.without_surprises(shell.args(["-euc", script]).current_dir(world.path("")));
+        let output = shell.env("PATH", path).output()?;
+        ensure!(output.status.success(), "{script}: {output:?}");
+        anyhow::Ok(String::from_utf8(output.stdout)?)
+    };
+    let [ca, server, caller, runner] = blocks("```sh\n")[..] else { anyhow::bail!("four scripts") };
+    run(&[ca, server, caller].concat())?;
+    let [config] = blocks("```toml\n")[..] else { anyhow::bail!("one configuration") };
+    let config =
+        config.replace("/run/omsign/agent.sock", "agent.sock").replace("0.0.0.0:7443", "127.0.0.1:0");
+    let (listen, rule) = config.split_once("\n\n").context("two sections")?;
+    let key = key_section("release", "release", "release");
+    let key = key.split("\n[[").next().context("a key")?;
+    let audit = "\n[audit]\ndirectory = \"audit\"\n";
+    let config = format!("{listen}\n{audit}{}{key}\n{rule}", token_section("release", &token, ""));
+    let agent = Agent::start(&world, &config)?;
+    let url = agent.tls_url()?;
+    let port = url.rsplit(':').next().context("a port")?;
+    // Its address is taken for localhost's, which may be another family's first.
+    let said = run(&runner.replace("localhost:7443", &format!("localhost:{port}")))?;
+    ensure!(said.contains("token release: ready") && said.contains("key release: ready"), "{said}");
+    let signed: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(world.path("signed.json"))?)?;
+    ensure!(signed["files"].as_u64() > Some(0), "{signed}");
+    let audit = world.audit()?;
+    let entry = audit.last().context("an entry")?;
+    ensure!(entry["identity"]["certificate"]["uris"][0] == "spiffe://acme.example/ci/1", "{entry}");
     Ok(())
 }
 

@@ -40,7 +40,7 @@ fn certificates_that_end() -> anyhow::Result<()> {
     let listed = world.omsign_ok(&["keys"])?;
     let over = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs((now - DAY).as_secs()))
         .to_string();
-    ensure!(listed.contains(&format!("; certificate until {over}")), "{listed}");
+    ensure!(listed.contains(&format!("; certificate expired on {over}")), "{listed}");
     let expected = format!("CN=Release expired on {over}, before ");
     world.omsign_refuses(2, &["sign", "model", "--key", "k"], &[&expected])
 }

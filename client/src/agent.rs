@@ -13,13 +13,15 @@ use omsign_proto::v1::{
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tower::service_fn;
 use zeroize::Zeroizing;
+
+use crate::tls;
 
 /// How long a question about keys may take.
 const ASK: Duration = Duration::from_secs(30);
@@ -77,6 +79,14 @@ pub enum AgentError {
         /// Why.
         reason: String,
     },
+    /// Somebody answers there, and does not prove to be the agent.
+    #[error("the certificate of whoever answers at {at} is not taken: {reason}")]
+    Untrusted {
+        /// Where.
+        at: String,
+        /// Why.
+        reason: String,
+    },
     /// The address is neither a path nor an https URL.
     #[error("{0:?} is not the address of an agent; expected a socket path or https://HOST:PORT")]
     Address(String),
@@ -107,6 +117,9 @@ pub enum AgentError {
     /// The agent ended the stream without an answer, or answered nonsense.
     #[error("the agent answered {0}")]
     Answer(String),
+    /// The connection ended instead.
+    #[error("the agent answered nothing: {0}")]
+    Broken(String),
     /// A private agent could not be started.
     #[error("cannot start omsign-agent: {0}")]
     Start(String),
@@ -200,7 +213,7 @@ impl Agent {
             Address::Tls { url, credentials } => {
                 let endpoint =
                     Endpoint::from_shared(url.clone()).map_err(|_| AgentError::Address(url.clone()))?;
-                let tls = tls(credentials)?;
+                let tls = tls::config(credentials)?;
                 let endpoint = endpoint.tls_config(tls).map_err(|error| AgentError::Tls {
                     path: credentials.certificate.clone(),
                     reason: deepest(&error),
@@ -208,6 +221,9 @@ impl Agent {
                 let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
                 // tonic's own limit ends with TCP's handshake; TLS's may never come.
                 match runtime.block_on(async { timeout(CONNECT, endpoint.connect()).await }) {
+                    Ok(Err(error)) if let Some(reason) = tls::untrusted(&error, credentials) => {
+                        return Err(AgentError::Untrusted { at: url.clone(), reason });
+                    }
                     Ok(channel) => channel,
                     Err(_) => {
                         let seconds = CONNECT.as_secs();
@@ -349,7 +365,7 @@ impl From<Status> for AgentError {
     fn from(status: Status) -> Self {
         // tonic reports a broken connection as a status of its own making, with a cause.
         if std::error::Error::source(&status).is_some() {
-            return Self::Answer(format!("nothing: {}", deepest(&status)));
+            return Self::Broken(deepest(&status));
         }
         Self::Status(status)
     }
@@ -362,14 +378,6 @@ fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
         deepest = source;
     }
     deepest.to_string()
-}
-
-fn tls(files: &TlsFiles) -> Result<ClientTlsConfig, AgentError> {
-    let read = |path: &PathBuf| {
-        std::fs::read(path).map_err(|error| AgentError::Tls { path: path.clone(), reason: error.to_string() })
-    };
-    let identity = Identity::from_pem(read(&files.certificate)?, Zeroizing::new(read(&files.private_key)?));
-    Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&files.ca)?)).identity(identity))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 
 use crate::hash::Digest;
 use crate::model::{Model, Odd, above};
@@ -19,6 +20,28 @@ pub struct Differences {
     pub odd: Vec<Odd>,
     /// There, and nobody knows with which content.
     pub unreadable: Vec<Unreadable>,
+    /// What may be behind it.
+    pub cause: Option<Cause>,
+}
+
+/// What may be behind differences.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// This file was never fetched: it is what Git LFS has in its place.
+    Pointer(String),
+    /// No file is as it was signed: the model of that name is elsewhere.
+    Elsewhere(String),
+}
+
+/// How a file begins that Git LFS has in another's place (git-lfs, docs/spec.md), and how long one may be, in bytes.
+const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\n";
+const LONGEST_POINTER: u64 = 1024;
+
+/// Whether it is one of Git LFS's.
+fn is_pointer(path: &Path) -> bool {
+    let short = |found: std::fs::Metadata| found.is_file() && found.len() < LONGEST_POINTER;
+    path.symlink_metadata().is_ok_and(short)
+        && std::fs::read(path).is_ok_and(|content| content.starts_with(POINTER))
 }
 
 /// A file, directory or link that cannot be read.
@@ -73,6 +96,16 @@ impl fmt::Display for How {
 }
 
 impl Differences {
+    /// Looks for what may be behind them, in a model of so many signed files.
+    pub(crate) fn explain(&mut self, model: &Path, name: &str, signed: usize) {
+        let pointer = self.changed.iter().find(|changed| is_pointer(&model.join(&changed.file)));
+        let nothing = !self.missing.is_empty() && self.missing.len() + self.changed.len() == signed;
+        self.cause = match pointer {
+            Some(changed) => Some(Cause::Pointer(changed.file.clone())),
+            None => nothing.then(|| Cause::Elsewhere(name.to_owned())),
+        };
+    }
+
     /// Adds what is wrong with a model whatever was signed.
     pub(crate) fn add(&mut self, found: &Model) {
         self.odd.clone_from(&found.odd);
@@ -94,7 +127,7 @@ impl Differences {
 
     /// Whether no more is wrong than that something cannot be read.
     pub(crate) fn none_known(&self) -> bool {
-        let Self { missing, extra, changed, odd, unreadable: _ } = self;
+        let Self { missing, extra, changed, odd, unreadable: _, cause: _ } = self;
         missing.is_empty() && extra.is_empty() && changed.is_empty() && odd.is_empty()
     }
 

@@ -5,14 +5,14 @@ use std::io::ErrorKind;
 use omsign::Error;
 use omsign::agent::AgentError;
 use omsign::bundle::BundleError;
-use omsign::differences::Differences;
+use omsign::differences::{Cause, Differences};
 use omsign::hash::HashError;
 use omsign::hash::cache::CacheError;
 use omsign::key::{KeyError, NO_PASSWORD, PRIVATE_KEYS, PUBLIC_KEY};
 use omsign::manifest_file::ManifestFileError;
 use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
-use omsign::policy::PolicyError;
+use omsign::policy::{PolicyError, Refusal};
 use omsign::predicate::PredicateError;
 use omsign::terms::TermsError;
 use omsign::timestamp::TimestampError;
@@ -27,13 +27,23 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
              --key-uri 'pkcs11:…'"
                 .into()
         }
+        Error::Agent(AgentError::Untrusted { .. }) => {
+            "--agent-ca is the certificate of the CA that issued the agent's own, for the host in --agent; `omsign-agent doctor` \
+             on its machine shows that one"
+                .into()
+        }
+        Error::Agent(AgentError::Broken(_)) => {
+            "the agent's log says why; over https it may not take the client certificate, which is for clients \
+             (extendedKeyUsage clientAuth), and by a CA of its client_ca"
+                .into()
+        }
         Error::Agent(AgentError::NoPermission(_)) => {
             "ask the agent's operator to let your group connect (group = \"…\" in [listen] unix); a new group counts \
              from the next login"
                 .into()
         }
         Error::Agent(AgentError::NoTerminal) => {
-            "run it at a terminal, or without --ask-pin: the agent then reads its configured PIN source".into()
+            "run it at a terminal, or with --pin-stdin; with neither, the agent reads its configured PIN source".into()
         }
         Error::Agent(AgentError::KeyNotReady { token, locked: true, .. }) => {
             format!(
@@ -95,6 +105,14 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                 .into()
         }
         Error::Model(ModelError::Empty(_)) => "it needs a file; in shards, one that is not empty".into(),
+        Error::Differs(differences) if differences.cause.is_some() => match differences.cause.as_ref()? {
+            Cause::Pointer(file) => {
+                format!("{file} is a Git LFS pointer, not the file itself: `git lfs pull` fetches what it stands for")
+            }
+            Cause::Elsewhere(name) => {
+                format!("no file is here as it was signed, of a model called {name:?}: give that one's directory")
+            }
+        },
         Error::Differs(differences) if only_git_paths(differences) => {
             "--ignore-git-paths accepts unsigned files of git's".into()
         }
@@ -138,6 +156,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             TrustError::Path(PathError::OldCrl { .. })
             | TrustError::Timestamp(TimestampError::Authority(PathError::OldCrl { .. })),
         ) => "fetch the CRL anew".into(),
+        Error::Trust(TrustError::Refused { refusals, .. }) if let Some(entry) = revoked(refusals) => {
+            format!("ask {entry} for a signature by a certificate that was not revoked; this one proves nothing any more")
+        }
         Error::Trust(TrustError::Refused { .. }) => {
             "`omsign inspect` shows who claims to have signed; `omsign trust add` accepts a signer from then on".into()
         }
@@ -190,16 +211,22 @@ fn hidden_directory(files: &[String]) -> Option<&str> {
     files.iter().all(|file| at_or_below(file, name)).then_some(name)
 }
 
+/// The entry of a policy whose signer's certificate, or an issuer's, was revoked.
+fn revoked(refusals: &[Refusal]) -> Option<&str> {
+    let of_it = |why: &TrustError| matches!(why, TrustError::Path(PathError::Revoked(_)));
+    refusals.iter().find(|refusal| of_it(&refusal.why)).map(|refusal| refusal.entry.as_str())
+}
+
 /// Whether nothing is wrong but that there are links.
 fn only_links(differences: &Differences) -> bool {
-    let Differences { missing, extra, changed, odd, unreadable } = differences;
+    let Differences { missing, extra, changed, odd, unreadable, cause: _ } = differences;
     let others = [missing.len(), extra.len(), changed.len(), unreadable.len()];
     others.iter().all(|count| *count == 0) && odd.iter().all(|odd| odd.what == Oddity::Symlink)
 }
 
 /// Whether nothing is wrong but that git's own files are there.
 fn only_git_paths(differences: &Differences) -> bool {
-    let Differences { missing, extra, changed, odd, unreadable } = differences;
+    let Differences { missing, extra, changed, odd, unreadable, cause: _ } = differences;
     let is_gits = |file: &String| GIT_PATHS.iter().any(|path| at_or_below(file, path));
     missing.is_empty()
         && changed.is_empty()

@@ -35,6 +35,7 @@ pub mod statement;
 mod strength;
 pub mod terms;
 pub mod timestamp;
+mod tls;
 pub mod trust;
 pub mod verify;
 mod walk;

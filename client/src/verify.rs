@@ -199,7 +199,11 @@ fn accepted(
         let unreadable = differences.unreadable.extract_if(.., |at| !files.has_at_or_below(&at.name));
         ignored.extend(unreadable.map(|at| at.name));
     }
-    if differences.is_empty() { Ok(ignored) } else { Err(Box::new(differences).into()) }
+    if differences.is_empty() {
+        return Ok(ignored);
+    }
+    differences.explain(request.model, &signed.model_name, signed.files());
+    Err(Box::new(differences).into())
 }
 
 /// Whether a name below the root is the root itself.

@@ -310,7 +310,11 @@ pub(crate) enum KeysCommand {
     /// Prints a key's certificate chain, or its public key where it has none, as PEM
     Export {
         /// The key's name
-        name: String,
+        #[arg(required_unless_present = "key_uri")]
+        name: Option<String>,
+        /// The key of this URI, with no agent running: `docs/key-uris.md` has all of them
+        #[arg(long, value_name = "URI", conflicts_with_all = ["name", "previous"])]
+        key_uri: Option<String>,
         /// Prints the public key also where there is a chain
         #[arg(long)]
         public_key: bool,
@@ -330,7 +334,7 @@ pub(crate) struct Agent {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum AgentCommand {
-    /// Shows whether the agent and its tokens are ready
+    /// Shows whether the agent and its tokens are ready; exit status 1 where not everything is
     Status {
         /// Prints one JSON object
         #[arg(long)]
@@ -345,6 +349,9 @@ pub(crate) enum AgentCommand {
         /// Asks for the PIN instead of having the agent read its configured source
         #[arg(long)]
         ask_pin: bool,
+        /// Reads the PIN from standard input, one line
+        #[arg(long, conflicts_with = "ask_pin")]
+        pin_stdin: bool,
         #[command(flatten)]
         connection: Connection,
     },

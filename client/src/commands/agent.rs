@@ -1,21 +1,34 @@
 //! `omsign keys` and `omsign agent`: what an agent offers, and its tokens.
 
+use std::io::{BufRead as _, Read as _};
+
 use omsign::agent::{Agent, AgentError};
 use omsign::certificate;
 use omsign::key::PublicKey;
+use omsign::oneshot::{self, without_names};
 use omsign_proto::v1::{Key, KeyState, Token};
 use openssl::asn1::Asn1Time;
 use openssl::x509::X509;
 use serde_json::json;
 use zeroize::Zeroizing;
 
+use super::private::private_agent;
 use super::{Done, Failure, address};
 use crate::cli;
 use crate::report;
 
+/// No PIN is as long, in bytes. What is longer may have no end.
+const LONGEST_PIN: u64 = 4096;
+
 pub(crate) fn keys(arguments: &cli::Keys) -> Done {
-    if let Some(cli::KeysCommand::Export { name, public_key, previous, connection }) = &arguments.command {
-        let key = Agent::connect(&address(connection)?)?.get_key(name)?;
+    if let Some(cli::KeysCommand::Export { name, key_uri, public_key, previous, connection }) =
+        &arguments.command
+    {
+        let name = name.as_deref().unwrap_or_default();
+        let key = match key_uri {
+            Some(uri) => private_agent(uri)?.agent().ready_key(oneshot::KEY).map_err(without_names)?,
+            None => Agent::connect(&address(connection)?)?.get_key(name)?,
+        };
         if *previous {
             if key.previous.is_empty() {
                 report::warning(&format!("{name} took the place of no other key"));
@@ -126,13 +139,23 @@ fn algorithm(key: &Key) -> String {
 pub(crate) fn agent(arguments: &cli::Agent) -> Done {
     match &arguments.command {
         cli::AgentCommand::Status { json, connection } => status(*json, connection),
-        cli::AgentCommand::Unlock { token, ask_pin, connection } => {
+        cli::AgentCommand::Unlock { token, ask_pin, pin_stdin, connection } => {
             let agent = Agent::connect(&address(connection)?)?;
-            let pin = if *ask_pin {
-                let asked = rpassword::prompt_password(format!("PIN for token {token}: "));
-                Some(Zeroizing::new(asked.map_err(|_| AgentError::NoTerminal)?))
-            } else {
-                None
+            let pin = match (ask_pin, pin_stdin) {
+                (true, _) => {
+                    let asked = rpassword::prompt_password(format!("PIN for token {token}: "));
+                    Some(Zeroizing::new(asked.map_err(|_| AgentError::NoTerminal)?))
+                }
+                (_, true) => {
+                    let mut line = Zeroizing::new(String::new());
+                    std::io::stdin()
+                        .lock()
+                        .take(LONGEST_PIN)
+                        .read_line(&mut line)
+                        .map_err(AgentError::System)?;
+                    Some(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
+                }
+                _ => None,
             };
             agent.unlock(token, pin)?;
             report::result(format_args!("token {token} is unlocked"))

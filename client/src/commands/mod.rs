@@ -6,6 +6,7 @@ mod digest;
 mod hasher;
 mod inspect;
 mod outline;
+mod private;
 mod sign;
 mod trust;
 mod verdict;

@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use omsign::Error;
-use omsign::agent::{Agent, AgentError};
+use omsign::agent::Agent;
 use omsign::bundle::LARGEST_BYTES;
 use omsign::key::{KeyError, PrivateKey, read_certificates};
 use omsign::manifest_file::{self, Unsaid};
 use omsign::model::{GIT_PATHS, at_or_below};
-use omsign::oneshot::{self, PrivateAgent, split_pin, without_names};
+use omsign::oneshot::{self, without_names};
 use omsign::sign::{Request, Signed, Signer, Subject};
-use omsign_proto::v1::KeyState;
 use openssl::x509::X509;
 use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::hasher::Hashing;
+use super::private::private_agent;
 use super::{Done, Failure, address, note_published};
 use crate::cli;
 use crate::report::{self, count, size};
@@ -121,6 +121,14 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
 fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failure> {
     let waiting = |reason: &str| report::say(format_args!("waiting: {}", report::printable(reason)));
     if let Some(key) = &arguments.key {
+        if ["pkcs11:", "tpm:", "piv:"].iter().any(|scheme| key.starts_with(scheme)) {
+            return Err(Failure::Usage("--key takes the name of an agent's key; a URI goes with --key-uri"));
+        }
+        if key.contains(['/', '.']) && Path::new(key).is_file() {
+            return Err(Failure::Usage(
+                "--key takes the name of an agent's key; a file goes with --private-key",
+            ));
+        }
         let agent = Agent::connect(&address(&arguments.connection)?)?;
         return Ok(omsign::sign::sign(request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?);
     }
@@ -162,39 +170,4 @@ fn given_password(arguments: &cli::Sign) -> Result<Option<Zeroizing<String>>, Ke
     let Some(name) = &arguments.password_env else { return Ok(None) };
     let value = std::env::var(name).map_err(|_| KeyError::Variable(name.clone()))?;
     Ok(Some(Zeroizing::new(value)))
-}
-
-/// Starts a private agent and sees to its PIN: from the URI, or from the person at the terminal.
-fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
-    let (uri, pin) = split_pin(uri)?;
-    if pin.is_some() && uri.contains("pin-source=") {
-        // RFC 7512, 2.4; and one call must not offer two PINs.
-        return Err(AgentError::Private("PKCS#11 URI: give pin-source or pin-value, not both".into()));
-    }
-    if pin.is_some() {
-        report::warning(
-            "pin-value in a URI is seen by everybody who sees the command line; use pin-source=/path/to/file",
-        );
-    }
-    let private = PrivateAgent::start(&uri)?;
-    let agent = private.agent();
-    let key = match agent.get_key(oneshot::KEY) {
-        Ok(key) => key,
-        Err(error) => return Err(private.why(error)),
-    };
-    if key.state() == KeyState::Locked {
-        let pin = match pin {
-            Some(pin) => pin,
-            // It was read from there, and refused: asking for another would spend another try.
-            None if uri.contains("pin-source=") => {
-                let why = key.state_detail;
-                let message =
-                    format!("{why}; without pin-source in the URI you are asked for it at the terminal");
-                return Err(AgentError::Private(message));
-            }
-            None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
-        };
-        agent.unlock(oneshot::KEY, Some(pin)).map_err(without_names)?;
-    }
-    Ok(private)
 }
