@@ -11,7 +11,7 @@ use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::device::card_through;
 use omsign_tests::operator::does;
-use omsign_tests::world::{World, key_section, text, token_section};
+use omsign_tests::world::{World, key, key_section, text, token_section};
 use rustix::process::Signal;
 
 /// A user that owns nothing.
@@ -330,5 +330,37 @@ fn a_tpm_of_another_group() -> anyhow::Result<()> {
     let errors = String::from_utf8(output.stderr)?;
     ensure!(output.status.code() == Some(2) && errors.contains("SupplementaryGroups=tss"), "{errors}");
     ensure!(!home.path().join("agent").exists(), "an empty directory was left");
+    Ok(())
+}
+
+/// A YubiKey that is pulled takes its reader along.
+#[test]
+fn a_card_whose_reader_goes_with_it() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let mut card = VirtualPiv::create(&world.path("card"), 7_000_040)?;
+    card.change_pin()?;
+    card.generate("9c", "ECCP256", &[])?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &card.section("card") + &key("c", "card", "slot = \"9c\"");
+    let config = config + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = Agent::start(&world, &config)?;
+    world.model()?;
+    for _ in 0..2 {
+        world.omsign_ok(&["sign", "model", "--key", "c"])?;
+        card.kill_service()?;
+        card.unplug();
+        card.start_service_without_readers()?;
+        let errors = world.omsign_fails(2, &["sign", "model", "--key", "c"])?;
+        ensure!(errors.contains("token card: "), "{errors}");
+        world.omsign_ok(&["sign", "model", "--key", "k"])?;
+        card.kill_service()?;
+        card.start_service()?;
+        card.plug();
+        eventually("its return", || Ok(world.omsign(&["sign", "model", "--key", "c"])?.status.success()))?;
+    }
+    // Its PIN was always the right one, and is offered again only to a card that is there.
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains("3 PIN tries left"), "{report}");
+    ensure!(agent.stop()?.success());
     Ok(())
 }

@@ -6,7 +6,6 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::Instant;
 use x509_cert::Certificate;
 use x509_cert::der::Decode as _;
 
@@ -245,13 +244,8 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, s
     let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
     let opened = Token::start(name, token.clone(), keys.clone(), Vec::new());
-    let deadline = Instant::now() + OPEN;
-    while matches!(opened.state(), State::Starting) {
-        if tokio::time::timeout_at(deadline, opened.watch()).await.is_err() {
-            break;
-        }
-    }
-    match opened.state() {
+    let settled = tokio::time::timeout(OPEN, opened.settled()).await;
+    match settled.unwrap_or(State::Starting) {
         State::Ready => {
             report.add(Level::Ok, subject, "logged in");
             for (index, KeySpec { name: key, object, .. }) in keys.iter().enumerate() {

@@ -136,17 +136,11 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
 
 /// Waits for a token that has to be there.
 async fn ready(token: &Token) -> Result<(), ServeError> {
-    loop {
-        let change = token.watch();
-        match token.state() {
-            State::Ready => return Ok(()),
-            State::Starting => drop(change.await),
-            // Only an operator helps, and can with an agent that runs. Ending would offer the PIN again at each restart.
-            State::Locked(_) => return Ok(()),
-            State::Down(reason) => {
-                return Err(ServeError::Required { token: token.name.clone(), reason });
-            }
-        }
+    match token.settled().await {
+        State::Down(reason) => Err(ServeError::Required { token: token.name.clone(), reason }),
+        // Where it is locked only an operator helps, and can with an agent that runs. Ending would offer the PIN again at each
+        // restart.
+        State::Ready | State::Starting | State::Locked(_) => Ok(()),
     }
 }
 
@@ -154,13 +148,7 @@ async fn ready(token: &Token) -> Result<(), ServeError> {
 /// once more, and at each start.
 async fn refused(tokens: &[Arc<Token>]) -> Option<&str> {
     for token in tokens {
-        loop {
-            let change = token.watch();
-            match token.state() {
-                State::Starting => drop(change.await),
-                _ => break,
-            }
-        }
+        token.settled().await;
     }
     let refused = |token: &&Arc<Token>| !token.wants_prompt() && token.refused_source().is_some();
     tokens.iter().find(refused).map(|token| token.name.as_str())

@@ -349,15 +349,10 @@ async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), Op
         let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
-    loop {
-        let change = token.watch();
-        match token.state() {
-            State::Ready => return Ok(()),
-            State::Starting => {
-                timeout(OPEN, change).await.map_err(|_| failed("it does not open".into()))?;
-            }
-            State::Locked(reason) | State::Down(reason) => return Err(failed(reason)),
-        }
+    match timeout(OPEN, token.settled()).await {
+        Ok(State::Ready) => Ok(()),
+        Ok(State::Locked(reason) | State::Down(reason)) => Err(failed(reason)),
+        Ok(State::Starting) | Err(_) => Err(failed("it does not open".into())),
     }
 }
 

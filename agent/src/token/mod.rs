@@ -207,15 +207,17 @@ impl Token {
         State::from(&*self.state.borrow())
     }
 
-    /// Waits until what it is doing changes.
-    pub fn watch(&self) -> impl Future<Output = State> + use<> {
+    /// What it is doing, once it does not start any more.
+    pub async fn settled(&self) -> State {
         let mut changes = self.state.subscribe();
-        async move {
-            match changes.changed().await {
-                Ok(()) => State::from(&*changes.borrow_and_update()),
-                Err(_) => State::Down("the agent is stopping".into()),
-            }
-        }
+        let settled = changes.wait_for(|status| !matches!(status, Status::Starting)).await;
+        settled.map_or_else(|_| State::Down("the agent is stopping".into()), |status| State::from(&*status))
+    }
+
+    /// Waits until what it is doing changes.
+    pub fn watch(&self) -> impl Future<Output = ()> + use<> {
+        let mut changes = self.state.subscribe();
+        async move { changes.changed().await.unwrap_or_default() }
     }
 
     /// The key of this index as the device last showed it: its public half, or why it cannot be used. `None`

@@ -143,24 +143,17 @@ impl Token {
 
     /// The host, once it is ready.
     async fn ready(&self, deadline: Instant) -> Result<Arc<Host>, TokenError> {
-        match &*self.state.borrow() {
-            Status::Ready(host) => return Ok(Arc::clone(host)),
-            Status::Locked(reason) => return Err(TokenError::Locked(reason.clone())),
-            Status::Down(reason) => return Err(TokenError::Unavailable(reason.clone())),
-            Status::Starting => {}
+        if let Status::Ready(host) = &*self.state.borrow() {
+            return Ok(Arc::clone(host));
         }
         let mut changes = self.state.subscribe();
-        let started = changes.wait_for(|status| !matches!(status, Status::Starting));
-        let status = match timeout_at(deadline, started).await {
-            Err(_) => return Err(TokenError::Deadline),
-            Ok(Err(_)) => return Err(TokenError::Unavailable("the agent is stopping".into())),
-            Ok(Ok(status)) => status.clone(),
-        };
-        match status {
-            Status::Ready(host) => Ok(host),
-            Status::Locked(reason) => Err(TokenError::Locked(reason)),
-            Status::Down(reason) => Err(TokenError::Unavailable(reason)),
-            Status::Starting => Err(TokenError::Unavailable("it is being replaced".into())),
+        let settled = changes.wait_for(|status| !matches!(status, Status::Starting));
+        match timeout_at(deadline, settled).await.map_err(|_| TokenError::Deadline)?.as_deref() {
+            Ok(Status::Ready(host)) => Ok(Arc::clone(host)),
+            Ok(Status::Locked(reason)) => Err(TokenError::Locked(reason.clone())),
+            Ok(Status::Down(reason)) => Err(TokenError::Unavailable(reason.clone())),
+            // Its sender is ours.
+            Ok(Status::Starting) | Err(_) => Err(TokenError::Unavailable("it is being replaced".into())),
         }
     }
 

@@ -155,6 +155,16 @@ impl VirtualPiv {
 
     /// Starts pcscd on our socket, as systemd would.
     pub fn start_service(&mut self) -> anyhow::Result<()> {
+        self.start_service_with("readers")
+    }
+
+    /// The same with no reader: what it sees of a YubiKey that is unplugged, which is reader and card in one.
+    pub fn start_service_without_readers(&mut self) -> anyhow::Result<()> {
+        std::fs::create_dir_all(self.directory.join("no-readers")).context("a directory")?;
+        self.start_service_with("no-readers")
+    }
+
+    fn start_service_with(&mut self, readers: &str) -> anyhow::Result<()> {
         let path = self.socket();
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).context("the service's socket")?;
@@ -163,7 +173,7 @@ impl VirtualPiv {
         shell.process_group(0).args(["--pdeathsig", "KILL", "sh", "-c"]);
         // Debian has it where users do not look for programs.
         shell.arg("PATH=$PATH:/usr/sbin LISTEN_PID=$$ LISTEN_FDS=1 exec pcscd -f -c \"$0\" 3<&0 0</dev/null");
-        shell.arg(self.directory.join("readers"));
+        shell.arg(self.directory.join(readers));
         shell.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)));
         shell.stdout(Stdio::null()).stderr(Stdio::null());
         self.service = Some(shell.spawn().context("pcscd (apt: pcscd, vsmartcard-vpcd)")?);

@@ -104,7 +104,10 @@ pub(super) fn find_private(session: &Session, wanted: &ObjectSelector) -> Result
                 .into_iter()
                 .find_map(|class| find(session, class, wanted).ok().filter(|found| !found.is_empty()));
             Err(refused(match other_half {
-                Some(_) => format!("the token has a public half with {wanted} but no private key"),
+                Some(_) => format!(
+                    "the token has a public half with {wanted} but no private key: what a deletion left that was cut off \
+                     goes with the vendor's tool, such as pkcs11-tool --delete-object"
+                ),
                 None => format!("the token has no private key with {wanted}"),
             }))
         }
