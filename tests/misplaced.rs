@@ -182,3 +182,35 @@ fn a_model_that_is_not_here() -> anyhow::Result<()> {
     ensure!(!errors.contains("hint:"), "{errors}");
     Ok(())
 }
+
+/// One object either way, and in it what a script can do.
+#[test]
+fn what_a_script_is_told_when_nothing_is_signed() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let mine = key_section("mine", "t", "k").replace("uid = 0", "uid = 54321");
+    let absent = token_section("away", &token, "").replace("label = \"t\"", "label = \"nowhere\"");
+    let keys = key_section("k", "t", "k") + &mine + &key_section("gone", "away", "k");
+    let agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &absent + &keys))?;
+    world.model()?;
+    let told = |key: &str, code: i32| {
+        let output = world.omsign(&["sign", "model", "--key", key, "--json"])?;
+        ensure!(output.status.code() == Some(code), "{output:?}");
+        anyhow::Ok(serde_json::from_slice::<serde_json::Value>(&output.stdout)?)
+    };
+    ensure!(told("k", 0)?["signed"] == true);
+    for (key, reason, retry) in [
+        ("mine", "denied", false),
+        ("nobody", "unknown-key", false),
+        ("gone", "unavailable", true),
+        ("tpm:handle=0x81000001", "usage", false),
+    ] {
+        let told = told(key, 2)?;
+        ensure!(told["signed"] == false && told["reason"] == reason && told["retry"] == retry, "{told}");
+        ensure!(told["error"].as_str().is_some_and(|error| !error.is_empty()), "{told}");
+    }
+    ensure!(agent.stop()?.success());
+    let told = told("k", 2)?;
+    ensure!(told["reason"] == "unreachable" && told["retry"] == true, "{told}");
+    Ok(())
+}

@@ -125,7 +125,8 @@ fn listeners(config: &Config, mut running: bool, report: &mut Report) -> bool {
         let shown = unix.path.display();
         let answers = std::os::unix::net::UnixStream::connect(&unix.path).is_ok();
         running |= answers;
-        let directory = unix.path.parent().unwrap_or(Path::new("/"));
+        // The nearest that is there: the rest is made.
+        let directory = unix.path.ancestors().skip(1).find(|path| path.exists()).unwrap_or(Path::new("/"));
         if answers {
             report.add(Level::Ok, "listen.unix", format!("an agent answers on {shown}"));
         } else if unix
@@ -138,7 +139,7 @@ fn listeners(config: &Config, mut running: bool, report: &mut Report) -> bool {
                 "listen.unix",
                 format!("{shown} is not a socket; remove it or choose another path"),
             );
-        } else if directory.exists() && rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_err() {
+        } else if rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_err() {
             let message = format!(
                 "no permission to make {shown}; run the agent as a user who may, or choose another path"
             );

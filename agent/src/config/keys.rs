@@ -225,8 +225,12 @@ fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
     match (user, uid, group) {
         (Some(user), None, None) => match User::from_name(&user) {
             Ok(Some(found)) => Some(Match::Uid(found.uid.as_raw())),
-            _ => {
+            Ok(None) => {
                 reader.mistake(at, &path, format!("this machine has no user {user:?}; create it or use uid"));
+                None
+            }
+            Err(error) => {
+                reader.mistake(at, &path, format!("the user database does not tell of {user:?}: {error}"));
                 None
             }
         },
@@ -242,10 +246,12 @@ fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
 
 /// The id of a group of this machine.
 pub(super) fn group_id(reader: &mut Reader<'_>, at: usize, path: &str, name: &str) -> Option<u32> {
-    if let Ok(Some(found)) = Group::from_name(name) {
-        return Some(found.gid.as_raw());
-    }
-    reader.mistake(at, path, format!("this machine has no group {name:?}; create it (groupadd)"));
+    let message = match Group::from_name(name) {
+        Ok(Some(found)) => return Some(found.gid.as_raw()),
+        Ok(None) => format!("this machine has no group {name:?}; create it (groupadd)"),
+        Err(error) => format!("the user database does not tell of group {name:?}: {error}"),
+    };
+    reader.mistake(at, path, message);
     None
 }
 

@@ -9,6 +9,7 @@ mod outline;
 mod private;
 mod sign;
 mod trust;
+mod undone;
 mod verdict;
 mod verify;
 

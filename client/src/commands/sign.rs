@@ -17,11 +17,19 @@ use zeroize::Zeroizing;
 
 use super::hasher::Hashing;
 use super::private::private_agent;
-use super::{Done, Failure, address, note_published};
+use super::{Done, Failure, address, note_published, undone};
 use crate::cli;
 use crate::report::{self, count, size};
 
 pub(crate) fn sign(arguments: &cli::Sign) -> Done {
+    let done = signed_and_told(arguments);
+    if let (Err(failure), true) = (&done, arguments.json) {
+        undone::print(failure)?;
+    }
+    done
+}
+
+fn signed_and_told(arguments: &cli::Sign) -> Done {
     let model = arguments.model.as_deref();
     let bundle = arguments.files.bundle();
     if bundle == Path::new("-") {
@@ -59,6 +67,7 @@ pub(crate) fn sign(arguments: &cli::Sign) -> Done {
     }
     if arguments.json {
         report::json(&json!({
+            "signed": true,
             "signature": bundle.display().to_string(),
             "method": signed.method,
             "algorithm": signed.public_key.algorithm.name(),
