@@ -14,6 +14,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use super::sign::{Stolen, load, raw_speed};
 use super::{Limit, Row};
 use crate::agent::Agent;
+use crate::client::{connect, request, sign};
 use crate::operator::does;
 use crate::world::{World, key as key_on, key_section, token_section};
 
@@ -248,12 +249,27 @@ fn house(world: &World, quick: bool) -> anyhow::Result<Vec<Row>> {
     let agent = Agent::start(world, &config)?;
     // It has to be open before it is asked.
     world.omsign_ok(&["keys", "export", "bench"])?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let started = Instant::now();
     let listed = does(world, &["list", "--json"])?;
     let listing = started.elapsed().as_secs_f64();
+    let longest = std::thread::scope(|scope| {
+        let lists = scope.spawn(|| does(world, &["list", "--json"]));
+        runtime.block_on(async {
+            let (mut client, mut longest) = (connect(world.path("agent.sock")).await?, Duration::ZERO);
+            for id in 0.. {
+                let started = Instant::now();
+                sign(&mut client, request("bench", id, &[7; 32]), second * 10).await?;
+                longest = longest.max(started.elapsed());
+                if lists.is_finished() {
+                    break;
+                }
+            }
+            anyhow::Ok(longest)
+        })
+    })?;
     let count = listed.matches("\"object\"").count();
     ensure!(count == objects / 2 + 1, "{count} keys listed");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let load = |duration| runtime.block_on(load(world, &agent, ("bench", 32), CLIENTS, duration));
     let mut beside = Vec::new();
     for _ in 0..3 {
@@ -292,6 +308,12 @@ fn house(world: &World, quick: bool) -> anyhow::Result<Vec<Row>> {
     let grown = (agent.memory_bytes()? as f64 - memory as f64) / 1e6;
     Ok(vec![
         Row::limited(format!("listing a token of {objects} objects"), listing, "s", Limit::AtMost(2.0)),
+        Row::limited(
+            "the longest of one client's signatures while they are listed",
+            longest.as_secs_f64() * 1e3,
+            "ms",
+            Limit::AtMost(100.0),
+        ),
         Row::limited("signing beside them ÷ without them", beside_few, "", Limit::AtLeast(0.9)),
         Row::limited("CPU of an idle agent", idle_percent, "%", Limit::AtMost(0.1)),
         Row::limited(format!("memory grown in {done:.0} requests"), grown, "MB", Limit::AtMost(2.0)),
