@@ -15,10 +15,16 @@ fn keys_of_another_kind() -> anyhow::Result<()> {
     let world = World::new()?;
     let _agent = world.agent_and_model()?;
     world.write("release.pem", "")?;
+    // A name with a dot is a name.
+    world.omsign_refuses(
+        2,
+        &["sign", "model", "--key", "release.pem"],
+        &["no key \"release.pem\" is configured"],
+    )?;
     for (key, option) in [
         ("pkcs11:token=t;object=k", "--key-uri"),
         ("piv:serial=1;slot=9c", "--key-uri"),
-        ("release.pem", "--private-key"),
+        ("./release.pem", "--private-key"),
     ] {
         let expected = ["error: --key takes the name of an agent's key", option];
         world.omsign_refuses(2, &["sign", "model", "--key", key], &expected)?;
@@ -168,7 +174,7 @@ fn a_model_that_is_not_here() -> anyhow::Result<()> {
     world.omsign_refuses(
         1,
         &verify("around"),
-        &["hint: no file is here as it was signed, of a model called \"model\""],
+        &["hint: no signed file is here, of a model called \"model\""],
     )?;
     world.omsign_ok(&verify("around/model"))?;
     // What Git LFS leaves where nothing was fetched.

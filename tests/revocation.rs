@@ -64,6 +64,16 @@ fn revoked_certificates() -> anyhow::Result<()> {
     let chain =
         ["root.pem", "--certificate-chain", "issuing.pem", "--crl", "root.crl", "--crl", "issuing.crl"];
     world.omsign_refuses(1, &verify(&chain), &["CN=issuing was revoked"])?;
+    // However long the way to it is.
+    pki.issue("sub", "issuing", Certificate { extensions: CA, ..Certificate::default() })?;
+    pki.issue("below", "sub", Certificate { extensions: CA, ..Certificate::default() })?;
+    pki.issue("far", "below", Certificate::default())?;
+    ["sub", "below"].iter().try_for_each(|issuer| pki.crl(issuer, ""))?;
+    pki.crl("issuing", "")?;
+    sign(&world, "far", &["far", "below", "sub", "issuing"])?;
+    let far = [&chain[..], &["--crl", "sub.crl", "--crl", "below.crl"]].concat();
+    world.omsign_refuses(1, &verify(&far), &["CN=issuing was revoked"])?;
+    sign(&world, "k", &["k", "issuing"])?;
     let alone = ["issuing.pem", "--crl", "root.crl", "--crl", "issuing.crl"];
     world.omsign_refuses(2, &verify(&alone), &["no CRL tells whether CN=issuing was revoked"])?;
     // A list of another CA, one that is over, and none.

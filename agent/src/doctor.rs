@@ -15,7 +15,7 @@ use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
 use crate::spki::SpkiDer;
-use crate::tls::certificates_in;
+use crate::tls::{certificates_in, unusable};
 use crate::token::{State, Token, survey};
 
 /// How long a token may take to open.
@@ -172,6 +172,9 @@ fn listeners(config: &Config, mut running: bool, report: &mut Report) -> bool {
         let own = certificates_in(&tls.certificate).unwrap_or_default();
         if let Some((level, validity)) = own.first().and_then(|leaf| validity(leaf)) {
             report.add(level, "listen.tls", format!("its certificate: {validity}"));
+        }
+        if let Some(reason) = own.first().and_then(|leaf| unusable(leaf)) {
+            report.add(Level::Warning, "listen.tls", format!("its certificate: {reason}"));
         }
         let by_certificate = |rule: &Rule| !matches!(rule.matches, Match::Uid(_) | Match::Gid(_));
         if config.listen.unix.is_none() && !config.operators.iter().any(by_certificate) {

@@ -69,8 +69,8 @@ impl Match {
     }
 }
 
-/// The parts of a distinguished name, without the blanks that some write around them.
-pub(crate) fn subject_parts(text: &str) -> Vec<String> {
+/// The parts of a distinguished name as RFC 4514 writes it, each with its kind in capitals.
+fn subject_parts(text: &str) -> Vec<String> {
     let mut escaped = false;
     let between = |character| {
         let splits = character == ',' && !escaped;
@@ -78,10 +78,30 @@ pub(crate) fn subject_parts(text: &str) -> Vec<String> {
         splits
     };
     let part = |part: &str| match part.split_once('=') {
-        Some((kind, value)) => format!("{}={}", kind.trim(), value.trim()),
-        None => part.trim().to_owned(),
+        Some((kind, value)) => format!("{}={value}", kind.to_ascii_uppercase()),
+        None => part.to_owned(),
     };
     text.split(between).map(part).collect()
+}
+
+/// The same as somebody wrote it, with blanks around what is between commas and equals signs, and OpenSSL's names of kinds.
+pub(crate) fn written_subject(text: &str) -> Vec<String> {
+    const OTHERS: [(&str, &str); 3] = [("EMAILADDRESS", "EMAIL"), ("E", "EMAIL"), ("S", "ST")];
+    let blank = |character| matches!(character, ' ' | '\t');
+    let part = |part: String| {
+        let (kind, value) = part.split_once('=').unwrap_or((&part, ""));
+        let kind = kind.trim_matches(blank);
+        let kind = OTHERS.iter().find(|(other, _)| *other == kind).map_or(kind, |(_, known)| known);
+        let value = value.trim_start_matches(blank);
+        // An escaped blank is one of the value's.
+        let end = value.trim_end_matches(blank);
+        let value = match end.ends_with('\\') {
+            true => value.get(..=end.len()).unwrap_or(value),
+            false => end,
+        };
+        format!("{kind}={value}")
+    };
+    subject_parts(text).into_iter().map(part).collect()
 }
 
 /// Whether a text is one of a pattern's, in which each `*` stands for one character or more, and none that `ends` it.
@@ -147,9 +167,17 @@ mod tests {
             ("OU=x,O=Acme,CN=ci\\, 1", false),
             ("CN=ci\\, 1,OU=x", false),
             ("CN=ci,1,OU=x,O=Acme", false),
+            ("cn=ci\\, 1,ou=x,o=Acme", true),
         ] {
-            assert_eq!(Match::Subject(subject_parts(text)).covers(&own), same, "{text}");
+            assert_eq!(Match::Subject(written_subject(text)).covers(&own), same, "{text}");
         }
+        // Blanks are the writer's, never the certificate's.
+        let rule = Match::Subject(written_subject("O = Acme, CN = ci "));
+        assert!(rule.covers(&named("CN=ci,O=Acme")));
+        assert!(!rule.covers(&named("CN=ci ,O=Acme")) && !rule.covers(&named("CN=ci\u{a0},O=Acme")));
+        assert!(Match::Subject(written_subject("CN=ci\\ , O=Acme")).covers(&named("CN=ci\\ ,O=Acme")));
+        assert!(!Match::Subject(written_subject("CN=ci\u{a0},O=Acme")).covers(&named("CN=ci,O=Acme")));
+        assert!(Match::Subject(written_subject("CN=a, emailAddress=b@c")).covers(&named("EMAIL=b@c,CN=a")));
         for (pattern, text, expected) in [
             ("*.ci.acme.example", "r1.ci.acme.example", true),
             ("*.ci.acme.example", "a.r1.ci.acme.example", false),

@@ -98,6 +98,7 @@ impl Reload {
             timeout(LOAD, loaded).await.map_err(late)?.map_err(|error| error.to_string())??;
         if let Some((tls, files)) = self.tls.as_ref().zip(files) {
             tls.renew(files);
+            tls.warn();
         }
         let mut notes = Vec::new();
         let sections = [("[listen]", config.listen != self.listen), ("[audit]", config.audit != self.audit)];

@@ -1,7 +1,8 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
@@ -10,6 +11,9 @@ use omsign_agent::operator::OperatorError;
 use omsign_agent::spki::SpkiDer;
 
 use crate::commands::{ask, say};
+
+/// How long another rotation may take to write the file.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A configuration as it was read.
 struct Opened {
@@ -252,7 +256,7 @@ impl Rotation<'_> {
         let directory = std::fs::canonicalize(self.path).map(|path| path.parent().map(Path::to_owned));
         let directory = directory.with_context(|| format!("{path} cannot be read"))?;
         let lock = File::open(directory.as_deref().unwrap_or(Path::new("/")))
-            .and_then(|directory| directory.lock().map(|()| directory))
+            .and_then(|directory| locked(&directory).map(|()| directory))
             .with_context(|| format!("the directory of {path} cannot be locked"))?;
         Ok(Opened { text: self.text()?, _lock: lock })
     }
@@ -270,6 +274,23 @@ impl Rotation<'_> {
             let mistakes: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
             anyhow::anyhow!("{}", mistakes.join("; "))
         })
+    }
+}
+
+/// Takes a lock that others hold for moments only; whoever holds it for long is not waited for.
+fn locked(directory: &File) -> std::io::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match directory.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(std::io::Error::other("somebody else holds its lock; `fuser` says who"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+            Ok(()) => return Ok(()),
+        }
     }
 }
 

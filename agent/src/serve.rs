@@ -71,6 +71,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let hangup = signal(SignalKind::hangup())?;
     let tls = config.listen.tls.as_ref().map(Tls::load).transpose().map_err(ListenError::from)?.map(Arc::new);
+    tls.iter().for_each(|tls| tls.warn());
     // Of two agents that start together, one has the log and the devices; its sockets are not taken from it.
     let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
     let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
@@ -267,16 +268,18 @@ async fn run(
         }
     };
     let close = async {
-        serving.record_denials().await;
         let stop = |token: &Arc<Token>| {
             let token = Arc::clone(token);
             tokio::spawn(async move { token.stop().await })
         };
         // Side by side: none is left open because another one hangs.
         let stopping: Vec<_> = serving.setup().tokens.values().map(stop).collect();
-        for token in stopping {
-            let _ = token.await;
-        }
+        let closed = async {
+            for token in stopping {
+                let _ = token.await;
+            }
+        };
+        tokio::join!(serving.record_denials(), closed);
     };
     // What operators have begun is finished and recorded first.
     let operators = u32::try_from(operator::CONNECTIONS).unwrap_or(u32::MAX);

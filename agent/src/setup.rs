@@ -9,7 +9,7 @@ use tonic::Status;
 use crate::config::{self, Config};
 use crate::host::wire::KeySpec;
 use crate::key::{KeyEntry, Place};
-use crate::token::Token;
+use crate::token::{Before, Token};
 
 /// Longest name that is recorded and repeated, in bytes.
 const NAME_BYTES: usize = 256;
@@ -25,7 +25,7 @@ pub(crate) struct Setup {
     pub(crate) tokens: BTreeMap<String, Arc<Token>>,
     pub(crate) keys: BTreeMap<Arc<str>, Arc<KeyEntry>>,
     /// Tokens of configurations before that are still being closed, or whose PIN was refused: one that comes back is theirs.
-    retired: Vec<Arc<Token>>,
+    retired: Vec<Before>,
 }
 
 impl Setup {
@@ -52,11 +52,11 @@ impl Setup {
                 continue;
             }
             // Those of the same name, or, whatever they were called, of the same device: that belongs to one process.
-            let ends = |old: &&Arc<Token>| {
+            let ends = |Before { token: old, .. }: &Before| {
                 let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, old));
                 !stays && (old.name == *name || old.is_of(token))
             };
-            let old = before.map_or_else(Vec::new, |before| before.ever().filter(ends).cloned().collect());
+            let old = before.map_or_else(Vec::new, |before| before.ever().filter(ends).collect());
             let keys = objects.remove(name.as_str()).unwrap_or_default();
             tokens.insert(name.clone(), Token::start(name, token.clone(), keys, old));
         }
@@ -86,20 +86,21 @@ impl Setup {
             (Arc::clone(&shared), Arc::new(KeyEntry::new(shared, key, places, ours)))
         };
         let keys = config.keys.iter().map(entry).collect();
-        let mut retired: Vec<Arc<Token>> = Vec::new();
-        // The latest first.
-        for old in before.into_iter().flat_map(Self::ever) {
-            let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, old));
-            if !stays && old.is_remembered(tokens.values().chain(&retired)) {
-                retired.push(Arc::clone(old));
+        let mut retired = Vec::new();
+        for Before { token: old, has_heir } in before.into_iter().flat_map(Self::ever) {
+            let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, &old));
+            let has_heir = has_heir || tokens.values().any(|token| old.has_heir_in(token));
+            if !stays && (!old.is_over() || (old.knows_of_its_pin() && !has_heir)) {
+                retired.push(Before { token: old, has_heir });
             }
         }
         Self { config, tokens, keys, retired }
     }
 
     /// Its tokens, and those of before that are remembered.
-    fn ever(&self) -> impl Iterator<Item = &Arc<Token>> {
-        self.tokens.values().chain(&self.retired)
+    fn ever(&self) -> impl Iterator<Item = Before> {
+        let now = self.tokens.values().map(|token| Before { token: Arc::clone(token), has_heir: false });
+        now.chain(self.retired.iter().cloned())
     }
 
     /// Tokens of this one that `next` does not have: nothing that takes their place closes those.

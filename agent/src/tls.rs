@@ -89,6 +89,14 @@ impl Tls {
         files(&self.config)
     }
 
+    /// Says in the log what is wrong with our own certificate, if anything is.
+    pub(crate) fn warn(&self) {
+        let own = certificates_in(&self.config.certificate).unwrap_or_default();
+        if let Some(reason) = own.first().and_then(|leaf| unusable(leaf)) {
+            tracing::warn!(certificate = %self.config.certificate.display(), "{reason}");
+        }
+    }
+
     /// Connections that come from now on go by these, and those that are open end where they would not begin any more.
     pub(crate) fn renew(&self, files: Files) {
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = files;
@@ -134,15 +142,16 @@ fn files(config: &TlsListen) -> Result<Files, TlsError> {
     let key = PrivateKeyDer::from_pem_file(&config.private_key)
         .map_err(|error| at(&config.private_key)(format!("no private key in PEM: {error}")))?;
     let own = certificates_in(&config.certificate)?;
-    if let Some(reason) = own.first().and_then(|leaf| unusable(leaf)) {
-        return Err(at(&config.certificate)(reason.into()));
-    }
+    let unusable = own.first().and_then(|leaf| unusable(leaf));
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| at(&config.certificate)(error.to_string()))?
         .with_client_cert_verifier(Arc::clone(&verifier))
         .with_single_cert(own, key)
-        .map_err(|error| at(&config.certificate)(format!("cannot be used with the private key: {error}")))?;
+        .map_err(|error| {
+            let why = || format!("cannot be used with the private key: {error}");
+            at(&config.certificate)(unusable.map_or_else(why, str::to_owned))
+        })?;
     server.alpn_protocols = vec![b"h2".to_vec()];
     // A session that is resumed has the certificate that was checked at its start, and nobody would ask whether it still is
     // valid.
@@ -162,15 +171,17 @@ pub(crate) fn certificates_in(path: &Path) -> Result<Vec<CertificateDer<'static>
     Ok(found)
 }
 
-/// Why no client takes the agent's certificate, whoever issued it.
-fn unusable(leaf: &[u8]) -> Option<&'static str> {
+/// Why omsign does not take an agent's certificate, whoever issued it; other clients may.
+pub(crate) fn unusable(leaf: &[u8]) -> Option<&'static str> {
     let leaf = Certificate::from_der(leaf).ok()?;
     let tbs = leaf.tbs_certificate();
     if tbs.version() != Version::V3 {
-        return Some("it is of X.509 version 1, which no client takes; have one issued with extensions");
+        return Some("it is of X.509 version 1, which omsign does not take; have one issued with extensions");
     }
     if tbs.get_extension::<BasicConstraints>().ok()?.is_some_and(|(_, constraints)| constraints.ca) {
-        return Some("it is a CA's own (CA:TRUE), which no client takes; have one issued for this agent");
+        return Some(
+            "it is a CA's own (CA:TRUE), which omsign does not take; have one issued for this agent",
+        );
     }
     if tbs.get_extension::<SubjectAltName>().ok()?.is_none() {
         return Some(

@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
+
+use rustix::fs::{Mode, OFlags, open};
 
 use crate::hash::Digest;
 use crate::model::{Model, Odd, above};
@@ -34,14 +38,16 @@ pub enum Cause {
 }
 
 /// How a file begins that Git LFS has in another's place (git-lfs, docs/spec.md), and how long one may be, in bytes.
-const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\n";
+const POINTER: &[u8; 43] = b"version https://git-lfs.github.com/spec/v1\n";
 const LONGEST_POINTER: u64 = 1024;
 
-/// Whether it is one of Git LFS's.
+/// Whether it is one of Git LFS's. Whatever took its place meanwhile is not waited for, nor read to its end.
 fn is_pointer(path: &Path) -> bool {
-    let short = |found: std::fs::Metadata| found.is_file() && found.len() < LONGEST_POINTER;
-    path.symlink_metadata().is_ok_and(short)
-        && std::fs::read(path).is_ok_and(|content| content.starts_with(POINTER))
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(file) = open(path, flags, Mode::empty()).map(File::from) else { return false };
+    let mut start = [0; POINTER.len()];
+    let short = file.metadata().is_ok_and(|found| found.is_file() && found.len() < LONGEST_POINTER);
+    short && (&file).read_exact(&mut start).is_ok() && start == *POINTER
 }
 
 /// A file, directory or link that cannot be read.
@@ -98,8 +104,10 @@ impl fmt::Display for How {
 impl Differences {
     /// Looks for what may be behind them, in a model of so many signed files.
     pub(crate) fn explain(&mut self, model: &Path, name: &str, signed: usize) {
-        let pointer = self.changed.iter().find(|changed| is_pointer(&model.join(&changed.file)));
-        let nothing = !self.missing.is_empty() && self.missing.len() + self.changed.len() == signed;
+        let directory = model.is_dir();
+        let at = |file: &str| if directory { model.join(file) } else { model.to_owned() };
+        let pointer = self.changed.iter().find(|changed| is_pointer(&at(&changed.file)));
+        let nothing = directory && self.missing.len() == signed;
         self.cause = match pointer {
             Some(changed) => Some(Cause::Pointer(changed.file.clone())),
             None => nothing.then(|| Cause::Elsewhere(name.to_owned())),

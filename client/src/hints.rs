@@ -110,7 +110,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                 format!("{file} is a Git LFS pointer, not the file itself: `git lfs pull` fetches what it stands for")
             }
             Cause::Elsewhere(name) => {
-                format!("no file is here as it was signed, of a model called {name:?}: give that one's directory")
+                format!("no signed file is here, of a model called {name:?}: give that one's directory")
             }
         },
         Error::Differs(differences) if only_git_paths(differences) => {

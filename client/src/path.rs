@@ -164,7 +164,8 @@ pub(crate) fn check_revocation(
     now: Timestamp,
 ) -> Result<(), PathError> {
     let mut path = path.to_vec();
-    while let Some(anchor) = path.last().filter(|_| path.len() <= trusted.len() + 1)
+    let most = path.len() + trusted.len();
+    while let Some(anchor) = path.last().filter(|_| path.len() < most)
         && !is_self_issued(anchor)?
         && !crls.about(anchor)?.is_empty()
     {

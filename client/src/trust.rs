@@ -225,7 +225,8 @@ impl Trust {
                 let revocation_checked = anchors.check(leaf, intermediates, &stamps, now)?;
                 let mut proof = proof(certified(leaf)?, &key, bundle, &stamps, form);
                 proof.revocation_checked = revocation_checked;
-                proof.authority_revocation_checked = anchors.check_authorities(&stamps, now)?;
+                proof.authority_revocation_checked =
+                    anchors.check_authorities(&stamps, &self.timestamp_roots, now)?;
                 read(bundle, form, proof)
             }
             (Signers::Keyless(keyless), Material::Keyless { certificate, .. }) => {
@@ -352,10 +353,10 @@ impl Anchors {
 
     /// Whether the time-stamp authorities' certificates are known not to be revoked. Their issuers' CRLs may be others'
     /// business, so that it is no error where there are none.
-    fn check_authorities(&self, stamps: &[Seen], now: Timestamp) -> Result<bool, TrustError> {
+    fn check_authorities(&self, stamps: &[Seen], roots: &[X509], now: Timestamp) -> Result<bool, TrustError> {
         let mut known = !self.crls.is_empty();
         for seen in stamps {
-            match check_revocation(&seen.path, &[], &self.crls, now) {
+            match check_revocation(&seen.path, roots, &self.crls, now) {
                 Ok(()) => {}
                 Err(PathError::NoCrl(..)) => known = false,
                 Err(error) => return Err(TimestampError::Authority(error).into()),

@@ -10,7 +10,7 @@ use super::listen::Callers;
 use super::read::{Reader, Section};
 use super::{Key, Pcrs, Previous, objects};
 use crate::algorithm::Padding;
-use crate::policy::{Match, Rule, subject_parts};
+use crate::policy::{Match, Rule, written_subject};
 use crate::spki::SpkiDer;
 
 /// How many `*` a pattern may have: how long it takes to compare grows with each.
@@ -275,9 +275,9 @@ fn certificate(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match>
     one.map_err(|message| reader.mistake(at, &path, message)).ok()
 }
 
-/// A subject as anybody writes it: from the most general part down, as OpenSSL does, or up, as RFC 4514.
+/// A subject from the most general part down, as OpenSSL writes it, or up, as RFC 4514 does and the agent logs it.
 fn subject(text: &str) -> Result<Match, String> {
-    let parts = subject_parts(text);
+    let parts = written_subject(text);
     let is_part = |part: &String| {
         let (kind, value) = part.split_once('=').unwrap_or_default();
         let known = kind.chars().all(|character| character.is_ascii_alphanumeric() || character == '.');

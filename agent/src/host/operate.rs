@@ -1,7 +1,7 @@
 //! What operators ask for, on a device of any kind.
 
 use super::task::{Done, Need, Task};
-use super::wire::Failure;
+use super::wire::{Class, Failure};
 use crate::backend::{Device, Notify, refused};
 
 /// Does it. Names may come to mean other keys: none is deleted but the one that was confirmed.
@@ -12,5 +12,13 @@ pub(super) fn operate(device: &dyn Device, task: &Task, notify: Notify<'_>) -> R
             _ => return Err(refused("it holds another key than was confirmed".into())),
         }
     }
-    device.operate(task, notify)
+    let done = device.operate(task, notify);
+    match task {
+        // One key that does not answer is that one's own affair, as when the device is opened.
+        Task::Find(_, Need::Looked) => done.map_err(|failure| match failure.class {
+            Class::Gone => refused(failure.message),
+            _ => failure,
+        }),
+        _ => done,
+    }
 }

@@ -55,6 +55,8 @@ impl Task {
 pub enum Need {
     /// To sign: it does that before anything is said of it.
     Signs,
+    /// To know whether it is there: nothing follows from that it is not.
+    Looked,
     /// To be replaced, or deleted. Where its device itself holds both halves together, one that no longer signs is good enough:
     /// a TPM and a card, but no PKCS#11 token, where whoever likes puts another public half beside it.
     Shown,

@@ -3,6 +3,7 @@
 
 mod command;
 mod error;
+mod launch;
 mod line;
 mod process;
 mod requests;
@@ -14,12 +15,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
-pub(crate) use self::process::{prepare, survey, unblock};
+pub(crate) use self::launch::{prepare, survey, unblock};
 pub use self::state::State;
 use self::state::Status;
 use crate::config;
@@ -40,6 +41,14 @@ pub struct Signed {
     pub public_key: Vec<u8>,
 }
 
+/// A token whose place another one takes.
+#[derive(Clone)]
+pub(crate) struct Before {
+    pub(crate) token: Arc<Token>,
+    /// What is known of its PIN was taken over by another one, before this.
+    pub(crate) has_heir: bool,
+}
+
 /// A token as the rest of the agent sees it.
 pub struct Token {
     /// Its name in the configuration.
@@ -51,6 +60,8 @@ pub struct Token {
     /// How the device answered when it was last open. Kept while it is away.
     last_opened: watch::Sender<Option<Opened>>,
     commands: mpsc::Sender<Command>,
+    /// Who does what operators ask for has this.
+    tasks: Semaphore,
     waiting: Arc<AtomicUsize>,
     /// It is to be closed, whatever it is at.
     stopping: watch::Sender<bool>,
@@ -70,7 +81,7 @@ impl Token {
         name: &str,
         config: config::Token,
         keys: Vec<KeySpec>,
-        before: Vec<Arc<Self>>,
+        before: Vec<Before>,
     ) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
@@ -80,6 +91,7 @@ impl Token {
             state: watch::Sender::new(Status::Starting),
             last_opened: watch::Sender::new(None),
             commands,
+            tasks: Semaphore::new(1),
             waiting: Arc::default(),
             stopping: watch::Sender::new(false),
             over: AtomicBool::new(false),
@@ -88,10 +100,10 @@ impl Token {
         });
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
-            for before in before {
+            for Before { token: before, has_heir } in before {
                 before.close().await;
                 // The same PIN is no other one, and the device may be the same, whatever it is called by now.
-                if before.config.pin == supervised.config.pin {
+                if !has_heir && before.config.pin == supervised.config.pin {
                     if let Some(reason) = before.refused_source() {
                         supervised.refuse_source(Some(reason));
                     }
@@ -184,11 +196,14 @@ impl Token {
         self.over.load(Ordering::Relaxed)
     }
 
-    /// What is lost with it: that its PIN is not to be offered again, unless another token knows that.
-    pub(crate) fn is_remembered<'a>(&self, mut others: impl Iterator<Item = &'a Arc<Self>>) -> bool {
-        let knows = self.refused_source().is_some() || self.unanswered.load(Ordering::Relaxed);
-        let same = |other: &Arc<Self>| other.is_of(&self.config) && other.config.pin == self.config.pin;
-        !self.is_over() || (knows && !others.any(same))
+    /// Whether another token takes over what is known of its PIN.
+    pub(crate) fn has_heir_in(&self, other: &Self) -> bool {
+        (self.name == other.name || other.is_of(&self.config)) && self.config.pin == other.config.pin
+    }
+
+    /// Whether its PIN is not to be offered again, or not before somebody has looked.
+    pub(crate) fn knows_of_its_pin(&self) -> bool {
+        self.refused_source().is_some() || self.unanswered.load(Ordering::Relaxed)
     }
 
     /// Closes the device. Requests in flight should have ended.

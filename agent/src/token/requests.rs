@@ -79,6 +79,9 @@ impl Token {
         deadline: Instant,
     ) -> Result<Done, TokenError> {
         let place = Arc::new(self.queue()?);
+        // One at a time: what waits in the process would be taken for a hang, and keep signatures from their turn.
+        let turn = timeout_at(deadline, self.tasks.acquire()).await.map_err(|_| TokenError::Deadline)?;
+        let _turn = turn.map_err(|_| TokenError::Unavailable("the agent is stopping".into()))?;
         let mut again = task.only_looks();
         loop {
             let host = self.ready(deadline).await?;
@@ -109,11 +112,13 @@ impl Token {
 
     /// Whether a key that could not be used is there by now, of this process, which need not be opened anew to tell.
     pub(super) async fn finds_missing(&self, host: &Arc<Host>) -> bool {
+        // What an operator asked for comes first.
+        let Ok(_turn) = self.tasks.try_acquire() else { return false };
         let missing = self.keys.iter().zip(&host.opened.keys).filter(|(_, shown)| shown.is_err());
         let (tell, deadline) = (watch::Sender::new(Step::Working), Instant::now() + self.config.timeout);
         for (key, _) in missing {
             let Ok(place) = self.queue().map(Arc::new) else { return false };
-            let find = Asked::Do(Task::Find(key.clone(), Need::Signs));
+            let find = Asked::Do(Task::Find(key.clone(), Need::Looked));
             if let Ok(Some(Ok(Ok(_)))) = self.ask(host, find, &tell, &place, deadline).await {
                 return true;
             }

@@ -9,7 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::command::{Command, Login, Unlocked};
-use super::process::{End, Lost, launch, unblock};
+use super::launch::{launch, unblock};
+use super::process::{End, Lost};
 use super::{Status, Token, TokenError};
 use crate::host::wire::{Class, Failure, Opened};
 

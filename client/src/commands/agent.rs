@@ -150,9 +150,13 @@ pub(crate) fn agent(arguments: &cli::Agent) -> Done {
                     let mut line = Zeroizing::new(String::new());
                     std::io::stdin()
                         .lock()
-                        .take(LONGEST_PIN)
+                        .take(LONGEST_PIN + 1)
                         .read_line(&mut line)
                         .map_err(AgentError::System)?;
+                    // What is left of it would cost a try.
+                    if line.len() as u64 > LONGEST_PIN {
+                        return Err(Failure::Usage("that line is longer than any PIN"));
+                    }
                     Some(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
                 }
                 _ => None,

@@ -133,7 +133,7 @@ fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failur
         if ["pkcs11:", "tpm:", "piv:"].iter().any(|scheme| key.starts_with(scheme)) {
             return Err(Failure::Usage("--key takes the name of an agent's key; a URI goes with --key-uri"));
         }
-        if key.contains(['/', '.']) && Path::new(key).is_file() {
+        if key.contains('/') && Path::new(key).is_file() {
             return Err(Failure::Usage(
                 "--key takes the name of an agent's key; a file goes with --private-key",
             ));
