@@ -13,6 +13,7 @@ pub mod hash;
 pub mod key;
 pub mod keyless;
 mod left_out;
+mod lengths;
 mod listing;
 pub mod manifest;
 pub mod manifest_file;

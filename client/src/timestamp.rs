@@ -16,6 +16,7 @@ use openssl::stack::Stack;
 use openssl::x509::X509;
 
 use crate::certificate;
+use crate::lengths;
 use crate::path::{PathError, Purpose, Question};
 use crate::strength::{is_strong_signature, skip_rest, strong_hash};
 
@@ -147,6 +148,9 @@ pub fn claimed_time(response: &[u8]) -> Option<Timestamp> {
 /// The token of a TimeStampResp. Some bundles hold the token alone.
 fn token(response: &[u8]) -> Result<Vec<u8>, TimestampError> {
     let malformed = |_| TimestampError::Malformed("not a TimeStampResp");
+    if !lengths::fit(response) {
+        return Err(TimestampError::Malformed("not a TimeStampResp"));
+    }
     if ContentInfo::from_der(response).is_ok() {
         return Ok(response.to_vec());
     }
