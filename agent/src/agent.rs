@@ -4,7 +4,6 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use tonic::Status;

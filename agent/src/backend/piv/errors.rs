@@ -35,7 +35,7 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
 }
 
 /// What PC/SC says, and what to do where it serves nobody, or not us.
-pub(super) fn unserved(error: pcsc::Error) -> String {
+fn unserved(error: pcsc::Error) -> String {
     match error {
         pcsc::Error::NoService | pcsc::Error::ServiceStopped => {
             "the PC/SC service does not run; install pcscd, then `systemctl start pcscd.socket`".into()
