@@ -33,7 +33,7 @@ pub struct Differences {
 pub enum Cause {
     /// This file was never fetched: it is what Git LFS has in its place.
     Pointer(String),
-    /// No file is as it was signed: the model of that name is elsewhere.
+    /// No signed file is there: the model of that name is elsewhere.
     Elsewhere(String),
 }
 
