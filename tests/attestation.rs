@@ -12,7 +12,9 @@ use omsign_tests::agent::Agent;
 use omsign_tests::device::card_through;
 use omsign_tests::operator::{does, refuses};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
+use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, Public};
+use openssl::sign::Signer;
 use openssl::x509::X509;
 
 /// `key verify-attestation` of a file: its exit status and what it said.
@@ -284,6 +286,77 @@ fn a_tpm_answers_a_challenge_with_either_endorsement_key() -> anyhow::Result<()>
         )?;
         world.omsign_ok(&["sign", "model", "--key", "k"])?;
     }
+    Ok(())
+}
+
+/// How long the head of a DER element is, and its content.
+fn content(element: &[u8]) -> (usize, usize) {
+    match element[1] {
+        short @ ..=0x7f => (2, short.into()),
+        0x81 => (3, element[2].into()),
+        _ => (4, u16::from_be_bytes([element[2], element[3]]).into()),
+    }
+}
+
+/// A DER element.
+fn element(tag: u8, content: &[u8]) -> Vec<u8> {
+    let [high, low] = (content.len() as u16).to_be_bytes();
+    let head = match content.len() {
+        ..=0x7f => vec![tag, low],
+        ..=0xff => vec![tag, 0x81, low],
+        _ => vec![tag, 0x82, high, low],
+    };
+    [&head, content].concat()
+}
+
+/// The same element with a FALSE written out that DER leaves out: whether its last extension, how the key is used, is critical.
+fn written_out(whole: &[u8]) -> Vec<u8> {
+    let (head, length) = content(whole);
+    let inner = &whole[head..head + length];
+    let (usage, value) = inner.split_at(inner.len().min(5));
+    if usage == [6, 3, 0x55, 0x1d, 0x25] {
+        return element(whole[0], &[usage, &[1, 1, 0], value].concat());
+    }
+    let (mut before, mut last) = (0, inner);
+    while let (head, length) = content(last)
+        && head + length < last.len()
+    {
+        before += head + length;
+        last = &inner[before..];
+    }
+    element(whole[0], &[&inner[..before], &written_out(last)].concat())
+}
+
+/// What a maker signed need not be as DER has it, and is left as it is.
+#[test]
+fn a_certificate_that_is_not_quite_der() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (chip, maker) = (SwTpm::create(&world.path("tpm"))?, Ca::create("TPM maker")?);
+    endorsed(&chip, &world, ("ecc", "0x1c0000a"), |key| {
+        let strict = maker.endorsement("Stand-in TPM", key)?.to_der()?;
+        let (head, length) = content(&strict);
+        let signed = &strict[head..head + length];
+        let (head, length) = content(signed);
+        let (signed, algorithm) = signed.split_at(head + length);
+        let (head, length) = content(algorithm);
+        let signed = written_out(signed);
+        let signature = Signer::new(MessageDigest::sha256(), &maker.key)?.sign_oneshot_to_vec(&signed)?;
+        let signature = element(3, &[&[0], &signature[..]].concat());
+        let loose = element(0x30, &[&signed, &algorithm[..head + length], &signature].concat());
+        ensure!(loose.len() > strict.len());
+        Ok(X509::from_der(&loose)?)
+    })?;
+    write_chain(&world.path("maker.pem"), &[&maker.certificate])?;
+    let config = world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "file = \"k.pem\"");
+    world.write("agent.toml", config)?;
+    does(&world, &["generate", "k", "--type", "p256"])?;
+    world.write("first.json", does(&world, &["attest", "k"])?)?;
+    world.write("challenge.json", does(&world, &["challenge", "first.json", "--secret", "kept.json"])?)?;
+    world.write("proof.json", does(&world, &["attest", "k", "--challenge", "challenge.json"])?)?;
+    let trust = ["--roots", "maker.pem", "--challenge-secret", "kept.json"];
+    let (status, said) = verified(&world, "proof.json", &trust)?;
+    ensure!(status == Some(0) && said.contains("in the TPM that its maker certified"), "{said}");
+    ensure!(said.contains("signs with its authorization value alone"), "{said}");
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use omsign_fixtures::kryoptic::{Kryoptic, SO_PIN};
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::write_private;
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
 use omsign_tests::client::{connect, request, sign};
@@ -375,4 +376,29 @@ fn a_guarded_key_is_not_tried_without_its_value() -> anyhow::Result<()> {
     let uri = format!("{uri}&pin-source={}", stand_in.pin_file().display());
     world.omsign_ok(&["sign", "model", "--key-uri", &uri])?;
     Ok(())
+}
+
+/// One that locks a TPM's keys for everybody is an operator's to spend.
+#[test]
+fn the_last_value_that_a_tpm_takes() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    stand_in.guarded_key("k", 0x8100_0010, AUTH)?;
+    stand_in.tool("tpm2_dictionarylockout", |tool| {
+        tool.args(["-s", "-n", "3", "-t", "1000", "-l", "1000"]);
+    })?;
+    write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
+    let config = world.listen() + &stand_in.section("t") + &key("k", "t", "handle = \"0x81000010\"");
+    for (tries, why) in [(1, "it refused"), (2, "it refused"), (2, "one wrong PIN more")] {
+        let agent = Agent::start(&world, &config)?;
+        world.omsign_refuses(2, &["sign", "model", "--key", "k"], &[why])?;
+        ensure!(agent.stop()?.success());
+        ensure!(stand_in.failed_tries()? == tries, "{} tries", stand_in.failed_tries()?);
+    }
+    write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
+    let _agent = Agent::start(&world, &config)?;
+    world.omsign_refuses(2, &["sign", "model", "--key", "k"], &["one wrong PIN more"])?;
+    world.omsign_ok(&["agent", "unlock", "t"])?;
+    world.omsign_ok(&["sign", "model", "--key", "k"]).map(drop)
 }

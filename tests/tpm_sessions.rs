@@ -19,6 +19,9 @@ const KEY: &str = "file = \"k.pem\" }\npcrs = \"sha256:16\" #";
 const KEPT: Duration = Duration::from_millis(500);
 const WAITS: Range<Duration> = Duration::ZERO..Duration::from_secs(4);
 
+/// How often other programs measure something.
+const MEASURED: Duration = Duration::from_millis(2);
+
 /// How many of ours others end, one after the other.
 const ENDED: usize = 4;
 
@@ -87,6 +90,24 @@ fn others_have_or_end_them() -> anyhow::Result<()> {
         over.store(true, Ordering::Relaxed);
         ends(Some(ended))?;
     }
+    // Whatever is measured into other registers makes a session worthless that began before.
+    let over = Arc::<AtomicBool>::default();
+    let measures = {
+        let (chip, over) = (Arc::clone(&chip), Arc::clone(&over));
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                chip.extend(23)?;
+                std::thread::sleep(MEASURED);
+            }
+            Ok(())
+        })
+    };
+    for _ in 0..50 {
+        let answer = lab.sign()?;
+        ensure!(answer == Ok(()), "{answer:?}");
+    }
+    over.store(true, Ordering::Relaxed);
+    ends(Some(measures))?;
     // Nor does an operator who looks at something have to come again.
     let ended = {
         let chip = Arc::clone(&chip);

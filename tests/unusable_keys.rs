@@ -59,6 +59,36 @@ fn a_key_whose_pcrs_have_changed() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A TPM takes no notice of registers that it does not have, and some keys sign whatever theirs are.
+#[test]
+fn pcrs_that_guard_nothing() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::manufactured(&world.path("tpm"))?;
+    chip.persistent_key("k", "ecc256", 0x8100_0010, AUTH)?;
+    let guarded = |name, handle: &str, pcrs: &str| {
+        key(name, "device", &format!("handle = \"{handle}\""))
+            .replace("\n[[", &format!("\npcrs = \"{pcrs}\"\n[["))
+    };
+    let config = world.listen()
+        + &chip.section("device")
+        + &guarded("k", "0x81000010", "sha256:7")
+        + &guarded("new", "0x81000020", "sha384:0,7");
+    world.write("agent.toml", &config)?;
+    refuses(&world, &["generate", "new"], "the TPM has no PCRs sha384:0,7: that bank is not allocated")?;
+    world.model()?;
+    let _agent = Agent::start(&world, &config)?;
+    world.omsign_refuses(2, &["sign", "model", "--key", "k"], &["signs whatever its PCRs are"])?;
+    // As after an update of the firmware that leaves the bank out.
+    world.write("agent.toml", config.replace("sha384:0,7", "sha256:0,7"))?;
+    does(&world, &["reload"])?;
+    does(&world, &["generate", "new"])?;
+    world.omsign_ok(&["sign", "model", "--key", "new"])?;
+    world.write("agent.toml", config)?;
+    does(&world, &["reload"])?;
+    world.omsign_refuses(2, &["sign", "model", "--key", "new"], &["that bank is not allocated"])?;
+    Ok(())
+}
+
 /// What a card says of a slot is of the key in it, also where the configuration has a way to sign that it does not.
 #[test]
 fn a_key_that_a_card_does_not_sign_with() -> anyhow::Result<()> {

@@ -140,10 +140,15 @@ impl Rotation<'_> {
         };
         let chain = chain.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
         let finished = edit::finish(&before.text, self.name, chain.as_deref(), &old)?;
-        self.write(&before, &finished)?;
-        // Certificates for another key, or none at all: as it was.
-        if let Err(error) = self.reloaded().and_then(|changed| fits(&changed, self.name, &next, &present)) {
-            self.write(&Opened { text: finished, ..before }, &before.text)?;
+        let put = self.write(&before, &finished).and_then(|()| {
+            // Certificates for another key, or none at all: as it was.
+            let fits = self.reloaded().and_then(|changed| fits(&changed, self.name, &next, &present));
+            fits.or_else(|error| {
+                self.write(&Opened { text: finished, ..before }, &before.text)?;
+                Err(error)
+            })
+        });
+        if let Err(error) = put {
             if written.is_none() {
                 std::fs::remove_file(self.directory().join(&old))?;
             }

@@ -19,7 +19,8 @@ use crate::write_private;
 pub struct Ca {
     /// Its certificate.
     pub certificate: X509,
-    key: PKey<Private>,
+    /// Its key.
+    pub key: PKey<Private>,
 }
 
 impl Ca {

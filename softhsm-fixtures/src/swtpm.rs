@@ -175,11 +175,26 @@ impl SwTpm {
         ended.collect::<anyhow::Result<Vec<_>>>().map(|ended| ended.iter().filter(|ended| **ended).count())
     }
 
+    /// Extends a PCR of the SHA-256 bank, as any program may that measures something.
+    pub fn extend(&self, register: u32) -> anyhow::Result<()> {
+        // TPM2_PCR_Extend (TPM 2.0 Part 3, 22.2), with the empty value, and one digest.
+        let password = [&9_u32.to_be_bytes()[..], &0x4000_0009_u32.to_be_bytes(), &[0; 5]].concat();
+        let digest = [&1_u32.to_be_bytes()[..], &[0, 0x0b], &[7; 32]].concat();
+        match self.send(0x8002, 0x182, &[&register.to_be_bytes()[..], &password, &digest].concat())? {
+            0 => Ok(()),
+            other => bail!("TPM2_PCR_Extend: {other:#x}"),
+        }
+    }
+
     /// What it answers to a command without sessions: TPM_RC.
     fn command(&self, code: u32, arguments: &[u8]) -> anyhow::Result<u32> {
+        self.send(0x8001, code, arguments)
+    }
+
+    fn send(&self, tag: u16, code: u32, arguments: &[u8]) -> anyhow::Result<u32> {
         let mut line = TcpStream::connect(("127.0.0.1", self.port))?;
         let length = u32::try_from(10 + arguments.len())?;
-        let command = [&0x8001_u16.to_be_bytes()[..], &length.to_be_bytes(), &code.to_be_bytes(), arguments];
+        let command = [&tag.to_be_bytes()[..], &length.to_be_bytes(), &code.to_be_bytes(), arguments];
         line.write_all(&command.concat())?;
         let mut answer = [0; 10];
         line.read_exact(&mut answer)?;

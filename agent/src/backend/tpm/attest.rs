@@ -1,7 +1,7 @@
 //! How a TPM shows that a key is its own: TPM2_Certify by an attestation key, which signs nothing but what the TPM
 //! itself made, and the endorsement key's certificate by the TPM's maker.
 
-use der::{Decode as _, Encode as _};
+use der::Decode as _;
 use tss_esapi::Context;
 use tss_esapi::abstraction::AsymmetricAlgorithmSelection;
 use tss_esapi::abstraction::ek::{create_ek_object_2, retrieve_ek_pubcert};
@@ -97,9 +97,10 @@ fn endorsement(
 fn endorsement_certificate(context: &mut Context) -> Option<(AsymmetricAlgorithmSelection, Vec<u8>)> {
     ENDORSEMENT.into_iter().find_map(|which| {
         let stored = retrieve_ek_pubcert(context, which).ok()?;
-        // Some makers pad the NV index.
-        let (certificate, _) = x509_cert::Certificate::from_der_partial(&stored).ok()?;
-        Some((which, certificate.to_der().ok()?))
+        // Some makers pad the NV index. What they signed stays as it is: not all of them encode as DER has it.
+        let (_, padding) = x509_cert::Certificate::from_der_partial(&stored).ok()?;
+        let length = stored.len() - padding.len();
+        Some((which, stored.into_iter().take(length).collect()))
     })
 }
 
@@ -134,6 +135,16 @@ fn attestation_template() -> tss_esapi::Result<Public> {
         .with_ecc_parameters(parameters.build()?)
         .with_ecc_unique_identifier(EccPoint::default())
         .build()
+}
+
+/// The digest of what a key asks for (TPM 2.0 Part 1, 19.7).
+fn policy(key: &Public) -> &[u8] {
+    match key {
+        Public::Rsa { auth_policy, .. }
+        | Public::Ecc { auth_policy, .. }
+        | Public::KeyedHash { auth_policy, .. }
+        | Public::SymCipher { auth_policy, .. } => auth_policy.value(),
+    }
 }
 
 /// What a proof says, once it holds.
@@ -185,5 +196,9 @@ pub(crate) fn verify(
     }
     let mut notes = vec!["made inside the TPM, and bound to it".to_owned()];
     notes.extend(attributes.no_da().then(|| "outside the protection against guessing".to_owned()));
+    notes.push(match attributes.user_with_auth() {
+        true => "signs with its authorization value alone".to_owned(),
+        false => format!("signs only as its policy says: {}", hex::encode(policy(&key))),
+    });
     Ok(Proven { key: encoded(&key)?, nonce: info.extra_data().value().to_vec(), notes })
 }

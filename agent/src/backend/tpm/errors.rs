@@ -32,7 +32,12 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
                 | Code::PolicyFail
                 | Code::PolicyCc
                 | Code::Parent
-                | Code::AuthType,
+                | Code::AuthType
+                | Code::Range
+                | Code::Hierarchy
+                | Code::Disabled
+                | Code::NvSpace
+                | Code::NvDefined,
             ) => Class::Refused,
             Some(
                 Code::ObjectMemory
@@ -40,6 +45,8 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
                 | Code::SessionHandles
                 // Somebody ended the session.
                 | Code::ReferenceS0
+                // Any register, of whatever bank (TPM 2.0 Part 3, 23.7).
+                | Code::PcrChanged
                 | Code::Memory
                 | Code::Retry
                 | Code::Yielded

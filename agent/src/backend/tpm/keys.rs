@@ -14,9 +14,10 @@ use tss_esapi::structures::{
 };
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
-use super::super::{challenge, gone, locked, refused};
+use super::super::{LAST_TRY, challenge, gone, locked, refused};
 use super::errors::{classify, kept, owners};
 use super::guard::Guard;
+use super::is_last_try;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
@@ -142,6 +143,10 @@ fn check(
         .execute_without_session(|context| context.read_public(handle))
         .map_err(|error| classify("read the public key", &error))?;
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
+    guard.holds(context)?;
+    if guard.auth && !public.object_attributes().no_da() && !by_operator && is_last_try(context)? {
+        return Err(locked(LAST_TRY.into()));
+    }
     match (auth, object) {
         (Some(auth), Object::TpmHandle(_)) => {
             let set = context.tr_set_auth(handle.into(), auth);
@@ -228,7 +233,8 @@ fn sign(
         digest: Default::default(),
     });
     let ticket = ticket.map_err(wrong)?;
-    let signed = guard.with(context, "sign", |context| context.sign(handle, digest, scheme, ticket))?;
+    let signed = guard
+        .with(context, "sign", |context| context.sign(handle, digest.clone(), scheme, ticket.clone()))?;
     let malformed = || gone("the TPM's signature is malformed".into());
     match (signed, algorithm) {
         (Signature::RsaSsa(signature), _) => Ok(signature.signature().value().to_vec()),
@@ -319,10 +325,13 @@ fn public_half(public: &Public, guard: &Guard) -> Result<SpkiDer, String> {
     if attributes.restricted() {
         return Err("is restricted: it signs only what the TPM itself made".into());
     }
-    if !attributes.user_with_auth() && guard.pcrs.is_none() {
-        return Err("asks for a policy; if that is about PCRs, write which: pcrs = \"sha256:0,7\"".into());
+    match (attributes.user_with_auth(), &guard.pcrs) {
+        (false, None) => {
+            Err("asks for a policy; if that is about PCRs, write which: pcrs = \"sha256:0,7\"".into())
+        }
+        (true, Some(_)) => Err("signs whatever its PCRs are: its attribute \"userwithauth\" is set".into()),
+        _ => encoded(public),
     }
-    encoded(public)
 }
 
 /// The public key in a TPM's structure.

@@ -249,6 +249,12 @@ fn locked_out(context: &mut Context) -> Result<bool, Failure> {
     Ok(property(context, PropertyTag::Permanent)? & IN_LOCKOUT != 0)
 }
 
+/// Whether one wrong authorization value more locks the TPM, for whoever uses it.
+fn is_last_try(context: &mut Context) -> Result<bool, Failure> {
+    let most = property(context, PropertyTag::MaxAuthFail)?;
+    Ok(property(context, PropertyTag::LockoutCounter)?.saturating_add(1) >= most)
+}
+
 /// The authorization value of the keys, if they have one.
 fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Result<Option<Auth>, Failure> {
     let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
