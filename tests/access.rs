@@ -12,7 +12,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, SOON, eventually};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::hashed::shell;
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic::Code;
@@ -289,7 +289,7 @@ fn client_certificates() -> anyhow::Result<()> {
         let said = shell(
             &world,
             &format!(
-                "sleep 1 | openssl s_client -connect {address} -alpn h2 -CAfile ours-ca.pem -cert ours-client.pem -key ours-client.key 2>&1"
+                "sleep 1 | openssl s_client -connect {address} -alpn h2 -CAfile ours-ca.pem -cert ours-client.pem -key ours-client.key 2>&1 | tr -cd '[:print:]\\n'"
             ),
         )?;
         ensure!(said.contains("Verify return code: 0") && !said.contains("New Session Ticket"), "{said}");
@@ -310,7 +310,7 @@ fn large_requests_that_never_end() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
     let agent = Agent::start(&world, &config)?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let before = agent.memory_bytes()?;
         let socket = tokio::net::UnixStream::connect(world.path("agent.sock")).await?;
         let (mut http, connection) = h2::client::handshake(socket).await?;

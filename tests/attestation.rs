@@ -300,11 +300,11 @@ fn content(element: &[u8]) -> (usize, usize) {
 
 /// A DER element.
 fn element(tag: u8, content: &[u8]) -> Vec<u8> {
-    let [high, low] = (content.len() as u16).to_be_bytes();
-    let head = match content.len() {
-        ..=0x7f => vec![tag, low],
-        ..=0xff => vec![tag, 0x81, low],
-        _ => vec![tag, 0x82, high, low],
+    let length = u32::try_from(content.len()).unwrap_or(u32::MAX).to_be_bytes();
+    let head = match length {
+        [0, 0, 0, low @ ..=0x7f] => vec![tag, low],
+        [0, 0, 0, low] => vec![tag, 0x81, low],
+        [.., high, low] => vec![tag, 0x82, high, low],
     };
     [&head, content].concat()
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::{GetKeyRequest, SignRequest};
 use omsign_tests::agent::{Agent, SOON, eventually, refused, signal, under};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
@@ -36,7 +36,7 @@ fn syncs(world: &World) -> anyhow::Result<usize> {
 
 /// Has that many digests signed at once; returns how each ended.
 fn signed_at_once(world: &World) -> anyhow::Result<Vec<Result<(), Code>>> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let client = connect(world.path("agent.sock")).await?;
         let mut asked = tokio::task::JoinSet::new();
         for number in 0..REQUESTS {
@@ -176,7 +176,7 @@ fn refusals_without_end() -> anyhow::Result<()> {
     let agent = world.agent_and_model()?;
     let before = world.audit()?.len();
     let mut asked = 0_u64;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         loop {
             let refused = client.get_key(GetKeyRequest { name: "unknown".into() }).await;

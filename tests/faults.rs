@@ -5,18 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, eventually, freeze, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
 const DIGEST: [u8; 32] = [7; 32];
-
-/// A test of one thread.
-fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
 
 /// Callers in a hurry give up; what they left behind still counts, and the token is not killed for it.
 #[test]
@@ -300,7 +295,7 @@ fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = world.proxy()?;
     let config = world.listen()
-        + &proxy.before(&token_section("t", &token, "queue = 4"))?
+        + &proxy.before(&token_section("t", &token, "queue = 8"))?
         + &key_section("k", "t", "k");
     let _agent = Agent::start(&world, &config)?;
     run(async {
@@ -318,6 +313,7 @@ fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
         }
         let full = codes.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count();
         let served = codes.iter().filter(|code| code.is_none()).count();
+        // The other half is for others.
         ensure!((full, served) == (6, 4), "{codes:?}");
         Ok(())
     })

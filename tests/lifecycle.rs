@@ -12,17 +12,13 @@ use omsign_fixtures::built;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_tests::agent::{Agent, SOON, eventually, signal, under};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::peer::cache;
 use omsign_tests::world::{World, key_section, text, token_section};
 use rustix::process::Signal;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
-
-fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
 
 /// systemd passes sockets as descriptors from 3 on; here a shell does, and has the agent become itself. Callers come
 /// in by both at once: with the kernel's word for who they are, and with a certificate.

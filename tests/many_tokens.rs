@@ -9,7 +9,7 @@ use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_proto::v1::sign_request::Content;
 use omsign_tests::agent::{Agent, eventually, freeze, refused, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::forge::pae;
 use omsign_tests::operator::{answering, does, refuses};
 use omsign_tests::world::{World, key, key_section, text, token_section};
@@ -84,7 +84,7 @@ async fn sign_all(world: &World, first_id: u128, count: u128) -> anyhow::Result<
 #[test]
 fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
     let Twins { world, _beside, first, second, left, right, agent } = twins()?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let before = (left.calls("C_Sign"), right.calls("C_Sign"));
         sign_all(&world, 1, 200).await?;
         let (a, b) = (left.calls("C_Sign") - before.0, right.calls("C_Sign") - before.1);
@@ -133,7 +133,7 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
 #[test]
 fn a_token_that_hangs_is_left_alone() -> anyhow::Result<()> {
     let Twins { world, _beside, left, agent, .. } = twins()?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         // Each process first signs a challenge, when the token is opened.
         left.set("C_Sign 0 60000 later\n")?;
@@ -234,7 +234,7 @@ fn one_of_them_hashes() -> anyhow::Result<()> {
     eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
     let statement = b"{}".to_vec();
     let digest = openssl::sha::sha256(&pae(&statement));
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         for id in 0..8 {
             let mut request = request("k", id, &digest);
@@ -300,7 +300,7 @@ fn a_certificate_names_the_key() -> anyhow::Result<()> {
     let keys = on_both().replace("[[key", "certificate_chain = \"chain.pem\"\n[[key");
     let config = world.listen() + &absent + &token_section("b", &second, "") + &keys;
     let agent = Agent::start(&world, &config)?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         for id in 0..4 {
             let signed = sign(&mut client, request("k", id, &[7; 32]), SECOND * 10).await;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN};
 use omsign_tests::agent::{Agent, SOON, eventually, refused};
-use omsign_tests::client::{channel, connect, request, sign};
+use omsign_tests::client::{channel, connect, request, run, sign};
 use omsign_tests::operator::{does, key as asks};
 use omsign_tests::world::{World, key_section, text, token_section};
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -17,11 +17,6 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 /// A user that owns nothing.
 const NOBODY: u32 = 65534;
-
-/// A test of one thread.
-fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
 
 /// Its stream ends, and is no request that is still in flight.
 #[test]

@@ -9,7 +9,7 @@ use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{PIN, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 use omsign_tests::agent::{Agent, SOON, eventually};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::device::{Device, card_through, kryoptic_that_asks, soft_hsm_that_asks};
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
 use omsign_tests::operator::does;
@@ -140,7 +140,7 @@ fn hashes(world: &World, device: &Device) -> anyhow::Result<()> {
         ensure!(request.verify(&public)?, "{name}: its request");
     }
     // Other programs that send a digest are told what to send.
-    let refused = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    let refused = run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         anyhow::Ok(sign(&mut client, request("rsa", 1, &[7; 32]), SOON).await)
     })?;

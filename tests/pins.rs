@@ -10,7 +10,7 @@ use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use omsign_proto::v1::UnlockTokenRequest;
 use omsign_tests::agent::{Agent, eventually, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::device::debian_module;
 use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, key, key_section, text, token_section};
@@ -19,11 +19,6 @@ use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
 const DIGEST: [u8; 32] = [7; 32];
-
-/// A test of one thread.
-fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
 
 /// SoftHSM never blocks a PIN; kryoptic does, at the tenth wrong one.
 #[test]

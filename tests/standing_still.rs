@@ -9,18 +9,13 @@ use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
 use omsign_proto::v1::{GetKeyRequest, UnlockTokenRequest};
 use omsign_tests::agent::{Agent, eventually, refused, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::operator::{self, does};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// A test of one thread.
-fn run(test: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
-}
 
 /// A name of sixteen megabytes would be ten times as long in an answer's header, of which nobody counts the room.
 #[test]

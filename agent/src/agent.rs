@@ -101,7 +101,8 @@ impl Agent {
             self.turn_away(entry, deadline).await?;
             return Err(denied("sign with", &key.name));
         };
-        let signed = key.sign(&authorised.content, tell, deadline).await;
+        let caller = authorised.identity.caller();
+        let signed = key.sign((&authorised.content, &caller), tell, deadline).await;
         let (outcome, reason, token, busy) = match &signed {
             Ok((_, place)) => ("signed", String::new(), &place.token.name, place.token.busy()),
             Err(failed) => ("failed", failed.error.to_string(), &failed.token, Duration::ZERO),

@@ -21,6 +21,10 @@ use crate::tls::Proof;
 /// whether somebody is there.
 const PREFACE: usize = 24;
 
+/// How much is read of one connection in its turn: what a caller may send without end, as pings, keeps others waiting for
+/// no longer than that takes.
+const TURN: usize = 4 << 10;
+
 /// How long a caller may leave unread what is sent, pings among it: then nobody is there.
 const UNREAD: Duration = Duration::from_secs(60);
 
@@ -35,6 +39,8 @@ pub struct Connection {
     silence: Option<Pin<Box<Sleep>>>,
     /// Bytes read before that.
     preface: usize,
+    /// Bytes read in this turn.
+    read: usize,
     /// Ends one that reads nothing: keep-alive does not, for its pings wait, too.
     unread: Option<Pin<Box<Sleep>>>,
     /// Why the caller is believed to be who it was at the start; on a Unix socket that does not change.
@@ -60,7 +66,16 @@ impl Connection {
 
     pub(crate) fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
         let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self { io, identity: Arc::new(identity), silence, preface: 0, unread: None, proof: None, _held: held }
+        Self {
+            io,
+            identity: Arc::new(identity),
+            silence,
+            preface: 0,
+            read: 0,
+            unread: None,
+            proof: None,
+            _held: held,
+        }
     }
 }
 
@@ -78,10 +93,17 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.read >= TURN {
+            self.read = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
+        let came = buf.filled().len() - before;
+        self.read = if read.is_pending() { 0 } else { self.read + came };
         if self.silence.is_some() {
-            self.preface += buf.filled().len() - before;
+            self.preface += came;
             if self.preface >= PREFACE {
                 self.silence = None;
             }

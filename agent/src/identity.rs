@@ -38,6 +38,9 @@ pub enum Identity {
         /// SHA-256 of the certificate.
         #[serde(serialize_with = "hex::serialize")]
         fingerprint: [u8; 32],
+        /// SHA-256 of all names in it: whoever gets a new certificate every hour is the same caller.
+        #[serde(skip)]
+        names: [u8; 32],
     },
 }
 
@@ -54,7 +57,7 @@ impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Uid(uid) => write!(f, "uid {uid}"),
-            Self::Certificate(fingerprint) => write!(f, "certificate {}", hex::encode(fingerprint)),
+            Self::Certificate(names) => write!(f, "certificates with names of sha256 {}", hex::encode(names)),
             Self::Address(address) => address.fmt(f),
         }
     }
@@ -65,7 +68,7 @@ impl Identity {
     pub(crate) fn caller(&self) -> Caller {
         match self {
             Self::Unix { uid, .. } => Caller::Uid(*uid),
-            Self::Certificate { fingerprint, .. } => Caller::Certificate(*fingerprint),
+            Self::Certificate { names, .. } => Caller::Certificate(*names),
         }
     }
 
@@ -96,8 +99,14 @@ impl Identity {
                 }
             }
         }
-        let fingerprint = Sha256::digest(der).into();
-        Some(Self::Certificate { subject: tbs.subject().to_string(), dns, uris, fingerprint })
+        let subject = tbs.subject().to_string();
+        let mut names = Sha256::new();
+        for name in [&subject].into_iter().chain(&dns).chain(&uris) {
+            names.update(name.len().to_be_bytes());
+            names.update(name);
+        }
+        let (fingerprint, names) = (Sha256::digest(der).into(), names.finalize().into());
+        Some(Self::Certificate { subject, dns, uris, fingerprint, names })
     }
 }
 

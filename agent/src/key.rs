@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::agent::SETTLE;
 use crate::algorithm::Content;
 use crate::breaker::Breaker;
+use crate::identity::Caller;
 use crate::policy::Rule;
 use crate::public_key::PublicKey;
 use crate::replay::Tell;
@@ -96,7 +97,7 @@ impl KeyEntry {
     /// answer while another is left: what it may still sign is never released.
     pub(crate) async fn sign(
         &self,
-        content: &Content,
+        (content, caller): (&Content, &Caller),
         tell: &Tell,
         deadline: Instant,
     ) -> Result<(Signed, &Place), Failed> {
@@ -111,7 +112,7 @@ impl KeyEntry {
             let share = now + deadline.saturating_duration_since(now) / left;
             let was_ready = matches!(place.token.state(), State::Ready);
             let signed = match self.differs(place) {
-                false => place.token.sign(place.index, content, tell, share, up == 0).await,
+                false => place.token.sign(place.index, (content, caller), tell, share, up == 0).await,
                 true => Err(TokenError::Refused(self.other().to_owned())),
             };
             let error = match signed {

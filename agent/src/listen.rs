@@ -2,20 +2,22 @@
 //! connection carries the [`Identity`] of its caller before the first request is read from it.
 
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use tokio::net::unix::UCred;
-use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::mpsc;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
 
 use crate::config::{Listen, TlsListen, UnixListen};
 use crate::connection::{Connection, Held};
 use crate::identity::{Caller, Identity};
-use crate::places::{Place, Places};
+use crate::places::{Place, Places, Taken};
 use crate::tls::{Tls, TlsError};
 
 /// How long a caller may take to prove who it is.
@@ -31,30 +33,58 @@ pub struct Listeners {
     files: SocketFiles,
 }
 
-/// Socket files that we made, removed with this value.
-#[derive(Default)]
-pub(crate) struct SocketFiles(Vec<(PathBuf, (u64, u64))>);
-
-impl SocketFiles {
-    /// Remembers a file that was just made.
-    pub(crate) fn made(&mut self, path: &Path, socket: UnixListener) -> UnixListener {
-        self.0.extend(identity_at(path).map(|found| (path.to_owned(), found)));
-        socket
-    }
+/// A socket file that we made.
+#[derive(Clone)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    /// Device and inode: others may put something else in its place.
+    made: (u64, u64),
 }
 
-impl Drop for SocketFiles {
-    fn drop(&mut self) {
-        // Another agent may have put its own there.
-        for (file, _) in self.0.iter().filter(|(file, made)| identity_at(file).as_ref() == Some(made)) {
-            let _ = std::fs::remove_file(file);
+impl SocketFile {
+    /// One that was just made.
+    fn at(path: &Path) -> io::Result<Self> {
+        let found = std::fs::symlink_metadata(path)?;
+        let ours = found.file_type().is_socket() && found.uid() == rustix::process::geteuid().as_raw();
+        let made = (found.dev(), found.ino());
+        if ours { Ok(Self { path: path.to_owned(), made }) } else { Err(replaced()) }
+    }
+
+    /// Says who can connect: of this file, and of none that a link leads to.
+    pub(crate) fn permit(&self, mode: u32, group: Option<u32>) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::open(&self.path, flags, Mode::empty())?;
+        let found = rustix::fs::fstat(&file)?;
+        if (found.st_dev, found.st_ino) != self.made {
+            return Err(replaced());
+        }
+        let file = format!("/proc/self/fd/{}", file.as_raw_fd());
+        if group.is_some() {
+            std::os::unix::fs::chown(&file, None, group)?;
+        }
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(mode))
+    }
+
+    /// Removes it, if it is still there.
+    fn remove(&self) {
+        if Self::at(&self.path).is_ok_and(|found| found.made == self.made) {
+            let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// Device and inode of what is there.
-fn identity_at(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+fn replaced() -> io::Error {
+    io::Error::other("somebody put another file in the socket's place")
+}
+
+/// Socket files that we made, removed with this value.
+#[derive(Default)]
+pub(crate) struct SocketFiles(pub(crate) Vec<SocketFile>);
+
+impl Drop for SocketFiles {
+    fn drop(&mut self) {
+        self.0.iter().for_each(SocketFile::remove);
+    }
 }
 
 /// Why it cannot listen.
@@ -101,8 +131,9 @@ impl Listeners {
         }
         // What systemd did not hand over is bound here.
         if let Some(unix) = config.unix.as_ref().filter(|_| listeners.unix.is_empty()) {
-            let socket = listeners.files.made(&unix.path, bind_unix(unix)?);
+            let (socket, file) = bind_unix(unix)?;
             listeners.unix.push(socket);
+            listeners.files.0.push(file);
         }
         if let (Some(TlsListen { address, .. }), Some(tls)) =
             (&config.tls, tls.filter(|_| listeners.tcp.is_empty()))
@@ -152,21 +183,30 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
         };
         let (accepted, taken) = (accepted.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
-            let Ok(credentials) = stream.peer_cred() else { return };
-            let Some(place) = Place::of(Caller::Uid(credentials.uid()), place, &taken) else { return };
-            // The user database may be a slow directory server: not on the event loop, not for ever, and not for one
-            // caller alone.
-            let Ok(turn) = timeout(TURN, place.turn().lock_owned()).await else { return };
-            let look_up = move || {
-                let _turn = turn;
-                identity_of(credentials)
-            };
-            if let Ok(Ok(identity)) = timeout(HANDSHAKE, tokio::task::spawn_blocking(look_up)).await {
+            if let Some((identity, place)) = met(&stream, place, &taken).await {
                 let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
                 let _ = accepted.send(Ok(connection)).await;
             }
         });
     }
+}
+
+/// Who is at the other end, if this caller has a place left. The user database may be a slow directory server: it is asked
+/// not on the event loop, not for ever, and not for one caller alone.
+pub(crate) async fn met(
+    stream: &UnixStream,
+    one: OwnedSemaphorePermit,
+    taken: &Arc<Taken>,
+) -> Option<(Identity, Place)> {
+    let credentials = stream.peer_cred().ok()?;
+    let place = Place::of(Caller::Uid(credentials.uid()), one, taken)?;
+    let turn = timeout(TURN, place.turn().lock_owned()).await.ok()?;
+    let look_up = move || {
+        let _turn = turn;
+        identity_of(credentials)
+    };
+    let identity = timeout(HANDSHAKE, tokio::task::spawn_blocking(look_up)).await.ok()?.ok()?;
+    Some((identity, place))
 }
 
 async fn accept_tls(
@@ -229,7 +269,7 @@ fn unix_listener(socket: std::os::unix::net::UnixListener) -> io::Result<UnixLis
 }
 
 /// Binds under a temporary name, sets group and mode, and renames: nobody can connect before they are right.
-pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError> {
+pub(crate) fn bind_unix(config: &UnixListen) -> Result<(UnixListener, SocketFile), ListenError> {
     let path = &config.path;
     let fail = |source| ListenError::System { at: path.display().to_string(), source };
     match std::fs::symlink_metadata(path) {
@@ -254,12 +294,10 @@ pub(crate) fn bind_unix(config: &UnixListen) -> Result<UnixListener, ListenError
     let _ = std::fs::remove_file(&temporary);
     let bound = (|| {
         let socket = std::os::unix::net::UnixListener::bind(&temporary)?;
-        if config.group.is_some() {
-            std::os::unix::fs::chown(&temporary, None, config.group)?;
-        }
-        std::fs::set_permissions(&temporary, PermissionsExt::from_mode(config.mode))?;
+        let made = SocketFile::at(&temporary)?;
+        made.permit(config.mode, config.group)?;
         std::fs::rename(&temporary, path)?;
-        unix_listener(socket)
+        Ok((unix_listener(socket)?, SocketFile { path: path.clone(), ..made }))
     })();
     let bound = bound.inspect_err(|_| drop(std::fs::remove_file(&temporary))).map_err(fail)?;
     tracing::info!(path = %path.display(), mode = format_args!("{:04o}", config.mode), "listening");

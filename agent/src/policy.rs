@@ -106,10 +106,34 @@ pub(crate) fn written_subject(text: &str) -> Vec<String> {
 
 /// Whether a text is one of a pattern's, in which each `*` stands for one character or more, and none that `ends` it.
 fn fits(pattern: &str, text: &str, ends: char) -> bool {
-    let Some((before, after)) = pattern.split_once('*') else { return pattern == text };
-    let Some(rest) = text.strip_prefix(before) else { return false };
-    let most = rest.find(ends).unwrap_or(rest.len());
-    (1..=most).filter_map(|taken| rest.get(taken..)).any(|rest| fits(after, rest, ends))
+    let (mut patterns, mut texts) = (pattern.split(ends), text.split(ends));
+    loop {
+        match (patterns.next(), texts.next()) {
+            (Some(pattern), Some(text)) if fits_part(pattern, text) => {}
+            (None, None) => return true,
+            _ => return false,
+        }
+    }
+}
+
+/// The same between two ends. Each part of the pattern is looked for once, where it comes first: names are long where
+/// somebody chose them so.
+fn fits_part(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let (first, last) = (parts.next().unwrap_or_default(), parts.next_back());
+    let (Some(mut rest), Some(last)) = (text.strip_prefix(first), last) else { return pattern == text };
+    for part in parts {
+        match without_first(rest).and_then(|rest| rest.split_once(part)) {
+            Some((_, after)) => rest = after,
+            None => return false,
+        }
+    }
+    without_first(rest).is_some_and(|rest| rest.ends_with(last))
+}
+
+fn without_first(text: &str) -> Option<&str> {
+    let mut chars = text.chars();
+    chars.next().map(|_| chars.as_str())
 }
 
 #[cfg(test)]
@@ -124,6 +148,7 @@ mod tests {
             dns: vec!["ci.example".into()],
             uris: vec!["spiffe://acme/ci".into()],
             fingerprint: [9; 32],
+            names: [0; 32],
         };
         for (matches, wanted, other) in [
             (Match::Uid(7), &unix, &certificate),
@@ -159,6 +184,7 @@ mod tests {
             dns: Vec::new(),
             uris: Vec::new(),
             fingerprint: [0; 32],
+            names: [0; 32],
         };
         let own = named("CN=ci\\, 1,OU=x,O=Acme");
         for (text, same) in [
@@ -185,10 +211,19 @@ mod tests {
             ("runner-*.acme.*", "runner-7.acme.example", true),
             ("runner-*.acme.*", "runner-.acme.example", false),
             ("*", "ä", true),
+            ("a*b*c", "abc", false),
+            ("a*b*c", "aäbbäc", true),
+            ("a*b*c", "abbbc", true),
+            ("a*bc", "abc", false),
+            ("ci-*-*", "ci-7-", false),
+            ("ci-*-*", "ci--7-9-", true),
         ] {
             assert_eq!(fits(pattern, text, '.'), expected, "{pattern} {text}");
         }
         assert!(fits("spiffe://acme/ci/*", "spiffe://acme/ci/7", '/'));
         assert!(!fits("spiffe://acme/ci/*", "spiffe://acme/ci/7/admin", '/'));
+        // Somebody's own choice of a name is looked at once: each star once for each character would take minutes.
+        let long = format!("spiffe://acme/ci-{}/x", "-".repeat(1 << 20));
+        assert!(!fits("spiffe://acme/ci-*-*-*", &long, '/'));
     }
 }

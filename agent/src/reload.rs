@@ -15,6 +15,7 @@ use crate::config::{self, Config, Listen};
 use crate::health;
 use crate::identity::Identity;
 use crate::key_life::how_to_unlock;
+use crate::listen::SocketFile;
 use crate::operator::{self, Reloaded};
 use crate::tls::Tls;
 
@@ -26,6 +27,7 @@ pub(crate) struct Reload {
     pub(crate) path: PathBuf,
     /// What cannot be changed while it runs, as it was at the start.
     pub(crate) listen: Listen,
+    pub(crate) operators_file: Option<SocketFile>,
     pub(crate) audit: config::Audit,
     /// But not what is in these files.
     pub(crate) tls: Option<Arc<Tls>>,
@@ -107,11 +109,10 @@ impl Reload {
             tracing::warn!("{note}");
             notes.push(note);
         }
-        if let Some(path) = &self.listen.operator {
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(operator::mode(&config.operators));
-            if let Err(error) = std::fs::set_permissions(path, mode) {
-                tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
-            }
+        if let Some(file) = &self.operators_file
+            && let Err(error) = file.permit(operator::mode(&config.operators), None)
+        {
+            tracing::warn!(%error, "who can connect to the operators' socket could not be changed");
         }
         let (closed, new) = agent.reload(config);
         // A certificate may say now whose key it is.

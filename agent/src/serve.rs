@@ -75,11 +75,9 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     // Of two agents that start together, one has the log and the devices; its sockets are not taken from it.
     let audit = Audit::open(&config.audit).map_err(ServeError::Audit)?;
     let listeners = Listeners::bind(&config.listen, tls.as_ref())?;
-    let mut operators_file = SocketFiles::default();
-    let operators = match &config.listen.operator {
-        Some(path) => Some(operators_file.made(path, operator::bind(path, &config.operators)?)),
-        None => None,
-    };
+    let operators = config.listen.operator.as_ref().map(|path| operator::bind(path, &config.operators));
+    let (operators, operators_file) = operators.transpose()?.unzip();
+    let _removed = SocketFiles(operators_file.iter().cloned().collect());
     let shutdown_timeout = config.listen.shutdown_timeout;
     let (listen, audit_config) = (config.listen.clone(), config.audit.clone());
     let required: Vec<_> =
@@ -119,6 +117,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let reload = Reload {
         path: path.to_owned(),
         listen,
+        operators_file,
         tls,
         audit: audit_config,
         hangup,
@@ -248,7 +247,9 @@ async fn run(
         // Of a request that never comes to its end nothing is kept for ever.
         .timeout(DEADLINE + Duration::from_secs(10))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .max_concurrent_streams(256)
+        .max_concurrent_streams(intake::STREAMS)
+        .http2_max_header_list_size(intake::HEADERS)
+        .layer(intake::shared())
         .add_service(health_service.max_decoding_message_size(intake::SMALL))
         .add_service(reflection.max_decoding_message_size(intake::SMALL))
         .add_service(older_reflection.max_decoding_message_size(intake::SMALL))

@@ -16,7 +16,12 @@ const NAME_BYTES: usize = 256;
 
 /// As much of what somebody calls a key or token, which may be of any length, as is recorded and repeated.
 pub(crate) fn short(name: &str) -> &str {
-    name.get(..name.floor_char_boundary(NAME_BYTES)).unwrap_or_default()
+    start(name, NAME_BYTES)
+}
+
+/// So many bytes of a text.
+pub(crate) fn start(text: &str, most: usize) -> &str {
+    text.get(..text.floor_char_boundary(most)).unwrap_or_default()
 }
 
 /// Tokens and keys by their names, and the configuration that they come from.

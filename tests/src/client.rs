@@ -17,6 +17,11 @@ use tower::service_fn;
 /// The generated client.
 pub type Client = AgentServiceClient<Channel>;
 
+/// Runs a test of one thread.
+pub fn run<T>(test: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
+}
+
 /// Connects to a Unix socket.
 pub async fn connect(path: PathBuf) -> anyhow::Result<Client> {
     Ok(Client::new(channel(path).await?))

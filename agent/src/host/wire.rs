@@ -118,6 +118,34 @@ pub(crate) struct Opened {
     pub(crate) touch: BTreeMap<usize, String>,
 }
 
+impl Opened {
+    /// Within bounds: a module's code runs in the process that says it, and others are told.
+    pub(crate) fn bounded(mut self, sessions: usize) -> Self {
+        self.sessions = self.sessions.clamp(1, sessions.max(1));
+        cut(&mut self.device);
+        let keys = self.keys.len();
+        self.touch.retain(|key, _| *key < keys);
+        self.touch.values_mut().for_each(cut);
+        for key in &mut self.keys {
+            match key {
+                Ok(public) if public.spki.0.len() > SAID_BYTES => {
+                    *key = Err("its public key is longer than any".to_owned());
+                }
+                Ok(_) => {}
+                Err(reason) => cut(reason),
+            }
+        }
+        self
+    }
+}
+
+/// As much is taken of what a token's process says of something.
+const SAID_BYTES: usize = 8 << 10;
+
+fn cut(text: &mut String) {
+    text.truncate(text.floor_char_boundary(SAID_BYTES));
+}
+
 /// What a module shows without a login.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Survey {
@@ -153,6 +181,12 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
+    /// Within bounds, as [`Opened::bounded`].
+    pub(crate) fn bounded(mut self) -> Self {
+        cut(&mut self.message);
+        self
+    }
+
     /// Whether the process cannot go on after it.
     pub(crate) fn ends_process(&self) -> bool {
         matches!(self.class, Class::Gone | Class::Locked)
@@ -297,7 +331,7 @@ impl Answer {
         if !self.result.is_empty() {
             return Ok(self.result);
         }
-        Err(Failure { class: self.class(), message: self.message })
+        Err(Failure { class: self.class(), message: self.message }.bounded())
     }
 }
 
@@ -340,21 +374,26 @@ pub(crate) fn frames(mut buffer: &[u8]) -> usize {
 pub(crate) fn read(from: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut length = [0; 4];
     from.read_exact(&mut length)?;
-    let mut frame = vec![0; checked(u32::from_be_bytes(length))?];
+    let mut frame = vec![0; checked(u32::from_be_bytes(length), LARGEST_BYTES)?];
     from.read_exact(&mut frame)?;
     Ok(frame)
 }
 
 /// Reads one frame.
 pub(crate) async fn read_async(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
-    let mut frame = vec![0; checked(from.read_u32().await?)?];
+    read_up_to(LARGEST_BYTES, from).await
+}
+
+/// The same, of no more than so many bytes.
+pub(crate) async fn read_up_to(most: u32, from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0; checked(from.read_u32().await?, most)?];
     from.read_exact(&mut frame).await?;
     Ok(frame)
 }
 
-fn checked(length: u32) -> io::Result<usize> {
+fn checked(length: u32, most: u32) -> io::Result<usize> {
     match usize::try_from(length) {
-        Ok(size) if length <= LARGEST_BYTES => Ok(size),
+        Ok(size) if length <= most => Ok(size),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a frame of {length} bytes"))),
     }
 }

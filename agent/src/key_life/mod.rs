@@ -27,11 +27,15 @@ use crate::host::wire::KeySpec;
 use crate::identity::Identity;
 use crate::public_key::PublicKey;
 use crate::replay::Step;
+use crate::setup::{short, start};
 use crate::spki::SpkiDer;
 use crate::token::{Token, TokenError};
 
 /// How long a command may take: somebody may have to touch the device, and some keys take minutes to make.
 const DEADLINE: Duration = Duration::from_secs(300);
+
+/// As much is recorded of why something failed.
+const REASON_BYTES: usize = 1024;
 
 /// Is told what a person has to do meanwhile.
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
@@ -139,7 +143,8 @@ impl Operator<'_> {
                     let why = format!("a key that is made here can never be on {others}, too");
                     return Err(place.failed(TokenError::Refused(why)));
                 }
-                let mut template = template.clone();
+                // What a new key is to be like is not the operator's to say: it would be read.
+                let mut template = Template { like: None, ..template.clone() };
                 if let Some(present) = key.strip_suffix(NEXT) {
                     let present = self.place(present)?;
                     if template.key_type.is_none() {
@@ -331,6 +336,8 @@ impl Operator<'_> {
     ) -> Result<(), AuditError> {
         let token = self.place(key).map(|place| place.token.name.clone()).unwrap_or_default();
         let rule = Some(self.rule);
+        // What operators call a key may be of any length, and errors repeat it.
+        let (key, reason) = (short(key), start(reason, REASON_BYTES));
         let entry =
             Entry { action, rule, key, token: &token, outcome, reason, ..Entry::about(self.identity) };
         self.audit.record_soon(&entry).await

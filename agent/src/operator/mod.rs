@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use zeroize::Zeroizing;
 
@@ -23,13 +23,17 @@ use crate::config::{Config, UnixListen};
 use crate::host::wire;
 use crate::identity::Identity;
 use crate::key_life::{Command, KeyLifeError, Operator, Output, Say};
-use crate::listen::{ListenError, bind_unix};
+use crate::listen::{ListenError, SocketFile, bind_unix, met};
+use crate::places::Places;
 use crate::policy::{Match, Rule, allowed};
 use crate::secret::Pin;
 use crate::token::{State, Token};
 
 /// How many operators are served at a time.
 pub(crate) const CONNECTIONS: usize = 8;
+
+/// How long what they ask for may be: certificates are the longest of it.
+const LARGEST: u32 = 256 << 10;
 
 /// How long an operator's program may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -107,7 +111,7 @@ pub(crate) struct Reloaded {
 }
 
 /// The socket of an agent.
-pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<UnixListener, ListenError> {
+pub(crate) fn bind(path: &Path, operators: &[Rule]) -> Result<(UnixListener, SocketFile), ListenError> {
     bind_unix(&UnixListen { path: path.to_owned(), mode: mode(operators), group: None })
 }
 
@@ -120,42 +124,34 @@ pub(crate) fn mode(operators: &[Rule]) -> u32 {
 
 /// Serves operators until dropped.
 pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>, reload: mpsc::Sender<Reloaded>) {
-    let strangers = Arc::new(Semaphore::new(CONNECTIONS * 8));
+    let places = Places::new();
     loop {
-        let Ok(place) = Arc::clone(&strangers).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
         let Ok((stream, _)) = socket.accept().await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let (agent, reload) = (Arc::clone(&agent), reload.clone());
+        let (agent, reload, taken) = (Arc::clone(&agent), reload.clone(), Arc::clone(&places.taken));
         tokio::spawn(async move {
-            if let Err(error) = meet(stream, place, &agent, reload).await {
+            let Some((identity, _place)) = met(&stream, place, &taken).await else { return };
+            if let Err(error) = meet(stream, identity, &agent, reload).await {
                 tracing::warn!(%error, "an operator's connection ended early");
             }
         });
     }
 }
 
-/// Finds out who it is. Strangers are told, and keep no place from those who may.
+/// Strangers are told that they are.
 async fn meet(
     mut stream: UnixStream,
-    place: OwnedSemaphorePermit,
+    identity: Identity,
     agent: &Arc<Agent>,
     reload: mpsc::Sender<Reloaded>,
 ) -> io::Result<()> {
-    // The user database may be slow: not on the event loop.
-    let credentials = stream.peer_cred()?;
-    let identified = tokio::task::spawn_blocking(move || {
-        Identity::from_unix(credentials.uid(), credentials.gid(), credentials.pid())
-    });
-    let identity = timeout(PATIENCE, identified).await??;
     if allowed(&agent.setup().config.operators, &identity).is_none() {
         let denied = deny(agent, &identity).await.map_err(|error| error.to_string());
         return timeout(PATIENCE, send(&mut stream, &Answer::Done(denied))).await?;
     }
-    drop(place);
-    // What operators have begun is waited for when the agent stops.
-    let Ok(_working) = Arc::clone(&agent.operators).acquire_owned().await else { return Ok(()) };
     converse(stream, identity, agent, reload).await
 }
 
@@ -165,7 +161,9 @@ async fn converse(
     agent: &Arc<Agent>,
     reload: mpsc::Sender<Reloaded>,
 ) -> io::Result<()> {
-    let frame = Zeroizing::new(timeout(PATIENCE, wire::read_async(&mut stream)).await??);
+    let frame = Zeroizing::new(timeout(PATIENCE, wire::read_up_to(LARGEST, &mut stream)).await??);
+    // What operators have begun is waited for when the agent stops.
+    let Ok(_working) = Arc::clone(&agent.operators).acquire_owned().await else { return Ok(()) };
     let (say, mut said) = mpsc::unbounded_channel();
     let asked: Result<Ask, _> = serde_json::from_slice(&frame);
     let own = env!("CARGO_PKG_VERSION");

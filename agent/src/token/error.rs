@@ -6,10 +6,12 @@ use crate::host::wire::{Class, Failure};
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TokenError {
     /// Too many requests wait. Try again after a moment.
-    #[error("{waiting} requests already wait for it")]
+    #[error("{waiting} requests{whose} already wait for it")]
     Full {
         /// How many wait.
         waiting: usize,
+        /// Whose they are, if not everybody's.
+        whose: &'static str,
     },
     /// An operator has to act.
     #[error("it is locked: {0}")]

@@ -39,12 +39,14 @@ pub(super) async fn launch(
     let (child, socket, opening) = started?;
     match opening {
         Opening::Opened(opened) => {
+            let opened = opened.bounded(token.config.sessions);
             let (host, inbox) = Host::new(opened, &token.config);
             let is_card = token.is_card();
             let timeout = token.config.timeout;
             Ok((host, Process { child, socket, requests: inbox, timeout, is_card }))
         }
         Opening::Failed(failure) => {
+            let failure = failure.bounded();
             // The device counted it, or not, and went away: the next process looks before it offers another, as far as the
             // device tells. It is the last one.
             // (A TPM's keys have values of their own, which it counts and forgives by itself.)

@@ -1,17 +1,20 @@
 //! The line to a token's process: what is with it, who waits for that, and whether it hangs.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::TokenError;
 use super::touch::TouchCommand;
 use crate::config;
 use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
+use crate::identity::Caller;
 use crate::replay::{Step, Tell};
 
 /// How much work a session may have before it: more than the event loop takes to come round to it under load, or while
@@ -82,21 +85,63 @@ pub(super) struct Held {
     pub(super) _place: Arc<Place>,
 }
 
-/// A place in the token's queue, given back when dropped.
-pub(super) struct Place(Arc<AtomicUsize>);
+/// Who waits for a token: how many of each caller.
+#[derive(Default)]
+pub(super) struct Queue {
+    of_each: Mutex<HashMap<Caller, usize>>,
+    all: AtomicUsize,
+}
+
+/// A place in it, given back when dropped.
+pub(super) struct Place {
+    queue: Arc<Queue>,
+    /// None: it is the agent's own, or an operator's.
+    caller: Option<Caller>,
+}
 
 impl Place {
-    /// Takes one, if fewer than so many are taken; else says how many are.
-    pub(super) fn take(taken: &Arc<AtomicUsize>, most: usize) -> Result<Self, usize> {
-        let waiting = taken.fetch_add(1, Ordering::Relaxed);
-        let place = Self(Arc::clone(taken));
-        if waiting >= most { Err(waiting) } else { Ok(place) }
+    /// Takes one of so many, of which one caller has no more than half: nobody keeps the others out.
+    pub(super) fn take(queue: &Arc<Queue>, most: usize, caller: Option<&Caller>) -> Result<Self, TokenError> {
+        let own = caller.map(|caller| {
+            let mut of_each = queue.of_each();
+            let own = of_each.entry(caller.clone()).or_default();
+            *own += 1;
+            *own
+        });
+        let all = queue.all.fetch_add(1, Ordering::Relaxed);
+        // Dropped where it may not be taken.
+        let place = Self { queue: Arc::clone(queue), caller: caller.cloned() };
+        match own {
+            _ if all >= most => Err(TokenError::Full { waiting: all, whose: "" }),
+            Some(own) if own > most.div_ceil(2) => {
+                Err(TokenError::Full { waiting: own - 1, whose: " of this caller" })
+            }
+            _ => Ok(place),
+        }
+    }
+}
+
+impl Queue {
+    /// How many there are.
+    pub(super) fn all(&self) -> usize {
+        self.all.load(Ordering::Relaxed)
+    }
+
+    fn of_each(&self) -> MutexGuard<'_, HashMap<Caller, usize>> {
+        self.of_each.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.queue.all.fetch_sub(1, Ordering::Relaxed);
+        let Some(caller) = self.caller.take() else { return };
+        if let Entry::Occupied(mut own) = self.queue.of_each().entry(caller) {
+            *own.get_mut() -= 1;
+            if *own.get() == 0 {
+                own.remove();
+            }
+        }
     }
 }
 
@@ -271,8 +316,8 @@ impl Host {
         quiet_since.is_some_and(|since| since.elapsed() > limit) || begun.any(|begun| begun.elapsed() > limit)
     }
 
-    fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -295,4 +340,24 @@ fn tell_touch(tell: &Tell, message: &str) {
 fn ahead(took: Duration) -> usize {
     let fits = AHEAD.as_micros() / took.as_micros().max(1);
     usize::try_from(fits.clamp(*AHEAD_REQUESTS.start(), *AHEAD_REQUESTS.end())).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_caller_leaves_room_for_others() {
+        let queue = Arc::new(Queue::default());
+        let take = |caller: Option<u32>| Place::take(&queue, 4, caller.map(Caller::Uid).as_ref());
+        let of_one = [take(Some(1)).expect("room"), take(Some(1)).expect("room")];
+        let full = take(Some(1)).err().expect("half of it").to_string();
+        assert_eq!(full, "2 requests of this caller already wait for it");
+        let others = [take(Some(2)).expect("room"), take(None).expect("room")];
+        let full = take(None).err().expect("all of it").to_string();
+        assert_eq!(full, "4 requests already wait for it");
+        drop((of_one, others));
+        assert_eq!((queue.all(), queue.of_each().len()), (0, 0));
+        take(Some(1)).expect("room again");
+    }
 }

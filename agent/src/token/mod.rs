@@ -11,7 +11,7 @@ mod state;
 mod supervise;
 mod touch;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
 pub(crate) use self::launch::{prepare, survey, unblock};
+use self::line::Queue;
 pub use self::state::State;
 use self::state::Status;
 use crate::config;
@@ -62,7 +63,7 @@ pub struct Token {
     commands: mpsc::Sender<Command>,
     /// Who does what operators ask for has this.
     tasks: Semaphore,
-    waiting: Arc<AtomicUsize>,
+    waiting: Arc<Queue>,
     /// It is to be closed, whatever it is at.
     stopping: watch::Sender<bool>,
     /// It was closed, and stays so.
@@ -171,7 +172,7 @@ impl Token {
     /// Closes the device once the requests that have begun are answered, or have had their time.
     pub(crate) async fn close(&self) {
         let deadline = Instant::now() + LAST_REQUESTS;
-        while self.waiting.load(Ordering::Relaxed) > 0 && (Instant::now() < deadline || self.takes_time()) {
+        while self.waiting.all() > 0 && (Instant::now() < deadline || self.takes_time()) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.stop().await;
@@ -258,7 +259,7 @@ impl Token {
 
     /// How long it takes for the requests that wait.
     pub(crate) fn busy(&self) -> Duration {
-        let waiting = u32::try_from(self.waiting.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let waiting = u32::try_from(self.waiting.all()).unwrap_or(u32::MAX);
         match &*self.state.borrow() {
             Status::Ready(host) => host.takes().saturating_mul(waiting),
             _ => Duration::ZERO,

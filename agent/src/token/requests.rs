@@ -12,6 +12,7 @@ use super::{Signed, Token, TokenError};
 use crate::algorithm::Content;
 use crate::host::task::{Done, Need, Task};
 use crate::host::wire::{Asked, Class, Failure};
+use crate::identity::Caller;
 use crate::public_key::PublicKey;
 use crate::replay::{Step, Tell};
 
@@ -24,12 +25,12 @@ impl Token {
     pub(crate) async fn sign(
         &self,
         key: usize,
-        content: &Content,
+        (content, caller): (&Content, &Caller),
         tell: &Tell,
         deadline: Instant,
         the_last: bool,
     ) -> Result<Signed, TokenError> {
-        let place = Arc::new(self.queue()?);
+        let place = Arc::new(self.queue(Some(caller))?);
         let (mut retried, mut pause) = (false, BUSY.0);
         let mut before: Option<Vec<u8>> = None;
         loop {
@@ -78,7 +79,7 @@ impl Token {
         tell: &Tell,
         deadline: Instant,
     ) -> Result<Done, TokenError> {
-        let place = Arc::new(self.queue()?);
+        let place = Arc::new(self.queue(None)?);
         // One at a time: what waits in the process would be taken for a hang, and keep signatures from their turn.
         let turn = timeout_at(deadline, self.tasks.acquire()).await.map_err(|_| TokenError::Deadline)?;
         let _turn = turn.map_err(|_| TokenError::Unavailable("the agent is stopping".into()))?;
@@ -117,7 +118,7 @@ impl Token {
         let missing = self.keys.iter().zip(&host.opened.keys).filter(|(_, shown)| shown.is_err());
         let (tell, deadline) = (watch::Sender::new(Step::Working), Instant::now() + self.config.timeout);
         for (key, _) in missing {
-            let Ok(place) = self.queue().map(Arc::new) else { return false };
+            let Ok(place) = self.queue(None).map(Arc::new) else { return false };
             let find = Asked::Do(Task::Find(key.clone(), Need::Looked));
             if let Ok(Some(Ok(Ok(_)))) = self.ask(host, find, &tell, &place, deadline).await {
                 return true;
@@ -172,7 +173,7 @@ impl Token {
         }
     }
 
-    fn queue(&self) -> Result<Place, TokenError> {
-        Place::take(&self.waiting, self.config.queue).map_err(|waiting| TokenError::Full { waiting })
+    fn queue(&self, caller: Option<&Caller>) -> Result<Place, TokenError> {
+        Place::take(&self.waiting, self.config.queue, caller)
     }
 }
