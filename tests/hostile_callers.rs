@@ -106,7 +106,7 @@ fn an_operator_who_names_a_file() -> anyhow::Result<()> {
     let template = json!({
         "key_type": "p256", "no_da": false, "pin_policy": null, "touch_policy": null, "like": { "TpmFile": pipe }
     });
-    let done = told(&world, &json!({ "Generate": { "key": "k", "template": template } }))?;
+    let done = told(&world, &json!({ "Key": ["k", { "Generate": template }] }))?;
     ensure!(done["Ok"]["Pem"].as_str().is_some_and(|pem| pem.contains("PUBLIC KEY")), "{done}");
     Ok(())
 }
@@ -117,10 +117,10 @@ fn an_operator_who_talks_much() -> anyhow::Result<()> {
     let world = World::new()?;
     let _agent = world.agent_and_model()?;
     let before = std::fs::metadata(world.path("audit/audit.jsonl"))?.len();
-    let done = told(&world, &json!({ "Delete": { "key": "k".repeat(200_000), "public": "" } }))?;
+    let done = told(&world, &json!({ "Key": ["k".repeat(200_000), { "Delete": "" }] }))?;
     ensure!(done["Err"].as_str().is_some_and(|error| error.contains("there is no [key.")), "{done}");
     let grown = std::fs::metadata(world.path("audit/audit.jsonl"))?.len() - before;
     ensure!((1..8192).contains(&grown), "{grown} bytes");
-    ensure!(told(&world, &json!({ "Delete": { "key": "k".repeat(300_000), "public": "" } })).is_err());
+    ensure!(told(&world, &json!({ "Key": ["k".repeat(300_000), { "Delete": "" }] })).is_err());
     Ok(())
 }

@@ -179,13 +179,16 @@ impl Agent {
         &self,
         token: &Token,
         (waits, pin): (Weak<()>, Option<Pin>),
-        entry: UnlockEntry,
+        (identity, rule): (&Identity, &str),
         deadline: Instant,
     ) -> Result<(), Status> {
         let unlocked = token.unlock_for(waits, pin, deadline).await;
         let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
-        self.record(&entry.with(outcome, &reason), deadline.max(Instant::now() + audit::PATIENCE)).await?;
+        let about = Entry::about(identity);
+        let rule = Some(rule);
+        let entry = Entry { action: "unlock", rule, key: &token.name, outcome, reason: &reason, ..about };
+        self.record(&entry, deadline.max(Instant::now() + audit::PATIENCE)).await?;
         unlocked.map_err(|error| status(&token.name, &error))
     }
 }
@@ -223,21 +226,6 @@ impl Authorised {
             reason,
             ..Entry::about(&self.identity)
         }
-    }
-}
-
-/// What is recorded of an unlock, whoever waits for it.
-pub(crate) struct UnlockEntry {
-    pub(crate) identity: Arc<Identity>,
-    pub(crate) rule: Option<String>,
-    pub(crate) token: String,
-}
-
-impl UnlockEntry {
-    /// The record of how it ended.
-    pub(crate) fn with<'a>(&'a self, outcome: &'static str, reason: &'a str) -> Entry<'a> {
-        let rule = self.rule.as_deref();
-        Entry { action: "unlock", rule, key: &self.token, outcome, reason, ..Entry::about(&self.identity) }
     }
 }
 

@@ -125,31 +125,25 @@ pub struct MalformedSignature(String);
 impl Algorithm {
     /// The name in logs, errors and the audit file.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Ecdsa(Curve::P256) => "ecdsa-p256-sha256",
-            Self::Ecdsa(Curve::P384) => "ecdsa-p384-sha384",
-            Self::Ecdsa(Curve::P521) => "ecdsa-p521-sha512",
-            Self::RsaPkcs1 => "rsa-pkcs1-sha256",
-            Self::RsaPss => "rsa-pss-sha256",
-            Self::Ed25519 => "ed25519",
-            Self::MlDsa(ParameterSet::MlDsa44) => "ml-dsa-44",
-            Self::MlDsa(ParameterSet::MlDsa65) => "ml-dsa-65",
-            Self::MlDsa(ParameterSet::MlDsa87) => "ml-dsa-87",
-        }
+        self.names().0
     }
 
     /// The contract's name for it.
     pub fn to_proto(self) -> SignatureAlgorithm {
+        self.names().1
+    }
+
+    fn names(self) -> (&'static str, SignatureAlgorithm) {
         match self {
-            Self::Ecdsa(Curve::P256) => SignatureAlgorithm::EcdsaP256Sha256,
-            Self::Ecdsa(Curve::P384) => SignatureAlgorithm::EcdsaP384Sha384,
-            Self::Ecdsa(Curve::P521) => SignatureAlgorithm::EcdsaP521Sha512,
-            Self::RsaPkcs1 => SignatureAlgorithm::RsaPkcs1Sha256,
-            Self::RsaPss => SignatureAlgorithm::RsaPssSha256,
-            Self::Ed25519 => SignatureAlgorithm::Ed25519,
-            Self::MlDsa(ParameterSet::MlDsa44) => SignatureAlgorithm::MlDsa44,
-            Self::MlDsa(ParameterSet::MlDsa65) => SignatureAlgorithm::MlDsa65,
-            Self::MlDsa(ParameterSet::MlDsa87) => SignatureAlgorithm::MlDsa87,
+            Self::Ecdsa(Curve::P256) => ("ecdsa-p256-sha256", SignatureAlgorithm::EcdsaP256Sha256),
+            Self::Ecdsa(Curve::P384) => ("ecdsa-p384-sha384", SignatureAlgorithm::EcdsaP384Sha384),
+            Self::Ecdsa(Curve::P521) => ("ecdsa-p521-sha512", SignatureAlgorithm::EcdsaP521Sha512),
+            Self::RsaPkcs1 => ("rsa-pkcs1-sha256", SignatureAlgorithm::RsaPkcs1Sha256),
+            Self::RsaPss => ("rsa-pss-sha256", SignatureAlgorithm::RsaPssSha256),
+            Self::Ed25519 => ("ed25519", SignatureAlgorithm::Ed25519),
+            Self::MlDsa(ParameterSet::MlDsa44) => ("ml-dsa-44", SignatureAlgorithm::MlDsa44),
+            Self::MlDsa(ParameterSet::MlDsa65) => ("ml-dsa-65", SignatureAlgorithm::MlDsa65),
+            Self::MlDsa(ParameterSet::MlDsa87) => ("ml-dsa-87", SignatureAlgorithm::MlDsa87),
         }
     }
 
@@ -174,8 +168,9 @@ impl Algorithm {
     /// length, and a digest signed as a message would say something that nobody meant.
     pub fn bytes(self, content: &Content) -> Result<&[u8], String> {
         let wanted = match self {
-            Self::Ecdsa(curve) => curve.digest_len(),
-            Self::RsaPkcs1 | Self::RsaPss => 32,
+            Self::Ecdsa(Curve::P256) | Self::RsaPkcs1 | Self::RsaPss => 32,
+            Self::Ecdsa(Curve::P384) => 48,
+            Self::Ecdsa(Curve::P521) => 64,
             Self::Ed25519 | Self::MlDsa(_) => {
                 return match content {
                     Content::Message(message) => Ok(message),
@@ -191,15 +186,6 @@ impl Algorithm {
 }
 
 impl Curve {
-    /// Length of the digest that goes with it, in bytes.
-    fn digest_len(self) -> usize {
-        match self {
-            Self::P256 => 32,
-            Self::P384 => 48,
-            Self::P521 => 64,
-        }
-    }
-
     /// Length of a coordinate, in bytes.
     pub fn field_len(self) -> usize {
         match self {

@@ -11,7 +11,7 @@ use omsign_agent::config::{Config, Device, PinSource};
 use omsign_agent::init::Init;
 use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
-use omsign_agent::key_life::{Asking, Command, NEXT, Need, Output, TokenKeys};
+use omsign_agent::key_life::{Action, Asking, Command, NEXT, Need, Output, TokenKeys};
 use omsign_agent::operator::{self, Unblock};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
@@ -20,12 +20,12 @@ use crate::cli::KeyCommand;
 use crate::rotate::Rotation;
 use crate::runtime;
 
-/// Runs a command over keys. None: the configuration has mistakes, which were printed.
+/// Runs a command over keys.
 pub(crate) fn key(
     command: KeyCommand,
     path: &Path,
-    load: impl FnOnce() -> Option<Config>,
-) -> anyhow::Result<Option<ExitCode>> {
+    load: impl FnOnce() -> anyhow::Result<Config>,
+) -> anyhow::Result<ExitCode> {
     if let KeyCommand::VerifyAttestation { file, roots, nonce, attestation_key, challenge_secret, json } =
         command
     {
@@ -35,7 +35,7 @@ pub(crate) fn key(
             .map(|path| anyhow::Ok(Kept::parse(&Zeroizing::new(read(&path)?))?))
             .transpose()?;
         let trust = Trust { roots, nonce, attestation_key, challenge };
-        return findings_of(Attestation::parse(&read(&file)?)?.verify(&trust), json).map(Some);
+        return findings_of(Attestation::parse(&read(&file)?)?.verify(&trust), json);
     }
     if let KeyCommand::Challenge { file, secret } = command {
         let (challenge, kept) = Attestation::parse(&read(&file)?)?.challenge()?;
@@ -50,9 +50,9 @@ pub(crate) fn key(
             // Half of the two is of no use.
             let _ = std::fs::remove_file(&secret);
         }
-        return said.map(|()| Some(ExitCode::SUCCESS));
+        return said.map(|()| ExitCode::SUCCESS);
     }
-    let Some(config) = load() else { return Ok(None) };
+    let config = load()?;
     if let KeyCommand::Rotate { name, template, object, finish, certificate_chain } = command {
         let rotation = Rotation { path, config: &config, name: &name };
         let said = match finish {
@@ -60,36 +60,34 @@ pub(crate) fn key(
             false => rotation.begin(template, object.as_deref())?,
         };
         write!(std::io::stdout(), "{said}")?;
-        return Ok(Some(ExitCode::SUCCESS));
+        return Ok(ExitCode::SUCCESS);
     }
     let mut json = false;
     let command = match command {
         KeyCommand::List { token, json: wanted } => {
             json = wanted;
-            Command::List { token }
+            Command::List(token)
         }
-        KeyCommand::Generate { name, template } => Command::Generate { key: name, template },
-        KeyCommand::Csr { name, subject } => Command::Csr { key: name, subject },
-        KeyCommand::SelfSign { name, subject, days } => Command::SelfSign { key: name, subject, days },
+        KeyCommand::Generate { name, template } => Command::Key(name, Action::Generate(template)),
+        KeyCommand::Csr { name, subject } => Command::Key(name, Action::Csr(subject)),
+        KeyCommand::SelfSign { name, subject, days } => Command::Key(name, Action::SelfSign(subject, days)),
         KeyCommand::ImportCertificate { name, certificate } => {
-            Command::ImportCertificate { key: name, certificate: read(&certificate)? }
+            Command::Key(name, Action::ImportCertificate(read(&certificate)?))
         }
         KeyCommand::Attest { name, nonce, challenge } => {
             let challenge =
                 challenge.map(|path| anyhow::Ok(ChallengeFile::parse(&read(&path)?)?)).transpose()?;
-            Command::Attest { key: name, asking: Asking { nonce: nonce_of(&nonce)?, challenge } }
+            Command::Key(name, Action::Attest(Asking { nonce: nonce_of(&nonce)?, challenge }))
         }
         KeyCommand::Delete { name } => {
-            let Output::Pem(public) = ask(&config, Command::Public { key: name.clone(), need: Need::Shown })?
-            else {
-                bail!("the device did not answer");
-            };
+            let public = Command::Key(name.clone(), Action::Public(Need::Shown));
+            let Output::Pem(public) = ask(&config, public)? else { bail!("the device did not answer") };
             confirmed(&config, &name, &public)?;
-            Command::Delete { key: name, public }
+            Command::Key(name, Action::Delete(public))
         }
         KeyCommand::Reload => Command::Reload,
         KeyCommand::VerifyAttestation { .. } | KeyCommand::Challenge { .. } | KeyCommand::Rotate { .. } => {
-            return Ok(None);
+            bail!("that was done before");
         }
     };
     let next = next_step(&config, &command);
@@ -102,7 +100,7 @@ pub(crate) fn key(
                 false => tokens.iter().try_for_each(|token| list(&mut out, token))?,
             }
             if tokens.iter().any(|token| token.keys.is_err()) {
-                return Ok(Some(ExitCode::from(2)));
+                return Ok(ExitCode::from(2));
             }
         }
         Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
@@ -111,16 +109,17 @@ pub(crate) fn key(
     if let Some(next) = next {
         say(format_args!("note: {next}, and an agent that runs reads it with `omsign-agent key reload`"));
     }
-    Ok(Some(ExitCode::SUCCESS))
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What is left to do in the configuration.
 fn next_step(config: &Config, command: &Command) -> Option<String> {
-    match command {
-        Command::ImportCertificate { key, .. } if config.keys.get(key)?.certificate_chain.is_empty() => Some(
-            format!("it signs with it when certificate_chain in [key.{key}] names the file of its chain"),
-        ),
-        Command::Delete { key, .. } => Some(match key.strip_suffix(NEXT) {
+    let Command::Key(key, action) = command else { return None };
+    match action {
+        Action::ImportCertificate(_) if config.keys.get(key)?.certificate_chain.is_empty() => Some(format!(
+            "it signs with it when certificate_chain in [key.{key}] names the file of its chain"
+        )),
+        Action::Delete(_) => Some(match key.strip_suffix(NEXT) {
             Some(plain) => {
                 format!("next = … in [key.{plain}] names nothing any more: take it out of the configuration")
             }

@@ -14,7 +14,6 @@ use tonic::transport::server::Connected;
 
 use crate::identity::Identity;
 use crate::listen::{HANDSHAKE, identity_of};
-use crate::places::Place;
 use crate::tls::Proof;
 
 /// The client's part of the HTTP/2 connection preface, in bytes (RFC 9113, 3.4). From then on keep-alive tells
@@ -46,12 +45,7 @@ pub struct Connection {
     /// Why the caller is believed to be who it was at the start; on a Unix socket that does not change.
     pub(crate) proof: Option<Proof>,
     /// Given back, or dropped, when the connection ends.
-    _held: Held,
-}
-
-pub(crate) enum Held {
-    Place(#[expect(dead_code, reason = "held, not read")] Place),
-    Closed(#[expect(dead_code, reason = "held, not read")] oneshot::Sender<()>),
+    _held: Box<dyn Send>,
 }
 
 impl Connection {
@@ -61,21 +55,14 @@ impl Connection {
         socket.set_nonblocking(true)?;
         let socket = UnixStream::from_std(socket)?;
         let identity = identity_of(socket.peer_cred()?);
-        Ok(Self::new(Box::new(socket), identity, Held::Closed(closed)))
+        Ok(Self::new(Box::new(socket), identity, closed))
     }
 
-    pub(crate) fn new(io: Box<dyn Io>, identity: Identity, held: Held) -> Self {
+    /// `held` is dropped when it ends.
+    pub(crate) fn new(io: Box<dyn Io>, identity: Identity, held: impl Send + 'static) -> Self {
+        let (identity, _held) = (Arc::new(identity), Box::new(held));
         let silence = Some(Box::pin(tokio::time::sleep(HANDSHAKE)));
-        Self {
-            io,
-            identity: Arc::new(identity),
-            silence,
-            preface: 0,
-            read: 0,
-            unread: None,
-            proof: None,
-            _held: held,
-        }
+        Self { io, identity, silence, preface: 0, read: 0, unread: None, proof: None, _held }
     }
 }
 
@@ -172,9 +159,8 @@ mod tests {
     /// A line with room for so many bytes.
     fn line(bytes: usize) -> (Connection, tokio::io::DuplexStream) {
         let (ours, theirs) = tokio::io::duplex(bytes);
-        let (closed, _) = oneshot::channel();
         let identity = Identity::from_unix(rustix::process::geteuid().as_raw(), 0, None);
-        (Connection::new(Box::new(ours), identity, Held::Closed(closed)), theirs)
+        (Connection::new(Box::new(ours), identity, ()), theirs)
     }
 
     #[tokio::test(start_paused = true)]

@@ -250,7 +250,7 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, s
     let opened = Token::start(name, token.clone(), keys.clone(), Vec::new());
     let settled = tokio::time::timeout(OPEN, opened.settled()).await;
     match settled.unwrap_or(State::Starting) {
-        State::Ready => {
+        State::Ready(_) => {
             report.add(Level::Ok, subject, "logged in");
             for (index, KeySpec { name: key, object, .. }) in keys.iter().enumerate() {
                 let subject = format!("key.{key}");

@@ -28,7 +28,7 @@ pub(crate) async fn of_token(token: Arc<Token>, agent: Arc<Agent>, reporter: Hea
             return;
         }
         let status = match token.state() {
-            State::Ready => {
+            State::Ready(_) => {
                 agent.setup().keys.values().filter(|key| key.is_on(&token.name)).for_each(|key| key.check());
                 ServingStatus::Serving
             }

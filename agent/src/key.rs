@@ -110,7 +110,7 @@ impl KeyEntry {
             let left = u32::try_from(up + 1).unwrap_or(u32::MAX);
             let now = Instant::now();
             let share = now + deadline.saturating_duration_since(now) / left;
-            let was_ready = matches!(place.token.state(), State::Ready);
+            let was_ready = matches!(place.token.state(), State::Ready(_));
             let signed = match self.differs(place) {
                 false => place.token.sign(place.index, (content, caller), tell, share, up == 0).await,
                 true => Err(TokenError::Refused(self.other().to_owned())),
@@ -163,12 +163,12 @@ impl KeyEntry {
         // At most one is tried whose pause is over: a caller has time for one that fails.
         let (now, mut tries) = (Instant::now(), false);
         order.sort_by_cached_key(|place| match place.token.state() {
-            State::Ready if !place.breaker.is_open() => 1,
-            State::Ready if !tries && place.breaker.try_it(now) => {
+            State::Ready(_) if !place.breaker.is_open() => 1,
+            State::Ready(_) if !tries && place.breaker.try_it(now) => {
                 tries = true;
                 0
             }
-            State::Ready => 3,
+            State::Ready(_) => 3,
             State::Starting => 2,
             State::Locked(_) | State::Down(_) => 4,
         });
@@ -274,7 +274,7 @@ impl KeyEntry {
     /// The best of its tokens' states: ready when one of them can sign.
     pub(crate) fn state(&self) -> (KeyState, String) {
         let states = self.places.iter().map(|place| match place.token.state() {
-            State::Ready => match place.token.key(place.index) {
+            State::Ready(_) => match place.token.key(place.index) {
                 Some(Err(reason)) => (KeyState::Unusable, reason),
                 _ if self.differs(place) => (KeyState::Unusable, self.other().to_owned()),
                 _ => (KeyState::Ready, String::new()),
@@ -320,7 +320,7 @@ impl KeyEntry {
 
 /// Whether a token may answer later than at once.
 fn is_up(place: &Place) -> bool {
-    matches!(place.token.state(), State::Ready | State::Starting)
+    matches!(place.token.state(), State::Ready(_) | State::Starting)
 }
 
 /// A token as callers see it.
@@ -337,7 +337,7 @@ pub(crate) fn token_to_proto(token: &Token) -> v1::Token {
 
 fn token_state(state: State) -> (KeyState, String) {
     match state {
-        State::Ready => (KeyState::Ready, String::new()),
+        State::Ready(_) => (KeyState::Ready, String::new()),
         State::Starting => (KeyState::Starting, String::new()),
         State::Locked(reason) => (KeyState::Locked, reason),
         State::Down(reason) => (KeyState::Unavailable, reason),

@@ -15,9 +15,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
 
 use crate::config::{Listen, TlsListen, UnixListen};
-use crate::connection::{Connection, Held};
+use crate::connection::Connection;
 use crate::identity::{Caller, Identity};
-use crate::places::{Place, Places, Taken};
+use crate::places::{Place, Places};
 use crate::tls::{Tls, TlsError};
 
 /// How long a caller may take to prove who it is.
@@ -171,7 +171,11 @@ impl Listeners {
     }
 }
 
-async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sender<io::Result<Connection>>) {
+async fn accept_unix(
+    socket: UnixListener,
+    places: Arc<Places>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
+) {
     loop {
         let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
         let stream = match socket.accept().await {
@@ -181,10 +185,10 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
                 continue;
             }
         };
-        let (accepted, taken) = (accepted.clone(), Arc::clone(&places.taken));
+        let (accepted, places) = (accepted.clone(), Arc::clone(&places));
         tokio::spawn(async move {
-            if let Some((identity, place)) = met(&stream, place, &taken).await {
-                let connection = Connection::new(Box::new(stream), identity, Held::Place(place));
+            if let Some((identity, place)) = met(&stream, place, &places).await {
+                let connection = Connection::new(Box::new(stream), identity, place);
                 let _ = accepted.send(Ok(connection)).await;
             }
         });
@@ -196,10 +200,10 @@ async fn accept_unix(socket: UnixListener, places: Places, accepted: mpsc::Sende
 pub(crate) async fn met(
     stream: &UnixStream,
     one: OwnedSemaphorePermit,
-    taken: &Arc<Taken>,
+    places: &Arc<Places>,
 ) -> Option<(Identity, Place)> {
     let credentials = stream.peer_cred().ok()?;
-    let place = Place::of(Caller::Uid(credentials.uid()), one, taken)?;
+    let place = Place::of(Caller::Uid(credentials.uid()), one, places)?;
     let turn = timeout(TURN, place.turn().lock_owned()).await.ok()?;
     let look_up = move || {
         let _turn = turn;
@@ -212,7 +216,7 @@ pub(crate) async fn met(
 async fn accept_tls(
     socket: TcpListener,
     tls: Arc<Tls>,
-    places: Places,
+    places: Arc<Places>,
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
     loop {
@@ -224,17 +228,17 @@ async fn accept_tls(
                 continue;
             }
         };
-        let (tls, accepted, taken) = (Arc::clone(&tls), accepted.clone(), Arc::clone(&places.taken));
+        let (tls, accepted, places) = (Arc::clone(&tls), accepted.clone(), Arc::clone(&places));
         tokio::spawn(async move {
             match timeout(HANDSHAKE, tls.handshake(stream)).await {
                 Ok(Ok((stream, identity, proof))) => {
-                    let Some(place) = Place::of(identity.caller(), place, &taken) else { return };
-                    let mut connection = Connection::new(Box::new(stream), identity, Held::Place(place));
+                    let Some(place) = Place::of(identity.caller(), place, &places) else { return };
+                    let mut connection = Connection::new(Box::new(stream), identity, place);
                     connection.proof = Some(proof);
                     let _ = accepted.send(Ok(connection)).await;
                 }
-                Ok(Err(error)) => taken.refused_handshake(address, &error.to_string()),
-                Err(_) => taken.refused_handshake(address, "it took too long"),
+                Ok(Err(error)) => places.refused_handshake(address, &error.to_string()),
+                Err(_) => places.refused_handshake(address, "it took too long"),
             }
         });
     }

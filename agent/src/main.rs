@@ -40,7 +40,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         ),
         Command::Status { .. } => anyhow::bail!("that is a client's command: `omsign agent status`"),
         Command::Serve(file) => {
-            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            let config = load(&file)?;
             log::start();
             secret::harden_process();
             may_open_many_files();
@@ -73,9 +73,13 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             std::io::stdout().write_all(&script)?;
         }
         Command::CheckConfig(file) => {
-            let Some(config) = load(&file) else {
+            let config = match load(&file) {
                 // Found wrong, unless there is nothing to look at.
-                return Ok(if file.config.is_file() { ExitCode::FAILURE } else { ExitCode::from(2) });
+                Err(mistakes) if file.config.is_file() => {
+                    commands::say(format_args!("error: {mistakes}"));
+                    return Ok(ExitCode::FAILURE);
+                }
+                loaded => loaded?,
             };
             let (tokens, keys) = (config.tokens.len(), config.keys.len());
             writeln!(
@@ -86,14 +90,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Key { command, file } => {
             secret::harden_process();
-            let Some(outcome) = commands::key(command, &file.config, || load(&file))? else {
-                return Ok(ExitCode::from(2));
-            };
-            return Ok(outcome);
+            return commands::key(command, &file.config, || load(&file));
         }
         Command::Unblock { token, file } => {
             secret::harden_process();
-            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            let config = load(&file)?;
             commands::unblock(&config, token)?;
         }
         Command::Init { device, directory, name, key_type, subject } => {
@@ -105,7 +106,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Doctor { config: file, json } => {
             secret::harden_process();
-            let Some(config) = load(&file) else { return Ok(ExitCode::from(2)) };
+            let config = load(&file)?;
             let findings = runtime()?.block_on(doctor::examine(&config));
             let healthy = findings.iter().all(|finding| finding.level != Level::Error);
             let mut out = std::io::stdout().lock();
@@ -121,15 +122,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reads the configuration; prints every mistake in it.
-fn load(file: &ConfigFile) -> Option<Config> {
-    match Config::load(&file.config) {
-        Ok(config) => Some(config),
-        Err(mistakes) => {
-            mistakes.iter().for_each(|mistake| commands::say(format_args!("error: {mistake}")));
-            None
-        }
-    }
+/// Reads the configuration. Its error is every mistake in it, a line each.
+fn load(file: &ConfigFile) -> anyhow::Result<Config> {
+    Config::load(&file.config).map_err(|mistakes| {
+        let mistakes: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!(mistakes.join("\nerror: "))
+    })
 }
 
 /// Connections of callers must not take the descriptors that a token's new process needs.

@@ -15,15 +15,9 @@ const CONNECTIONS: usize = 1024;
 /// How many of these one caller may have: nobody keeps the others out.
 const CONNECTIONS_OF_ONE: usize = 256;
 
-/// The places of one socket.
+/// The places of one socket, and how many of them each caller has.
 pub(crate) struct Places {
     pub(crate) all: Arc<Semaphore>,
-    pub(crate) taken: Arc<Taken>,
-}
-
-/// How many each caller has.
-#[derive(Default)]
-pub(crate) struct Taken {
     of_each: Mutex<HashMap<Caller, OfOne>>,
     /// Who was turned away.
     denials: Denials,
@@ -42,18 +36,17 @@ type Turn = Arc<tokio::sync::Mutex<()>>;
 pub(crate) struct Place {
     _one: OwnedSemaphorePermit,
     caller: Caller,
-    taken: Arc<Taken>,
+    places: Arc<Places>,
     turn: Turn,
 }
 
 impl Places {
     /// All of them free.
-    pub(crate) fn new() -> Self {
-        Self { all: Arc::new(Semaphore::new(CONNECTIONS)), taken: Arc::default() }
+    pub(crate) fn new() -> Arc<Self> {
+        let all = Arc::new(Semaphore::new(CONNECTIONS));
+        Arc::new(Self { all, of_each: Mutex::default(), denials: Denials::default() })
     }
-}
 
-impl Taken {
     /// Logs that somebody did not prove who they are; of very many times only some.
     pub(crate) fn refused_handshake(&self, address: SocketAddr, error: &str) {
         // Of IPv6 one has as many addresses as fit in a /64.
@@ -73,12 +66,12 @@ impl Taken {
 
 impl Place {
     /// The place of a caller who is known now. None: this caller has enough.
-    pub(crate) fn of(caller: Caller, one: OwnedSemaphorePermit, taken: &Arc<Taken>) -> Option<Self> {
-        let mut of_each = taken.of_each();
+    pub(crate) fn of(caller: Caller, one: OwnedSemaphorePermit, places: &Arc<Places>) -> Option<Self> {
+        let mut of_each = places.of_each();
         let of_one = of_each.entry(caller.clone()).or_default();
         if of_one.count >= CONNECTIONS_OF_ONE {
             drop(of_each);
-            if let Some(unlogged) = taken.denials.admit(caller.clone(), "connect", "") {
+            if let Some(unlogged) = places.denials.admit(caller.clone(), "connect", "") {
                 tracing::warn!(%caller, unlogged, "has {CONNECTIONS_OF_ONE} connections already; this one is closed");
             }
             return None;
@@ -86,7 +79,7 @@ impl Place {
         of_one.count += 1;
         let turn = Arc::clone(&of_one.turn);
         drop(of_each);
-        Some(Self { _one: one, caller, taken: Arc::clone(taken), turn })
+        Some(Self { _one: one, caller, places: Arc::clone(places), turn })
     }
 
     /// For what one caller's connections do one after the other, so that it does not keep others from it.
@@ -97,7 +90,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut of_each = self.taken.of_each();
+        let mut of_each = self.places.of_each();
         if let Some(OfOne { count, .. }) = of_each.get_mut(&self.caller) {
             *count -= 1;
             // One who is still being looked up is not looked up beside that.

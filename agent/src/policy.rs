@@ -55,16 +55,7 @@ impl Match {
                 uris.iter().any(|uri| fits(pattern, uri, '/'))
             }
             (Self::Fingerprint(wanted), Identity::Certificate { fingerprint, .. }) => wanted == fingerprint,
-            (Self::Uid(_) | Self::Gid(_), Identity::Certificate { .. }) => false,
-            (
-                Self::Subject(_)
-                | Self::Dns(_)
-                | Self::DnsPattern(_)
-                | Self::Uri(_)
-                | Self::UriPattern(_)
-                | Self::Fingerprint(_),
-                Identity::Unix { .. },
-            ) => false,
+            (Self::Uid(_) | Self::Gid(_), Identity::Certificate { .. }) | (_, Identity::Unix { .. }) => false,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
-use omsign_agent::key_life::{Command, NEXT, Need, Output, Template, how_to_unlock};
+use omsign_agent::key_life::{Action, Command, NEXT, Need, Output, Template, how_to_unlock};
 use omsign_agent::operator::OperatorError;
 use omsign_agent::spki::SpkiDer;
 
@@ -69,7 +69,7 @@ impl Rotation<'_> {
                     }
                 };
                 let there =
-                    ask(&changed, Command::Public { key: format!("{}{NEXT}", self.name), need: Need::Shown });
+                    ask(&changed, Command::Key(format!("{}{NEXT}", self.name), Action::Public(Need::Shown)));
                 ensure!(there.is_err(), "{error:#}; but {next} is there: `omsign-agent key list` shows it");
                 self.take_back(&begun, &before).with_context(|| format!("{error:#}"))?;
                 reload(self.config)?;
@@ -98,7 +98,7 @@ impl Rotation<'_> {
     fn make(&self, template: Template) -> anyhow::Result<String> {
         let changed = self.reloaded()?;
         reload(&changed)?;
-        match ask(&changed, Command::Generate { key: format!("{}{NEXT}", self.name), template })? {
+        match ask(&changed, Command::Key(format!("{}{NEXT}", self.name), Action::Generate(template)))? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
         }
@@ -169,7 +169,7 @@ impl Rotation<'_> {
     }
 
     fn public(&self, name: &str, need: Need) -> anyhow::Result<String> {
-        match ask(self.config, Command::Public { key: name.to_owned(), need })? {
+        match ask(self.config, Command::Key(name.to_owned(), Action::Public(need)))? {
             Output::Pem(public) => Ok(public),
             _ => bail!("the device did not answer"),
         }

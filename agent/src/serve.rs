@@ -78,16 +78,12 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     let operators = config.listen.operator.as_ref().map(|path| operator::bind(path, &config.operators));
     let (operators, operators_file) = operators.transpose()?.unzip();
     let _removed = SocketFiles(operators_file.iter().cloned().collect());
-    let shutdown_timeout = config.listen.shutdown_timeout;
     let (listen, audit_config) = (config.listen.clone(), config.audit.clone());
-    let required: Vec<_> =
-        config.tokens.iter().filter(|(_, token)| token.required).map(|(name, _)| name.clone()).collect();
     let agent = Arc::new(Agent::start(config, audit));
-    let tokens = &agent.setup().tokens;
-    tokio::spawn(ask_for_pins(tokens.values().cloned().collect()));
+    let opened: Vec<_> = agent.setup().tokens.values().cloned().collect();
+    let required: Vec<_> = opened.iter().filter(|token| token.is_required()).cloned().collect();
+    tokio::spawn(ask_for_pins(opened.clone()));
     let incoming = ReceiverStream::new(listeners.accept());
-    let required: Vec<_> = required.iter().filter_map(|name| tokens.get(name)).cloned().collect();
-    let opened: Vec<_> = tokens.values().cloned().collect();
     let (missing, failed) = tokio::sync::oneshot::channel();
     let stop = async move {
         let ready = async {
@@ -114,6 +110,7 @@ pub async fn serve(config: Config, path: &Path) -> Result<(), ServeError> {
     };
     let (ask, asked) = mpsc::channel(1);
     let served = operators.map(|socket| tokio::spawn(operator::serve(socket, Arc::clone(&agent), ask)));
+    let shutdown_timeout = listen.shutdown_timeout;
     let reload = Reload {
         path: path.to_owned(),
         listen,
@@ -140,7 +137,7 @@ async fn ready(token: &Token) -> Result<(), ServeError> {
         State::Down(reason) => Err(ServeError::Required { token: token.name.clone(), reason }),
         // Where it is locked only an operator helps, and can with an agent that runs. Ending would offer the PIN again at each
         // restart.
-        State::Ready | State::Starting | State::Locked(_) => Ok(()),
+        State::Ready(_) | State::Starting | State::Locked(_) => Ok(()),
     }
 }
 

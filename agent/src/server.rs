@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use crate::agent::{Agent, Authorised, SETTLE, UnlockEntry};
+use crate::agent::{Agent, Authorised, SETTLE};
 use crate::algorithm::Content;
 use crate::audit::Entry;
 use crate::identity::Identity;
@@ -102,19 +102,17 @@ impl AgentService for Service {
         let Some(rule) = allowed(&key.allow, &caller) else {
             // Nothing is computed for a stranger, and nothing they send is wrong: they are denied first.
             let missing = format!("key.{}.allow", key.name);
-            let content = digest_only(request.content);
-            let authorised = Authorised {
-                identity: Arc::clone(&caller),
-                rule: String::new(),
-                key: Arc::clone(&key.name),
-                request_id: hex::encode(request.request_id.get(..16).unwrap_or(&request.request_id)),
-                digest_hex: content.hex(),
-                content,
-                context: shortened(request.context),
-                _held: None,
+            let entry = Entry {
+                action: "sign",
+                request_id: &hex::encode(request.request_id.get(..16).unwrap_or(&request.request_id)),
+                key: &key.name,
+                algorithm: key.public().map(|public| public.algorithm.name()),
+                digest: &digest_only(request.content).hex(),
+                claimed_context: &shortened(request.context),
+                outcome: "denied",
+                reason: &missing,
+                ..Entry::about(&caller)
             };
-            let algorithm = key.public().map(|public| public.algorithm.name());
-            let entry = Entry { rule: None, ..authorised.entry("denied", &missing, algorithm) };
             self.0.turn_away(entry, deadline).await?;
             return Err(denied("sign with", &key.name));
         };
@@ -213,25 +211,27 @@ impl AgentService for Service {
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
         let setup = self.0.setup();
         let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
-        let entry = UnlockEntry { identity: Arc::clone(&caller), rule, token: short(&name).to_owned() };
-        if entry.rule.is_none() {
-            self.0.turn_away(entry.with("denied", "operator"), deadline).await?;
-            return Err(denied("unlock", &entry.token));
-        }
+        let Some(rule) = rule else {
+            self.turned_away("unlock", &caller, &name, "operator", deadline).await?;
+            return Err(denied("unlock", short(&name)));
+        };
         // Whoever typed nothing does not mean the one that is configured, which may be wrong and the last try.
         let pin = match pin {
             Some(typed) if typed.is_empty() => return Err(Status::invalid_argument("the PIN is empty")),
             pin => pin.and_then(Pin::new),
         };
         let Some(token) = setup.tokens.get(&name) else {
-            self.0.record(&entry.with("failed", "no such token"), deadline).await?;
-            return Err(Status::not_found(format!("no token {:?} is configured", entry.token)));
+            let (key, rule, about) = (short(&name), Some(rule.as_str()), Entry::about(&caller));
+            let (outcome, reason) = ("failed", "no such token");
+            self.0.record(&Entry { action: "unlock", rule, key, outcome, reason, ..about }, deadline).await?;
+            return Err(Status::not_found(format!("no token {key:?} is configured")));
         };
         let (agent, token) = (Arc::clone(&self.0), Arc::clone(token));
         // A task of its own: a PIN that was offered is recorded even when the operator hangs up.
         let here = Arc::new(());
         let login = (Arc::downgrade(&here), pin);
-        let unlocking = tokio::spawn(async move { agent.unlock(&token, login, entry, deadline).await });
+        let unlocking =
+            tokio::spawn(async move { agent.unlock(&token, login, (&caller, &rule), deadline).await });
         unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
         drop(here);
         Ok(Response::new(UnlockTokenResponse {}))

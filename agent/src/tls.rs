@@ -2,8 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::pki_types::pem::PemObject as _;
@@ -12,6 +11,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use x509_cert::Certificate;
@@ -35,13 +35,10 @@ pub struct TlsError {
 /// What the files of `[listen] tls` say. They are renewed while the agent runs.
 pub(crate) struct Tls {
     config: TlsListen,
-    now: RwLock<Files>,
-    /// How often they were renewed.
-    renewed: AtomicU64,
+    files: watch::Sender<Files>,
 }
 
 /// What they said when they were read.
-#[derive(Clone)]
 pub(crate) struct Files {
     acceptor: TlsAcceptor,
     verifier: Arc<dyn ClientCertVerifier>,
@@ -49,22 +46,23 @@ pub(crate) struct Files {
 
 /// What a caller proved when the connection began. It may not hold for ever.
 pub(crate) struct Proof {
-    tls: Arc<Tls>,
+    /// Changed when they are renewed.
+    files: watch::Receiver<Files>,
     certificates: Vec<CertificateDer<'static>>,
     until: SystemTime,
-    renewed: u64,
 }
 
 impl Proof {
     /// Whether the caller's certificate has not expired, and still is of those that the agent trusts.
     pub(crate) fn holds(&mut self) -> bool {
-        let renewed = self.tls.renewed.load(Ordering::Acquire);
-        if renewed != self.renewed {
-            let Some((own, issuers)) = self.certificates.split_first() else { return false };
-            if self.tls.now().verifier.verify_client_cert(own, issuers, UnixTime::now()).is_err() {
-                return false;
+        if self.files.has_changed().unwrap_or(false) {
+            let verifier = Arc::clone(&self.files.borrow_and_update().verifier);
+            let trusted = self.certificates.split_first().is_some_and(|(own, issuers)| {
+                verifier.verify_client_cert(own, issuers, UnixTime::now()).is_ok()
+            });
+            if !trusted {
+                self.until = SystemTime::UNIX_EPOCH;
             }
-            self.renewed = renewed;
         }
         SystemTime::now() < self.until
     }
@@ -72,11 +70,7 @@ impl Proof {
 
 impl Tls {
     pub(crate) fn load(config: &TlsListen) -> Result<Self, TlsError> {
-        Ok(Self { now: RwLock::new(files(config)?), config: config.clone(), renewed: AtomicU64::new(0) })
-    }
-
-    fn now(&self) -> Files {
-        self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
+        Ok(Self { files: watch::Sender::new(files(config)?), config: config.clone() })
     }
 
     /// Whether these are its files.
@@ -99,8 +93,7 @@ impl Tls {
 
     /// Connections that come from now on go by these, and those that are open end where they would not begin any more.
     pub(crate) fn renew(&self, files: Files) {
-        *self.now.write().unwrap_or_else(PoisonError::into_inner) = files;
-        self.renewed.fetch_add(1, Ordering::Release);
+        self.files.send_replace(files);
     }
 
     /// Who it is at the other end.
@@ -110,15 +103,16 @@ impl Tls {
     ) -> io::Result<(TlsStream<TcpStream>, Identity, Proof)> {
         // Nagle and delayed ACK together cost 40 ms a signature.
         stream.set_nodelay(true)?;
-        // If they are renewed right now, it is looked at once more.
-        let renewed = self.renewed.load(Ordering::Acquire);
-        let stream = self.now().acceptor.accept(stream).await?;
+        // If they are renewed from here on, it is looked at once more.
+        let mut files = self.files.subscribe();
+        let acceptor = files.borrow_and_update().acceptor.clone();
+        let stream = acceptor.accept(stream).await?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
         let read =
             certificates.first().and_then(|der| Some((Identity::from_certificate(der)?, expiry(der)?)));
         let (identity, until) =
             read.ok_or_else(|| io::Error::other("the client certificate cannot be read"))?;
-        Ok((stream, identity, Proof { tls: self, certificates, until, renewed }))
+        Ok((stream, identity, Proof { files, certificates, until }))
     }
 }
 

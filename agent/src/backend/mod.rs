@@ -7,13 +7,12 @@ mod tpm;
 pub(crate) use self::piv::holder as card_holder;
 pub(crate) use self::tpm::{attest as tpm_attestation, credential as tpm_credential};
 
-use std::io;
 use std::time::Duration;
 
 use crate::algorithm::Content;
 use crate::config::{self, PinSource};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Opening, Survey};
+use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey};
 use crate::pin::read_pin;
 use crate::public_key::PublicKey;
 use crate::secret::Pin;
@@ -28,9 +27,6 @@ const UNANSWERED: &str =
 
 /// Why a PIN is not offered although there is one.
 const LAST_TRY: &str = "one wrong PIN more would block it; an operator has to unlock it with the right one";
-
-/// Told when a PIN is about to be offered, and when it was accepted.
-pub(crate) type Say<'a> = &'a dyn Fn(Opening) -> io::Result<()>;
 
 /// What it is about while it does what it was asked for.
 pub(crate) enum Doing<'a> {
@@ -79,14 +75,14 @@ pub(crate) trait Signer: Send {
 pub(crate) fn open(
     spec: &OpenSpec,
     pin: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     match &spec.token.device {
         config::Device::Pkcs11 { module, select, profile } => {
-            pkcs11::open(module, select, profile, spec, pin, say)
+            pkcs11::open(module, select, profile, spec, pin, notify)
         }
-        config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, say),
-        config::Device::Piv { serial } => piv::open(*serial, spec, pin, say),
+        config::Device::Tpm(tcti) => tpm::open(tcti, spec, pin, notify),
+        config::Device::Piv { serial } => piv::open(*serial, spec, pin, notify),
     }
 }
 
@@ -145,15 +141,9 @@ fn pin_for(spec: &OpenSpec, given: Option<Pin>) -> Result<Option<Pin>, Failure> 
     }
 }
 
-/// For what is done while a device is opened. When the agent is gone, this process ends with it.
-fn while_opening(say: Say<'_>) -> impl Fn(Doing<'_>) {
-    move |doing| {
-        let _ = match doing {
-            Doing::LogsIn => say(Opening::LoggingIn),
-            Doing::LoggedIn => say(Opening::LoggedIn),
-            Doing::AwaitsTouch(_) => Ok(()),
-        };
-    }
+/// A key that can be used, by its index.
+fn usable<K>(keys: &[Option<K>], index: usize) -> Result<&K, Failure> {
+    keys.get(index).and_then(Option::as_ref).ok_or_else(|| refused("no such key".into()))
 }
 
 /// Keys in the order of the configuration: what signs with each, and what callers are told of it.

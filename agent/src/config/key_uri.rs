@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use percent_encoding::percent_decode_str;
 
-use super::objects::{parse_handle, parse_slot};
 use super::uri::{Pkcs11Uri, UriError};
 use super::{Device, Object, ObjectSelector, Pcrs, PinSource, Profile, TokenSelector, tpm};
 
@@ -83,7 +82,7 @@ fn tpm(rest: &str) -> Result<KeyUri, KeyUriError> {
     let mut attributes = Attributes::parse("TPM", rest)?;
     let tcti = attributes.take("tcti").unwrap_or_else(|| tpm::DEFAULT.to_owned()).parse()?;
     let object = match (attributes.take("handle"), attributes.take("file")) {
-        (Some(handle), None) => Object::TpmHandle(attributes.usable("handle", parse_handle(&handle))?),
+        (Some(handle), None) => attributes.usable("handle", Object::tpm_handle(&handle))?,
         (None, Some(file)) => Object::TpmFile(PathBuf::from(file)),
         _ => return Err(KeyUriError::Missing("TPM", "names no key; add handle=0x81000010 or file=key.pem")),
     };
@@ -102,10 +101,9 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
         attributes.take("serial").ok_or(KeyUriError::Missing("PIV", "names no card; add serial=…"))?;
     let serial = attributes.usable("serial", serial.parse().ok())?;
     let slot = attributes.take("slot").ok_or(KeyUriError::Missing("PIV", "names no key; add slot=9c"))?;
-    let slot = attributes.usable("slot", parse_slot(&slot))?;
+    let object = attributes.usable("slot", Object::piv_slot(&slot))?;
     let pin = attributes.file("pin-source").unwrap_or(PinSource::Prompt);
     attributes.finish()?;
-    let object = Object::PivSlot(slot);
     Ok(KeyUri { device: Device::Piv { serial }, object, pcrs: None, pin, owner_auth: PinSource::None })
 }
 

@@ -8,7 +8,7 @@ use x509_cert::der::{Encode as _, pem};
 
 use super::listen::Callers;
 use super::read::{Reader, Section};
-use super::{Key, Pcrs, Previous, objects};
+use super::{Key, Previous, objects};
 use crate::algorithm::Padding;
 use crate::policy::{Match, Rule, written_subject};
 use crate::spki::SpkiDer;
@@ -34,35 +34,22 @@ pub(super) fn key(
     let previous = previous(reader, &mut section);
     let certificate_chain = match section.path(reader, "certificate_chain") {
         None => Some(Vec::new()),
-        Some(path) => match chain(&path) {
-            Ok(chain) => Some(chain),
-            Err(message) => {
-                let (at, key) = (section.position("certificate_chain"), section.path_of("certificate_chain"));
-                reader.mistake(at, &key, message);
-                None
-            }
-        },
+        Some(path) => section.checked(reader, "certificate_chain", chain(&path)),
     };
     let padding = match section.string(reader, "padding").as_deref() {
         None | Some("pkcs1") => Padding::Pkcs1,
         Some("pss") => Padding::Pss,
         Some(other) => {
             let message = format!("{other:?} is unknown; write \"pkcs1\" or \"pss\", for an RSA key");
-            reader.mistake(section.position("padding"), &section.path_of("padding"), message);
-            Padding::Pkcs1
+            section.wrong(reader, "padding", message).unwrap_or_default()
         }
     };
     let pcrs = match backend {
-        "tpm" => section.string(reader, "pcrs").map(|text| text.parse()),
+        "tpm" => {
+            section.string(reader, "pcrs").and_then(|text| section.checked(reader, "pcrs", text.parse()))
+        }
         _ => None,
     };
-    let pcrs = pcrs.and_then(|parsed: Result<Pcrs, _>| {
-        parsed
-            .map_err(|error| {
-                reader.mistake(section.position("pcrs"), &section.path_of("pcrs"), error.to_string());
-            })
-            .ok()
-    });
     let allow = rules(reader, &mut section, "allow", callers);
     if allow.is_empty() && !reader.mistakes.iter().any(|m| m.key.starts_with(&section.path_of("allow"))) {
         let path = section.path_of("allow");
@@ -120,19 +107,9 @@ fn on_tokens(
 /// `previous = ["…"]`: files with a public key, or with its certificates.
 fn previous(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Vec<Previous> {
     let mut found = Vec::new();
-    // Known here also where it is left out.
-    if !section.has("previous") {
-        section.take("previous");
-        return found;
-    }
     for name in section.strings(reader, "previous") {
-        let path = reader.resolve(&name);
-        match public_key(&path) {
-            Ok(previous) => found.push(previous),
-            Err(message) => {
-                reader.mistake(section.position("previous"), &section.path_of("previous"), message)
-            }
-        }
+        let read = public_key(&reader.resolve(&name));
+        found.extend(section.checked(reader, "previous", read));
     }
     found
 }
@@ -222,37 +199,31 @@ fn unix(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {
     let group = table.string(reader, "group");
     let (at, path) = (table.at, table.path.clone());
     table.finish(reader);
-    match (user, uid, group) {
-        (Some(user), None, None) => match User::from_name(&user) {
-            Ok(Some(found)) => Some(Match::Uid(found.uid.as_raw())),
-            Ok(None) => {
-                reader.mistake(at, &path, format!("this machine has no user {user:?}; create it or use uid"));
-                None
-            }
-            Err(error) => {
-                reader.mistake(at, &path, format!("the user database does not tell of {user:?}: {error}"));
-                None
-            }
-        },
-        (None, Some(uid), None) => u32::try_from(uid).ok().map(Match::Uid),
-        (None, None, Some(group)) => group_id(reader, at, &path, &group).map(Match::Gid),
-        _ => {
-            let message = "give exactly one of user = \"…\", uid = 1000 and group = \"…\"".into();
-            reader.mistake(at, &path, message);
-            None
-        }
+    let one = match (user, uid, group) {
+        (Some(user), None, None) => user_id(&user).map(Match::Uid),
+        (None, Some(uid), None) => u32::try_from(uid).map(Match::Uid).map_err(|error| error.to_string()),
+        (None, None, Some(group)) => group_id(&group).map(Match::Gid),
+        _ => Err("give exactly one of user = \"…\", uid = 1000 and group = \"…\"".into()),
+    };
+    one.map_err(|message| reader.mistake(at, &path, message)).ok()
+}
+
+/// The id of a user of this machine.
+fn user_id(name: &str) -> Result<u32, String> {
+    match User::from_name(name) {
+        Ok(Some(found)) => Ok(found.uid.as_raw()),
+        Ok(None) => Err(format!("this machine has no user {name:?}; create it or use uid")),
+        Err(error) => Err(format!("the user database does not tell of {name:?}: {error}")),
     }
 }
 
 /// The id of a group of this machine.
-pub(super) fn group_id(reader: &mut Reader<'_>, at: usize, path: &str, name: &str) -> Option<u32> {
-    let message = match Group::from_name(name) {
-        Ok(Some(found)) => return Some(found.gid.as_raw()),
-        Ok(None) => format!("this machine has no group {name:?}; create it (groupadd)"),
-        Err(error) => format!("the user database does not tell of group {name:?}: {error}"),
-    };
-    reader.mistake(at, path, message);
-    None
+pub(super) fn group_id(name: &str) -> Result<u32, String> {
+    match Group::from_name(name) {
+        Ok(Some(found)) => Ok(found.gid.as_raw()),
+        Ok(None) => Err(format!("this machine has no group {name:?}; create it (groupadd)")),
+        Err(error) => Err(format!("the user database does not tell of group {name:?}: {error}")),
+    }
 }
 
 fn certificate(reader: &mut Reader<'_>, mut table: Section<'_>) -> Option<Match> {

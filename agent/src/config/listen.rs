@@ -53,7 +53,7 @@ pub(super) fn listen(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> L
             socket_path(reader, &table, path);
             if unix.as_ref().is_some_and(|unix| really(&unix.path) == really(path)) {
                 let message = format!("{} is [listen] unix already; choose another path", path.display());
-                reader.mistake(table.position("path"), &table.path_of("path"), message);
+                table.wrong::<()>(reader, "path", message);
             }
         }
         table.finish(reader);
@@ -73,17 +73,12 @@ fn unix(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<UnixListen>
         None => Some(0o660),
         Some(text) => {
             let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o777);
-            if mode.is_none() {
-                let message = format!("{text:?} is not an octal mode; write \"0660\" or the like");
-                reader.mistake(section.position("mode"), &section.path_of("mode"), message);
-            }
-            mode
+            let wrong = || format!("{text:?} is not an octal mode; write \"0660\" or the like");
+            section.checked(reader, "mode", mode.ok_or_else(wrong))
         }
     };
-    let group = section.string(reader, "group").and_then(|name| {
-        let (at, key) = (section.position("group"), section.path_of("group"));
-        group_id(reader, at, &key, &name)
-    });
+    let group = section.string(reader, "group");
+    let group = group.and_then(|name| section.checked(reader, "group", group_id(&name)));
     socket_path(reader, &section, &path);
     section.finish(reader);
     Some(UnixListen { path, mode: mode?, group })
@@ -96,37 +91,30 @@ fn really(path: &Path) -> PathBuf {
 }
 
 fn socket_path(reader: &mut Reader<'_>, section: &Section<'_>, path: &Path) {
+    let shown = path.display();
     // What is bound beside it has a longer name.
     if path.as_os_str().len() > 85 {
-        let message =
-            format!("{} is too long for a Unix socket (107 bytes); choose a shorter path", path.display());
-        reader.mistake(section.position("path"), &section.path_of("path"), message);
+        let message = format!("{shown} is too long for a Unix socket (107 bytes); choose a shorter path");
+        section.wrong::<()>(reader, "path", message);
     }
     if path.symlink_metadata().is_ok_and(|found| !found.file_type().is_socket()) {
-        let message =
-            format!("{} exists and is not a socket; remove it or choose another path", path.display());
-        reader.mistake(section.position("path"), &section.path_of("path"), message);
+        let message = format!("{shown} exists and is not a socket; remove it or choose another path");
+        section.wrong::<()>(reader, "path", message);
     }
 }
 
 fn tls(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option<TlsListen> {
     let address = section.required(reader, "address", "\"0.0.0.0:7443\"");
     let address = address.and_then(|text| {
-        let parsed: Result<SocketAddr, _> = text.parse();
-        if parsed.is_err() {
-            let message =
-                format!("{text:?} is not an IP address and port; write \"0.0.0.0:7443\" or \"[::]:7443\"");
-            reader.mistake(section.position("address"), &section.path_of("address"), message);
-        }
-        parsed.ok()
+        let wrong =
+            |_| format!("{text:?} is not an IP address and port; write \"0.0.0.0:7443\" or \"[::]:7443\"");
+        section.checked(reader, "address", text.parse::<SocketAddr>().map_err(wrong))
     });
     let mut file = |key, example| {
         let text = section.required(reader, key, example)?;
         let path = reader.resolve(&text);
-        if let Err(error) = std::fs::File::open(&path) {
-            let message = format!("{} cannot be read: {error}", path.display());
-            reader.mistake(section.position(key), &section.path_of(key), message);
-        }
+        let cannot = |error| format!("{} cannot be read: {error}", path.display());
+        section.checked(reader, key, std::fs::File::open(&path).map_err(cannot));
         Some(path)
     };
     let certificate = file("certificate", "\"server.pem\"");
@@ -152,7 +140,7 @@ pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Au
     if let Some(directory) = section.path(reader, "directory") {
         if let Some(file) = directory.ancestors().find(|path| path.exists()).filter(|path| !path.is_dir()) {
             let message = format!("{} is not a directory; choose another place", file.display());
-            reader.mistake(section.position("directory"), &section.path_of("directory"), message);
+            section.wrong::<()>(reader, "directory", message);
         }
         audit.directory = directory;
     }
@@ -161,7 +149,7 @@ pub(super) fn audit(reader: &mut Reader<'_>, section: Option<Section<'_>>) -> Au
         Some("os") => audit.durability = Durability::Os,
         Some(other) => {
             let message = format!("{other:?} is unknown; write \"fsync\" (safe) or \"os\" (fast)");
-            reader.mistake(section.position("durability"), &section.path_of("durability"), message);
+            section.wrong::<()>(reader, "durability", message);
         }
     }
     section.finish(reader);

@@ -27,109 +27,74 @@ pub(super) fn object(
 /// `object = { handle | file }`
 fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<Object> {
     const EXAMPLES: &str = "{ handle = \"0x81000010\" } or { file = \"release-key.pem\" }";
-    let (at, path) = (section.position(key), section.path_of(key));
     let Some(mut table) = section.table(key) else {
-        let message =
-            format!("a key of a TPM is a persistent handle or a key file; write object = {EXAMPLES}");
-        reader.mistake(at, &path, message);
-        return None;
+        let what = "a key of a TPM is a persistent handle or a key file";
+        return section.wrong(reader, key, format!("{what}; write object = {EXAMPLES}"));
     };
     let (handle, file) = (table.string(reader, "handle"), table.path(reader, "file"));
     table.finish(reader);
     match (handle, file) {
         (Some(text), None) => {
-            let handle = parse_handle(&text);
-            if handle.is_none() {
-                let message = format!("{text:?} is not a persistent handle; write one like \"0x81000010\"");
-                reader.mistake(at, &path, message);
-            }
-            handle.map(Object::TpmHandle)
+            let wrong = || format!("{text:?} is not a persistent handle; write one like \"0x81000010\"");
+            section.checked(reader, key, Object::tpm_handle(&text).ok_or_else(wrong))
         }
         (None, Some(file)) => Some(Object::TpmFile(file)),
-        _ => {
-            reader.mistake(at, &path, format!("give exactly one: object = {EXAMPLES}"));
-            None
-        }
+        _ => section.wrong(reader, key, format!("give exactly one: object = {EXAMPLES}")),
     }
 }
 
 /// `object = { slot }`
 fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<Object> {
-    let (at, path) = (section.position(key), section.path_of(key));
     let slot = section.table(key).and_then(|mut table| {
         let slot = table.string(reader, "slot");
         table.finish(reader);
         slot
     });
-    let slot = slot.and_then(|text| parse_slot(&text));
-    if slot.is_none() {
+    slot.and_then(|text| Object::piv_slot(&text)).or_else(|| {
         let message = "a PIV key is a slot: 9a, 9c, 9d, 9e or 82 to 95; write object = { slot = \"9c\" }";
-        reader.mistake(at, &path, message.into());
-    }
-    slot.map(Object::PivSlot)
+        section.wrong(reader, key, message)
+    })
 }
 
 impl Object {
     /// A persistent handle of a TPM, hexadecimal.
     pub fn tpm_handle(text: &str) -> Option<Self> {
-        parse_handle(text).map(Self::TpmHandle)
+        let handle = u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()?;
+        TPM_HANDLES.contains(&handle).then_some(Self::TpmHandle(handle))
     }
 
     /// A PIV slot, hexadecimal.
     pub fn piv_slot(text: &str) -> Option<Self> {
-        parse_slot(text).map(Self::PivSlot)
+        let slot = u8::from_str_radix(text, 16).ok()?;
+        PIV_SLOTS.iter().any(|slots| slots.contains(&slot)).then_some(Self::PivSlot(slot))
     }
-}
-
-/// A persistent handle in hexadecimal.
-pub(super) fn parse_handle(text: &str) -> Option<u32> {
-    let handle = u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()?;
-    TPM_HANDLES.contains(&handle).then_some(handle)
-}
-
-/// A slot by its hexadecimal number.
-pub(super) fn parse_slot(text: &str) -> Option<u8> {
-    let slot = u8::from_str_radix(text, 16).ok()?;
-    PIV_SLOTS.iter().any(|slots| slots.contains(&slot)).then_some(slot)
 }
 
 /// `object = { label | id }` or `object = "pkcs11:…"`.
 fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>, key: &'static str) -> Option<ObjectSelector> {
-    let (at, path) = (section.position(key), section.path_of(key));
     let select = if let Some(mut table) = section.table(key) {
         let label = table.string(reader, "label");
         let id = match table.string(reader, "id") {
             None => None,
-            Some(text) => match hex::decode(text.replace(':', "")) {
-                Ok(id) => Some(id),
-                Err(_) => {
-                    let message = format!("{text:?} is not hexadecimal; write CKA_ID as \"01ab\"");
-                    reader.mistake(table.position("id"), &table.path_of("id"), message);
-                    return None;
-                }
-            },
+            Some(text) => {
+                let wrong = |_| format!("{text:?} is not hexadecimal; write CKA_ID as \"01ab\"");
+                Some(table.checked(reader, "id", hex::decode(text.replace(':', "")).map_err(wrong))?)
+            }
         };
         table.finish(reader);
         ObjectSelector { label, id }
     } else {
         let text = section.required(reader, key, "{ label = \"model-release\" }")?;
-        match Pkcs11Uri::parse(&text) {
-            Ok(uri) if uri.names_more_than_an_object() => {
-                let message = "only object=… and id=… belong here; the rest is for [token.NAME]".into();
-                reader.mistake(at, &path, message);
-                return None;
-            }
-            Ok(uri) => uri.object,
-            Err(error) => {
-                reader.mistake(at, &path, error.to_string());
-                return None;
-            }
+        let uri = section.checked(reader, key, Pkcs11Uri::parse(&text))?;
+        if uri.names_more_than_an_object() {
+            let message = "only object=… and id=… belong here; the rest is for [token.NAME]";
+            return section.wrong(reader, key, message);
         }
+        uri.object
     };
     if select == ObjectSelector::default() {
-        let message = "names no object; write object = { label = \"…\" } or { id = \"01ab\" }".into();
-        reader.mistake(at, &path, message);
-        return None;
+        let message = "names no object; write object = { label = \"…\" } or { id = \"01ab\" }";
+        return section.wrong(reader, key, message);
     }
     Some(select)
 }

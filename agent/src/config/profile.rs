@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::algorithm::KeyType;
 
@@ -26,7 +25,7 @@ const PROFILES: [(&str, &str); 12] = [
 ];
 
 /// What is known of a module.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Profile {
     /// What it is.
@@ -46,10 +45,9 @@ pub struct Profile {
     /// How many threads may sign at once, each in its session, where more are of no use or do harm.
     pub threads: Option<usize>,
     /// How long the device may be left alone before it forgets the login: it is asked for a random byte before that.
-    #[serde(deserialize_with = "duration")]
-    pub keep_alive: Option<Duration>,
-    /// Whether public objects are found without a login.
-    pub shows_public_before_login: bool,
+    pub keep_alive_s: Option<u64>,
+    /// It finds no public objects without a login.
+    pub hides_public_before_login: bool,
     /// It refuses sessions that only read.
     pub only_writing_sessions: bool,
     /// The form of its PIN, where that is not just a PIN.
@@ -64,8 +62,8 @@ pub struct Profile {
     pub hides_public_keys: bool,
     /// It knows the curve of Ed25519 by its name and not by its number (PKCS#11 v3.0, 2.3.10).
     pub names_edwards_curve: bool,
-    /// Length of the CKA_ID of a new key, in bytes.
-    pub id_bytes: usize,
+    /// Length of the CKA_ID of a new key, in bytes, where it is not 16.
+    pub id_bytes: Option<usize>,
     /// The kinds of keys that it makes; empty where that is not known.
     pub keys: Vec<KeyType>,
     /// What makes its keys, where its users' login cannot.
@@ -102,35 +100,6 @@ pub struct Attestation {
     pub key: String,
     /// The whole label of the one that the device signs those with.
     pub device: String,
-}
-
-impl Default for Profile {
-    fn default() -> Self {
-        Self {
-            about: String::new(),
-            tested: String::new(),
-            sources: Vec::new(),
-            libraries: Vec::new(),
-            environment: Vec::new(),
-            environment_if_set: Vec::new(),
-            max_sessions: None,
-            threads: None,
-            keep_alive: None,
-            shows_public_before_login: true,
-            only_writing_sessions: false,
-            pin: String::new(),
-            factory_pins: BTreeMap::new(),
-            may_hold_pin: false,
-            instead: Instead::default(),
-            hides_public_keys: false,
-            names_edwards_curve: false,
-            id_bytes: 16,
-            keys: Vec::new(),
-            made_by: String::new(),
-            attestation: None,
-            attested_by: String::new(),
-        }
-    }
 }
 
 impl Profile {
@@ -171,20 +140,6 @@ impl Profile {
 
 fn parse(text: &str) -> Profile {
     toml::from_str(text).expect("profiles are parsed by a test")
-}
-
-fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-    /// In the profile's words, and in those that go to the token's process.
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Written {
-        Text(String),
-        Value(Option<Duration>),
-    }
-    match Written::deserialize(from)? {
-        Written::Text(text) => humantime::parse_duration(&text).map(Some).map_err(serde::de::Error::custom),
-        Written::Value(value) => Ok(value),
-    }
 }
 
 #[cfg(test)]

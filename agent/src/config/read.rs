@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use strsim::levenshtein;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -93,7 +94,8 @@ fn named<T>(
 /// Where mistakes are collected.
 pub(super) struct Reader<'a> {
     file: &'a Path,
-    base: &'a Path,
+    /// The directory that relative paths are relative to.
+    pub(super) base: &'a Path,
     text: &'a str,
     pub(super) mistakes: Vec<Mistake>,
 }
@@ -104,11 +106,6 @@ impl Reader<'_> {
         let before = self.text.as_bytes().get(..at).unwrap_or_default();
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
         self.mistakes.push(Mistake { file: self.file.to_owned(), line, key: key.to_owned(), message });
-    }
-
-    /// The directory that relative paths are relative to.
-    pub(super) fn base(&self) -> &Path {
-        self.base
     }
 
     /// Resolves a path of the configuration.
@@ -156,27 +153,19 @@ impl<'a> Section<'a> {
     /// Takes a sub-table; anything else under this key is a mistake.
     pub(super) fn only_table(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<Section<'a>> {
         let table = self.table(key);
-        if table.is_none()
-            && let Some(value) = self.entries.get(key)
-        {
+        if table.is_none() && self.has(key) {
             let path = self.path_of(key);
-            self.wrong::<()>(
-                reader,
-                key,
-                value,
-                &format!("expected a table; write [{path}] or {key} = {{ … }}"),
-            );
+            self.wrong::<()>(reader, key, format!("expected a table; write [{path}] or {key} = {{ … }}"));
         }
         table
     }
 
     /// Takes a string.
     pub(super) fn string(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<String> {
-        let value = self.take(key)?;
-        match value.get_ref().as_str() {
-            Some(text) if !text.is_empty() => Some(text.to_owned()),
-            Some(_) => self.wrong(reader, key, value, "it is empty; give it a value or leave the key out"),
-            None => self.expected(reader, key, value, "a string in quotes"),
+        match self.take(key)?.get_ref().as_str() {
+            Some("") => self.wrong(reader, key, "it is empty; give it a value or leave the key out"),
+            Some(text) => Some(text.to_owned()),
+            None => self.wrong(reader, key, "expected a string in quotes"),
         }
     }
 
@@ -187,10 +176,9 @@ impl<'a> Section<'a> {
         key: &'static str,
         example: &str,
     ) -> Option<String> {
-        if !self.entries.contains_key(key) {
+        if !self.has(key) {
             self.taken.push(key);
-            reader.mistake(self.at, &self.path_of(key), format!("missing; write {key} = {example}"));
-            return None;
+            return self.wrong(reader, key, format!("missing; write {key} = {example}"));
         }
         self.string(reader, key)
     }
@@ -202,44 +190,30 @@ impl<'a> Section<'a> {
         key: &'static str,
         bounds: std::ops::RangeInclusive<u64>,
     ) -> Option<u64> {
-        let value = self.take(key)?;
-        let number = value.get_ref().as_integer();
-        match number.and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok()) {
-            Some(number) if bounds.contains(&number) => Some(number),
-            _ => {
-                let what = format!("a whole number from {} to {}", bounds.start(), bounds.end());
-                self.expected(reader, key, value, &what)
-            }
-        }
+        let number = self.take(key)?.get_ref().as_integer();
+        let number = number.and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok());
+        number.filter(|number| bounds.contains(number)).or_else(|| {
+            let message = format!("expected a whole number from {} to {}", bounds.start(), bounds.end());
+            self.wrong(reader, key, message)
+        })
     }
 
     /// Takes a duration such as `"500ms"`, `"10s"` or `"2min"`.
     pub(super) fn duration(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<Duration> {
-        let value = self.take(key)?;
+        const EXPECTED: &str =
+            "expected a duration from 1ms to 1h in quotes, such as \"500ms\", \"10s\" or \"2min\"";
         let bounds = Duration::from_millis(1)..=Duration::from_secs(3600);
-        let parsed = value.get_ref().as_str().and_then(|text| humantime::parse_duration(text).ok());
-        match parsed.filter(|duration| bounds.contains(duration)) {
-            Some(duration) => Some(duration),
-            None => {
-                let what = "a duration from 1ms to 1h in quotes, such as \"500ms\", \"10s\" or \"2min\"";
-                self.expected(reader, key, value, what)
-            }
-        }
+        let text = self.take(key)?.get_ref().as_str();
+        let duration = text.and_then(|text| humantime::parse_duration(text).ok());
+        duration.filter(|duration| bounds.contains(duration)).or_else(|| self.wrong(reader, key, EXPECTED))
     }
 
     /// Takes an array of strings.
     pub(super) fn strings(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Vec<String> {
         let Some(value) = self.take(key) else { return Vec::new() };
-        let items = value.get_ref().as_array().map(|array| array.iter().map(|item| item.get_ref().as_str()));
-        match items.and_then(|mut items| {
-            items.try_fold(Vec::new(), |mut all, item| {
-                all.push(item?.to_owned());
-                Some(all)
-            })
-        }) {
-            Some(strings) => strings,
-            None => self.expected(reader, key, value, "an array of strings").unwrap_or_default(),
-        }
+        let text = |item: Value<'_>| item.get_ref().as_str().map(str::to_owned);
+        let texts: Option<_> = value.get_ref().as_array().and_then(|array| array.iter().map(text).collect());
+        texts.or_else(|| self.wrong(reader, key, "expected an array of strings")).unwrap_or_default()
     }
 
     /// Takes an array of tables: `[[key]]`.
@@ -285,11 +259,8 @@ impl<'a> Section<'a> {
 
     /// Takes `true` or `false`.
     pub(super) fn boolean(&mut self, reader: &mut Reader<'_>, key: &'static str) -> Option<bool> {
-        let value = self.take(key)?;
-        match value.get_ref().as_bool() {
-            Some(boolean) => Some(boolean),
-            None => self.expected(reader, key, value, "true or false"),
-        }
+        let boolean = self.take(key)?.get_ref().as_bool();
+        boolean.or_else(|| self.wrong(reader, key, "expected true or false"))
     }
 
     /// Where a key's value stands, for a mistake found later.
@@ -302,20 +273,28 @@ impl<'a> Section<'a> {
         self.entries.iter().map(|(key, value)| (key.get_ref().as_ref(), value))
     }
 
-    /// Records "expected X" for a key.
-    pub(super) fn expected<T>(
+    /// Records what is wrong with a key, or that it is missing.
+    pub(super) fn wrong<T>(
         &self,
         reader: &mut Reader<'_>,
         key: &str,
-        value: Value<'_>,
-        what: &str,
+        message: impl Into<String>,
     ) -> Option<T> {
-        self.wrong(reader, key, value, &format!("expected {what}"))
+        reader.mistake(self.position(key), &self.path_of(key), message.into());
+        None
     }
 
-    fn wrong<T>(&self, reader: &mut Reader<'_>, key: &str, value: Value<'_>, message: &str) -> Option<T> {
-        reader.mistake(value.span().start, &self.path_of(key), message.to_owned());
-        None
+    /// What a key's value was read as, or records why it was not.
+    pub(super) fn checked<T>(
+        &self,
+        reader: &mut Reader<'_>,
+        key: &str,
+        read: Result<T, impl ToString>,
+    ) -> Option<T> {
+        match read {
+            Ok(value) => Some(value),
+            Err(error) => self.wrong(reader, key, error.to_string()),
+        }
     }
 
     /// Reports the keys that nobody took.
@@ -327,31 +306,12 @@ impl<'a> Section<'a> {
             if known.contains(&key) {
                 continue;
             }
-            let nearest = known.iter().min_by_key(|known| distance(known, key));
+            let nearest = known.iter().min_by_key(|known| levenshtein(known, key));
             let hint = match nearest {
-                Some(known) if distance(known, key) <= 3 => format!("did you mean {known:?}?"),
+                Some(known) if levenshtein(known, key) <= 3 => format!("did you mean {known:?}?"),
                 _ => format!("known here: {}", known.join(", ")),
             };
             reader.mistake(at, &self.path_of(key), format!("unknown key; {hint}"));
         }
     }
-}
-
-/// Levenshtein distance, for "did you mean".
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (slot, y) in row.iter_mut().skip(1).zip(b.bytes()) {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = *slot;
-            left = replaced.min(left + 1).min(diagonal + 1);
-            *slot = left;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
-    }
-    row.last().copied().unwrap_or(0)
 }

@@ -28,7 +28,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         Some("pkcs11") | None => pkcs11(reader, &mut section),
         Some(other) => {
             let message = format!("{other:?} is not supported; write \"pkcs11\", \"tpm\" or \"piv\"");
-            reader.mistake(section.position("backend"), &section.path_of("backend"), message);
+            section.wrong::<()>(reader, "backend", message);
             pkcs11(reader, &mut section)
         }
     };
@@ -58,11 +58,11 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
     };
     let env = environment(reader, &mut section);
     if let (Some(Device::Pkcs11 { profile, .. }), Some(PinSource::None)) = (&device, &pin)
-        && !profile.shows_public_before_login
+        && profile.hides_public_before_login
         && !profile.may_hold_pin
     {
-        let message = "this module shows nothing without a login; write where its PIN comes from".into();
-        reader.mistake(section.position("pin"), &section.path_of("pin"), message);
+        let message = "this module shows nothing without a login; write where its PIN comes from";
+        section.wrong::<()>(reader, "pin", message);
     }
     section.finish(reader);
     Some(Token {
@@ -74,7 +74,7 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         queue: usize::try_from(queue).ok()?,
         required,
         touch_command,
-        directory: reader.base().to_owned(),
+        directory: reader.base.to_owned(),
         env,
         hidden_env: Vec::new(),
     })
@@ -83,14 +83,8 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
 /// `module`, `token`, and the PIN source of a URI.
 fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>, Option<PinSource>) {
     let (select, uri) = selector(reader, section);
-    let named = section.string(reader, "profile").map(|name| Profile::named(&name));
-    let named = named.and_then(|named| match named {
-        Ok(profile) => Some(profile),
-        Err(message) => {
-            reader.mistake(section.position("profile"), &section.path_of("profile"), message);
-            None
-        }
-    });
+    let named = section.string(reader, "profile");
+    let named = named.and_then(|name| section.checked(reader, "profile", Profile::named(&name)));
     let module = match (uri.as_ref().and_then(Pkcs11Uri::module), &named) {
         (Some(module), _) => Some(module),
         (None, Some(profile)) if !section.has("module") => {
@@ -102,7 +96,7 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
                     "none of the profile's libraries is installed ({}); install the driver, or write module = …",
                     known.join(", ")
                 );
-                reader.mistake(section.position("profile"), &section.path_of("profile"), message);
+                section.wrong::<()>(reader, "profile", message);
             }
             library
         }
@@ -116,7 +110,7 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
             "{} is not a file; write the path of the device's PKCS#11 module (a .so file of its driver package)",
             module.display()
         );
-        reader.mistake(section.position("module"), &section.path_of("module"), message);
+        section.wrong::<()>(reader, "module", message);
     }
     let device = module.zip(select).map(|(module, select)| {
         let profile = Box::new(named.unwrap_or_else(|| Profile::of_module(&module)));
@@ -128,20 +122,14 @@ fn pkcs11(reader: &mut Reader<'_>, section: &mut Section<'_>) -> (Option<Device>
 /// `tcti`
 fn tpm(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
     let text = section.string(reader, "tcti").unwrap_or_else(|| super::tpm::DEFAULT.to_owned());
-    match text.parse() {
-        Ok(tcti) => Some(Device::Tpm(tcti)),
-        Err(error) => {
-            reader.mistake(section.position("tcti"), &section.path_of("tcti"), error.to_string());
-            None
-        }
-    }
+    section.checked(reader, "tcti", text.parse().map(Device::Tpm))
 }
 
 /// `serial`
 fn piv(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<Device> {
     if !section.has("serial") {
         let message = "missing; write serial = 9876543, as printed on the YubiKey and by `ykman list`";
-        reader.mistake(section.at, &section.path_of("serial"), message.into());
+        section.wrong::<()>(reader, "serial", message);
     }
     let serial = section.integer(reader, "serial", 1..=u64::from(u32::MAX))?;
     Some(Device::Piv { serial: u32::try_from(serial).ok()? })
@@ -202,35 +190,24 @@ fn selector(
     let Some(text) = section.required(reader, "token", "{ label = \"release\" }") else {
         return (None, None);
     };
-    let (at, path) = (section.position("token"), section.path_of("token"));
-    match Pkcs11Uri::parse(&text) {
-        Ok(uri) if uri.has_pin_value => {
-            let message = "a PIN does not belong into a configuration file; use pin = { file = \"…\" }";
-            reader.mistake(at, &path, message.into());
-            (None, None)
-        }
-        Ok(uri) if uri.object != ObjectSelector::default() => {
-            let message = "the URI names an object; objects are named by [key.NAME] object = …";
-            reader.mistake(at, &path, message.into());
-            (None, None)
-        }
-        Ok(uri) if uri.token == TokenSelector::default() => {
-            let message = "the URI names no token; add token=…, serial=… or slot-id=…";
-            reader.mistake(at, &path, message.into());
-            (None, None)
-        }
-        Ok(uri) => (Some(uri.token.clone()), Some(uri.relative_to(reader.base()))),
-        Err(error) => {
-            reader.mistake(at, &path, error.to_string());
-            (None, None)
-        }
-    }
+    let uri = section.checked(reader, "token", Pkcs11Uri::parse(&text)).and_then(|uri| {
+        let message = if uri.has_pin_value {
+            "a PIN does not belong into a configuration file; use pin = { file = \"…\" }"
+        } else if uri.object != ObjectSelector::default() {
+            "the URI names an object; objects are named by [key.NAME] object = …"
+        } else if uri.token == TokenSelector::default() {
+            "the URI names no token; add token=…, serial=… or slot-id=…"
+        } else {
+            return Some(uri.relative_to(reader.base));
+        };
+        section.wrong(reader, "token", message)
+    });
+    (uri.as_ref().map(|uri| uri.token.clone()), uri)
 }
 
 fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> {
     const EXAMPLES: &str = "{ file = \"release.pin\" }, { credential = \"release\" }, { env = \"RELEASE_PIN\" }, \
                             \"prompt\" or \"none\"";
-    let (at, path) = (section.position("pin"), section.path_of("pin"));
     if section.has_table("pin") {
         return secret(reader, section, "pin", EXAMPLES);
     }
@@ -238,10 +215,7 @@ fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> 
         "prompt" => Some(PinSource::Prompt),
         "none" => Some(PinSource::None),
         // The text may be somebody's PIN: it is not repeated.
-        _ => {
-            reader.mistake(at, &path, format!("a PIN is never written here; write pin = {EXAMPLES}"));
-            None
-        }
+        _ => section.wrong(reader, "pin", format!("a PIN is never written here; write pin = {EXAMPLES}")),
     }
 }
 
@@ -252,37 +226,29 @@ fn secret(
     name: &'static str,
     examples: &str,
 ) -> Option<PinSource> {
-    let (at, path) = (section.position(name), section.path_of(name));
     let Some(mut table) = section.table(name) else {
         // The text may be somebody's secret: it is not repeated.
-        reader.mistake(at, &path, format!("a secret is never written here; write {name} = {examples}"));
-        return None;
+        let message = format!("a secret is never written here; write {name} = {examples}");
+        return section.wrong(reader, name, message);
     };
     let file = table.path(reader, "file").map(PinSource::File);
     let credential = table.string(reader, "credential").map(PinSource::Credential);
     let env = table.string(reader, "env").map(PinSource::Env);
     table.finish(reader);
     let mut given = [file, credential, env].into_iter().flatten();
-    let first = given.next();
-    if first.is_none() || given.next().is_some() {
-        reader.mistake(at, &path, format!("give exactly one source: {name} = {examples}"));
-        return None;
+    match (given.next(), given.next()) {
+        (Some(one), None) => Some(one),
+        _ => section.wrong(reader, name, format!("give exactly one source: {name} = {examples}")),
     }
-    first
 }
 
 fn environment(reader: &mut Reader<'_>, section: &mut Section<'_>) -> BTreeMap<String, String> {
     let mut variables = BTreeMap::new();
     let Some(table) = section.only_table(reader, "env") else { return variables };
     for (name, value) in table.entries() {
-        match value.get_ref().as_str() {
-            Some(text) => {
-                variables.insert(name.to_owned(), text.to_owned());
-            }
-            None => {
-                let message = "expected a string in quotes".into();
-                reader.mistake(value.span().start, &table.path_of(name), message);
-            }
+        let text = value.get_ref().as_str().ok_or("expected a string in quotes");
+        if let Some(text) = table.checked(reader, name, text) {
+            variables.insert(name.to_owned(), text.to_owned());
         }
     }
     variables

@@ -23,7 +23,7 @@ use self::held::{Held, TOGETHER};
 use self::inbox::Inbox;
 use self::operate::operate;
 use self::task::Task;
-use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request};
+use self::wire::{Answer, Asked, Class, Failure, Opening, Purpose, Request, Said};
 use crate::algorithm::Content;
 use crate::backend::{self, Device, Doing, Signer};
 use crate::secret::{Pin, harden_process};
@@ -51,26 +51,30 @@ pub fn run() -> io::Result<()> {
     drop(frame);
     let spec: wire::OpenSpec = serde_json::from_str(&open.spec)?;
     let pin = open.pin.take().and_then(Pin::new);
+    let fresh = open.fresh.take().unwrap_or_default();
+    let mut device = None;
     let opening = match spec.purpose {
-        Purpose::Survey => (backend::survey(&spec.token).map(Opening::Surveyed), None),
-        Purpose::Prepare => {
-            let fresh = open.fresh.take().unwrap_or_default();
-            (backend::prepare(&spec.token, pin, &fresh).map(|()| Opening::Prepared), None)
-        }
-        Purpose::Unblock => {
-            let fresh = open.fresh.take().unwrap_or_default();
-            (backend::unblock(&spec.token, &fresh).map(|()| Opening::Prepared), None)
-        }
+        Purpose::Survey => backend::survey(&spec.token).map(Opening::Surveyed),
+        Purpose::Prepare => backend::prepare(&spec.token, pin, &fresh).map(|()| Opening::Prepared),
+        Purpose::Unblock => backend::unblock(&spec.token, &fresh).map(|()| Opening::Prepared),
         Purpose::Open => {
-            let say = |opening| wire::say(&mut &socket, &opening);
-            match backend::open(&spec, pin, &say) {
-                Ok((device, opened)) => (Ok(Opening::Opened(opened)), Some(device)),
-                Err(failure) => (Err(failure), None),
-            }
+            let notify = |doing: Doing<'_>| {
+                let said = match doing {
+                    Doing::LogsIn => wire::say(&mut &socket, &Opening::LoggingIn),
+                    Doing::LoggedIn => wire::say(&mut &socket, &Opening::LoggedIn),
+                    Doing::AwaitsTouch(_) => Ok(()),
+                };
+                // No PIN is offered that the agent does not know of: it is gone, and we go, too.
+                said.unwrap_or_else(|_| std::process::abort());
+            };
+            backend::open(&spec, pin, &notify).map(|(open, opened)| {
+                device = Some(open);
+                Opening::Opened(opened)
+            })
         }
     };
-    let (answer, device) = opening;
-    wire::say(&mut &socket, &answer.unwrap_or_else(Opening::Failed))?;
+    drop(fresh);
+    wire::say(&mut &socket, &opening.unwrap_or_else(Opening::Failed))?;
     let Some(device) = device else { return Ok(()) };
     socket.set_read_timeout(Some(device.rests()))?;
     {
@@ -149,13 +153,6 @@ struct Made {
     took: Duration,
 }
 
-/// What comes next.
-enum Next {
-    /// A request, and how many more are here.
-    Request(Request, usize),
-    Idle,
-}
-
 impl Shared<'_> {
     /// One thread: takes a request, signs it, answers it. A thread that is free takes the next request itself,
     /// so no request ever waits behind a busy one. With `checks`, another one checks and answers what it signed while more
@@ -173,8 +170,8 @@ impl Shared<'_> {
         };
         loop {
             let (request, waiting) = match self.next() {
-                Ok(Next::Request(request, waiting)) => (request, waiting),
-                Ok(Next::Idle) => match self.device.probe() {
+                Ok(Some(next)) => next,
+                Ok(None) => match self.device.probe() {
                     Ok(()) => continue,
                     Err(failure) => self.die(&failure),
                 },
@@ -254,7 +251,8 @@ impl Shared<'_> {
         login: &Cell<Option<MutexGuard<'s, ()>>>,
         no_more: &dyn Fn() -> io::Result<()>,
     ) -> Result<Vec<u8>, Failure> {
-        let _ = self.say(&Answer::begun(id, task.may_take(self.timeout)));
+        let may_take_s = u32::try_from(task.may_take(self.timeout).as_secs() + 1).unwrap_or(u32::MAX);
+        let _ = self.say(id, Said::Begun(may_take_s));
         operate(self.device, task, &|doing| self.tell(id, login, no_more, doing)).map(wire::done)
     }
 
@@ -268,16 +266,16 @@ impl Shared<'_> {
     ) {
         let _ = match doing {
             Doing::AwaitsTouch(message) => {
-                no_more().and_then(|()| self.say(&Answer::touch(id, message.to_owned())))
+                no_more().and_then(|()| self.say(id, Said::Touch(message.to_owned())))
             }
             Doing::LogsIn => {
                 // It may be this request's own, of a card that another program had.
                 login.set(None);
                 login.set(self.login.lock().ok());
-                self.say(&Answer::logs_in(id, true))
+                self.say(id, Said::LogsIn(true))
             }
             Doing::LoggedIn => {
-                let said = self.say(&Answer::logs_in(id, false));
+                let said = self.say(id, Said::LogsIn(false));
                 login.set(None);
                 said
             }
@@ -328,14 +326,14 @@ impl Shared<'_> {
         {
             let message = "the device has another key there than before".to_owned();
             tracing::warn!(reason = %message, "the token cannot go on; this process ends");
-            let answer = Answer::new(id, Err(Failure { class: Class::Gone, message })).after(took);
+            let answer = Answer::of(id, Err(Failure { class: Class::Gone, message }), took);
             // The device may be in the middle of the next one, or of what an operator asked for: that is let end.
             self.over.store(true, Ordering::SeqCst);
             self.write(|held| wire::put(held, &answer), false)?;
             return lock(&self.writer)?.socket.shutdown(Shutdown::Read);
         }
         let last = outcome.as_ref().err().filter(|failure| failure.ends_process()).cloned();
-        let answer = Answer::new(id, outcome).after(took);
+        let answer = Answer::of(id, outcome, took);
         self.write(|held| wire::put(held, &answer), more && last.is_none())?;
         match last {
             Some(failure) => self.die(&failure),
@@ -344,8 +342,8 @@ impl Shared<'_> {
     }
 
     /// Says something at once.
-    fn say(&self, answer: &Answer) -> io::Result<()> {
-        self.write(|held| wire::put(held, answer), false)
+    fn say(&self, id: u64, said: Said) -> io::Result<()> {
+        self.write(|held| wire::put(held, &Answer::new(id, said)), false)
     }
 
     /// Writes what was held back and what is put behind it, unless more is to come.
@@ -360,22 +358,20 @@ impl Shared<'_> {
         Ok(())
     }
 
-    fn next(&self) -> io::Result<Next> {
+    /// The next request, and how many more are here. None: nobody asks for anything.
+    fn next(&self) -> io::Result<Option<(Request, usize)>> {
+        use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
         let mut inbox = lock(&self.inbox)?;
         match inbox.wait() {
             Ok([]) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                return Ok(Next::Idle);
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Next::Idle),
+            Err(error) if matches!(error.kind(), WouldBlock | TimedOut | Interrupted) => return Ok(None),
             Err(error) => return Err(error),
         }
         let taken = inbox.take();
         // Where the next frame begins, nobody knows then: no other thread may read on.
         self.over.fetch_or(taken.is_err(), Ordering::SeqCst);
-        let (request, waiting) = taken?;
-        Ok(Next::Request(request, waiting))
+        taken.map(Some)
     }
 
     fn die(&self, failure: &Failure) -> ! {

@@ -194,16 +194,16 @@ impl Failure {
 }
 
 /// The four classes of failure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, prost::Enumeration)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Class {
     /// The device or its state went away: drop everything and open it again.
-    Gone = 0,
+    Gone,
     /// A PIN is missing, wrong, low or blocked: an operator must act; never retried by itself.
-    Locked = 1,
+    Locked,
     /// The request cannot be done with this key.
-    Refused = 2,
+    Refused,
     /// Not now: out of sessions or memory.
-    Busy = 3,
+    Busy,
 }
 
 /// To the host: sign this, or do a task.
@@ -263,75 +263,48 @@ impl Request {
     }
 }
 
-/// From the host: the answer to the [`Request`] of the same id.
+/// From the host: what it says of the [`Request`] of the same id.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Answer {
     #[prost(uint64, tag = "1")]
     pub(crate) id: u64,
-    /// The signature, or a [`Done`] as JSON; empty on failure.
-    #[prost(bytes = "vec", tag = "2")]
-    result: Vec<u8>,
-    #[prost(enumeration = "Class", tag = "3")]
-    class: i32,
-    #[prost(string, tag = "4")]
-    pub(crate) message: String,
-    /// Not the answer yet: the device waits for a touch, and this says which.
-    #[prost(string, tag = "5")]
-    pub(crate) touch: String,
-    /// Not the answer yet: a task has begun that may take so many seconds.
-    #[prost(uint32, tag = "6")]
-    pub(crate) task_s: u32,
-    /// Not the answer yet: the PIN is offered now; or it was taken, or never got as far as the device.
-    #[prost(bool, optional, tag = "8")]
-    pub(crate) login: Option<bool>,
+    #[prost(oneof = "Said", tags = "2, 3, 4, 5, 6")]
+    pub(crate) said: Option<Said>,
     /// How long the device took, in microseconds.
     #[prost(uint64, tag = "7")]
     pub(crate) took_us: u64,
 }
 
+/// The first two end the request.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(crate) enum Said {
+    /// The signature, or a [`Done`] as JSON.
+    #[prost(bytes, tag = "2")]
+    Done(Vec<u8>),
+    /// A [`Failure`] as JSON.
+    #[prost(string, tag = "3")]
+    Failed(String),
+    /// The device waits for a touch, and this says which.
+    #[prost(string, tag = "4")]
+    Touch(String),
+    /// A task has begun that may take so many seconds.
+    #[prost(uint32, tag = "5")]
+    Begun(u32),
+    /// The PIN is offered now; or it was taken, or never got as far as the device.
+    #[prost(bool, tag = "6")]
+    LogsIn(bool),
+}
+
 impl Answer {
-    /// The answer to the request `id`.
-    pub(crate) fn new(id: u64, outcome: Result<Vec<u8>, Failure>) -> Self {
-        match outcome {
-            Ok(result) => Self { id, result, ..Self::default() },
-            Err(failure) => {
-                Self { id, class: failure.class as i32, message: failure.message, ..Self::default() }
-            }
-        }
+    pub(crate) fn new(id: u64, said: Said) -> Self {
+        Self { id, said: Some(said), took_us: 0 }
     }
 
-    /// The device took this long.
-    pub(crate) fn after(self, took: Duration) -> Self {
-        Self { took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX), ..self }
-    }
-
-    /// The request `id` waits for a touch.
-    pub(crate) fn touch(id: u64, touch: String) -> Self {
-        Self { id, touch, ..Self::default() }
-    }
-
-    /// For the request `id` the PIN is offered now; or, not `now`, that is over and cost no try.
-    pub(crate) fn logs_in(id: u64, now: bool) -> Self {
-        Self { id, login: Some(now), ..Self::default() }
-    }
-
-    /// The task `id` has begun, and may take so long.
-    pub(crate) fn begun(id: u64, may_take: Duration) -> Self {
-        let task_s = u32::try_from(may_take.as_secs() + 1).unwrap_or(u32::MAX);
-        Self { id, task_s, ..Self::default() }
-    }
-
-    /// Whether a PIN was refused.
-    pub(crate) fn locks(&self) -> bool {
-        self.result.is_empty() && self.touch.is_empty() && self.task_s == 0 && self.class() == Class::Locked
-    }
-
-    /// What was asked for, or the failure.
-    pub(crate) fn outcome(self) -> Result<Vec<u8>, Failure> {
-        if !self.result.is_empty() {
-            return Ok(self.result);
-        }
-        Err(Failure { class: self.class(), message: self.message }.bounded())
+    /// The answer to the request `id`, for which the device took this long.
+    pub(crate) fn of(id: u64, outcome: Result<Vec<u8>, Failure>, took: Duration) -> Self {
+        let failed = |failure| serde_json::to_string(&failure).expect("failures are plain data");
+        let said = outcome.map_or_else(|failure| Said::Failed(failed(failure)), Said::Done);
+        Self { took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX), ..Self::new(id, said) }
     }
 }
 

@@ -69,8 +69,8 @@ impl Init {
     }
 
     async fn softhsm(&self, left: &mut Left<'_>) -> Result<Chosen, InitError> {
-        let profile = Profile::named("softhsm").map_err(InitError::Device)?;
-        let absent = || InitError::Device("SoftHSM is not installed: apt-get install softhsm2".into());
+        let profile = Profile::named("softhsm").map_err(InitError::Wrong)?;
+        let absent = || InitError::Wrong("SoftHSM is not installed: apt-get install softhsm2".into());
         let module = profile.library().ok_or_else(absent)?;
         let directory = self.directory.join("softhsm");
         std::fs::create_dir(&directory).map_err(super::system("make", &directory))?;
@@ -86,7 +86,7 @@ impl Init {
             puk: puk.to_string(),
             management_key: false,
         };
-        prepare(&self.name, &token, None, fresh).await.map_err(InitError::Device)?;
+        prepare(&self.name, &token, None, fresh).await.map_err(InitError::Wrong)?;
         self.keep("pin", &pin, left)?;
         self.keep("so-pin", &puk, left)?;
         Ok(Chosen {
@@ -108,8 +108,8 @@ impl Init {
 
     async fn tpm(&self, tcti: Option<&str>, ask: Ask<'_>, left: &mut Left<'_>) -> Result<Chosen, InitError> {
         let text = tcti.unwrap_or(crate::config::DEFAULT_TCTI);
-        let parsed: Tcti = text.parse().map_err(|error| InitError::Device(format!("{error}")))?;
-        let found = survey(&self.name, &bare(Device::Tpm(parsed))).await.map_err(InitError::Device)?;
+        let parsed: Tcti = text.parse().map_err(|error| InitError::Wrong(format!("{error}")))?;
+        let found = survey(&self.name, &bare(Device::Tpm(parsed))).await.map_err(InitError::Wrong)?;
         let mut owner_auth = String::new();
         if found.tokens.iter().any(|chip| chip.has_owner_auth) {
             let value = answer("authorization value of the TPM's owner hierarchy", ask)?;
@@ -141,31 +141,31 @@ impl Init {
         say: &(dyn Fn(&str) + Sync),
     ) -> Result<Chosen, InitError> {
         let found = survey(&self.name, &bare(Device::Piv { serial: serial.unwrap_or(0) })).await;
-        let found = found.map_err(InitError::Device)?;
+        let found = found.map_err(InitError::Wrong)?;
         let card = match found.tokens.as_slice() {
             [one] => one,
-            [] => return Err(InitError::Device("no YubiKey is connected; plug it in".into())),
+            [] => return Err(InitError::Wrong("no YubiKey is connected; plug it in".into())),
             several => {
                 let serials: Vec<_> = several.iter().map(|card| card.label.as_str()).collect();
                 let message =
                     format!("several YubiKeys are connected; choose one: --serial {}", serials.join(" or "));
-                return Err(InitError::Device(message));
+                return Err(InitError::Wrong(message));
             }
         };
         let (is, label) = (|which| card.factory.contains(&which), &card.label);
-        let serial = label.parse().map_err(|_| InitError::Device("the card has no serial number".into()))?;
+        let serial = label.parse().map_err(|_| InitError::Wrong("the card has no serial number".into()))?;
         let slot_number = Object::piv_slot(slot);
         let wanted =
-            slot_number.ok_or_else(|| InitError::Device(format!("there is no slot {slot:?} for keys")))?;
+            slot_number.ok_or_else(|| InitError::Wrong(format!("there is no slot {slot:?} for keys")))?;
         match (card.objects.contains(&wanted), self.wish.exists()) {
             (true, true) | (false, false) => {}
             (true, false) => {
-                return Err(InitError::Device(format!(
+                return Err(InitError::Wrong(format!(
                     "the card has a key in {wanted} already; --existing uses it, or choose another: --slot 9a, 82 to 95"
                 )));
             }
             (false, true) => {
-                return Err(InitError::Device(format!(
+                return Err(InitError::Wrong(format!(
                     "the card has no key in {wanted}: leave --existing out"
                 )));
             }
@@ -173,7 +173,7 @@ impl Init {
         match card.tries {
             Some(0) => {
                 let message = "its PIN is blocked; unblock it with the PUK: ykman piv access unblock-pin";
-                return Err(InitError::Device(message.into()));
+                return Err(InitError::Wrong(message.into()));
             }
             Some(1) => say("one wrong PIN more blocks this YubiKey's PIN"),
             _ => {}
@@ -204,7 +204,7 @@ impl Init {
             }
             let given = Pin::new(pin.to_string());
             let done = prepare(&self.name, &bare(Device::Piv { serial }), given, fresh).await;
-            done.map_err(InitError::Device)?;
+            done.map_err(InitError::Wrong)?;
             say("changed; from here on they are what you typed");
         }
         Ok(Chosen {
@@ -231,11 +231,10 @@ impl Init {
         key_label: &str,
         ask: Ask<'_>,
     ) -> Result<Chosen, InitError> {
-        let named = profile.map(Profile::named).transpose().map_err(InitError::Device)?;
+        let named = profile.map(Profile::named).transpose().map_err(InitError::Wrong)?;
         let known = module.or_else(|| named.as_ref().and_then(Profile::library));
-        let absent = || {
-            InitError::Device("the profile's library is not installed; give its path with --module".into())
-        };
+        let absent =
+            || InitError::Wrong("the profile's library is not installed; give its path with --module".into());
         let module = std::path::absolute(known.ok_or_else(absent)?)
             .map_err(|source| InitError::System { what: "cannot find the module".into(), source })?;
         let known = named.unwrap_or_else(|| Profile::of_module(&module));
@@ -243,7 +242,7 @@ impl Init {
         let select = Box::new(select);
         let token = bare(Device::Pkcs11 { module: module.clone(), select, profile: Box::new(known.clone()) });
         let told = |message: String| {
-            InitError::Device([vec![message], known.unset(&BTreeMap::new())].concat().join("; "))
+            InitError::Wrong([vec![message], known.unset(&BTreeMap::new())].concat().join("; "))
         };
         let Survey { tokens, .. } = survey(&self.name, &token).await.map_err(told)?;
         let labels: Vec<_> = tokens.iter().map(|token| format!("{:?}", token.label)).collect();
@@ -253,12 +252,12 @@ impl Init {
                 [] => told(
                     "the module shows no initialized token; initialize one with the vendor's tool".into(),
                 ),
-                labels => InitError::Device(format!("choose one token: --label {}", labels.join(" or "))),
+                labels => InitError::Wrong(format!("choose one token: --label {}", labels.join(" or "))),
             });
         };
         if !known.made_by.is_empty() && self.key_type.is_some() {
             let message = format!("this device's keys are made with {}; leave --type out", known.made_by);
-            return Err(InitError::Answer(message));
+            return Err(InitError::Wrong(message));
         }
         let form = if known.pin.is_empty() { String::new() } else { format!(" ({})", known.pin) };
         let pin = answer(&format!("PIN of the token {:?}{form}", token.label), ask)?;
@@ -314,7 +313,7 @@ fn env<'a>(names: impl Iterator<Item = &'a String>) -> String {
 /// 128 random bits, hexadecimal.
 fn random() -> Result<Zeroizing<String>, InitError> {
     let mut bytes = Zeroizing::new([0; 16]);
-    getrandom::fill(&mut *bytes).map_err(|error| InitError::Device(format!("no randomness: {error}")))?;
+    getrandom::fill(&mut *bytes).map_err(|error| InitError::Wrong(format!("no randomness: {error}")))?;
     Ok(Zeroizing::new(hex::encode(*bytes)))
 }
 
@@ -322,7 +321,7 @@ fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> 
     let answer = ask(question)
         .map_err(|source| InitError::System { what: format!("cannot ask for the {question}"), source })?;
     if answer.is_empty() {
-        return Err(InitError::Answer(format!("no {question} was given; nothing was changed")));
+        return Err(InitError::Wrong(format!("no {question} was given; nothing was changed")));
     }
     Ok(answer)
 }
@@ -331,15 +330,15 @@ fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> 
 fn chosen(what: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
     let first = answer(what, ask)?;
     if FACTORY.contains(&first.as_str()) {
-        return Err(InitError::Answer(
+        return Err(InitError::Wrong(
             "that is what every YubiKey has when it is new; nothing was changed".into(),
         ));
     }
     if !(6..=8).contains(&first.len()) {
-        return Err(InitError::Answer(format!("a {what} has 6 to 8 characters; nothing was changed")));
+        return Err(InitError::Wrong(format!("a {what} has 6 to 8 characters; nothing was changed")));
     }
     if *answer(&format!("{what}, again"), ask)? != *first {
-        return Err(InitError::Answer(format!("the two are not the same {what}; nothing was changed")));
+        return Err(InitError::Wrong(format!("the two are not the same {what}; nothing was changed")));
     }
     Ok(first)
 }

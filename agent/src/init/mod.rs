@@ -17,7 +17,7 @@ use self::device::Chosen;
 pub use self::wish::Wish;
 use crate::algorithm::KeyType;
 use crate::config::Config;
-use crate::key_life::{Command, KeyLifeError, Output, Subject, Template};
+use crate::key_life::{Action, Command, KeyLifeError, Output, Subject, Template};
 use crate::operator::{self, OperatorError};
 use crate::secret::Pin;
 use crate::spki::SpkiDer;
@@ -65,12 +65,9 @@ pub enum InitError {
         "{0} exists already; choose another --directory, or add the key to it by hand and run `omsign-agent key generate`"
     )]
     Exists(PathBuf),
-    /// The device, or its absence.
+    /// The device, or an answer that is none.
     #[error("{0}")]
-    Device(String),
-    /// An answer that is none.
-    #[error("{0}")]
-    Answer(String),
+    Wrong(String),
     /// The file system, or the terminal.
     #[error("{what}")]
     System {
@@ -78,28 +75,6 @@ pub enum InitError {
         what: String,
         /// Why.
         source: io::Error,
-    },
-    /// The key, perhaps.
-    #[error("{error}; {config} stays, since the device may have made the key: mend it, then run `omsign-agent key generate \
-             {name} --config {config}`", config = .config.display())]
-    Begun {
-        /// The configuration.
-        config: PathBuf,
-        /// The key's name.
-        name: String,
-        /// What went wrong.
-        error: Box<OperatorError>,
-    },
-    /// The certificate request, when the key was made.
-    #[error("{error}; the key is made, and {config} names it: `omsign-agent key csr {name} --subject … --config {config}` \
-             asks for its certificate", config = .config.display())]
-    Requested {
-        /// The configuration.
-        config: PathBuf,
-        /// The key's name.
-        name: String,
-        /// What went wrong.
-        error: Box<OperatorError>,
     },
     /// The key.
     #[error(transparent)]
@@ -116,14 +91,14 @@ impl Init {
         }
         let subject = Subject { name: self.subject.clone(), alternatives: Vec::new() };
         // Before anything of the device is changed.
-        subject.check().map_err(|error| InitError::Answer(error.to_string()))?;
+        subject.check().map_err(|error| InitError::Wrong(error.to_string()))?;
         if let Some(key_type) = self.key_type.filter(|key_type| self.wish.cannot_make(*key_type)) {
-            return Err(InitError::Answer(format!(
+            return Err(InitError::Wrong(format!(
                 "such a device makes no keys of type {key_type}; use p256"
             )));
         }
         if self.wish.exists() && self.key_type.is_some() {
-            return Err(InitError::Answer("the key is there already; leave --type out".into()));
+            return Err(InitError::Wrong("the key is there already; leave --type out".into()));
         }
         let fresh = !self.directory.exists();
         fs::DirBuilder::new()
@@ -146,8 +121,9 @@ impl Init {
         );
         left.write(&config, &text)?;
         let loaded = Config::load(&config).map_err(|mistakes| {
-            InitError::Device(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+            InitError::Wrong(mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
+        let (shown, name) = (config.display(), &self.name);
         let typed = |_: &str| Pin::new(pin.as_ref()?.as_str().to_owned());
         let key_type = Some(self.key_type.unwrap_or(key_type));
         // An authorization value that init makes is too long to guess, and keys that nobody can lock stay usable.
@@ -157,7 +133,7 @@ impl Init {
             _ => None,
         };
         let template = Template { key_type, no_da, pin_policy: None, touch_policy, like: None };
-        let generate = Command::Generate { key: self.name.clone(), template };
+        let generate = Command::Key(self.name.clone(), Action::Generate(template));
         // Of one that is there already nothing stays unless it is what is meant.
         let made = if exists {
             Ok(())
@@ -175,24 +151,26 @@ impl Init {
                 ..
             })) if pin.is_some() => {
                 let how = "if the key is there already, --existing uses it";
-                return Err(InitError::Device(format!("{error}; {how}")));
+                return Err(InitError::Wrong(format!("{error}; {how}")));
             }
             // Whether a key was made only the device knows, and what opens it is here.
             Err(error) => {
                 left.files.clear();
-                return Err(InitError::Begun { config, name: self.name.clone(), error: Box::new(error) });
+                return Err(InitError::Wrong(format!(
+                    "{error}; {shown} stays, since the device may have made the key: mend it, then run `omsign-agent key \
+                     generate {name} --config {shown}`"
+                )));
             }
         }
-        let csr = Command::Csr { key: self.name.clone(), subject };
+        let csr = Command::Key(self.name.clone(), Action::Csr(subject));
         let requested = operator::alone(&loaded, &csr, say, &typed).await.map_err(|error| match error {
             OperatorError::Token { .. } | OperatorError::Log(_) => InitError::Operator(error),
             error if exists && made_by.is_empty() => InitError::Operator(error),
-            error if made_by.is_empty() => InitError::Requested {
-                config: config.clone(),
-                name: self.name.clone(),
-                error: Box::new(error),
-            },
-            error => InitError::Device(format!(
+            error if made_by.is_empty() => InitError::Wrong(format!(
+                "{error}; the key is made, and {shown} names it: `omsign-agent key csr {name} --subject … --config {shown}` \
+                 asks for its certificate"
+            )),
+            error => InitError::Wrong(format!(
                 "{error}; this device's keys are made with {made_by}, and --key-label is the label of the one to sign with"
             )),
         });

@@ -177,7 +177,9 @@ impl Attestation {
                     Some(format!("serial {serial}"))
                 }
                 ("1.3.6.1.4.1.41482.3.8", [pin, touch]) => {
-                    Some(format!("PIN policy {}, touch policy {}", policy(*pin), touch_policy(*touch)))
+                    let pin = policy(*pin, ["never", "once", "always"]);
+                    let touch = policy(*touch, ["never", "always", "cached"]);
+                    Some(format!("PIN policy {pin}, touch policy {touch}"))
                 }
                 _ => None,
             });
@@ -315,20 +317,8 @@ fn may_certify(certificate: &X509, by_yubico: bool) -> bool {
     }
 }
 
-fn policy(number: u8) -> String {
-    match number {
-        1 => "never".to_owned(),
-        2 => "once".to_owned(),
-        3 => "always".to_owned(),
-        other => other.to_string(),
-    }
-}
-
-fn touch_policy(number: u8) -> String {
-    match number {
-        1 => "never".to_owned(),
-        2 => "always".to_owned(),
-        3 => "cached".to_owned(),
-        other => other.to_string(),
-    }
+/// What a number stands for, from 1 on.
+fn policy(number: u8, names: [&str; 3]) -> String {
+    let name = usize::from(number).checked_sub(1).and_then(|index| names.get(index).copied());
+    name.map_or_else(|| number.to_string(), str::to_owned)
 }

@@ -3,9 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use der::asn1::{Any, BitString, Ia5String, ObjectIdentifier};
-use der::pem::LineEnding;
+use der::pem::{LineEnding, PemLabel as _};
 use der::referenced::OwnedToRef as _;
-use der::{Decode as _, Encode as _, EncodePem as _, Sequence};
+use der::{Decode as _, Encode as _, Sequence};
 use serde::{Deserialize, Serialize};
 use x509_cert::Certificate;
 use x509_cert::attr::Attributes;
@@ -63,30 +63,65 @@ pub enum CertificateError {
     Der(#[from] der::Error),
 }
 
-/// A request before it is signed.
-pub(super) struct Request {
-    info: CertReqInfo,
+/// A request or certificate that only lacks its signature (RFC 2986, 4.2; RFC 5280, 4.1: both have the same form).
+pub(super) struct Unsigned {
+    label: &'static str,
+    pub(super) message: Vec<u8>,
     algorithm: AlgorithmIdentifierOwned,
 }
 
-impl Request {
-    pub(super) fn new(public: &PublicKey, subject: &Subject) -> Result<Self, CertificateError> {
+impl Unsigned {
+    pub(super) fn request(public: &PublicKey, subject: &Subject) -> Result<Self, CertificateError> {
         let name = subject.name()?;
         let mut attributes = Attributes::new();
         attributes.insert(ExtensionReq(subject.extensions(&name)?).try_into()?)?;
         let public_key = SubjectPublicKeyInfoOwned::from_der(&public.spki.0)?;
         let info = CertReqInfo { version: Version::V1, subject: name, public_key, attributes };
-        Ok(Self { info, algorithm: signature_algorithm(public.algorithm)? })
+        let algorithm = signature_algorithm(public.algorithm)?;
+        Ok(Self { label: CertReq::PEM_LABEL, message: info.to_der()?, algorithm })
     }
 
-    pub(super) fn message(&self) -> Result<Vec<u8>, CertificateError> {
-        Ok(self.info.to_der()?)
+    /// By the key about itself.
+    pub(super) fn certificate(
+        public: &PublicKey,
+        subject: &Subject,
+        days: u32,
+    ) -> Result<Self, CertificateError> {
+        let failed = |error: &dyn std::fmt::Display| CertificateError::Failed(error.to_string());
+        let name = subject.name()?;
+        // 64 random bits and more (CA/Browser Forum Baseline Requirements, 7.1), positive.
+        let mut serial = [0; 16];
+        getrandom::fill(&mut serial).map_err(|error| failed(&error))?;
+        if let Some(first) = serial.first_mut() {
+            *first = *first & 0x7f | 0x40;
+        }
+        let end = SystemTime::now() + Duration::from_secs(u64::from(days) * 86_400);
+        let public_key = SubjectPublicKeyInfoOwned::from_der(&public.spki.0)?;
+        let mut extensions = subject.extensions(&name)?;
+        extensions.push(BasicConstraints { ca: false, path_len_constraint: None }.to_extension(&name, &[])?);
+        let identifier = SubjectKeyIdentifier::try_from(public_key.owned_to_ref())?;
+        extensions.push(identifier.to_extension(&name, &[])?);
+        let algorithm = signature_algorithm(public.algorithm)?;
+        let inside = ToBeSigned {
+            version: x509_cert::Version::V3,
+            serial_number: SerialNumber::new(&serial)?,
+            signature: algorithm.clone(),
+            issuer: name.clone(),
+            validity: Validity::new(SystemTime::now().try_into()?, end.try_into()?),
+            subject: name,
+            public_key,
+            extensions,
+        };
+        Ok(Self { label: Certificate::PEM_LABEL, message: inside.to_der()?, algorithm })
     }
 
+    /// PEM.
     pub(super) fn signed(self, signature: &[u8]) -> Result<String, CertificateError> {
-        let signature = BitString::from_bytes(signature)?;
-        let request = CertReq { info: self.info, algorithm: self.algorithm, signature };
-        Ok(request.to_pem(LineEnding::LF)?)
+        let mut inside = self.message;
+        inside.extend(self.algorithm.to_der()?);
+        inside.extend(BitString::from_bytes(signature)?.to_der()?);
+        let der = Any::new(der::Tag::Sequence, inside)?.to_der()?;
+        Ok(der::pem::encode_string(self.label, LineEnding::LF, &der).map_err(der::Error::from)?)
     }
 }
 
@@ -103,51 +138,6 @@ struct ToBeSigned {
     public_key: SubjectPublicKeyInfoOwned,
     #[asn1(context_specific = "3", tag_mode = "EXPLICIT")]
     extensions: Extensions,
-}
-
-/// A certificate before it is signed by its own key.
-pub(super) struct SelfSigned(ToBeSigned);
-
-impl SelfSigned {
-    pub(super) fn new(public: &PublicKey, subject: &Subject, days: u32) -> Result<Self, CertificateError> {
-        let failed = |error: &dyn std::fmt::Display| CertificateError::Failed(error.to_string());
-        let name = subject.name()?;
-        // 64 random bits and more (CA/Browser Forum Baseline Requirements, 7.1), positive.
-        let mut serial = [0; 16];
-        getrandom::fill(&mut serial).map_err(|error| failed(&error))?;
-        if let Some(first) = serial.first_mut() {
-            *first = *first & 0x7f | 0x40;
-        }
-        let end = SystemTime::now() + Duration::from_secs(u64::from(days) * 86_400);
-        let public_key = SubjectPublicKeyInfoOwned::from_der(&public.spki.0)?;
-        let mut extensions = subject.extensions(&name)?;
-        extensions.push(BasicConstraints { ca: false, path_len_constraint: None }.to_extension(&name, &[])?);
-        let identifier = SubjectKeyIdentifier::try_from(public_key.owned_to_ref())?;
-        extensions.push(identifier.to_extension(&name, &[])?);
-        Ok(Self(ToBeSigned {
-            version: x509_cert::Version::V3,
-            serial_number: SerialNumber::new(&serial)?,
-            signature: signature_algorithm(public.algorithm)?,
-            issuer: name.clone(),
-            validity: Validity::new(SystemTime::now().try_into()?, end.try_into()?),
-            subject: name,
-            public_key,
-            extensions,
-        }))
-    }
-
-    pub(super) fn message(&self) -> Result<Vec<u8>, CertificateError> {
-        Ok(self.0.to_der()?)
-    }
-
-    pub(super) fn signed(self, signature: &[u8]) -> Result<String, CertificateError> {
-        let mut inside = self.0.to_der()?;
-        inside.extend(self.0.signature.to_der()?);
-        inside.extend(BitString::from_bytes(signature)?.to_der()?);
-        let der = Any::new(der::Tag::Sequence, inside)?.to_der()?;
-        // What this file cannot read, nobody can.
-        Ok(Certificate::from_der(&der)?.to_pem(LineEnding::LF)?)
-    }
 }
 
 impl Subject {

@@ -13,68 +13,35 @@ pub const NEXT: &str = "/next";
 /// And so are those whose place a key took, where keys are listed.
 pub const PREVIOUS: &str = "/previous";
 
-/// What an operator asks for. Names are those of the configuration, with [`NEXT`] for a key's `next`: nothing else
-/// can be reached.
+/// What an operator asks for.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// Every key on a token, or on all.
-    List {
-        /// Name of the token.
-        token: Option<String>,
-    },
-    /// Makes a key on the first of its tokens.
-    Generate {
-        /// Name of the key.
-        key: String,
-        /// What kind.
-        template: Template,
-    },
-    /// The public half, which has to be the same on all of its tokens.
-    Public {
-        /// Name of the key.
-        key: String,
-        /// What for.
-        need: Need,
-    },
-    /// A certificate request (PKCS#10, RFC 2986), signed by the key.
-    Csr {
-        /// Name of the key.
-        key: String,
-        /// Whose certificate it will be.
-        subject: Subject,
-    },
-    /// A certificate by the key about itself.
-    SelfSign {
-        /// Name of the key.
-        key: String,
-        /// Whose certificate it is.
-        subject: Subject,
-        /// How long it is valid.
-        days: u32,
-    },
-    /// Keeps the key's certificate beside it on the device.
-    ImportCertificate {
-        /// Name of the key.
-        key: String,
-        /// PEM.
-        certificate: String,
-    },
-    /// Proof of how the key came to be.
-    Attest {
-        /// Name of the key.
-        key: String,
-        /// From whoever wants to know.
-        asking: Asking,
-    },
+    /// Every key on a token of this name, or on all.
+    List(Option<String>),
+    /// Something with a key, by its name in the configuration, with [`NEXT`] for its `next`: nothing else can be reached.
+    Key(String, Action),
     /// Has an agent read its configuration anew; without one there is nothing to do.
     Reload,
-    /// Deletes a key and what belongs to it.
-    Delete {
-        /// Name of the key.
-        key: String,
-        /// Its public half as it was confirmed: SubjectPublicKeyInfo, PEM. Names may come to mean other keys.
-        public: String,
-    },
+}
+
+/// What to do with a key.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Action {
+    /// Makes it on the first of its tokens.
+    Generate(Template),
+    /// Its public half, which has to be the same on all of its tokens.
+    Public(Need),
+    /// A certificate request (PKCS#10, RFC 2986), signed by the key.
+    Csr(Subject),
+    /// A certificate by the key about itself, valid for so many days.
+    SelfSign(Subject, u32),
+    /// Keeps its certificate, PEM, beside it on the device.
+    ImportCertificate(String),
+    /// Proof of how it came to be.
+    Attest(Asking),
+    /// Deletes it and what belongs to it, if this is its public half as it was confirmed: SubjectPublicKeyInfo, PEM.
+    /// Names may come to mean other keys.
+    Delete(String),
 }
 
 /// What an operator gets.
@@ -111,41 +78,37 @@ pub struct Named {
 impl Command {
     /// The tokens that it is about.
     pub fn tokens<'a>(&'a self, config: &'a Config) -> Vec<&'a str> {
-        let key = match self {
-            Self::List { token: Some(token) } => return vec![token],
-            Self::List { token: None } => return config.tokens.keys().map(String::as_str).collect(),
+        let (key, action) = match self {
+            Self::List(Some(token)) => return vec![token],
+            Self::List(None) => return config.tokens.keys().map(String::as_str).collect(),
             Self::Reload => return Vec::new(),
-            Self::Generate { key, .. }
-            | Self::Public { key, .. }
-            | Self::Csr { key, .. }
-            | Self::SelfSign { key, .. }
-            | Self::ImportCertificate { key, .. }
-            | Self::Attest { key, .. }
-            | Self::Delete { key, .. } => key,
+            Self::Key(key, action) => (key, action),
         };
         let found = config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
         let tokens = found.map(|key| key.tokens.as_slice()).unwrap_or_default();
         let everywhere =
-            matches!(self, Self::Delete { .. } | Self::Public { .. } | Self::ImportCertificate { .. });
+            matches!(action, Action::Delete(_) | Action::Public(_) | Action::ImportCertificate(_));
         let all = if everywhere { tokens.len() } else { 1 };
         tokens.iter().take(all).map(String::as_str).collect()
     }
+}
 
-    /// What the record calls it, and the key; none where nothing is recorded.
-    pub(super) fn recorded(&self) -> Option<(&'static str, &str)> {
-        match self {
-            Self::List { .. } | Self::Public { .. } | Self::Reload => None,
-            Self::Generate { key, .. } => Some(("generate", key)),
-            Self::Csr { key, .. } => Some(("csr", key)),
-            Self::SelfSign { key, .. } => Some(("self-sign", key)),
-            Self::ImportCertificate { key, .. } => Some(("import-certificate", key)),
-            Self::Attest { key, .. } => Some(("attest", key)),
-            Self::Delete { key, .. } => Some(("delete", key)),
-        }
+impl Action {
+    /// What the record calls it; none where nothing is recorded.
+    pub(super) fn recorded(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Public(_) => return None,
+            Self::Generate(_) => "generate",
+            Self::Csr(_) => "csr",
+            Self::SelfSign(..) => "self-sign",
+            Self::ImportCertificate(_) => "import-certificate",
+            Self::Attest(_) => "attest",
+            Self::Delete(_) => "delete",
+        })
     }
 
     /// Whether it changes what is on the device: then the log has to work before it is begun.
     pub(super) fn changes(&self) -> bool {
-        matches!(self, Self::Generate { .. } | Self::ImportCertificate { .. } | Self::Delete { .. })
+        matches!(self, Self::Generate(_) | Self::ImportCertificate(_) | Self::Delete(_))
     }
 }

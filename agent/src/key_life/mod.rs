@@ -18,7 +18,8 @@ use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
 use self::attestation::Attestation;
 pub use self::certificate::Subject;
-pub use self::command::{Command, NEXT, Named, Output, PREVIOUS, TokenKeys};
+use self::certificate::Unsigned;
+pub use self::command::{Action, Command, NEXT, Named, Output, PREVIOUS, TokenKeys};
 use crate::audit::{Audit, AuditError, Entry};
 use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Need, Template, TouchPolicy};
@@ -118,94 +119,58 @@ struct Place<'a> {
 impl Operator<'_> {
     /// Does it, and records it before anything is released. `say` is told what a person has to do meanwhile.
     pub async fn run(&self, command: &Command, say: Say<'_>) -> Result<Output, KeyLifeError> {
-        let recorded = command.recorded();
-        if let Some((action, key)) = recorded.filter(|_| command.changes()) {
-            self.record(action, key, "begun", "").await?;
+        let (key, action) = match command {
+            Command::List(token) => return self.list(token.as_deref(), say).await.map(Output::Listed),
+            Command::Reload => return Ok(Output::Done),
+            Command::Key(key, action) => (key, action),
+        };
+        let recorded = action.recorded();
+        if let Some(name) = recorded.filter(|_| action.changes()) {
+            self.record(name, key, "begun", "").await?;
         }
-        let done = self.carry_out(command, say).await;
-        if let Some((action, key)) = recorded {
+        let done = self.carry_out(key, action, say).await;
+        if let Some(name) = recorded {
             let reason = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
             let outcome = if reason.is_empty() { "done" } else { "failed" };
-            self.record(action, key, outcome, &reason).await?;
+            self.record(name, key, outcome, &reason).await?;
         }
         done
     }
 
-    async fn carry_out(&self, command: &Command, say: Say<'_>) -> Result<Output, KeyLifeError> {
-        match command {
-            Command::List { token } => self.list(token.as_deref(), say).await.map(Output::Listed),
-            Command::Generate { key, template } => {
-                let place = self.place(key)?;
-                let tokens = self.config.keys.get(key).map(|key| key.tokens.as_slice()).unwrap_or_default();
-                let others = tokens.get(1..).unwrap_or_default().join(" and ");
-                let device = self.config.tokens.get(&place.token.name).map(|token| &token.device);
-                if !others.is_empty() && !matches!(device, Some(Device::Pkcs11 { .. })) {
-                    let why = format!("a key that is made here can never be on {others}, too");
-                    return Err(place.failed(TokenError::Refused(why)));
-                }
-                // What a new key is to be like is not the operator's to say: it would be read.
-                let mut template = Template { like: None, ..template.clone() };
-                if let Some(present) = key.strip_suffix(NEXT) {
-                    let present = self.place(present)?;
-                    if template.key_type.is_none() {
-                        let find = Task::Find(present.spec.clone(), Need::Shown);
-                        template.key_type = present.public(find, say).await?.spki.key_type();
-                    }
-                    template.like = Some(present.spec.object);
-                }
-                let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
-                if !others.is_empty() {
-                    say(&format!(
-                        "it is on {} alone: bring it to {others} with the vendor's tools, or they never sign with it",
-                        place.token.name
-                    ));
-                }
-                // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
-                // time.
-                if !key.ends_with(NEXT) && !place.token.look_again(false).await {
-                    say(&format!(
-                        "it signs once the PIN was typed again: {}",
-                        how_to_unlock(&place.token.name)
-                    ));
-                }
-                Ok(Output::Pem(pem(&made.spki)?))
+    async fn carry_out(&self, key: &str, action: &Action, say: Say<'_>) -> Result<Output, KeyLifeError> {
+        let place = self.place(key)?;
+        match action {
+            // What it is to be like is not the operator's to say: it would be read.
+            Action::Generate(template) => {
+                self.generate(&place, Template { like: None, ..template.clone() }, say).await
             }
-            Command::Public { key, .. } => {
-                let (_, public) = self.everywhere(command, key, say).await?;
+            Action::Public(need) => {
+                let (_, public) = self.everywhere(key, *need, say).await?;
                 Ok(Output::Pem(pem(&public.spki)?))
             }
-            Command::Csr { key, subject } => {
-                let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
-                let unsigned = certificate::Request::new(&public, subject)?;
-                let signature = place.sign(unsigned.message()?, say).await?;
-                Ok(Output::Pem(unsigned.signed(&signature)?))
+            Action::Csr(subject) => {
+                place.signed(Unsigned::request(&place.found(say).await?, subject)?, say).await
             }
-            Command::SelfSign { key, subject, days } => {
-                let place = self.place(key)?;
-                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
-                let unsigned = certificate::SelfSigned::new(&public, subject, *days)?;
-                let signature = place.sign(unsigned.message()?, say).await?;
-                Ok(Output::Pem(unsigned.signed(&signature)?))
+            Action::SelfSign(subject, days) => {
+                place.signed(Unsigned::certificate(&place.found(say).await?, subject, *days)?, say).await
             }
-            Command::ImportCertificate { key, certificate } => {
-                let (places, public) = self.everywhere(command, key, say).await?;
+            Action::ImportCertificate(certificate) => {
+                let (places, public) = self.everywhere(key, Need::Signs, say).await?;
                 let certificate = certificate::of(&public.spki, certificate)?;
                 for place in &places {
                     place.ask(Task::Store(place.spec.clone(), certificate.clone()), say).await?;
                 }
                 Ok(Output::Done)
             }
-            Command::Attest { key, asking } => {
-                let place = self.place(key)?;
-                let device = self.config.tokens.get(&place.token.name).map(|token| &token.device);
-                if asking.challenge.is_some() && !matches!(device, Some(Device::Tpm(_))) {
+            Action::Attest(asking) => {
+                let is_tpm = matches!(self.device(&place), Some(Device::Tpm(_)));
+                if asking.challenge.is_some() && !is_tpm {
                     return Err(place.failed(TokenError::Refused("only a TPM answers a challenge".into())));
                 }
-                if !asking.nonce.is_empty() && !matches!(device, Some(Device::Tpm(_))) {
+                if !asking.nonce.is_empty() && !is_tpm {
                     return Err(place.failed(TokenError::Refused("only a TPM attests with a nonce".into())));
                 }
-                let public = place.public(Task::Find(place.spec.clone(), Need::Signs), say).await?;
+                let public = place.found(say).await?;
                 match place.ask(Task::Attest(place.spec.clone(), asking.clone()), say).await? {
                     Done::Attested(evidence) => {
                         Ok(Output::Attested(Box::new(Attestation::new(key, &public, evidence))))
@@ -213,19 +178,18 @@ impl Operator<'_> {
                     _ => Err(place.failed(surprise())),
                 }
             }
-            Command::Reload => Ok(Output::Done),
-            Command::Delete { key, public } => {
-                let (places, found) = self.everywhere(command, key, say).await?;
+            Action::Delete(public) => {
+                let (places, found) = self.everywhere(key, Need::Shown, say).await?;
                 if pem(&found.spki)? != *public {
                     let why = "it holds another key than was confirmed";
-                    return Err(self.place(key)?.failed(TokenError::Refused(why.into())));
+                    return Err(place.failed(TokenError::Refused(why.into())));
                 }
                 let mut gone: Vec<&str> = Vec::new();
                 for place in &places {
                     let delete = Task::Delete(place.spec.clone(), found.spki.clone());
                     match ask(place.token, delete, say).await {
                         Err(error) if !gone.is_empty() => {
-                            let (key, token) = (key.clone(), place.token.name.clone());
+                            let (key, token) = (key.to_owned(), place.token.name.clone());
                             let gone = gone.join(" and ");
                             return Err(KeyLifeError::Undeleted { key, token, error, gone });
                         }
@@ -238,6 +202,49 @@ impl Operator<'_> {
                 Ok(Output::Done)
             }
         }
+    }
+
+    async fn generate(
+        &self,
+        place: &Place<'_>,
+        mut template: Template,
+        say: Say<'_>,
+    ) -> Result<Output, KeyLifeError> {
+        let (key, token) = (place.name, &place.token.name);
+        let others = self.tokens_of(key).get(1..).unwrap_or_default().join(" and ");
+        if !others.is_empty() && !matches!(self.device(place), Some(Device::Pkcs11 { .. })) {
+            let why = format!("a key that is made here can never be on {others}, too");
+            return Err(place.failed(TokenError::Refused(why)));
+        }
+        if let Some(present) = key.strip_suffix(NEXT) {
+            let present = self.place(present)?;
+            if template.key_type.is_none() {
+                let find = Task::Find(present.spec.clone(), Need::Shown);
+                template.key_type = present.public(find, say).await?.spki.key_type();
+            }
+            template.like = Some(present.spec.object);
+        }
+        let made = place.public(Task::Generate(place.spec.clone(), template), say).await?;
+        if !others.is_empty() {
+            say(&format!(
+                "it is on {token} alone: bring it to {others} with the vendor's tools, or they never sign with it"
+            ));
+        }
+        // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
+        // time.
+        if !key.ends_with(NEXT) && !place.token.look_again(false).await {
+            say(&format!("it signs once the PIN was typed again: {}", how_to_unlock(token)));
+        }
+        Ok(Output::Pem(pem(&made.spki)?))
+    }
+
+    fn device(&self, place: &Place<'_>) -> Option<&Device> {
+        self.config.tokens.get(&place.token.name).map(|token| &token.device)
+    }
+
+    fn tokens_of(&self, key: &str) -> &[String] {
+        let found = self.config.keys.get(key.strip_suffix(NEXT).unwrap_or(key));
+        found.map(|key| key.tokens.as_slice()).unwrap_or_default()
     }
 
     async fn list(&self, only: Option<&str>, say: Say<'_>) -> Result<Vec<TokenKeys>, KeyLifeError> {
@@ -300,23 +307,18 @@ impl Operator<'_> {
         Ok(Place { name, token, spec })
     }
 
-    /// A key on each of the command's tokens: all of them are there, with the same key, before anything is done to one.
+    /// A key on each of its tokens: all of them are there, with the same key, before anything is done to one.
     async fn everywhere<'b>(
         &'b self,
-        command: &Command,
         key: &'b str,
+        need: Need,
         say: Say<'_>,
     ) -> Result<(Vec<Place<'b>>, PublicKey), KeyLifeError> {
-        let need = match command {
-            Command::Public { need, .. } => *need,
-            Command::Delete { .. } => Need::Shown,
-            _ => Need::Signs,
-        };
         let find = |place: &Place<'_>| Task::Find(place.spec.clone(), need);
         let first = self.place(key)?;
         let public = first.public(find(&first), say).await?;
         let mut places = vec![first];
-        for token in command.tokens(self.config).into_iter().skip(1) {
+        for token in self.tokens_of(key).iter().skip(1) {
             let other = self.place_on(key, Some(token))?;
             if other.public(find(&other), say).await?.spki != public.spki {
                 let why = "it holds another key than the others";
@@ -356,9 +358,14 @@ impl Place<'_> {
         }
     }
 
-    async fn sign(&self, message: Vec<u8>, say: Say<'_>) -> Result<Vec<u8>, KeyLifeError> {
-        match self.ask(Task::Sign(self.spec.clone(), message), say).await? {
-            Done::Signature(signature) => Ok(signature),
+    /// As it signs.
+    async fn found(&self, say: Say<'_>) -> Result<PublicKey, KeyLifeError> {
+        self.public(Task::Find(self.spec.clone(), Need::Signs), say).await
+    }
+
+    async fn signed(&self, unsigned: Unsigned, say: Say<'_>) -> Result<Output, KeyLifeError> {
+        match self.ask(Task::Sign(self.spec.clone(), unsigned.message.clone()), say).await? {
+            Done::Signature(signature) => Ok(Output::Pem(unsigned.signed(&signature)?)),
             _ => Err(self.failed(surprise())),
         }
     }

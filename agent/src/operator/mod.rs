@@ -131,9 +131,9 @@ pub(crate) async fn serve(socket: UnixListener, agent: Arc<Agent>, reload: mpsc:
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let (agent, reload, taken) = (Arc::clone(&agent), reload.clone(), Arc::clone(&places.taken));
+        let (agent, reload, places) = (Arc::clone(&agent), reload.clone(), Arc::clone(&places));
         tokio::spawn(async move {
-            let Some((identity, _place)) = met(&stream, place, &taken).await else { return };
+            let Some((identity, _place)) = met(&stream, place, &places).await else { return };
             if let Err(error) = meet(stream, identity, &agent, reload).await {
                 tracing::warn!(%error, "an operator's connection ended early");
             }
@@ -312,7 +312,7 @@ pub async fn alone(
     let operator = Operator { config, tokens: &tokens, audit: &audit, identity: &identity, rule };
     let done = match failed {
         // A list says itself what is with each token.
-        Some(error) if !matches!(command, Command::List { .. }) => Err(error),
+        Some(error) if !matches!(command, Command::List(_)) => Err(error),
         _ => operator.run(command, say).await.map_err(OperatorError::from),
     };
     for token in tokens.values() {
@@ -348,7 +348,7 @@ async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), Op
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
     match timeout(OPEN, token.settled()).await {
-        Ok(State::Ready) => Ok(()),
+        Ok(State::Ready(_)) => Ok(()),
         Ok(State::Locked(reason) | State::Down(reason)) => Err(failed(reason)),
         Ok(State::Starting) | Err(_) => Err(failed("it does not open".into())),
     }

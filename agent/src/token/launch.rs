@@ -65,17 +65,10 @@ pub(super) async fn launch(
 
 /// Has a process of its own look at a module without logging in.
 pub(crate) async fn survey(name: &str, token: &config::Token) -> Result<Survey, String> {
-    let spec = OpenSpec {
-        token: token.clone(),
-        keys: Vec::new(),
-        by_operator: false,
-        unanswered: false,
-        purpose: Purpose::Survey,
-    };
-    match start(name, &spec, None, None, &AtomicBool::default(), never()).await {
-        Ok((_, _, Opening::Surveyed(survey))) => Ok(survey),
-        Ok((_, _, Opening::Failed(failure))) | Err(failure) => Err(failure.message),
+    match once(name, token, None, None, Purpose::Survey).await {
+        Ok(Opening::Surveyed(survey)) => Ok(survey),
         Ok(_) => Err("its process did what was not asked".into()),
+        Err(failure) => Err(failure.message),
     }
 }
 
@@ -86,33 +79,29 @@ pub(crate) async fn prepare(
     pin: Option<Pin>,
     fresh: Fresh,
 ) -> Result<(), String> {
-    give(name, token, pin, fresh, Purpose::Prepare).await.map_err(|failure| failure.message)
+    let prepared = once(name, token, pin, Some(fresh), Purpose::Prepare).await;
+    prepared.map(drop).map_err(|failure| failure.message)
 }
 
 /// Has a process of its own set a PIN anew.
 pub(crate) async fn unblock(name: &str, token: &config::Token, fresh: Fresh) -> Result<(), TokenError> {
-    Ok(give(name, token, None, fresh, Purpose::Unblock).await?)
+    Ok(once(name, token, None, Some(fresh), Purpose::Unblock).await.map(drop)?)
 }
 
-async fn give(
+/// In a process that does this one thing, and that nobody stops.
+async fn once(
     name: &str,
     token: &config::Token,
     pin: Option<Pin>,
-    fresh: Fresh,
+    fresh: Option<Fresh>,
     purpose: Purpose,
-) -> Result<(), Failure> {
-    let spec =
-        OpenSpec { token: token.clone(), keys: Vec::new(), by_operator: true, unanswered: false, purpose };
-    match start(name, &spec, pin, Some(fresh), &AtomicBool::default(), never()).await? {
-        (_, _, Opening::Prepared) => Ok(()),
+) -> Result<Opening, Failure> {
+    let (token, never) = (token.clone(), watch::channel(false).1);
+    let spec = OpenSpec { token, keys: Vec::new(), by_operator: true, unanswered: false, purpose };
+    match start(name, &spec, pin, fresh, &AtomicBool::default(), never).await? {
         (_, _, Opening::Failed(failure)) => Err(failure),
-        _ => Err(gone("its process did what was not asked".into())),
+        (_, _, done) => Ok(done),
     }
-}
-
-/// Nobody stops it.
-fn never() -> watch::Receiver<bool> {
-    watch::channel(false).1
 }
 
 /// `logging_in` says afterwards whether a PIN was on its way. Told to stop, it waits for no more than what became of one.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::TokenError;
 use super::touch::TouchCommand;
 use crate::config;
-use crate::host::wire::{Answer, Asked, Failure, Opened, Request};
+use crate::host::wire::{Answer, Asked, Class, Failure, Opened, Request, Said};
 use crate::identity::Caller;
 use crate::replay::{Step, Tell};
 
@@ -31,7 +31,7 @@ const TOUCH: Duration = Duration::from_secs(16);
 type Outcome = Result<Vec<u8>, Failure>;
 
 /// The line to a token's process.
-pub(super) struct Host {
+pub struct Host {
     pub(super) opened: Opened,
     /// Requests that may be with the process at once. Closed when the process is being replaced.
     pub(super) window: Arc<Semaphore>,
@@ -253,40 +253,50 @@ impl Host {
         self.pending().last_answer.is_some()
     }
 
-    pub(super) fn answered(&self, answer: Answer) {
-        let mut pending = self.pending();
-        if let Some(now) = answer.login {
-            pending.logging_in = now;
-            return;
+    /// Takes in what the process said. Returns why, where it was a PIN that was refused.
+    pub(super) fn answered(&self, Answer { id, said, took_us }: Answer) -> Option<String> {
+        let (mut pending, now) = (self.pending(), Instant::now());
+        if !matches!(said, Some(Said::LogsIn(_))) {
+            pending.last_answer = Some(now);
         }
-        pending.last_answer = Some(Instant::now());
-        if answer.task_s > 0 {
-            pending.allow(answer.id, Duration::from_secs(answer.task_s.into()));
-            return;
-        }
-        if !answer.touch.is_empty() {
-            // A person gets the time that the device gives them, before anybody calls it a hang.
-            pending.allow(answer.id, TOUCH);
-            if let Some(waiting) = pending.waiting.get(&answer.id).filter(|waiting| !waiting.done.is_closed())
-            {
-                tell_touch(&waiting.tell, &answer.touch);
+        let outcome = match said? {
+            Said::LogsIn(begins) => {
+                pending.logging_in = begins;
+                return None;
             }
-            self.touch_command.run(answer.touch);
-            return;
-        }
+            Said::Begun(may_take_s) => {
+                pending.allow(id, Duration::from_secs(may_take_s.into()));
+                return None;
+            }
+            Said::Touch(message) => {
+                // A person gets the time that the device gives them, before anybody calls it a hang.
+                pending.allow(id, TOUCH);
+                if let Some(waiting) = pending.waiting.get(&id).filter(|waiting| !waiting.done.is_closed()) {
+                    tell_touch(&waiting.tell, &message);
+                }
+                self.touch_command.run(message);
+                return None;
+            }
+            Said::Done(result) => Ok(result),
+            Said::Failed(failure) => Err(match serde_json::from_str::<Failure>(&failure) {
+                Ok(failure) => failure.bounded(),
+                Err(error) => Failure { class: Class::Gone, message: error.to_string() },
+            }),
+        };
+        let locked = outcome.as_ref().err().filter(|failure| failure.class == Class::Locked);
+        let locked = locked.map(|failure| failure.message.clone());
         // They were taken from the line before this one was.
-        let (id, now) = (answer.id, Instant::now());
         for (_, earlier) in pending.waiting.range_mut(..id) {
             earlier.begun.get_or_insert(now);
         }
         // Smoothed: one answer in many takes long only because the machine was busy.
-        pending.took = (pending.took * 7 + Duration::from_micros(answer.took_us)) / 8;
+        pending.took = (pending.took * 7 + Duration::from_micros(took_us)) / 8;
         let target = self.opened.sessions * ahead(pending.took);
         if pending.window < target {
             self.window.add_permits(target - pending.window);
             pending.window = target;
         }
-        let Some(Waiting { done, held: Held { turn, .. }, .. }) = pending.take(answer.id) else { return };
+        let Some(Waiting { done, held: Held { turn, .. }, .. }) = pending.take(id) else { return locked };
         if pending.window > target {
             // Nobody gets this turn: under load there is always somebody who waits for one.
             turn.forget();
@@ -294,7 +304,8 @@ impl Host {
         }
         drop(pending);
         // The caller may have given up at its deadline.
-        let _ = done.send(Ok(answer.outcome()));
+        let _ = done.send(Ok(outcome));
+        locked
     }
 
     /// Whether an operation takes longer than `limit`: one that is known to have begun so long ago, or, as one is

@@ -23,7 +23,6 @@ pub use self::error::TokenError;
 pub(crate) use self::launch::{prepare, survey, unblock};
 use self::line::Queue;
 pub use self::state::State;
-use self::state::Status;
 use crate::config;
 use crate::host::wire::{Fresh, KeySpec, Opened};
 use crate::public_key::PublicKey;
@@ -57,7 +56,7 @@ pub struct Token {
     config: config::Token,
     /// What its keys are, in the order of the wire's index.
     keys: Vec<KeySpec>,
-    state: watch::Sender<Status>,
+    state: watch::Sender<State>,
     /// How the device answered when it was last open. Kept while it is away.
     last_opened: watch::Sender<Option<Opened>>,
     commands: mpsc::Sender<Command>,
@@ -89,7 +88,7 @@ impl Token {
             name: name.to_owned(),
             config,
             keys,
-            state: watch::Sender::new(Status::Starting),
+            state: watch::Sender::new(State::Starting),
             last_opened: watch::Sender::new(None),
             commands,
             tasks: Semaphore::new(1),
@@ -180,7 +179,7 @@ impl Token {
 
     /// Whether its device is at something that takes its time.
     fn takes_time(&self) -> bool {
-        matches!(&*self.state.borrow(), Status::Ready(host) if host.takes_time())
+        matches!(&*self.state.borrow(), State::Ready(host) if host.takes_time())
     }
 
     /// Why the configured PIN is not offered again, if that was refused.
@@ -215,19 +214,19 @@ impl Token {
             let _ = stopped.await;
         }
         self.over.store(true, Ordering::Relaxed);
-        self.state.send_replace(Status::Down("it was closed".into()));
+        self.state.send_replace(State::Down("it was closed".into()));
     }
 
     /// What it is doing.
     pub fn state(&self) -> State {
-        State::from(&*self.state.borrow())
+        self.state.borrow().clone()
     }
 
     /// What it is doing, once it does not start any more.
     pub async fn settled(&self) -> State {
         let mut changes = self.state.subscribe();
-        let settled = changes.wait_for(|status| !matches!(status, Status::Starting)).await;
-        settled.map_or_else(|_| State::Down("the agent is stopping".into()), |status| State::from(&*status))
+        let settled = changes.wait_for(|status| !matches!(status, State::Starting)).await;
+        settled.map_or_else(|_| State::Down("the agent is stopping".into()), |state| state.clone())
     }
 
     /// Waits until what it is doing changes.
@@ -261,7 +260,7 @@ impl Token {
     pub(crate) fn busy(&self) -> Duration {
         let waiting = u32::try_from(self.waiting.all()).unwrap_or(u32::MAX);
         match &*self.state.borrow() {
-            Status::Ready(host) => host.takes().saturating_mul(waiting),
+            State::Ready(host) => host.takes().saturating_mul(waiting),
             _ => Duration::ZERO,
         }
     }
@@ -269,6 +268,11 @@ impl Token {
     /// Whether other programs may hold it, and it tells how many tries of its PIN are left.
     fn is_card(&self) -> bool {
         matches!(self.config.device, config::Device::Piv { .. })
+    }
+
+    /// Whether the agent does not start without it.
+    pub(crate) fn is_required(&self) -> bool {
+        self.config.required
     }
 
     /// Whether it waits for a PIN that only a person can give.

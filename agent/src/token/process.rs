@@ -84,9 +84,7 @@ impl Process {
             loop {
                 let frame = wire::read_async(&mut reader).await?;
                 let answer: Answer = wire::decode(&frame)?;
-                let refused = answer.locks().then(|| answer.message.clone());
-                host.answered(answer);
-                if let Some(reason) = refused {
+                if let Some(reason) = host.answered(answer) {
                     return io::Result::Ok(reason);
                 }
             }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::line::{Held, Host, Place};
-use super::state::Status;
+use super::state::State;
 use super::{Signed, Token, TokenError};
 use crate::algorithm::Content;
 use crate::host::task::{Done, Need, Task};
@@ -149,24 +149,24 @@ impl Token {
 
     /// The host, once it is ready.
     async fn ready(&self, deadline: Instant) -> Result<Arc<Host>, TokenError> {
-        if let Status::Ready(host) = &*self.state.borrow() {
+        if let State::Ready(host) = &*self.state.borrow() {
             return Ok(Arc::clone(host));
         }
         let mut changes = self.state.subscribe();
-        let settled = changes.wait_for(|status| !matches!(status, Status::Starting));
+        let settled = changes.wait_for(|status| !matches!(status, State::Starting));
         match timeout_at(deadline, settled).await.map_err(|_| TokenError::Deadline)?.as_deref() {
-            Ok(Status::Ready(host)) => Ok(Arc::clone(host)),
-            Ok(Status::Locked(reason)) => Err(TokenError::Locked(reason.clone())),
-            Ok(Status::Down(reason)) => Err(TokenError::Unavailable(reason.clone())),
+            Ok(State::Ready(host)) => Ok(Arc::clone(host)),
+            Ok(State::Locked(reason)) => Err(TokenError::Locked(reason.clone())),
+            Ok(State::Down(reason)) => Err(TokenError::Unavailable(reason.clone())),
             // Its sender is ours.
-            Ok(Status::Starting) | Err(_) => Err(TokenError::Unavailable("it is being replaced".into())),
+            Ok(State::Starting) | Err(_) => Err(TokenError::Unavailable("it is being replaced".into())),
         }
     }
 
     /// Waits until this host is no longer the current one.
     async fn replaced(&self, old: &Arc<Host>, deadline: Instant) -> Result<(), TokenError> {
         let mut changes = self.state.subscribe();
-        let gone = |status: &Status| !matches!(status, Status::Ready(host) if Arc::ptr_eq(host, old));
+        let gone = |status: &State| !matches!(status, State::Ready(host) if Arc::ptr_eq(host, old));
         match timeout_at(deadline, changes.wait_for(gone)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(TokenError::Deadline),

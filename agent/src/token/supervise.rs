@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 use super::command::{Command, Login, Unlocked};
 use super::launch::{launch, unblock};
 use super::process::{End, Lost};
-use super::{Status, Token, TokenError};
+use super::{State, Token, TokenError};
 use crate::host::wire::{Class, Failure, Opened};
 
 /// The first pause after a failure, and the longest.
@@ -32,7 +32,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
     // When the configured PIN was refused last.
     let mut refused = None;
     loop {
-        token.state.send_replace(Status::Starting);
+        token.state.send_replace(State::Starting);
         let (pin, mut unlocked) = match login.take() {
             Some(Login { pin, done, .. }) => (pin, Some(done)),
             None => (None, None),
@@ -61,7 +61,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 let (device, sessions) = (&host.opened.device, host.opened.sessions);
                 tracing::info!(token = %token.name, %device, sessions, "token is ready");
                 let host = Arc::new(host);
-                token.state.send_replace(Status::Ready(Arc::clone(&host)));
+                token.state.send_replace(State::Ready(Arc::clone(&host)));
                 answer(&mut unlocked, Ok(()));
                 let missing = host.opened.keys.iter().any(Result::is_err);
                 look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
@@ -89,14 +89,14 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                     (end, _) => end,
                 };
                 // Requests that wait for this host must find the new state, so it is set before they are freed.
-                token.state.send_replace(Status::Starting);
+                token.state.send_replace(State::Starting);
                 match &end {
                     End::Died(reason) => {
                         tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
                         host.fail_pending(reason);
                     }
                     End::Locked(reason) => {
-                        token.state.send_replace(Status::Locked(reason.clone()));
+                        token.state.send_replace(State::Locked(reason.clone()));
                         host.fail_pending(reason);
                     }
                     End::Stop(_) | End::Reopen(..) | End::LookAgain => {
@@ -148,12 +148,12 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             if from_source {
                 token.refuse_source(Some(failure.message.clone()));
             }
-            token.state.send_replace(Status::Locked(failure.message));
+            token.state.send_replace(State::Locked(failure.message));
             None
         } else {
             let pause_ms = pause.as_millis();
             tracing::warn!(token = %token.name, reason = %failure, pause_ms, "token cannot be opened");
-            token.state.send_replace(Status::Down(failure.message));
+            token.state.send_replace(State::Down(failure.message));
             let wake = Instant::now() + pause;
             pause = (pause * 2).min(PAUSES.1);
             Some(wake)

@@ -3,10 +3,10 @@
 use yubikey::YubiKey;
 use yubikey::piv::{self, ManagementSlotId, SlotId};
 
-use super::super::{LAST_TRY, Say, UNANSWERED, factory_pin, gone, locked, pin_for};
+use super::super::{Doing, LAST_TRY, Notify, UNANSWERED, factory_pin, locked, pin_for};
 use super::errors::{self, classify};
 use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN};
-use crate::host::wire::{Failure, OpenSpec, Opening};
+use crate::host::wire::{Failure, OpenSpec};
 use crate::secret::Pin;
 
 /// Offers the PIN, once, unless that could block it.
@@ -14,7 +14,7 @@ pub(super) fn verified(
     yubikey: &mut YubiKey,
     spec: &OpenSpec,
     pin: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<Option<Pin>, Failure> {
     let Some(pin) = pin_for(spec, pin)? else { return Ok(None) };
     let tries = yubikey.get_pin_retries().map_err(|error| classify("ask for the PIN tries", &error))?;
@@ -29,7 +29,7 @@ pub(super) fn verified(
     }
     is_fit(&pin)?;
     // The agent has to know before the card does.
-    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+    notify(Doing::LogsIn);
     yubikey.verify_pin(pin.expose().as_bytes()).map_err(|error| {
         match classify("verify the PIN", &error) {
             // A card that is not there may have taken it: the next process looks first. Whatever else went wrong may have
@@ -38,7 +38,7 @@ pub(super) fn verified(
             failure => locked(failure.message),
         }
     })?;
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    notify(Doing::LoggedIn);
     Ok(Some(pin))
 }
 

@@ -22,10 +22,7 @@ pub(crate) use self::errors::holder;
 use self::keys::Key;
 use self::survey::{factorys, is_factorys};
 pub(super) use self::survey::{prepare, survey, unblock};
-use super::{
-    Device, Doing, LAST_TRY, Notify, PROBE_EVERY, Say, Signer, gone, locked, open_keys, refused,
-    while_opening,
-};
+use super::{Device, Doing, LAST_TRY, Notify, PROBE_EVERY, Signer, gone, locked, open_keys, refused, usable};
 use crate::algorithm::{Algorithm, Content};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, OpenSpec, Opened};
@@ -93,20 +90,19 @@ pub(super) fn open(
     serial: u32,
     spec: &OpenSpec,
     pin: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let mut yubikey = connect(serial)?;
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     for (_, note) in factorys(&mut yubikey) {
         tracing::warn!(card = serial, "{note}");
     }
-    let pin = login::verified(&mut yubikey, spec, pin, say)?;
-    let notify = while_opening(say);
+    let pin = login::verified(&mut yubikey, spec, pin, notify)?;
     let reader = yubikey.name().to_owned();
     let mut known = Known { serial, reader, verified: pin.is_some(), pin, last_touch: None };
     let mut card = Card { yubikey: &mut yubikey, known: &mut known };
     let (keys, public) =
-        open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding, &notify))?;
+        open_keys(&spec.keys, |key| keys::find(&mut card, &key.object, key.padding, notify))?;
     let always = |key: &Key| key.touch == TouchPolicy::Always;
     let touch = keys.iter().enumerate().filter(|(_, key)| key.as_ref().is_some_and(always));
     let touch = touch.map(|(index, _)| (index, touch_me(serial))).collect();
@@ -286,11 +282,11 @@ impl Card<'_> {
 
 impl Device for OpenPiv {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self))])
+        Ok(vec![Box::new(self)])
     }
 
     fn verifier(&self, key: usize) -> Option<&Verifier> {
-        self.key(key).ok().map(|key| &key.verifier)
+        usable(&self.keys, key).ok().map(|key| &key.verifier)
     }
 
     fn rests(&self) -> Duration {
@@ -344,10 +340,6 @@ impl Device for OpenPiv {
 }
 
 impl OpenPiv {
-    fn key(&self, index: usize) -> Result<&Key, Failure> {
-        self.keys.get(index).and_then(Option::as_ref).ok_or_else(|| refused("no such key".into()))
-    }
-
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -365,14 +357,12 @@ impl OpenPiv {
     }
 }
 
-/// The one thread that signs.
-struct Thread<'a>(&'a OpenPiv);
-
-impl Signer for Thread<'_> {
+/// For the one thread that signs.
+impl Signer for &OpenPiv {
     fn sign(&mut self, key: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
-        let key = self.0.key(key)?;
+        let key = usable(&self.keys, key)?;
         let input = key.input(content)?;
-        let mut held = self.0.held();
+        let mut held = self.held();
         let signature = held.card()?.sign(key, &input, notify)?;
         held.used();
         Ok(signature)

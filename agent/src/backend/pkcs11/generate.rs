@@ -43,7 +43,7 @@ pub(super) fn generate(
     let id = match &wanted.id {
         Some(id) => id.clone(),
         None => {
-            let mut id = vec![0; profile.id_bytes];
+            let mut id = vec![0; profile.id_bytes.unwrap_or(16)];
             getrandom::fill(&mut id).map_err(|error| gone(format!("no random id: {error}")))?;
             id
         }
@@ -66,58 +66,41 @@ pub(super) fn generate(
             Err(failure) => return Err(failure),
         }
     }
-    let mechanism = match kind(template.key_type()) {
-        Made::Curve(params) => {
-            public.push(Attribute::EcParams(params.to_vec()));
-            Mechanism::EccKeyPairGen
+    let key_type = template.key_type();
+    let curve = |params: &[u8]| Attribute::EcParams(params.to_vec());
+    let set = |set: MlDsaParameterSetType| Attribute::ParameterSet(set.into());
+    let bits = |bits: u64| Attribute::ModulusBits(bits.into());
+    let (mechanism, what) = match key_type {
+        KeyType::P256 => (Mechanism::EccKeyPairGen, curve(P256)),
+        KeyType::P384 => (Mechanism::EccKeyPairGen, curve(P384)),
+        KeyType::P521 => (Mechanism::EccKeyPairGen, curve(P521)),
+        KeyType::Ed25519 => {
+            let params = if profile.names_edwards_curve { EDWARDS_NAME } else { ED25519 };
+            (ways.edwards_key_pair_gen(), curve(params))
         }
-        Made::Edwards(number) => {
-            let params = if profile.names_edwards_curve { EDWARDS_NAME } else { number };
-            public.push(Attribute::EcParams(params.to_vec()));
-            ways.edwards_key_pair_gen()
-        }
-        Made::Rsa(bits) => {
-            public.extend([Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])]);
-            // Modules let RSA keys decrypt unless they are told not to.
-            public.extend([Attribute::Encrypt(false), Attribute::Wrap(false)]);
-            private.extend([Attribute::Decrypt(false), Attribute::Unwrap(false)]);
-            ways.rsa_key_pair_gen()
-        }
-        Made::MlDsa(set) => {
-            public.push(Attribute::ParameterSet(set.into()));
-            Mechanism::MlDsaKeyPairGen
-        }
+        KeyType::Rsa2048 => (ways.rsa_key_pair_gen(), bits(2048)),
+        KeyType::Rsa3072 => (ways.rsa_key_pair_gen(), bits(3072)),
+        KeyType::Rsa4096 => (ways.rsa_key_pair_gen(), bits(4096)),
+        KeyType::MlDsa44 => (Mechanism::MlDsaKeyPairGen, set(MlDsaParameterSetType::ML_DSA_44)),
+        KeyType::MlDsa65 => (Mechanism::MlDsaKeyPairGen, set(MlDsaParameterSetType::ML_DSA_65)),
+        KeyType::MlDsa87 => (Mechanism::MlDsaKeyPairGen, set(MlDsaParameterSetType::ML_DSA_87)),
     };
+    public.push(what);
+    if key_type.is_rsa() {
+        public.push(Attribute::PublicExponent(vec![1, 0, 1]));
+        // Modules let RSA keys decrypt unless they are told not to.
+        public.extend([Attribute::Encrypt(false), Attribute::Wrap(false)]);
+        private.extend([Attribute::Decrypt(false), Attribute::Unwrap(false)]);
+    }
     let made = session.generate_key_pair(&mechanism, &public, &private);
     made.map(drop).map_err(|error| classify("make the key", &error))
 }
 
+/// DER `ECParameters` that name the curve (RFC 5480, RFC 8410).
+const P256: &[u8] = &[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
+const P384: &[u8] = &[6, 5, 0x2b, 0x81, 4, 0, 0x22];
+const P521: &[u8] = &[6, 5, 0x2b, 0x81, 4, 0, 0x23];
+const ED25519: &[u8] = &[6, 3, 0x2b, 0x65, 0x70];
+
 /// DER `PrintableString` (PKCS#11 v3.0, 2.3.10).
 const EDWARDS_NAME: &[u8] = b"\x13\x0cedwards25519";
-
-/// What a mechanism has to be told.
-enum Made {
-    /// DER `ECParameters` that name the curve (RFC 5480).
-    Curve(&'static [u8]),
-    /// The same (RFC 8410).
-    Edwards(&'static [u8]),
-    /// Bits of the modulus.
-    Rsa(u64),
-    /// The parameter set (PKCS#11 v3.2, 6.67).
-    MlDsa(MlDsaParameterSetType),
-}
-
-fn kind(key_type: KeyType) -> Made {
-    match key_type {
-        KeyType::P256 => Made::Curve(&[6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7]),
-        KeyType::P384 => Made::Curve(&[6, 5, 0x2b, 0x81, 4, 0, 0x22]),
-        KeyType::P521 => Made::Curve(&[6, 5, 0x2b, 0x81, 4, 0, 0x23]),
-        KeyType::Ed25519 => Made::Edwards(&[6, 3, 0x2b, 0x65, 0x70]),
-        KeyType::Rsa2048 => Made::Rsa(2048),
-        KeyType::Rsa3072 => Made::Rsa(3072),
-        KeyType::Rsa4096 => Made::Rsa(4096),
-        KeyType::MlDsa44 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_44),
-        KeyType::MlDsa65 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_65),
-        KeyType::MlDsa87 => Made::MlDsa(MlDsaParameterSetType::ML_DSA_87),
-    }
-}

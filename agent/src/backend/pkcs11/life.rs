@@ -41,7 +41,7 @@ pub(super) fn operate(token: &OpenToken, task: &Task, notify: Notify<'_>) -> Res
     }
 }
 
-fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
+pub(super) fn selector(key: &KeySpec) -> Result<&ObjectSelector, Failure> {
     match &key.object {
         Object::Pkcs11(select) => Ok(select),
         object => Err(refused(format!("{object} is not an object of a PKCS#11 token"))),
@@ -56,7 +56,7 @@ fn list(session: &Session, ways: &Ways) -> Result<Vec<Listed>, Failure> {
         let mut details = details(session, object, &PUBLIC)?;
         let kind = details.key_type.and_then(|key_type| Kind::of(key_type, ways));
         if let Some(kind @ Kind::MlDsa) = kind {
-            details.take_all(read(session, object, kind.public_attributes())?);
+            details.take(read(session, object, kind.public_attributes())?);
         }
         if let (Some(id), Some(Some(Ok(spki)))) = (&details.id, kind.map(|kind| details.spki(kind))) {
             public.insert(id.clone(), spki);
@@ -75,7 +75,7 @@ fn list(session: &Session, ways: &Ways) -> Result<Vec<Listed>, Failure> {
             && !matches!(kind, Kind::MlDsa)
         {
             // Many tokens show it on the private object, too.
-            details.take_all(read(session, object, kind.public_attributes())?);
+            details.take(read(session, object, kind.public_attributes())?);
             spki = details.spki(kind).and_then(Result::ok);
         }
         let algorithm = spki.as_ref().and_then(|spki| spki.algorithm(Default::default()).ok());
@@ -132,7 +132,7 @@ fn details(session: &Session, object: ObjectHandle, wanted: &[AttributeType]) ->
         attributes => attributes.map_err(|error| classify("read attributes", &error))?,
     };
     let mut details = Details::default();
-    details.take_all(attributes);
+    details.take(attributes);
     Ok(details)
 }
 
@@ -201,29 +201,17 @@ fn attest(session: &Session, profile: &Profile, wanted: &ObjectSelector) -> Resu
     let unknown = || refused("the key has no CKA_ID, by which its attestation is found".into());
     let id = details(session, private, &[AttributeType::Id])?.id.ok_or_else(unknown)?;
     let of_key = find(session, ObjectClass::CERTIFICATE, &ObjectSelector { label: None, id: Some(id) })?;
-    let of_key = of_key.into_iter().map(|object| labelled(session, object)).collect::<Result<Vec<_>, _>>()?;
-    let of_key = of_key.into_iter().find(|(label, _)| label.starts_with(labels.key.as_bytes()));
-    let (_, of_key) =
-        of_key.ok_or_else(|| refused("the device attests only keys that it made itself".into()))?;
+    let shown = |object| Details::of(session, object, &[AttributeType::Label, AttributeType::Value]);
+    let of_key = of_key.into_iter().map(shown).collect::<Result<Vec<_>, _>>()?;
+    let is_about = |label: &Vec<u8>| label.starts_with(labels.key.as_bytes());
+    let of_key = of_key.into_iter().find(|shown| shown.label.as_ref().is_some_and(is_about));
+    let of_key = of_key.ok_or_else(|| refused("the device attests only keys that it made itself".into()))?;
     let of_device = ObjectSelector { label: Some(labels.device.clone()), id: None };
     let of_device = find(session, ObjectClass::CERTIFICATE, &of_device)?;
     let of_device =
         of_device.first().ok_or_else(|| refused("the device shows no certificate of its own".into()))?;
-    let (_, of_device) = labelled(session, *of_device)?;
-    Ok(Evidence::Piv { certificates: vec![of_key, of_device] })
-}
-
-/// Label and value of a certificate.
-fn labelled(session: &Session, object: ObjectHandle) -> Result<(Vec<u8>, Vec<u8>), Failure> {
-    let (mut label, mut der) = (Vec::new(), Vec::new());
-    for attribute in read(session, object, &[AttributeType::Label, AttributeType::Value])? {
-        match attribute {
-            Attribute::Label(value) => label = value,
-            Attribute::Value(value) => der = value,
-            _ => {}
-        }
-    }
-    Ok((label, der))
+    let certificates = [of_key, shown(*of_device)?].map(|shown| shown.value.unwrap_or_default());
+    Ok(Evidence::Piv { certificates: certificates.into() })
 }
 
 /// What PKCS#11 says about how a key came to be (v3.1, 4.9). A module may say what it likes.

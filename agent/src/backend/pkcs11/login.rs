@@ -8,10 +8,10 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
-use super::super::{Doing, LAST_TRY, Notify, Say, UNANSWERED, factory_pin, gone, locked, refused};
+use super::super::{Doing, LAST_TRY, Notify, UNANSWERED, factory_pin, locked, refused};
 use super::errors::classify;
 use crate::config::Profile;
-use crate::host::wire::{Failure, Fresh, OpenSpec, Opening};
+use crate::host::wire::{Failure, Fresh, OpenSpec};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
@@ -22,7 +22,7 @@ pub(super) fn log_in(
     profile: &Profile,
     spec: &OpenSpec,
     given: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<Option<AuthPin>, Failure> {
     if !info.login_required() {
         return Ok(None);
@@ -47,7 +47,7 @@ pub(super) fn log_in(
     is_fit(&pin, profile)?;
     let pin = AuthPin::new(pin.expose().into());
     // The agent has to know before the token does: a module that hangs or crashes now may have counted a try.
-    say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+    notify(Doing::LogsIn);
     match session.login(UserType::User, Some(&pin)) {
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
         Err(Error::Pkcs11(RvError::PinIncorrect, _)) => {
@@ -60,7 +60,7 @@ pub(super) fn log_in(
         // There is no second try where the first may have counted.
         Err(error) => return Err(classify("log in", &error)),
     }
-    say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+    notify(Doing::LoggedIn);
     Ok(Some(pin))
 }
 

@@ -20,13 +20,13 @@ use cryptoki::types::AuthPin;
 
 use self::errors::{classify, describe};
 use self::login::Again;
-use self::objects::Found;
+use self::objects::{Found, find_key};
 use self::signer::Signer;
 use self::ways::Ways;
-use super::{Device, Notify, PROBE_EVERY, Say, gone, locked, refused, while_opening};
-use crate::config::{Object, ObjectSelector, Profile, TokenSelector};
+use super::{Device, Notify, PROBE_EVERY, gone, locked, open_keys, refused};
+use crate::config::{ObjectSelector, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Class, Failure, Fresh, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
+use crate::host::wire::{Class, Failure, Fresh, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -59,7 +59,7 @@ pub(super) fn open(
     profile: &Profile,
     spec: &OpenSpec,
     pin: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
@@ -67,36 +67,23 @@ pub(super) fn open(
     let sessions = ways::sessions(spec.token.sessions, info.max_session_count(), profile);
     let one_only = || refused("the token allows one session at a time; two are needed".into());
     let sessions = sessions.ok_or_else(one_only)?;
-    let again = Again::new(&pkcs11, slot, login::log_in(&anchor, &info, profile, spec, pin, say)?);
+    let again = Again::new(&pkcs11, slot, login::log_in(&anchor, &info, profile, spec, pin, notify)?);
     let ways = Ways::new(&pkcs11, slot, profile, again);
-    let notify = while_opening(say);
-    let mut keys = Vec::with_capacity(spec.keys.len());
-    let mut public = Vec::with_capacity(spec.keys.len());
     let mut token_failure = None;
-    for KeySpec { name, object, padding, .. } in &spec.keys {
-        let Object::Pkcs11(object) = object else {
-            return Err(refused(format!("{object} is not an object of a PKCS#11 token")));
-        };
+    let (keys, public) = open_keys(&spec.keys, |key| {
         // One of its own, in case that an operation that failed is left in it.
-        let session =
-            open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error));
-        match session.and_then(|session| objects::find_key(&session, object, *padding, &ways, &notify)) {
-            Ok(found) => {
-                public.push(Ok(found.public.clone()));
-                keys.push(Some(Key { name: name.clone(), object: object.clone(), found }));
-            }
+        let found = open_session(&pkcs11, slot, profile)
+            .map_err(|error| classify("open a session", &error))
+            .and_then(|session| find_key(&session, life::selector(key)?, key.padding, &ways, notify));
+        let found = found.map_err(|failure| match failure.class {
             // One refused PIN is one try: the next process would offer it again to look for this key.
-            Err(failure) if failure.class == Class::Locked => {
-                return Err(locked(format!("key {name}: {failure}")));
-            }
-            Err(failure) => {
-                tracing::warn!(key = %name, reason = %failure, "key cannot be used");
-                keys.push(None);
-                public.push(Err(failure.message.clone()));
-                token_failure = token_failure.or(Some(failure).filter(|f| f.class != Class::Refused));
-            }
-        }
-    }
+            Class::Locked => locked(format!("key {}: {failure}", key.name)),
+            Class::Refused => failure,
+            Class::Gone | Class::Busy => refused(token_failure.get_or_insert(failure).message.clone()),
+        })?;
+        let (name, object, public) = (key.name.clone(), life::selector(key)?.clone(), found.public.clone());
+        Ok((Key { name, object, found }, public))
+    })?;
     // A key that fails while others pass is that key's own affair; when none passes, the token's.
     if public.iter().all(Result::is_err)
         && let Some(failure) = token_failure
@@ -193,11 +180,11 @@ impl Device for OpenToken {
     }
 
     fn rests(&self) -> Duration {
-        self.profile.keep_alive.unwrap_or(PROBE_EVERY)
+        self.profile.keep_alive_s.map_or(PROBE_EVERY, Duration::from_secs)
     }
 
     fn probe(&self) -> Result<(), Failure> {
-        let asked = match self.profile.keep_alive {
+        let asked = match self.profile.keep_alive_s {
             // The device itself has to hear of it, and within the login.
             Some(_) => {
                 let anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);

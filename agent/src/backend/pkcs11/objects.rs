@@ -5,8 +5,6 @@ use cryptoki::object::{
     Attribute, AttributeType, KeyType, MlDsaParameterSetType, ObjectClass, ObjectHandle, ParameterSetType,
 };
 use cryptoki::session::Session;
-use x509_cert::Certificate;
-use x509_cert::der::{Decode as _, Encode as _};
 
 use super::super::{Notify, challenge, refused};
 use super::errors::{classify, is_in_one_call_only};
@@ -43,13 +41,8 @@ pub(super) fn find_key(
     notify: Notify<'_>,
 ) -> Result<Found, Failure> {
     let private = find_private(session, wanted)?;
-    let attributes = read(
-        session,
-        private,
-        &[AttributeType::KeyType, AttributeType::Sign, AttributeType::AlwaysAuthenticate, AttributeType::Id],
-    )?;
-    let mut details = Details::default();
-    details.take_all(attributes);
+    use AttributeType::{AlwaysAuthenticate, Id, KeyType, Sign};
+    let mut details = Details::of(session, private, &[KeyType, Sign, AlwaysAuthenticate, Id])?;
     let Some(kind) = details.key_type.and_then(|key_type| Kind::of(key_type, ways)) else {
         let found = details.key_type.map_or("unknown".to_owned(), |found| found.to_string());
         let message = format!(
@@ -68,7 +61,7 @@ pub(super) fn find_key(
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.
     if !matches!(kind, Kind::MlDsa) {
-        details.take_all(read(session, private, kind.public_attributes())?);
+        details.take(read(session, private, kind.public_attributes())?);
     }
     candidates.extend(details.spki(kind));
     let mut reasons = Vec::new();
@@ -152,7 +145,7 @@ pub(super) struct Details {
     modulus: Option<Vec<u8>>,
     exponent: Option<Vec<u8>>,
     parameter_set: Option<ParameterSetType>,
-    value: Option<Vec<u8>>,
+    pub(super) value: Option<Vec<u8>>,
 }
 
 /// The kinds of keys that sign.
@@ -187,25 +180,34 @@ impl Kind {
 }
 
 impl Details {
-    /// Takes over what is known of an object.
-    pub(super) fn take_all(&mut self, attributes: Vec<Attribute>) {
-        attributes.into_iter().for_each(|attribute| self.take(attribute));
+    /// What an object shows of this.
+    pub(super) fn of(
+        session: &Session,
+        object: ObjectHandle,
+        types: &[AttributeType],
+    ) -> Result<Self, Failure> {
+        let mut details = Self::default();
+        details.take(read(session, object, types)?);
+        Ok(details)
     }
 
-    fn take(&mut self, attribute: Attribute) {
-        match attribute {
-            Attribute::KeyType(value) => self.key_type = Some(value),
-            Attribute::Sign(value) => self.sign = Some(value),
-            Attribute::AlwaysAuthenticate(value) => self.always_authenticate = Some(value),
-            Attribute::Label(value) if !value.is_empty() => self.label = Some(value),
-            Attribute::Id(value) if !value.is_empty() => self.id = Some(value),
-            Attribute::EcParams(value) if !value.is_empty() => self.ec_params = Some(value),
-            Attribute::EcPoint(value) if !value.is_empty() => self.ec_point = Some(value),
-            Attribute::Modulus(value) if !value.is_empty() => self.modulus = Some(value),
-            Attribute::PublicExponent(value) if !value.is_empty() => self.exponent = Some(value),
-            Attribute::ParameterSet(value) => self.parameter_set = Some(value),
-            Attribute::Value(value) if !value.is_empty() => self.value = Some(value),
-            _ => {}
+    /// Takes over what is known of an object.
+    pub(super) fn take(&mut self, attributes: Vec<Attribute>) {
+        for attribute in attributes {
+            match attribute {
+                Attribute::KeyType(value) => self.key_type = Some(value),
+                Attribute::Sign(value) => self.sign = Some(value),
+                Attribute::AlwaysAuthenticate(value) => self.always_authenticate = Some(value),
+                Attribute::Label(value) if !value.is_empty() => self.label = Some(value),
+                Attribute::Id(value) if !value.is_empty() => self.id = Some(value),
+                Attribute::EcParams(value) if !value.is_empty() => self.ec_params = Some(value),
+                Attribute::EcPoint(value) if !value.is_empty() => self.ec_point = Some(value),
+                Attribute::Modulus(value) if !value.is_empty() => self.modulus = Some(value),
+                Attribute::PublicExponent(value) if !value.is_empty() => self.exponent = Some(value),
+                Attribute::ParameterSet(value) => self.parameter_set = Some(value),
+                Attribute::Value(value) if !value.is_empty() => self.value = Some(value),
+                _ => {}
+            }
         }
     }
 
@@ -261,31 +263,19 @@ fn halves_with(
 ) -> Result<Vec<Result<SpkiDer, String>>, Failure> {
     let mut found = Vec::new();
     for public in find(session, ObjectClass::PUBLIC_KEY, wanted)? {
-        let mut details = Details::default();
-        let attributes = read(session, public, kind.public_attributes())?;
-        details.take_all(attributes);
-        found.extend(details.spki(kind));
+        found.extend(Details::of(session, public, kind.public_attributes())?.spki(kind));
     }
     for certificate in find(session, ObjectClass::CERTIFICATE, wanted)? {
-        let mut details = Details::default();
-        details.take_all(read(session, certificate, &[AttributeType::Value])?);
-        if let Some(der) = details.value {
-            found.push(from_certificate(&der));
+        if let Some(der) = Details::of(session, certificate, &[AttributeType::Value])?.value {
+            found.push(SpkiDer::of_certificate(&der).ok_or_else(|| "its certificate is malformed".into()));
         }
     }
     Ok(found)
 }
 
-fn from_certificate(der: &[u8]) -> Result<SpkiDer, String> {
-    let certificate =
-        Certificate::from_der(der).map_err(|error| format!("its certificate is malformed: {error}"))?;
-    let info = certificate.tbs_certificate().subject_public_key_info();
-    Ok(SpkiDer(info.to_der().map_err(|error| error.to_string())?))
-}
-
 /// The key as it signs, if this is its public half. One that asks for the PIN each time is given what it signs in parts,
 /// after the login: where its token takes a digest in one call only, it is given the message.
-fn proven(
+pub(super) fn proven(
     session: &Session,
     mut key: Found,
     ways: &Ways,
@@ -305,16 +295,6 @@ fn proven(
 }
 
 /// Whether the private object makes signatures that the public key verifies.
-pub(super) fn signs(
-    session: &Session,
-    key: &Found,
-    ways: &Ways,
-    notify: Notify<'_>,
-) -> Result<bool, Failure> {
-    let answer = signed(session, key, &challenge()?, ways, notify);
-    answer.map_err(|error| classify("sign a challenge", &error))
-}
-
 fn signed(
     session: &Session,
     key: &Found,

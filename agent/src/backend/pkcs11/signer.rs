@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use cryptoki::session::Session;
 
-use super::super::{Notify, gone, refused};
+use super::super::{Notify, gone, refused, usable};
 use super::errors::{classify, describe, is_out_of_host_memory, is_stale};
 use super::objects::{self, Found};
 use super::{Key, OpenToken, open_session};
@@ -56,19 +56,19 @@ impl<'a> Signer<'a> {
         // Objects look deleted when the login or the token is lost; only a fresh process can tell.
         let handle = objects::find_private(session, &key.object)
             .map_err(|failure| gone(format!("the key {} vanished: {failure}", key.name)))?;
-        let found = Found { handle, ..key.found.clone() };
         // A new key may have the name, and another public half than callers were told.
-        match objects::signs(session, &found, ways, notify) {
-            Ok(true) => {}
-            Ok(false) => return Err(gone(format!("the key {} was replaced by another", key.name))),
+        match objects::proven(session, Found { handle, ..key.found.clone() }, ways, notify) {
+            Ok(Some(found)) if found.public == key.found.public => {
+                if let Some(known) = self.keys.get_mut(index) {
+                    *known = Some(found);
+                }
+                Ok(())
+            }
+            Ok(_) => Err(gone(format!("the key {} was replaced by another", key.name))),
             // A PIN that was refused is not for the next process to offer.
-            Err(failure) if failure.class == Class::Locked => return Err(failure),
-            Err(failure) => return Err(gone(failure.message)),
+            Err(failure) if failure.class == Class::Locked => Err(failure),
+            Err(failure) => Err(gone(failure.message)),
         }
-        if let Some(known) = self.keys.get_mut(index) {
-            *known = Some(found);
-        }
-        Ok(())
     }
 
     /// Closes the session first: the token may be at its limit.
@@ -86,9 +86,7 @@ impl<'a> Signer<'a> {
 impl backend::Signer for Signer<'_> {
     /// A stale session or handle is replaced once.
     fn sign(&mut self, index: usize, content: &Content, notify: Notify<'_>) -> Result<Vec<u8>, Failure> {
-        let Some(Some(key)) = self.token.keys.get(index) else {
-            return Err(refused("no such key".to_owned()));
-        };
+        let key = usable(&self.token.keys, index)?;
         let bytes = key.found.public.bytes(content).map_err(refused)?;
         let ways = &self.token.ways;
         let mut reopened = false;
@@ -96,9 +94,7 @@ impl backend::Signer for Signer<'_> {
             self.renew_session()?;
         }
         loop {
-            let Some(Some(found)) = self.keys.get(index) else {
-                return Err(refused("no such key".to_owned()));
-            };
+            let found = usable(&self.keys, index)?;
             let session = self.session.as_ref().ok_or_else(|| gone("no session is open".into()))?;
             let error = match objects::sign(session, found, bytes, ways, notify) {
                 Ok(Ok(signature)) => {

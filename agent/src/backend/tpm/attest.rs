@@ -5,23 +5,22 @@ use der::Decode as _;
 use tss_esapi::Context;
 use tss_esapi::abstraction::AsymmetricAlgorithmSelection;
 use tss_esapi::abstraction::ek::{create_ek_object_2, retrieve_ek_pubcert};
-use tss_esapi::attributes::ObjectAttributesBuilder;
 use tss_esapi::handles::KeyHandle;
-use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
+use tss_esapi::interface_types::algorithm::HashingAlgorithm;
 use tss_esapi::interface_types::ecc::EccCurve;
 use tss_esapi::interface_types::key_bits::RsaKeyBits;
 use tss_esapi::interface_types::resource_handles::Hierarchy;
 use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{
-    Attest, AttestInfo, Data, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
-    PublicEccParametersBuilder, Signature, SignatureScheme,
+    Attest, AttestInfo, Data, EccScheme, HashScheme, Public, PublicEccParametersBuilder, Signature,
+    SignatureScheme,
 };
 use tss_esapi::traits::{Marshall as _, UnMarshall as _};
 
 use super::super::refused;
 use super::credential::{activate, name};
 use super::errors::{classify, kept};
-use super::keys::{encoded, padded};
+use super::keys::{bound, elliptic, encoded, padded, read_public};
 use crate::algorithm::{Algorithm, Curve};
 use crate::host::task::{Asking, Challenge, Evidence};
 use crate::host::wire::{Class, Failure};
@@ -40,8 +39,7 @@ pub(super) fn attest(context: &mut Context, key: KeyHandle, asking: &Asking) -> 
     let failed = |error: tss_esapi::Error| classify("attest the key", &error);
     let nonce = Data::try_from(asking.nonce.clone())
         .map_err(|_| refused("the nonce is longer than a TPM takes".into()))?;
-    let (public, _, _) =
-        context.execute_without_session(|context| context.read_public(key)).map_err(failed)?;
+    let public = read_public(context, key)?;
     let (attestation_key, by) = primary(context, attestation_template().map_err(failed)?)?;
     let sessions = (Some(AuthSession::Password), Some(AuthSession::Password), None);
     let scheme = SignatureScheme::EcDsa { hash_scheme: HashScheme::new(HashingAlgorithm::Sha256) };
@@ -116,25 +114,10 @@ fn primary(context: &mut Context, template: Public) -> Result<(Public, KeyHandle
 
 /// ECDSA on P-256, restricted: it signs only structures that begin with TPM_GENERATED (TPM 2.0 Part 1, 31.2).
 fn attestation_template() -> tss_esapi::Result<Public> {
-    let attributes = ObjectAttributesBuilder::new()
-        .with_fixed_tpm(true)
-        .with_fixed_parent(true)
-        .with_sensitive_data_origin(true)
-        .with_user_with_auth(true)
-        .with_sign_encrypt(true)
-        .with_restricted(true)
-        .with_no_da(true)
-        .build()?;
     let scheme = EccScheme::EcDsa(HashScheme::new(HashingAlgorithm::Sha256));
     let parameters = PublicEccParametersBuilder::new_unrestricted_signing_key(scheme, EccCurve::NistP256);
-    let parameters = parameters.with_restricted(true);
-    PublicBuilder::new()
-        .with_public_algorithm(PublicAlgorithm::Ecc)
-        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
-        .with_object_attributes(attributes)
-        .with_ecc_parameters(parameters.build()?)
-        .with_ecc_unique_identifier(EccPoint::default())
-        .build()
+    let attributes = bound().with_user_with_auth(true).with_sign_encrypt(true).with_restricted(true);
+    elliptic(attributes.with_no_da(true), parameters.with_restricted(true))?.build()
 }
 
 /// The digest of what a key asks for (TPM 2.0 Part 1, 19.7).

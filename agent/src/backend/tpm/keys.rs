@@ -62,7 +62,7 @@ pub(super) fn open(
             }
             (Source::File(file, auth.clone()), auth)
         }
-        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+        object => return Err(not_ours(object)),
     };
     let handle = source.handle(context)?;
     match check(context, handle, key, auth, by_operator) {
@@ -101,18 +101,42 @@ impl Source {
     }
 }
 
+/// What a TPM, or a key file, says of a key; a file is not loaded for that.
+pub(super) fn public_area(context: &mut Context, object: &Object) -> Result<Public, Failure> {
+    match object {
+        Object::TpmFile(path) => Ok(KeyFile::read(path)?.public),
+        Object::TpmHandle(handle) => {
+            let found = persistent(context, *handle)?;
+            let read = read_public(context, found);
+            Source::Kept(found).release(context, found)?;
+            read
+        }
+        object => Err(not_ours(object)),
+    }
+}
+
+pub(super) fn read_public(context: &mut Context, key: KeyHandle) -> Result<Public, Failure> {
+    let read = context.execute_without_session(|context| context.read_public(key));
+    read.map(|(public, ..)| public).map_err(|error| classify("read the public key", &error))
+}
+
+/// The configuration names objects of other devices, too.
+pub(super) fn not_ours(object: &Object) -> Failure {
+    refused(format!("{object} is not a key of a TPM"))
+}
+
 /// The public half of a key that is in the TPM, or that it loads, which shows that both belong together; also of one that does
 /// not sign.
 pub(super) fn shown(context: &mut Context, key: &KeySpec) -> Result<PublicKey, Failure> {
     let source = match &key.object {
         Object::TpmHandle(handle) => Source::Kept(persistent(context, *handle)?),
         Object::TpmFile(path) => Source::File(KeyFile::read(path)?, None),
-        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+        object => return Err(not_ours(object)),
     };
     let handle = source.handle(context)?;
-    let read = context.execute_without_session(|context| context.read_public(handle));
+    let read = read_public(context, handle);
     source.release(context, handle)?;
-    let (public, _, _) = read.map_err(|error| classify("read the public key", &error))?;
+    let public = read?;
     // Storage keys and those that attest are not ours to delete.
     let attributes = public.object_attributes();
     if !attributes.sign_encrypt() || attributes.restricted() {
@@ -139,9 +163,7 @@ fn check(
     by_operator: bool,
 ) -> Result<(PublicKey, Verifier, Guard), Failure> {
     let object = &key.object;
-    let (public, _, _) = context
-        .execute_without_session(|context| context.read_public(handle))
-        .map_err(|error| classify("read the public key", &error))?;
+    let public = read_public(context, handle)?;
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     guard.holds(context)?;
     if guard.auth && !public.object_attributes().no_da() && !by_operator && is_last_try(context)? {
@@ -287,33 +309,39 @@ fn load(context: &mut Context, file: &KeyFile) -> Result<KeyHandle, Failure> {
 /// The standard ECC storage primary of the owner hierarchy (TCG EK Credential Profile, template H-2 without its
 /// policy), which is what the key files of tpm2-openssl have for a parent.
 pub(super) fn storage_primary(context: &mut Context) -> Result<KeyHandle, Failure> {
-    let wrong = |error: tss_esapi::Error| classify("make the storage primary key", &error);
-    let attributes = ObjectAttributesBuilder::new()
-        .with_fixed_tpm(true)
-        .with_fixed_parent(true)
-        .with_sensitive_data_origin(true)
-        .with_user_with_auth(true)
-        .with_decrypt(true)
-        .with_restricted(true)
-        .with_no_da(true)
-        .build()
-        .map_err(wrong)?;
     let parameters = PublicEccParametersBuilder::new_restricted_decryption_key(
         SymmetricDefinitionObject::AES_128_CFB,
         EccCurve::NistP256,
     );
-    let template = PublicBuilder::new()
-        .with_public_algorithm(PublicAlgorithm::Ecc)
-        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
-        .with_object_attributes(attributes)
-        .with_ecc_parameters(parameters.build().map_err(wrong)?)
-        .with_ecc_unique_identifier(EccPoint::default())
-        .build()
-        .map_err(wrong)?;
+    let attributes =
+        bound().with_user_with_auth(true).with_decrypt(true).with_restricted(true).with_no_da(true);
+    let template = elliptic(attributes, parameters).and_then(PublicBuilder::build);
+    let template = template.map_err(|error| classify("make the storage primary key", &error))?;
     let made = context.execute_with_session(Some(AuthSession::Password), |context| {
         context.create_primary(Hierarchy::Owner, template, None, None, None, None)
     });
     made.map(|made| made.key_handle).map_err(|error| owners("make the storage primary key", &error))
+}
+
+/// Made in this TPM, and for ever there.
+pub(super) fn bound() -> ObjectAttributesBuilder {
+    ObjectAttributesBuilder::new()
+        .with_fixed_tpm(true)
+        .with_fixed_parent(true)
+        .with_sensitive_data_origin(true)
+}
+
+/// The template of a key on an elliptic curve.
+pub(super) fn elliptic(
+    attributes: ObjectAttributesBuilder,
+    parameters: PublicEccParametersBuilder,
+) -> tss_esapi::Result<PublicBuilder> {
+    Ok(PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Ecc)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes.build()?)
+        .with_ecc_parameters(parameters.build()?)
+        .with_ecc_unique_identifier(EccPoint::default()))
 }
 
 /// A key's public half, or why it cannot sign.

@@ -6,7 +6,6 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use tss_esapi::Context;
-use tss_esapi::attributes::ObjectAttributesBuilder;
 use tss_esapi::constants::CapabilityType;
 use tss_esapi::handles::{KeyHandle, PersistentTpmHandle, TpmHandle};
 use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
@@ -16,7 +15,7 @@ use tss_esapi::interface_types::key_bits::RsaKeyBits;
 use tss_esapi::interface_types::resource_handles::Provision;
 use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{
-    Auth, CapabilityData, CreateKeyResult, Digest, EccPoint, EccScheme, HashScheme, Public, PublicBuilder,
+    Auth, CapabilityData, CreateKeyResult, Digest, EccScheme, HashScheme, Public, PublicBuilder,
     PublicEccParametersBuilder, PublicKeyRsa, PublicRsaParametersBuilder, RsaExponent, RsaScheme,
 };
 
@@ -97,15 +96,11 @@ fn list(context: &mut Context, objects: &[Object]) -> Result<Vec<Listed>, Failur
     let mut listed = Vec::new();
     for handle in handles.into_inner() {
         let TpmHandle::Persistent(number) = handle else { continue };
-        let (number, failed) =
-            (u32::from(number), |error: tss_esapi::Error| classify("read a public key", &error));
-        let found = keys::persistent(context, number)?;
-        let read = context.execute_without_session(|context| context.read_public(found));
-        let (public, _, _) = read.map_err(failed)?;
-        context.tr_close(&mut found.into()).map_err(failed)?;
+        let object = Object::TpmHandle(number.into());
+        let public = keys::public_area(context, &object)?;
         // Storage keys and the like are no keys to sign with.
         if public.object_attributes().sign_encrypt() {
-            listed.push(shown(&Object::TpmHandle(number), &public));
+            listed.push(shown(&object, &public));
         }
     }
     for object in objects {
@@ -156,11 +151,11 @@ fn generate(
         return Err(refused("a TPM's RSA key signs with padding = \"pkcs1\"".into()));
     }
     let no_da = template.no_da
-        || match template.like.as_ref().map(|like| is_no_da(context, like)) {
+        || match template.like.as_ref().map(|like| keys::public_area(context, like)) {
             // One that is gone says nothing.
             None => false,
             Some(Err(failure)) if failure.class == Class::Refused => false,
-            Some(found) => found?,
+            Some(present) => present?.object_attributes().no_da(),
         };
     if auth.is_none() && !no_da && key.pcrs.is_none() && matches!(key.object, Object::TpmHandle(_)) {
         return Err(refused(
@@ -175,7 +170,7 @@ fn generate(
             Err(failure) => return Err(failure),
         },
         Object::TpmFile(path) => path.exists(),
-        object => return Err(refused(format!("{object} is not a key of a TPM"))),
+        object => return Err(keys::not_ours(object)),
     };
     if taken {
         return Err(refused(format!(
@@ -206,27 +201,10 @@ fn generate(
                 refused(format!("the key file {} cannot be written: {error}", path.display()))
             })
         }
-        object => Err(refused(format!("{object} is not a key of a TPM"))),
+        object => Err(keys::not_ours(object)),
     });
     context.flush_context(parent.into()).map_err(|error| kept("flush the parent key", &error))?;
     done
-}
-
-/// Whether a key is outside the protection against guessing.
-fn is_no_da(context: &mut Context, object: &Object) -> Result<bool, Failure> {
-    let public = match object {
-        Object::TpmFile(path) => KeyFile::read(path)?.public,
-        Object::TpmHandle(handle) => {
-            let found = keys::persistent(context, *handle)?;
-            let read = context.execute_without_session(|context| context.read_public(found));
-            let closed = context.tr_close(&mut found.into());
-            let (public, ..) = read.map_err(|error| classify("read the public key", &error))?;
-            closed.map_err(|error| classify("let go of the key", &error))?;
-            public
-        }
-        object => return Err(refused(format!("{object} is not a key of a TPM"))),
-    };
-    Ok(public.object_attributes().no_da())
 }
 
 fn persist(
@@ -250,37 +228,31 @@ fn persist(
 
 /// Signs whatever it is given, with the TPM's own randomness, and never leaves this TPM.
 fn public(template: &Template, no_da: bool, policy: Option<Digest>) -> tss_esapi::Result<Public> {
-    let attributes = ObjectAttributesBuilder::new()
-        .with_fixed_tpm(true)
-        .with_fixed_parent(true)
-        .with_sensitive_data_origin(true)
-        // With a policy, that alone lets it sign.
-        .with_user_with_auth(policy.is_none())
-        .with_sign_encrypt(true)
-        .with_no_da(no_da)
-        .build()?;
-    let builder = PublicBuilder::new()
-        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
-        .with_object_attributes(attributes);
-    let builder = match policy {
-        Some(policy) => builder.with_auth_policy(policy),
-        None => builder,
+    // With a policy, that alone lets it sign.
+    let attributes =
+        keys::bound().with_user_with_auth(policy.is_none()).with_sign_encrypt(true).with_no_da(no_da);
+    let guarded = |builder: PublicBuilder| match policy.clone() {
+        Some(policy) => builder.with_auth_policy(policy).build(),
+        None => builder.build(),
     };
     // With its hash, which is what callers send: the crate knows no elliptic-curve key without a scheme.
     let curve = |curve, hash| {
         let scheme = EccScheme::EcDsa(HashScheme::new(hash));
         let parameters = PublicEccParametersBuilder::new_unrestricted_signing_key(scheme, curve);
-        let builder = builder.clone().with_public_algorithm(PublicAlgorithm::Ecc);
-        let builder = builder.with_ecc_parameters(parameters.build()?);
-        builder.with_ecc_unique_identifier(EccPoint::default()).build()
+        keys::elliptic(attributes, parameters).and_then(&guarded)
     };
     let rsa = |bits| {
         let exponent = RsaExponent::default();
         let parameters =
             PublicRsaParametersBuilder::new_unrestricted_signing_key(RsaScheme::Null, bits, exponent);
-        let builder = builder.clone().with_public_algorithm(PublicAlgorithm::Rsa);
-        let builder = builder.with_rsa_parameters(parameters.build()?);
-        builder.with_rsa_unique_identifier(PublicKeyRsa::default()).build()
+        guarded(
+            PublicBuilder::new()
+                .with_public_algorithm(PublicAlgorithm::Rsa)
+                .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+                .with_object_attributes(attributes.build()?)
+                .with_rsa_parameters(parameters.build()?)
+                .with_rsa_unique_identifier(PublicKeyRsa::default()),
+        )
     };
     match template.key_type() {
         KeyType::P256 => curve(EccCurve::NistP256, HashingAlgorithm::Sha256),
@@ -322,6 +294,6 @@ fn delete(context: &mut Context, object: &Object) -> Result<Done, Failure> {
             let removed = std::fs::remove_file(path);
             removed.map(|()| Done::Nothing).map_err(|error| refused(format!("{}: {error}", path.display())))
         }
-        object => Err(refused(format!("{object} is not a key of a TPM"))),
+        object => Err(keys::not_ours(object)),
     }
 }

@@ -22,11 +22,11 @@ use tss_esapi::{Context, WrapperErrorKind};
 
 use self::errors::{Code, classify, code, describe};
 use self::keys::Key;
-use super::{Device, Notify, Say, Signer, gone, locked, open_keys, pin_for, refused};
+use super::{Device, Doing, Notify, Signer, gone, locked, open_keys, pin_for, refused, usable};
 use crate::algorithm::Content;
 use crate::config::{PinSource, Tcti};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Failure, OpenSpec, Opened, Opening, Survey, SurveyedToken};
+use crate::host::wire::{Failure, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 use crate::verifier::Verifier;
@@ -83,7 +83,7 @@ pub(super) fn open(
     tcti: &Tcti,
     spec: &OpenSpec,
     pin: Option<Pin>,
-    say: Say<'_>,
+    notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let mut context = connect(tcti)?;
     if tcti.is_simulator() {
@@ -95,7 +95,7 @@ pub(super) fn open(
     let offered = auth.is_some();
     if offered {
         // The agent has to know before the TPM does: its dictionary-attack counter may count what happens now.
-        say(Opening::LoggingIn).map_err(|error| gone(error.to_string()))?;
+        notify(Doing::LogsIn);
     }
     let mut waits = None;
     let (keys, public) = open_keys(&spec.keys, |key| {
@@ -118,7 +118,7 @@ pub(super) fn open(
         return Err(failure);
     }
     if offered {
-        say(Opening::LoggedIn).map_err(|error| gone(error.to_string()))?;
+        notify(Doing::LoggedIn);
     }
     let opened = Opened { device, sessions: 1, keys: public, touch: BTreeMap::new() };
     Ok((Box::new(OpenTpm { chip: Mutex::new(Chip { context, loaded: None }), keys, auth }), opened))
@@ -269,11 +269,11 @@ fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Re
 
 impl Device for OpenTpm {
     fn signers(&self) -> Result<Vec<Box<dyn Signer + '_>>, Failure> {
-        Ok(vec![Box::new(Thread(self))])
+        Ok(vec![Box::new(self)])
     }
 
     fn verifier(&self, key: usize) -> Option<&Verifier> {
-        self.key(key).ok().map(|key| &key.verifier)
+        usable(&self.keys, key).ok().map(|key| &key.verifier)
     }
 
     fn probe(&self) -> Result<(), Failure> {
@@ -292,21 +292,13 @@ impl Device for OpenTpm {
     fn close(self: Box<Self>) {}
 }
 
-impl OpenTpm {
-    fn key(&self, index: usize) -> Result<&Key, Failure> {
-        self.keys.get(index).and_then(Option::as_ref).ok_or_else(|| refused("no such key".into()))
-    }
-}
-
-/// The one thread that signs.
-struct Thread<'a>(&'a OpenTpm);
-
-impl Signer for Thread<'_> {
+/// For the one thread that signs.
+impl Signer for &OpenTpm {
     fn sign(&mut self, index: usize, content: &Content, _: Notify<'_>) -> Result<Vec<u8>, Failure> {
-        let key = self.0.key(index)?;
+        let key = usable(&self.keys, index)?;
         let digest = key.public.algorithm.bytes(content).map_err(refused)?;
-        let mut chip = self.0.chip.lock().unwrap_or_else(PoisonError::into_inner);
-        let handle = chip.handle(index, key, &self.0.keys)?;
+        let mut chip = self.chip.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = chip.handle(index, key, &self.keys)?;
         key.sign(&mut chip.context, handle, digest)
     }
 }
