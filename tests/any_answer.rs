@@ -101,8 +101,8 @@ fn a_module_that_is_asked_for_keys() -> anyhow::Result<()> {
 }
 
 /// TPM_RC_… (TPM 2.0 Part 2, 6.6.3): of format 0, of format 1 with the number of a handle, session or parameter, and warnings.
-/// Not those that it has no room or no time, which is waited for, and of which `tpm_sessions` tells.
-const TPM_RCS: &str = "01e 100 101 103 10b 119 120 121 124 126 127 128 12d 12e 130 131 142 143 144 145 146 147 148 149 14a 14b 14c 150 151 152 153 \
+/// Not those that it has no room or no time, or that somebody extended a PCR, which is waited for, and of which `tpm_sessions` tells.
+const TPM_RCS: &str = "01e 100 101 103 10b 119 120 121 124 126 127 12d 12e 130 131 142 143 144 145 146 147 148 149 14a 14b 14c 150 151 152 153 \
      154 155 1c1 182 183 1c4 185 1c7 188 1c9 18a 18b 18c 18d 98f 990 192 1d5 1d6 98b 199 1da 1db 19c 99d 1df 1a0 1a1 1a3 9a4 901 \
      906 907 909 923";
 

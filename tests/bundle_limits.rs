@@ -48,6 +48,13 @@ fn hostile(world: &World, kind: &str, bytes: usize, keyless: bool) -> anyhow::Re
         // The JSON of a statement, in base64: subjects, digests of one subject. Each part is of whole groups of three.
         "subjects" => (payload, "eyJzdWJqZWN0IjpbICAg", "eyJkaWdlc3QiOnt9fSwg", "e31dfSAg"),
         "digests" => (payload, "eyJzdWJqZWN0IjpbeyJkaWdlc3QiOnsg", "ImEiOiIwIiwg", "ImIiOiIwIn19XX0g"),
+        // What a signer may have said of each file.
+        "values" => (
+            payload,
+            "eyJzdWJqZWN0IjpbeyJuYW1lIjoibSIsImRpZ2VzdCI6eyJzaGEyNTYiOiIwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwIn19XSwicHJlZGljYXRlIjp7ImEiOlsg",
+            "eyIiOjB9LCAg",
+            "MF19fSAg",
+        ),
         "hashes" => (
             "\"[]\"".into(),
             r#"[{"logIndex":"1","logId":{"keyId":"AA=="},"kindVersion":{"kind":"dsse","version":"0.0.1"},"canonicalizedBody":"AA==","inclusionProof":{"rootHash":"AA==","treeSize":"1","hashes":["#,
@@ -76,7 +83,7 @@ fn hostile(world: &World, kind: &str, bytes: usize, keyless: bool) -> anyhow::Re
     Ok(file.flush()?)
 }
 
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 13] = [
     "payload",
     "zeros",
     "entries",
@@ -89,6 +96,7 @@ const KINDS: [&str; 12] = [
     "subjects",
     "digests",
     "hashes",
+    "values",
 ];
 
 #[test]

@@ -385,7 +385,8 @@ fn the_last_value_that_a_tpm_takes() -> anyhow::Result<()> {
     })?;
     write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
     let config = world.listen() + &stand_in.section("t") + &key("k", "t", "handle = \"0x81000010\"");
-    for (tries, why) in [(1, "it refused"), (2, "it refused"), (2, "one wrong PIN more")] {
+    const LAST: &str = "one wrong authorization value more";
+    for (tries, why) in [(1, "it refused"), (2, "it refused"), (2, LAST)] {
         let agent = Agent::start(&world, &config)?;
         world.omsign_refuses(2, &["sign", "model", "--key", "k"], &[why])?;
         ensure!(agent.stop()?.success());
@@ -393,7 +394,7 @@ fn the_last_value_that_a_tpm_takes() -> anyhow::Result<()> {
     }
     write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
     let _agent = Agent::start(&world, &config)?;
-    world.omsign_refuses(2, &["sign", "model", "--key", "k"], &["one wrong PIN more"])?;
+    world.omsign_refuses(2, &["sign", "model", "--key", "k"], &[LAST])?;
     world.omsign_ok(&["agent", "unlock", "t"])?;
     world.omsign_ok(&["sign", "model", "--key", "k"]).map(drop)
 }

@@ -251,6 +251,19 @@ fn by_the_sigstore_method() -> anyhow::Result<()> {
         sign(&statement)?;
         world.omsign_refuses(1, &KEYLESS, &[expected]).with_context(|| statement.to_string())?;
     }
+    // What release 0.2.0 of the reference signed so: a subject for each file, in an envelope as DSSE has it.
+    let mut old = forge::statement(&FILES);
+    let hashed = |(name, content): &(&str, &str)| json!({ "name": name, "digest": { "sha256": hex::encode(openssl::sha::sha256(content.as_bytes())) } });
+    old["subject"] = FILES.iter().map(hashed).collect();
+    old["predicateType"] = "https://model_signing/Digests/v0.1".into();
+    old["predicate"] = json!({ "unused": "Unused, just passed due to API requirements" });
+    sign(&old)?;
+    world.omsign_refuses(1, &KEYLESS, &["not an OMS v1.0 signature", "--allow-legacy accepts it"])?;
+    let accepting = [&KEYLESS[..], &["--allow-legacy"]].concat();
+    world.omsign_ok(&accepting)?;
+    old["subject"][0]["digest"]["sha256"] = "0".repeat(64).into();
+    sign(&old)?;
+    world.omsign_refuses(1, &accepting, &["1 changed"])?;
     Ok(())
 }
 
@@ -260,6 +273,10 @@ fn bundles_around_a_right_statement() -> anyhow::Result<()> {
     let world = world_with_signer(&FILES)?;
     sign(&world, &serde_json::to_vec(&forge::statement(&FILES))?)?;
     let whole: Value = serde_json::from_slice(&fs::read(world.path("k.sig"))?)?;
+    let mut older = whole.clone();
+    older["mediaType"] = "application/vnd.dev.sigstore.bundle+json;version=0.3".into();
+    world.write("k.sig", older.to_string())?;
+    world.omsign_ok(&BY_KEY)?;
     let cases: &[(Change, &str)] = &[
         (|b| b["mediaType"] = "application/vnd.dev.sigstore.bundle.v0.2+json".into(), "(OMS 8.1)"),
         (|b| b["dsseEnvelope"]["payloadType"] = "application/json".into(), "(OMS 6.7)"),

@@ -107,12 +107,18 @@ pub fn names(certificate: &X509Ref) -> Vec<String> {
         .collect()
 }
 
+/// The end of a certificate that has none (RFC 5280, 4.1.2.5), in seconds since 1970: later than any [`Timestamp`].
+const NEVER: i64 = 253_402_300_799;
+
 /// A time in it, as RFC 3339 writes it.
 pub fn time(time: &Asn1TimeRef) -> String {
     let since = Asn1Time::from_unix(0).and_then(|epoch| epoch.diff(time)).ok();
     let seconds = since.map(|since| i64::from(since.days) * 24 * 60 * 60 + i64::from(since.secs));
-    let time_of = |seconds| Timestamp::from_second(seconds).ok();
-    seconds.and_then(time_of).map_or_else(|| time.to_string(), |time| time.to_string())
+    let time_of = |seconds| match seconds {
+        NEVER => Some("9999-12-31T23:59:59Z".to_owned()),
+        seconds => Timestamp::from_second(seconds).ok().map(|time| time.to_string()),
+    };
+    seconds.and_then(time_of).unwrap_or_else(|| time.to_string())
 }
 
 /// SHA-256 of its DER: `sha256:…`, lower-case hexadecimal.

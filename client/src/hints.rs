@@ -14,6 +14,7 @@ use omsign::model::{GIT_PATHS, ModelError, Oddity, at_or_below};
 use omsign::path::PathError;
 use omsign::policy::{PolicyError, Refusal};
 use omsign::predicate::PredicateError;
+use omsign::statement::{RELEASE_0_2_0, StatementError};
 use omsign::terms::TermsError;
 use omsign::timestamp::TimestampError;
 use omsign::trust::TrustError;
@@ -139,6 +140,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         }
         Error::Trust(TrustError::Method { found: "sigstore", .. }) => {
             "`omsign verify MODEL --identity … --identity-provider …` says who is to have signed".into()
+        }
+        Error::Trust(TrustError::Statement(StatementError::PredicateType(kind))) if kind == RELEASE_0_2_0 => {
+            "release 0.2.0 of model-signing wrote it; signed by the sigstore method, --allow-legacy accepts it".into()
         }
         Error::Trust(TrustError::Legacy) => "--allow-legacy accepts it all the same".into(),
         Error::Trust(TrustError::Path(PathError::Expired(..))) => {

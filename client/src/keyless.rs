@@ -27,6 +27,8 @@ use crate::{certificate, provider, timestamp};
 /// Whose keyless signatures are accepted.
 pub struct Keyless {
     verifier: Verifier,
+    /// Who certifies signers.
+    issuers: Vec<X509>,
     timestamp_roots: Vec<X509>,
     identity: Wanted,
     identity_provider: Wanted,
@@ -153,12 +155,40 @@ impl Keyless {
             return Err(KeyError::Json { path: path.to_path_buf(), what: "a Sigstore trusted root" });
         }
         let verifier = Verifier::new(&root).map_err(unusable)?;
-        let authorities =
-            root.timestamp_authorities.iter().flat_map(|authority| &authority.cert_chain.certificates);
-        let timestamp_roots = authorities
-            .filter_map(|certificate| certificate::parse(certificate.raw_bytes.as_bytes()))
-            .collect();
-        Ok(Self { verifier, timestamp_roots, identity, identity_provider })
+        let parsed = |der: &DerCertificate| certificate::parse(der.as_bytes());
+        let issuers = root.certificate_authorities.iter().flat_map(|one| &one.cert_chain.certificates);
+        let authorities = root.timestamp_authorities.iter().flat_map(|one| &one.cert_chain.certificates);
+        let issuers = issuers.filter_map(|certificate| parsed(&certificate.raw_bytes)).collect();
+        let timestamp_roots = authorities.filter_map(|certificate| parsed(&certificate.raw_bytes)).collect();
+        Ok(Self { verifier, issuers, timestamp_roots, identity, identity_provider })
+    }
+
+    /// Whether an authority of this instance issued a certificate, and to the one that is asked for; whether it was valid, and
+    /// logged, is another question.
+    pub(crate) fn check_issued(&self, der: &[u8], leaf: &X509) -> Result<(), KeylessError> {
+        let issued = |issuer: &X509| issuer.public_key().and_then(|key| leaf.verify(&key)).unwrap_or(false);
+        if !self.issuers.iter().any(issued) {
+            let why = "no Fulcio authority of the trusted root issued it".to_owned();
+            return Err(KeylessError::Certificate(CertificateError::ChainInvalid(why)));
+        }
+        let (identity, identity_provider) = claimed_identity(der)
+            .ok_or(KeylessError::Nameless("subject alternative name or identity provider"))?;
+        self.check_names(identity, identity_provider).map(drop)
+    }
+
+    fn check_names(
+        &self,
+        identity: String,
+        identity_provider: String,
+    ) -> Result<(String, String), KeylessError> {
+        if !self.identity.is(&identity) {
+            return Err(KeylessError::Identity { wanted: self.identity.to_string(), found: identity });
+        }
+        if !self.identity_provider.is(&identity_provider) {
+            let wanted = self.identity_provider.to_string();
+            return Err(KeylessError::IdentityProvider { wanted, found: identity_provider });
+        }
+        Ok((identity, identity_provider))
     }
 
     /// Verifies all of a keyless bundle but its statement.
@@ -181,14 +211,8 @@ impl Keyless {
         }
         let missing = |what| KeylessError::Nameless(what);
         let identity = result.identity().ok_or(missing("subject alternative name"))?.as_str().to_owned();
-        if !self.identity.is(&identity) {
-            return Err(KeylessError::Identity { wanted: self.identity.to_string(), found: identity });
-        }
         let identity_provider = result.issuer().ok_or(missing("identity provider"))?.to_owned();
-        if !self.identity_provider.is(&identity_provider) {
-            let wanted = self.identity_provider.to_string();
-            return Err(KeylessError::IdentityProvider { wanted, found: identity_provider });
-        }
+        let (identity, identity_provider) = self.check_names(identity, identity_provider)?;
         let no_time = || KeylessError::Time(TimestampError::NoVerifiedTimestamp("none".into()));
         let at = *result.verified_timestamps().iter().min().ok_or_else(no_time)?;
         Ok(Proven { identity, identity_provider, at, logged: result.integrated_time() == Some(at) })

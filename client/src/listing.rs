@@ -1,5 +1,7 @@
 //! What is in a directory and below it, before anybody says what of it is a model's. Links are not followed.
 
+use std::ffi::OsString;
+use std::fs::FileType;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -55,15 +57,13 @@ pub(crate) enum Kind {
 /// Lists a directory, whose contents' names begin with a prefix, without what is below directories to be skipped.
 pub(crate) fn list(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
-    add(path, prefix, skip, &mut found)?;
-    Ok(found)
-}
-
-fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<Found>) -> io::Result<()> {
-    // Closed before what is below it is opened: a tree may be deeper than there are descriptors.
-    let entries =
-        std::fs::read_dir(path)?.map(|entry| entry.and_then(|e| Ok((e.file_name(), e.file_type()?))));
-    for (own_name, kind) in entries.collect::<io::Result<Vec<_>>>()? {
+    // Directories that are being listed, each below the one before it.
+    let mut open = vec![(path.to_owned(), prefix.to_owned(), entries(path)?)];
+    while let Some((path, prefix, rest)) = open.last_mut() {
+        let Some((own_name, kind)) = rest.next() else {
+            open.pop();
+            continue;
+        };
         let Some(own_name) = own_name.to_str() else {
             found.push(Found { name: format!("{prefix}{}", own_name.display()), kind: Kind::NotUtf8 });
             continue;
@@ -78,15 +78,21 @@ fn add(path: &Path, prefix: &str, skip: &dyn Fn(&str) -> bool, found: &mut Vec<F
         };
         let below = matches!(kind, Kind::Directory).then(|| (path.join(own_name), format!("{name}/")));
         found.push(Found { name, kind });
-        let count = found.len();
-        if let Some((path, prefix)) = below
-            && let Err(error) = add(&path, &prefix, skip, found)
-        {
-            found.truncate(count);
-            found.last_mut().expect("pushed above").kind = Kind::Unreadable(error);
+        if let Some((path, prefix)) = below {
+            match entries(&path) {
+                Ok(entries) => open.push((path, prefix, entries)),
+                Err(error) => found.last_mut().expect("pushed above").kind = Kind::Unreadable(error),
+            }
         }
     }
-    Ok(())
+    Ok(found)
+}
+
+/// What is in a directory, which is closed before what is below it is opened: a tree may be deeper than there are descriptors.
+fn entries(path: &Path) -> io::Result<std::vec::IntoIter<(OsString, FileType)>> {
+    let entries =
+        std::fs::read_dir(path)?.map(|entry| entry.and_then(|e| Ok((e.file_name(), e.file_type()?))));
+    Ok(entries.collect::<io::Result<Vec<_>>>()?.into_iter())
 }
 
 /// Lists a directory while something else is done that does not need it. None where there is no directory, another one

@@ -153,7 +153,7 @@ impl<'a> Pairs<'a> {
     pub(crate) fn are_all_of(&self, again: &Model, hasher: &Hasher) -> bool {
         let Model { files, odd, closed, .. } = again;
         let same = |((index, (at, now)), name): ((usize, (&File, Result<Stamp, _>)), &&str)| {
-            at.name == *name && now.is_ok_and(|now| self.files.stamp(index) == Some(&now))
+            at.name == *name && now.is_ok_and(|now| self.files.was(index, &now))
         };
         let nothing_else = files.len() == self.names.len() && odd.is_empty() && closed.is_empty();
         nothing_else
@@ -168,7 +168,7 @@ impl<'a> Pairs<'a> {
         let missing: BTreeSet<&str> = self.missing.iter().map(String::as_str).collect();
         for (index, name) in before.names.iter().enumerate() {
             let same = match self.names.binary_search(name) {
-                Ok(now) => self.files.stamp(now) == before.files.stamp(index),
+                Ok(now) => self.files.stamp(now).is_some_and(|now| before.files.was(index, now)),
                 // An only file may be another one, by another name. What is missing, or wrong, is told as that.
                 Err(_) => missing.contains(name) || wrong.contains_key(name),
             };

@@ -12,6 +12,8 @@ use crate::predicate::{Listed, Predicate, PredicateError, complete};
 
 const TYPE: &str = "https://in-toto.io/Statement/v1";
 const PREDICATE_TYPE: &str = "https://model_signing/signature/v1.0";
+/// The type of the predicate of release 0.2.0 of the reference.
+pub const RELEASE_0_2_0: &str = "https://model_signing/Digests/v0.1";
 
 /// What is wrong with a statement.
 #[derive(Debug, thiserror::Error)]
@@ -155,12 +157,17 @@ pub fn decode(bytes: &[u8]) -> Result<Manifest, StatementError> {
 /// Reads the statement of release 0.2.0 of the reference: one subject for each file, and nothing about how they were
 /// found. What it signed is no OMS v1.0 statement, so only a caller who says so gets it.
 pub fn decode_release_0_2_0(bytes: &[u8]) -> Result<Manifest, StatementError> {
-    let (files, Anything {}) =
-        parse::<Vec<Object<Subject<'_>>>, _>(bytes, "https://model_signing/Digests/v0.1")?;
+    let (files, Anything {}) = parse::<Vec<Object<Subject<'_>>>, _>(bytes, RELEASE_0_2_0)?;
     let files = files.into_iter().map(|Object(file)| (file.name, file.digest.sha256)).collect();
     let (resources, serialization) = Predicate::of_files(files).check()?;
     complete(&resources, serialization.method)?;
     Ok(Manifest { model_name: String::new(), resources, serialization })
+}
+
+/// Whether a statement says that it is one of release 0.2.0 of the reference.
+pub(crate) fn is_of_release_0_2_0(bytes: &[u8]) -> bool {
+    let types: Option<Types> = serde_json::from_slice(bytes).ok();
+    types.and_then(|types| types.predicate_type).is_some_and(|kind| kind == RELEASE_0_2_0)
 }
 
 /// What a statement says that its model is called. Nothing about it is proven.

@@ -138,7 +138,6 @@ impl Terms {
             (self.certificate_identity.is_some(), "a certificate identity", method == "certificate"),
             (!self.crls.is_empty(), "a CRL", method == "certificate"),
             (!self.timestamp_roots.is_empty(), "a root of time stamps", method != "sigstore"),
-            (self.accept_legacy, "accepting release 0.2.0", method != "sigstore"),
             (instance, "a Sigstore instance", method == "sigstore"),
         ];
         match foreign.iter().find(|(given, _, fits)| *given && !fits) {

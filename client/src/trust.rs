@@ -8,7 +8,7 @@ use openssl::error::ErrorStack;
 use openssl::x509::X509;
 use sigstore_verify::types::Sha256Hash;
 
-use crate::bundle::{Bundle, KeyIdentifier, Material};
+use crate::bundle::{Bundle, KeyIdentifier, Material, said};
 use crate::certificate::{self, UsageError};
 use crate::crl::Crls;
 use crate::dsse::Pae;
@@ -210,27 +210,27 @@ impl Trust {
         match (&self.signers, &bundle.material) {
             (Signers::PublicKey(key), Material::PublicKey(identifier)) => {
                 same_key(key, identifier)?;
-                let form = self.signed(bundle, key)?;
+                let legacy = self.legacy(bundle, key)?;
                 let stamps = self.stamps(bundle, now)?;
-                let proof = proof(Signer::Key, key, bundle, &stamps, form);
-                read(bundle, form, proof)
+                let proof = proof(Signer::Key, key, bundle, &stamps, legacy);
+                read(bundle, proof)
             }
             (Signers::Certified(anchors), Material::CertificateChain(chain)) => {
                 let certificates = parse(chain)?;
                 let (leaf, intermediates) = certificates.split_first().ok_or(TrustError::Certificate(0))?;
                 let key = PublicKey::of_certificate(leaf).map_err(TrustError::LeafKey)?;
                 // First what is quick, and what nobody else can make.
-                let form = self.signed(bundle, &key)?;
+                let legacy = self.legacy(bundle, &key)?;
                 let stamps = self.stamps(bundle, now)?;
                 let revocation_checked = anchors.check(leaf, intermediates, &stamps, now)?;
-                let mut proof = proof(certified(leaf)?, &key, bundle, &stamps, form);
+                let mut proof = proof(certified(leaf)?, &key, bundle, &stamps, legacy);
                 proof.revocation_checked = revocation_checked;
                 proof.authority_revocation_checked =
                     anchors.check_authorities(&stamps, &self.timestamp_roots, now)?;
-                read(bundle, form, proof)
+                read(bundle, proof)
             }
             (Signers::Keyless(keyless), Material::Keyless { certificate, .. }) => {
-                verify_keyless(keyless, bundle, certificate)
+                verify_keyless(keyless, bundle, certificate, self.accept_legacy)
             }
             (signers, material) => {
                 let wanted = match signers {
@@ -243,13 +243,13 @@ impl Trust {
         }
     }
 
-    /// In which form this key signed the payload.
-    fn signed(&self, bundle: &Bundle, key: &PublicKey) -> Result<Form, TrustError> {
+    /// Whether this key signed the payload as release 0.2.0 did, and not as DSSE has it.
+    fn legacy(&self, bundle: &Bundle, key: &PublicKey) -> Result<bool, TrustError> {
         if key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
-            return Ok(Form::Dsse);
+            return Ok(false);
         }
         match key.verifies_as_release_0_2_0(&bundle.payload, &bundle.signature) {
-            true if self.accept_legacy => Ok(Form::Release020),
+            true if self.accept_legacy => Ok(true),
             true => Err(TrustError::Legacy),
             false => Err(TrustError::Signature),
         }
@@ -265,23 +265,16 @@ impl Trust {
     }
 }
 
-/// How a payload was encoded to be signed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
-    Dsse,
-    Release020,
-}
-
 /// Reads the statement of a bundle whose signature is proven. Nothing of the payload is looked at before.
-fn read(bundle: &Bundle, form: Form, proof: Proof) -> Result<VerifiedStatement, TrustError> {
-    let manifest = match form {
-        Form::Dsse => statement::decode(&bundle.payload)?,
-        Form::Release020 => statement::decode_release_0_2_0(&bundle.payload)?,
+fn read(bundle: &Bundle, proof: Proof) -> Result<VerifiedStatement, TrustError> {
+    let manifest = match proof.legacy {
+        true => statement::decode_release_0_2_0(&bundle.payload)?,
+        false => statement::decode(&bundle.payload)?,
     };
     Ok(VerifiedStatement { manifest, proof })
 }
 
-fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], form: Form) -> Proof {
+fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], legacy: bool) -> Proof {
     let earliest = stamps.iter().map(|seen| seen.latest).min();
     Proof {
         signer,
@@ -292,7 +285,7 @@ fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], form
         authority_revocation_checked: false,
         unchecked_timestamps: bundle.timestamps.len() - stamps.len(),
         unchecked_log_entries: bundle.idle_log_entries,
-        legacy: form == Form::Release020,
+        legacy,
         accepted_by: None,
     }
 }
@@ -300,7 +293,7 @@ fn proof(signer: Signer, key: &PublicKey, bundle: &Bundle, stamps: &[Seen], form
 fn same_key(key: &PublicKey, identifier: &KeyIdentifier) -> Result<(), TrustError> {
     match identifier {
         KeyIdentifier::Hint(hint) if *hint == key.hint() => Ok(()),
-        KeyIdentifier::Hint(hint) => Err(TrustError::OtherKey(hint.clone())),
+        KeyIdentifier::Hint(hint) => Err(TrustError::OtherKey(said(hint.clone()))),
         KeyIdentifier::Pem(pem)
             if PublicKey::from_pem(pem, Path::new("")).is_ok_and(|own| own.same_as(key)) =>
         {
@@ -375,12 +368,18 @@ fn verify_keyless(
     keyless: &Keyless,
     bundle: &Bundle,
     certificate: &[u8],
+    accept_legacy: bool,
 ) -> Result<VerifiedStatement, TrustError> {
     let leaf = certificate::parse(certificate).ok_or(TrustError::Certificate(0))?;
     let key = PublicKey::of_certificate(&leaf).map_err(TrustError::LeafKey)?;
     // The one thing that is read before it is verified: sigstore-verify wants to know what the signature is of.
     let root_digest = statement::claimed_root_digest(&bundle.payload)?;
     let root_digest = Sha256Hash::from_hex(&root_digest).map_err(|_| StatementError::RootDigest)?;
+    // Their parser takes many times a statement's length. It reads what the signer that is asked for did sign.
+    keyless.check_issued(certificate, &leaf)?;
+    if !key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
+        return Err(KeylessError::Signature.into());
+    }
     let proven = keyless.verify(bundle, root_digest).map_err(|error| {
         // What their parser does not take is said in our words: it is wrong whoever signed it.
         let unreadable = matches!(error, KeylessError::Bundle(_));
@@ -390,8 +389,10 @@ fn verify_keyless(
     certificate::check_usage(&leaf)?;
     let source = if proven.logged { "transparency log" } else { "RFC 3161 time stamp" };
     let signer = Signer::Keyless { identity: proven.identity, identity_provider: proven.identity_provider };
-    let mut proof = proof(signer, &key, bundle, &[], Form::Dsse);
+    // What release 0.2.0 signed so is DSSE, around a statement of its own.
+    let legacy = accept_legacy && statement::is_of_release_0_2_0(&bundle.payload);
+    let mut proof = proof(signer, &key, bundle, &[], legacy);
     proof.signed_at = Some(SignedAt { time: proven.at, source });
     proof.unchecked_timestamps = 0;
-    read(bundle, Form::Dsse, proof)
+    read(bundle, proof)
 }

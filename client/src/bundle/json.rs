@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::log::EntryJson;
-use super::{Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material};
+use super::{
+    Bundle, BundleError, KeyIdentifier, LogEntries, MEDIA_TYPE, MOST, Material, OLDER_MEDIA_TYPE, said,
+};
 use crate::dsse::PAYLOAD_TYPE;
 use crate::object::{Bounded, Object, Text, present};
 
@@ -115,11 +117,11 @@ impl Bundle {
             serde_json::from_slice(bytes).map_err(|error| BundleError::Malformed(error.to_string()))?;
         let BundleJson { media_type, verification_material, dsse_envelope } = bundle.0;
         let (Object(material), Object(envelope)) = (verification_material, dsse_envelope);
-        if media_type != MEDIA_TYPE {
-            return Err(BundleError::MediaType(media_type));
+        if ![MEDIA_TYPE, OLDER_MEDIA_TYPE].contains(&media_type.as_str()) {
+            return Err(BundleError::MediaType(said(media_type)));
         }
         if envelope.payload_type != PAYLOAD_TYPE {
-            return Err(BundleError::PayloadType(envelope.payload_type));
+            return Err(BundleError::PayloadType(said(envelope.payload_type)));
         }
         let [Object(signature)] = envelope.signatures.kept.as_slice() else {
             return Err(BundleError::Signatures(envelope.signatures.count));

@@ -13,6 +13,18 @@ use crate::dsse::PAYLOAD_TYPE;
 
 const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
 
+/// As it was written at first (sigstore_bundle.proto, Bundle.media_type).
+const OLDER_MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle+json;version=0.3";
+
+/// So many bytes are repeated of what a bundle says in the wrong place: nothing in it is believed yet.
+const SAID_BYTES: usize = 256;
+
+/// The start of it.
+pub(crate) fn said(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(SAID_BYTES));
+    text
+}
+
 /// What a bundle may be long, in bytes, where nobody says otherwise: one of 400,000 files is about this long.
 pub const LARGEST_BYTES: u64 = 64 << 20;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, stat, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, fstatfs, openat, stat, statat};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::HashError;
@@ -19,7 +19,13 @@ use super::source::SourceError;
 pub struct Root {
     path: PathBuf,
     directory: OwnedFd,
+    /// Whether a file there is known by its inode's number.
+    pub(super) inodes_last: bool,
 }
+
+/// Types of file systems (statfs(2)) that give a file another number once they forgot it, under memory pressure: FUSE, SMB, CIFS,
+/// FAT, exFAT.
+const FORGETFUL: [u32; 5] = [0x6573_5546, 0xfe53_4d42, 0xff53_4d42, 0x4d44, 0x2011_bab0];
 
 impl Root {
     /// Opens a directory, which need not be readable.
@@ -30,7 +36,10 @@ impl Root {
     /// The same, where it is known what `path` leads to: there is not to be another way to it a moment later.
     pub(crate) fn open_really(path: &Path, real: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { path: path.to_owned(), directory: rustix::fs::open(real, flags, Mode::empty())? })
+        let directory = rustix::fs::open(real, flags, Mode::empty())?;
+        let kind = fstatfs(&directory).ok().and_then(|found| u32::try_from(found.f_type).ok());
+        let inodes_last = kind.is_none_or(|kind| !FORGETFUL.contains(&kind));
+        Ok(Self { path: path.to_owned(), directory, inodes_last })
     }
 
     /// Whether another directory, or none, is in its place now: a link to it may lead to the next release.
@@ -128,9 +137,15 @@ fn open_to_others(found: &Stat) -> bool {
 }
 
 impl Stamp {
-    /// Of an open file.
-    pub(super) fn of(file: &File) -> io::Result<Self> {
-        Ok(Self::from(&fstat(file)?))
+    /// Whether a file is in the same state at two times.
+    fn is_same(&self, other: &Self, inodes_last: bool) -> bool {
+        let state = |stamp: &Self| (stamp.size, stamp.modified, stamp.changed);
+        state(self) == state(other) && (!inodes_last || self.inode == other.inode)
+    }
+
+    /// Whether an open file is in this state.
+    pub(super) fn is_of(&self, file: &File, inodes_last: bool) -> io::Result<bool> {
+        Ok(self.is_same(&Self::from(&fstat(file)?), inodes_last))
     }
 }
 
@@ -172,7 +187,7 @@ impl<'a> Looked<'a> {
     /// Whether the same number of files are in the same states.
     pub(crate) fn check_same(&self, later: &Self) -> Result<(), HashError> {
         let pairs = self.stamps.iter().zip(&later.stamps).zip(&later.paths);
-        match pairs.into_iter().find(|((before, after), _)| before != after) {
+        match pairs.into_iter().find(|((before, after), _)| !after.is_same(before, self.root.inodes_last)) {
             Some((_, path)) => Err(HashError::Changed(later.root.path_of(path))),
             None => Ok(()),
         }
@@ -187,6 +202,11 @@ impl<'a> Looked<'a> {
 
     pub(crate) fn has(&self, device: u64, inode: u64) -> bool {
         self.stamps.iter().any(|stamp| (stamp.device, stamp.inode) == (device, inode))
+    }
+
+    /// Whether a file was in this state.
+    pub(crate) fn was(&self, file: usize, now: &Stamp) -> bool {
+        self.stamps.get(file).is_some_and(|before| now.is_same(before, self.root.inodes_last))
     }
 
     /// In which state a file was.
@@ -204,6 +224,20 @@ impl<'a> Looked<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// It was not: its file system had forgotten it.
+    #[test]
+    fn another_inode_where_they_do_not_last() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::write(directory.path().join("file"), "1").expect("written");
+        let root = Root::open(directory.path()).expect("opened");
+        assert!(root.inodes_last, "not on FUSE, CIFS or FAT");
+        let before = Place { root: &root, path: "file".as_ref() }.look().expect("looked at");
+        let other = Stamp { inode: before.inode + 1, ..before };
+        assert!(before.is_same(&before, true) && !before.is_same(&other, true));
+        assert!(before.is_same(&other, false));
+        assert!(!before.is_same(&Stamp { changed: Time(7, 8), ..other }, false));
+    }
 
     #[test]
     fn another_directory_in_its_place() {

@@ -24,6 +24,7 @@ pub(super) enum SourceError {
 /// A range of an open file.
 struct Source {
     stamp: Stamp,
+    inodes_last: bool,
     file: File,
     position: u64,
     end: u64,
@@ -45,7 +46,16 @@ impl Source {
     fn open(place: Place<'_>, stamp: Stamp, range: &Range<u64>) -> Result<Self, SourceError> {
         let file = place.open().map_err(SourceError::Io)?;
         let cached = range.end - range.start > SMALL_BYTES;
-        Ok(Self { stamp, file, position: range.start, end: range.end, asked: range.start, cached })
+        let inodes_last = place.root.inodes_last;
+        Ok(Self {
+            stamp,
+            inodes_last,
+            file,
+            position: range.start,
+            end: range.end,
+            asked: range.start,
+            cached,
+        })
     }
 
     /// Fills a buffer, except at the range's end. After the last byte, the file has to be as it was.
@@ -55,7 +65,10 @@ impl Source {
             let left = usize::try_from(self.end - self.position).unwrap_or(usize::MAX);
             let end = filled + left.min(buffer.len() - filled);
             match self.read(buffer.get_mut(filled..end)) {
-                Ok(0) => return Err(SourceError::Changed),
+                Ok(0) => {
+                    self.check_same()?;
+                    return Err(SourceError::Io(io::Error::other("it is shorter than it says")));
+                }
                 Ok(count) => (filled, self.position) = (filled + count, self.position + count as u64),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Of a pipe, say, that was put in its place, what it is says more than that it cannot be read so.
@@ -74,8 +87,8 @@ impl Source {
 
     /// An error if it is not in the state any more in which it was looked at.
     fn check_same(&self) -> Result<(), SourceError> {
-        let now = Stamp::of(&self.file).map_err(SourceError::Io)?;
-        if now == self.stamp { Ok(()) } else { Err(SourceError::Changed) }
+        let same = self.stamp.is_of(&self.file, self.inodes_last).map_err(SourceError::Io)?;
+        if same { Ok(()) } else { Err(SourceError::Changed) }
     }
 
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {

@@ -14,10 +14,9 @@ use tss_esapi::structures::{
 };
 use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
-use super::super::{LAST_TRY, challenge, gone, locked, refused};
+use super::super::{challenge, gone, locked, refused};
 use super::errors::{classify, kept, owners};
 use super::guard::Guard;
-use super::is_last_try;
 use super::keyfile::KeyFile;
 use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
@@ -166,9 +165,6 @@ fn check(
     let public = read_public(context, handle)?;
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     guard.holds(context)?;
-    if guard.auth && !public.object_attributes().no_da() && !by_operator && is_last_try(context)? {
-        return Err(locked(LAST_TRY.into()));
-    }
     match (auth, object) {
         (Some(auth), Object::TpmHandle(_)) => {
             let set = context.tr_set_auth(handle.into(), auth);

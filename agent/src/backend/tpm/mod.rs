@@ -26,7 +26,7 @@ use super::{Device, Doing, Notify, Signer, gone, locked, open_keys, pin_for, ref
 use crate::algorithm::Content;
 use crate::config::{PinSource, Tcti};
 use crate::host::task::{Done, Task};
-use crate::host::wire::{Failure, OpenSpec, Opened, Survey, SurveyedToken};
+use crate::host::wire::{Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 use crate::verifier::Verifier;
@@ -249,10 +249,17 @@ fn locked_out(context: &mut Context) -> Result<bool, Failure> {
     Ok(property(context, PropertyTag::Permanent)? & IN_LOCKOUT != 0)
 }
 
-/// Whether one wrong authorization value more locks the TPM, for whoever uses it.
-fn is_last_try(context: &mut Context) -> Result<bool, Failure> {
+/// Whether one wrong authorization value more locks the TPM for everybody: not without an operator's word, unless all keys
+/// are outside of that.
+fn spends_the_last_try(context: &mut Context, spec: &OpenSpec) -> Result<bool, Failure> {
     let most = property(context, PropertyTag::MaxAuthFail)?;
-    Ok(property(context, PropertyTag::LockoutCounter)?.saturating_add(1) >= most)
+    if spec.by_operator || property(context, PropertyTag::LockoutCounter)?.saturating_add(1) < most {
+        return Ok(false);
+    }
+    let counts = |key: &KeySpec| {
+        keys::public_area(context, &key.object).is_ok_and(|public| !public.object_attributes().no_da())
+    };
+    Ok(spec.keys.iter().any(counts))
 }
 
 /// The authorization value of the keys, if they have one.
@@ -262,6 +269,12 @@ fn authorization(context: &mut Context, spec: &OpenSpec, pin: Option<Pin>) -> Re
         let message = "the TPM is in lockout after wrong authorization values; wait until it forgives them, or run \
                        `tpm2_dictionarylockout --clear-lockout`, then unlock it";
         return Err(locked(message.into()));
+    }
+    if spends_the_last_try(context, spec)? {
+        // It is asked again: a TPM forgets one after the other.
+        let message = "one wrong authorization value more would lock the TPM; none is offered until it forgives one, or an \
+                       operator unlocks it with the right one";
+        return Err(gone(message.into()));
     }
     let auth = Auth::try_from(pin.expose().as_bytes().to_vec());
     auth.map(Some).map_err(|_| locked("the authorization value is longer than a TPM takes".into()))
