@@ -11,6 +11,7 @@ use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::agent::Agent;
 use omsign_tests::device::card_through;
 use omsign_tests::operator::{does, refuses};
+use omsign_tests::pki::{CA, Certificate, P256, Pki};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, Public};
@@ -75,6 +76,37 @@ fn a_yubikey_attests_what_it_made() -> anyhow::Result<()> {
     let (status, said) = verified(&world, "proof.json", &[])?;
     ensure!(status == Some(1) && said.contains("do not lead to a root that is trusted"), "{said}");
     breaks_when_changed(&world, "proof.json", &["--roots", "maker.pem"])
+}
+
+/// What a YubiKey of 2017 made inside of itself may be known to others all the same (Yubico, YSA-2017-01).
+#[test]
+fn rsa_keys_that_can_be_factored() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let yubikey = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    yubikey.change_pin()?;
+    yubikey.generate("9c", "ECCP256", &[])?;
+    let config = world.listen() + &yubikey.section("card") + &key_on("k", "card", "slot = \"9c\"");
+    world.write("agent.toml", config)?;
+    let mut proof: serde_json::Value = serde_json::from_str(&does(&world, &["attest", "k"])?)?;
+    let pki = Pki::new(&world);
+    pki.root("maker")?;
+    pki.issue("card", "maker", Certificate { extensions: CA, ..Certificate::default() })?;
+    const RSA: &str = "RSA -pkeyopt rsa_keygen_bits:2048";
+    for (key, firmware, expected) in [(RSA, "040301", 1), (RSA, "040305", 0), (P256, "040301", 0)] {
+        let extensions =
+            format!("1.3.6.1.4.1.41482.3.3 = DER:{firmware}\n1.3.6.1.4.1.41482.3.7 = DER:020400ab4130\n");
+        pki.issue("leaf", "card", Certificate { key, extensions: &extensions, ..Certificate::default() })?;
+        let of = |name: &str| anyhow::Ok(X509::from_pem(&std::fs::read(world.path(name))?)?);
+        let (leaf, by) = (of("leaf.pem")?, of("card.pem")?);
+        proof["evidence"]["certificates"] =
+            serde_json::json!([hex::encode(leaf.to_der()?), hex::encode(by.to_der()?)]);
+        proof["public_key"] = hex::encode(leaf.public_key()?.public_key_to_der()?).into();
+        world.write("proof.json", proof.to_string())?;
+        let (status, said) = verified(&world, "proof.json", &["--roots", "maker.pem"])?;
+        ensure!(status == Some(expected) && said.contains("proven: firmware 4.3."), "{firmware}: {said}");
+        ensure!(said.contains("CVE-2017-15361") == (expected == 1), "{said}");
+    }
+    Ok(())
 }
 
 /// Where the module shows the device's own certificates, as the profile knows.

@@ -4,12 +4,12 @@ use std::process::{Command, Output};
 
 use anyhow::ensure;
 use omsign_fixtures::built;
-use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, MODULE, Objects, PIN, SoftHsm};
 use omsign_fixtures::swtpm::SwTpm;
-use omsign_tests::agent::Agent;
-use omsign_tests::operator::typing;
-use omsign_tests::world::{World, text};
+use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::operator::{typing, unblocking};
+use omsign_tests::world::{World, key, text};
 use openssl::pkey::PKey;
 use openssl::x509::X509Req;
 
@@ -172,7 +172,6 @@ fn yubikey() -> anyhow::Result<()> {
     let arguments = [&["yubikey", "--slot", "9a"], &SUBJECT[..]].concat();
     refuses_with(&other, &arguments, &environment, "00000000\n", "it refused the PIN; 2 tries are left")?;
     works(&other, &arguments, &environment, "97531864\n", Some("97531864"))?;
-    ensure!(piv::PIN != "97531864");
     // A key that is there is taken when that is what is wanted.
     let existing = |slot| [&["yubikey", "--existing", "--slot", slot], &SUBJECT[..]].concat();
     let third = World::new()?;
@@ -186,6 +185,53 @@ fn yubikey() -> anyhow::Result<()> {
     let [request, before] = [&third, &other].map(|world| std::fs::read(world.path("release.csr")));
     let (request, before) = (X509Req::from_pem(&request?)?, X509Req::from_pem(&before?)?);
     ensure!(request.public_key()?.public_eq(before.public_key()?.as_ref()), "another key");
+    Ok(())
+}
+
+/// Cut off at any place, a management key is never nobody's.
+#[test]
+fn a_card_that_is_pulled_while_it_gets_a_management_key() -> anyhow::Result<()> {
+    // SET MANAGEMENT KEY (Yubico, "PIV extensions"), before and after the card did it.
+    for late in [false, true] {
+        let (world, place) = (World::new()?, World::new()?);
+        let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
+        let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
+        let arguments = [&["yubikey"], &SUBJECT[..]].concat();
+        let sets_key: fn(&[u8]) -> bool = |command| command.get(1) == Some(&0xff);
+        card.set(Faults { pull: true, late, only: Some(sets_key), once: true, ..Faults::default() });
+        let answers = "97531864\n97531864\nabcdefgh\nabcdefgh\n";
+        refuses_with(&world, &arguments, &environment, answers, "cannot change the management key")?;
+        eventually("its return", || Ok(card.tool(&["-a", "version"]).is_ok()))?;
+        works(&world, &arguments, &environment, "97531864\n", Some("97531864"))?;
+    }
+    Ok(())
+}
+
+/// What the card counts is not spent before what is given is known to be right, and of the PUK nothing at all by itself.
+#[test]
+fn a_card_whose_puk_is_blocked_or_nearly() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
+    let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
+    let arguments = [&["yubikey"], &SUBJECT[..]].concat();
+    let wrong = || card.tool(&["-a", "change-puk", "-P", "00000000", "-N", "87654321"]);
+    for _ in 0..3 {
+        ensure!(wrong().is_err());
+    }
+    // Nobody can change it any more, and nobody is asked to.
+    works(&world, &arguments, &environment, "97531864\n97531864\n", Some("97531864"))?;
+    let second = VirtualPiv::create(&place.path("second"), 11_223_345)?;
+    second.change_pin()?;
+    second.change_puk()?;
+    for _ in 0..2 {
+        ensure!(second.tool(&["-a", "change-puk", "-P", "00000000", "-N", "87654321"]).is_err());
+    }
+    second.enter_wrong_pins(3);
+    let config = world.listen() + &second.section("card") + &key("k", "card", "slot = \"9c\"");
+    world.write("agent.toml", config)?;
+    let output = unblocking(&world, "card", "00000000\nnew-pin1\nnew-pin1\n")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(errors.contains("one wrong PUK more would block it"), "{errors}");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use omsign_proto::v1::SignRequest;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, SOON, freeze, signal};
-use omsign_tests::client::{connect, request, sign};
+use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
 use tonic::Code;
@@ -195,6 +195,43 @@ fn long_statements_that_wait() -> anyhow::Result<()> {
         }
         ensure!(waits == 4, "{waits} wait");
         sign(&mut connect(world.path("agent.sock")).await?, request("k", 1, &[7; 48]), SOON).await?;
+        Ok(())
+    })
+}
+
+/// A device that has too much to do says so, did nothing, and counted no PIN: whoever asks waits, and nothing is opened anew.
+#[test]
+fn a_device_that_is_asked_for_too_much() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    let section = proxy.before(&token_section("t", &token, "profile = \"cloudhsm\""))?;
+    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
+        let hosts = agent.hosts()?;
+        // CKR_FUNCTION_FAILED
+        proxy.set("C_Sign 6 0\n")?;
+        let mut other = client.clone();
+        let waits = tokio::spawn(async move { sign(&mut other, request("k", 2, &[7; 32]), SOON).await });
+        while proxy.calls("C_Sign") < 6 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        proxy.set("")?;
+        waits.await??;
+        ensure!(agent.hosts()? == hosts, "{}", agent.log()?);
+        proxy.set("C_Login 6 0\n")?;
+        hosts.into_iter().try_for_each(|host| signal(host, Signal::KILL))?;
+        let refused =
+            sign(&mut client, request("k", 3, &[7; 32]), SOON).await.map(drop).map_err(|s| s.code());
+        ensure!(refused == Err(Code::Unavailable), "{refused:?}: {}", agent.log()?);
+        proxy.set("")?;
+        let mut id = 10;
+        while let Err(status) = sign(&mut client, request("k", id, &[7; 32]), SOON).await {
+            ensure!(status.code() == Code::Unavailable && id < 1000, "{status}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            id += 1;
+        }
         Ok(())
     })
 }

@@ -48,6 +48,8 @@ pub struct Profile {
     pub keep_alive_s: Option<u64>,
     /// It finds no public objects without a login.
     pub hides_public_before_login: bool,
+    /// It answers CKR_FUNCTION_FAILED where it is asked for more than it does at a time.
+    pub throttles: bool,
     /// It refuses sessions that only read.
     pub only_writing_sessions: bool,
     /// The form of its PIN, where that is not just a PIN.

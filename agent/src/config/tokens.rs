@@ -176,7 +176,7 @@ fn selector(
             serial: table.string(reader, "serial"),
             model: table.string(reader, "model"),
             manufacturer: table.string(reader, "manufacturer"),
-            slot: table.integer(reader, "slot", 0..=u64::from(u32::MAX)),
+            slot: table.integer(reader, "slot", 0..=i64::MAX.unsigned_abs()),
             ..TokenSelector::default()
         };
         let (at, path) = (table.at, table.path.clone());

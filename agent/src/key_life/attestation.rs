@@ -13,6 +13,10 @@ use crate::backend::tpm_attestation;
 use crate::host::task::Evidence;
 use crate::public_key::PublicKey;
 
+/// rsaEncryption (RFC 8017, A.1), and the firmware of YubiKeys that makes such keys badly (Yubico, YSA-2017-01).
+const RSA: &str = "1.2.840.113549.1.1.1";
+const FACTORABLE: std::ops::RangeInclusive<[u8; 3]> = [4, 2, 6]..=[4, 3, 4];
+
 /// Yubico's roots, older and newer, and what the newer one certifies cards with
 /// (developers.yubico.com/PKI, SHA-256 63ece914…07b546 and 62760c6a…586cd5a8).
 const YUBICO: [&str; 2] =
@@ -165,11 +169,13 @@ impl Attestation {
             return Err(wrong("the card attests another key"));
         }
         let mut proven = vec![format!("made inside the card: {}", tbs.subject())];
+        let mut firmware = None;
         // Yubico, "PIV attestation": 1.3.6.1.4.1.41482.3.
         for extension in tbs.extensions().into_iter().flatten() {
             let value = extension.extn_value.as_bytes();
             proven.extend(match (extension.extn_id.to_string().as_str(), value) {
                 ("1.3.6.1.4.1.41482.3.3", [major, minor, patch]) => {
+                    firmware = Some([*major, *minor, *patch]);
                     Some(format!("firmware {major}.{minor}.{patch}"))
                 }
                 ("1.3.6.1.4.1.41482.3.7", [2, _, number @ ..]) => {
@@ -192,6 +198,12 @@ impl Attestation {
             proven.push("no serial number: it is too old to say which card".to_owned());
         }
         let mut findings = Findings { proven, ..Findings::default() };
+        let is_rsa = tbs.subject_public_key_info().algorithm.oid.to_string() == RSA;
+        if is_rsa && firmware.is_some_and(|version| FACTORABLE.contains(&version)) {
+            findings.unproven.push(
+                "that nobody else knows the key: RSA keys that this firmware made can be factored (CVE-2017-15361)".to_owned(),
+            );
+        }
         if trust.nonce.is_some() {
             findings.unproven.push("when this was made: cards take no nonce".to_owned());
         }

@@ -87,7 +87,7 @@ pub struct Faults {
     pub status: Option<u16>,
     /// The card is pulled in the middle of the next command.
     pub pull: bool,
-    /// It does the command first, and then takes that time.
+    /// It does the command first, and then takes that time, or is pulled.
     pub late: bool,
     /// All that with these commands only.
     pub only: Option<fn(&[u8]) -> bool>,
@@ -301,11 +301,11 @@ impl Inside {
         };
         let done = faults.late.then(|| self.card().command(command));
         self.delayed(faults.delay);
-        if done.is_some() {
-            return done;
-        }
         if faults.pull {
             return None;
+        }
+        if done.is_some() {
+            return done;
         }
         if let Some(status) = faults.status {
             return Some(status.to_be_bytes().to_vec());

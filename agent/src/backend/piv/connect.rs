@@ -4,7 +4,7 @@ use yubikey::{Serial, YubiKey};
 
 use super::super::gone;
 use super::Known;
-use super::errors::{classify, holder};
+use super::errors::{classify, hidden, holder};
 use crate::host::wire::{Class, Failure};
 
 pub(super) fn in_use(what: &str) -> Failure {
@@ -38,7 +38,7 @@ pub(super) fn connect_again(Known { serial, reader, .. }: &mut Known) -> Result<
 
 fn unconnected(serial: u32, error: yubikey::Error) -> Failure {
     match error {
-        yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected")),
+        yubikey::Error::NotFound => gone(format!("no YubiKey with serial {serial} is connected{}", hidden())),
         yubikey::Error::PcscError { inner: Some(pcsc::Error::SharingViolation) } => {
             in_use(&format!("YubiKey {serial}"))
         }

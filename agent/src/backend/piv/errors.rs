@@ -74,6 +74,19 @@ pub(crate) fn holder() -> String {
     if known.is_empty() { String::new() } else { format!(": {}", known.join(", ")) }
 }
 
+/// Why the PC/SC service may see no reader at all: GnuPG's daemon takes it over USB, where it is not told to leave that.
+pub(super) fn hidden() -> &'static str {
+    let is_scdaemon = |entry: std::fs::DirEntry| {
+        std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim() == "scdaemon")
+    };
+    match std::fs::read_dir("/proc").into_iter().flatten().flatten().any(is_scdaemon) {
+        true => {
+            "; scdaemon (GnuPG) runs, and may have the reader to itself: `disable-ccid` in scdaemon.conf, then `gpgconf --kill scdaemon`"
+        }
+        false => "",
+    }
+}
+
 /// `1 try is left`, `2 tries are left`.
 pub(super) fn tries_left(tries: u8) -> String {
     if tries == 1 { "1 try is left".to_owned() } else { format!("{tries} tries are left") }

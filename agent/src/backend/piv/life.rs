@@ -78,6 +78,13 @@ fn list(card: &mut Card<'_>) -> Result<Done, Failure> {
         let metadata = match piv::metadata(card.yubikey, slot) {
             Ok(metadata) => metadata,
             Err(Error::NotFound) => continue,
+            // One that this version does not know, such as the policies of a YubiKey Bio.
+            Err(Error::ParseError) => {
+                let notes = vec!["its metadata cannot be read".to_owned()];
+                let (object, algorithm) = (Object::PivSlot(number), "unknown".to_owned());
+                listed.push(Listed { object, algorithm, public_key: Vec::new(), certificate: false, notes });
+                continue;
+            }
             Err(error) => return Err(classify("read the slot's metadata", &error)),
         };
         let SlotAlgorithmId::Asymmetric(algorithm) = metadata.algorithm else { continue };

@@ -1,8 +1,9 @@
 //! What cards there are, before anybody offers a PIN, and what everybody knows of a new one.
 
 use getrandom::SysRng;
-use yubikey::piv::{self, SlotId};
+use yubikey::piv::{self, SlotId, SlotMetadata};
 use yubikey::{MgmKey, YubiKey};
+use zeroize::Zeroizing;
 
 use super::super::{locked, refused};
 use super::errors::{classify, tries_left};
@@ -36,7 +37,9 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
     notes.extend(of_factory);
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
     let taken = PIV_SLOTS.into_iter().flatten().filter(|number| {
-        SlotId::try_from(*number).is_ok_and(|slot| piv::metadata(&mut yubikey, slot).is_ok())
+        // What cannot be read is there all the same.
+        let mut empty = |slot| matches!(piv::metadata(&mut yubikey, slot), Err(yubikey::Error::NotFound));
+        SlotId::try_from(*number).is_ok_and(|slot| !empty(slot))
     });
     let objects = taken.map(Object::PivSlot).collect();
     leave(yubikey);
@@ -66,7 +69,9 @@ pub(super) fn factorys(yubikey: &mut YubiKey) -> Vec<(Factory, String)> {
         (Factory::Puk, "PUK", PUK),
         (Factory::ManagementKey, "management key", 0x9b),
     ] {
-        if is_factorys(yubikey, reference) {
+        // A PUK that is blocked nobody can change.
+        let blocked = which == Factory::Puk && tries_of(yubikey, reference) == Some(0);
+        if !blocked && is_factorys(yubikey, reference) {
             let how = "change it with `omsign-agent init yubikey` or `ykman piv access`";
             found.push((
                 which,
@@ -79,9 +84,16 @@ pub(super) fn factorys(yubikey: &mut YubiKey) -> Vec<(Factory, String)> {
 
 /// Whether a PIN, PUK or management key is one that everybody knows; no, where the firmware does not tell.
 pub(super) fn is_factorys(yubikey: &mut YubiKey, reference: u8) -> bool {
-    let slot = SlotId::try_from(reference).ok();
-    let metadata = slot.and_then(|slot| piv::metadata(yubikey, slot).ok());
-    metadata.is_some_and(|metadata| metadata.default == Some(true))
+    known_of(yubikey, reference).is_some_and(|metadata| metadata.default == Some(true))
+}
+
+/// How often it may still be wrong, where the firmware tells.
+fn tries_of(yubikey: &mut YubiKey, reference: u8) -> Option<u8> {
+    Some(known_of(yubikey, reference)?.retries?.remaining_count)
+}
+
+fn known_of(yubikey: &mut YubiKey, reference: u8) -> Option<SlotMetadata> {
+    piv::metadata(yubikey, SlotId::try_from(reference).ok()?).ok()
 }
 
 /// The serial numbers of all cards.
@@ -116,19 +128,52 @@ pub(in super::super) fn prepare(serial: u32, pin: Option<Pin>, fresh: &Fresh) ->
         changed.map_err(failed("change the PIN"))?;
         pin = Pin::new(fresh.pin.clone());
     }
+    // A wrong one changes nothing.
+    let pin = pin.ok_or_else(|| locked("it waits for its PIN".into()))?;
+    yubikey.verify_pin(pin.expose().as_bytes()).map_err(failed("verify the PIN"))?;
     if !fresh.puk.is_empty() {
         let changed = yubikey.change_puk(FACTORY_PUK, fresh.puk.as_bytes());
-        changed.map_err(failed("change the PUK, after the PIN was changed"))?;
+        changed.map_err(|error| of_puk("change the PUK, now that the PIN is right", error))?;
     }
     if fresh.management_key {
-        let pin = pin.ok_or_else(|| locked("it waits for its PIN".into()))?;
-        yubikey.verify_pin(pin.expose().as_bytes()).map_err(failed("verify the PIN"))?;
         let factory = MgmKey::get_default(&yubikey).map_err(failed("ask for the management key"))?;
         yubikey.authenticate(&factory).map_err(failed("show the management key"))?;
         let own = MgmKey::generate_for(&yubikey, &mut SysRng).map_err(failed("make a management key"))?;
+        keep(&mut yubikey, &own).map_err(failed("keep the management key"))?;
         own.set_protected(&mut yubikey).map_err(failed("change the management key"))?;
     }
     Ok(())
+}
+
+/// Where a card keeps a management key behind its PIN, as ykman has it: the data object "Printed Information", and two tags.
+const PRINTED: u32 = 0x005f_c109;
+const PROTECTED: u8 = 0x88;
+const KEY: u8 = 0x89;
+
+/// Has the card keep a management key before it is the card's. Cut off in between, it would be nobody's: so the one from the
+/// factory still is, and this can be done again.
+fn keep(yubikey: &mut YubiKey, key: &MgmKey) -> yubikey::Result<()> {
+    let key: &[u8] = key.as_ref();
+    let length = u8::try_from(key.len()).map_err(|_| yubikey::Error::SizeError)?;
+    let object = Zeroizing::new([&[PROTECTED, length + 2, KEY, length], key].concat());
+    let ours = |found: &[u8]| found.starts_with(&[PROTECTED, length + 2, KEY, length]);
+    match yubikey.fetch_object(PRINTED) {
+        // What others keep there is left to the crate, which adds to it.
+        Ok(found) if !found.is_empty() && !ours(&found) => return Ok(()),
+        _ => yubikey.save_object(PRINTED, &mut object.clone())?,
+    }
+    if *yubikey.fetch_object(PRINTED)? == *object { Ok(()) } else { Err(yubikey::Error::GenericError) }
+}
+
+/// What came of showing the PUK.
+fn of_puk(what: &str, error: yubikey::Error) -> Failure {
+    match error {
+        yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => refused(
+            "its PUK is blocked, too: only a reset helps, which deletes every key: ykman piv reset".into(),
+        ),
+        yubikey::Error::WrongPin { tries } => refused(format!("it refused the PUK; {}", tries_left(tries))),
+        error => classify(what, &error),
+    }
 }
 
 /// Sets the PIN anew with the PUK. One try.
@@ -146,12 +191,10 @@ pub(in super::super) fn unblock(serial: u32, pin: &Pin, fresh: &Fresh) -> Result
                        `ykman piv access change-puk`";
         return Err(refused(message.into()));
     }
-    let set = yubikey.unblock_pin(puk, pin);
-    set.map_err(|error| match error {
-        yubikey::Error::WrongPin { tries: 0 } | yubikey::Error::PinLocked => refused(
-            "its PUK is blocked, too: only a reset helps, which deletes every key: ykman piv reset".into(),
-        ),
-        yubikey::Error::WrongPin { tries } => refused(format!("it refused the PUK; {}", tries_left(tries))),
-        error => classify("set the PIN", &error),
-    })
+    if tries_of(&mut yubikey, PUK) == Some(1) {
+        let message = "one wrong PUK more would block it, and only a reset would help, which deletes every key: if you are sure of \
+                       yours, `ykman piv access unblock-pin`";
+        return Err(refused(message.into()));
+    }
+    yubikey.unblock_pin(puk, pin).map_err(|error| of_puk("set the PIN", error))
 }

@@ -5,6 +5,7 @@ use cryptoki::error::{Error, RvError};
 
 use super::super::{LAST_TRY, locked};
 use super::login::{is_last_try, may_have_counted};
+use crate::config::Profile;
 use crate::host::wire::{Class, Failure};
 
 /// Whether a handle is stale, so that a fresh session and a fresh object handle may heal this.
@@ -83,6 +84,11 @@ pub(super) fn classify(what: &str, error: &Error) -> Failure {
         _ => Class::Gone,
     };
     Failure { class, message }
+}
+
+/// Whether the device was asked for more than it does at a time, and did nothing.
+pub(super) fn is_throttled(profile: &Profile, error: &Error) -> bool {
+    profile.throttles && matches!(error, Error::Pkcs11(RvError::FunctionFailed, _))
 }
 
 /// Whether the module has no more memory.

@@ -55,7 +55,13 @@ pub(super) fn generate(
     }
     public.push(Attribute::Verify(true));
     let mut private = named.to_vec();
-    private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
+    // Nobody who is not logged in can make a private object, or would need one (nShield's module-protected keys).
+    let is_private = ways.again.has_pin();
+    private.extend([
+        Attribute::Private(is_private),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+    ]);
     private.push(Attribute::Sign(true));
     if let Some(Object::Pkcs11(present)) = &template.like {
         match asks_always(session, present) {

@@ -9,9 +9,9 @@ use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 
 use super::super::{Doing, LAST_TRY, Notify, UNANSWERED, factory_pin, locked, refused};
-use super::errors::classify;
-use crate::config::Profile;
-use crate::host::wire::{Failure, Fresh, OpenSpec};
+use super::errors::{classify, is_throttled};
+use crate::config::{PinSource, Profile};
+use crate::host::wire::{Class, Failure, Fresh, OpenSpec};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
@@ -24,11 +24,9 @@ pub(super) fn log_in(
     given: Option<Pin>,
     notify: Notify<'_>,
 ) -> Result<Option<AuthPin>, Failure> {
-    if !info.login_required() {
+    // Some tokens do not say that their keys ask for it.
+    if !info.login_required() && given.is_none() && spec.token.pin == PinSource::None {
         return Ok(None);
-    }
-    if !info.user_pin_initialized() {
-        return Err(locked("its user PIN was never set; initialize it with the vendor's tool".into()));
     }
     if info.user_pin_locked() {
         let how = "reset it with the security officer's PIN: omsign-agent unblock";
@@ -56,6 +54,13 @@ pub(super) fn log_in(
                 form => format!(" (for this device, {form})"),
             };
             return Err(locked(format!("it refused the PIN; correct the PIN{form}, then unlock it")));
+        }
+        // Modules that have it from a server say so of whatever went wrong there, a wrong PIN too.
+        Err(error @ Error::Pkcs11(RvError::UserTypeInvalid, _)) => {
+            return Err(locked(classify("log in", &error).message));
+        }
+        Err(error) if is_throttled(profile, &error) => {
+            return Err(Failure { class: Class::Busy, ..classify("log in", &error) });
         }
         // There is no second try where the first may have counted.
         Err(error) => return Err(classify("log in", &error)),
@@ -146,6 +151,9 @@ pub(super) fn may_have_counted(error: &Error) -> bool {
             | RvError::UserAlreadyLoggedIn
             | RvError::UserTypeInvalid
             | RvError::FunctionNotSupported
+            // There was no session of the device's to try it in.
+            | RvError::SessionCount
+            | RvError::HostMemory
     )
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cryptoki::session::Session;
 
 use super::super::{Notify, gone, refused, usable};
-use super::errors::{classify, describe, is_out_of_host_memory, is_stale};
+use super::errors::{classify, describe, is_out_of_host_memory, is_stale, is_throttled};
 use super::objects::{self, Found};
 use super::{Key, OpenToken, open_session};
 use crate::algorithm::Content;
@@ -27,9 +27,13 @@ const STARVED: Duration = Duration::from_secs(5);
 impl OpenToken {
     /// What it means that signing failed. A module may have lost its memory for good.
     fn starved(&self, what: &str, error: &cryptoki::error::Error) -> Failure {
-        let failure = classify(what, error);
+        let throttled = is_throttled(&self.profile, error);
+        let failure = match classify(what, error) {
+            failure if throttled => Failure { class: Class::Busy, ..failure },
+            failure => failure,
+        };
         let mut starved = self.starved.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_out_of_host_memory(error) {
+        if !is_out_of_host_memory(error) && !throttled {
             *starved = None;
             return failure;
         }
