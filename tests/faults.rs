@@ -152,8 +152,19 @@ fn a_key_deleted_and_made_again_signs_again() -> anyhow::Result<()> {
         let gone = sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await;
         ensure!(gone.is_err());
         sign(&mut client, request("other", 3, &DIGEST), SECOND * 10).await?;
+        // Others are served without a pause, and more of them than sign at a time.
+        let mut load = tokio::task::JoinSet::new();
+        for caller in 1..5 {
+            let mut client = client.clone();
+            load.spawn(async move {
+                for id in 0.. {
+                    sign(&mut client, request("other", (caller << 64) + id, &DIGEST), SECOND * 10).await?;
+                }
+                Ok::<_, tonic::Status>(())
+            });
+        }
         token.generate("k", KeyType::P256, Objects::Pair)?;
-        // It is looked for again when nobody is being served, without an operator.
+        // It is looked for again, without an operator.
         let started = Instant::now();
         let after = loop {
             let id = 10 + started.elapsed().as_micros();
@@ -164,6 +175,7 @@ fn a_key_deleted_and_made_again_signs_again() -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         ensure!(before.public_key != after.public_key, "a new key");
+        ensure!(load.try_join_next().is_none(), "others were not served");
         Ok(())
     })
 }

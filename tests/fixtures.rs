@@ -39,6 +39,9 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
           omsign sign model --key $key --signature $key.sig
           omsign verify model --signature $key.sig --certificate-chain root.pem
         done
+        # What goes wrong is what its file says.
+        echo 'C_Sign 30 0' >"$OMSIGN_PROXY_FAULTS"
+        ! omsign sign model --key fault --signature none.sig
         kill $agent; wait $agent
         exit 7"#;
     let output = with(ALL, script)?;

@@ -8,11 +8,10 @@ use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, Objects, PIN, SoftHsm};
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::device::card_through;
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key, key_section, text, token_section};
-use rustix::process::Signal;
 
 /// A user that owns nothing.
 const NOBODY: u32 = 65534;
@@ -113,9 +112,7 @@ fn a_module_without_slots() -> anyhow::Result<()> {
     // And while it runs: what is open stays open, what has to be opened waits.
     proxy.set("C_GetSlotList none 0\n")?;
     world.omsign_ok(&sign)?;
-    for host in agent.hosts()? {
-        signal(host, Signal::KILL)?;
-    }
+    agent.kill_hosts()?;
     let errors = world.omsign_fails(2, &sign)?;
     ensure!(errors.contains("tokens present: none"), "{errors}");
     eventually("the other", || Ok(world.omsign(&["sign", "model", "--key", "calm"])?.status.success()))?;
@@ -149,9 +146,7 @@ fn a_certificate_that_is_swapped_on_the_token() -> anyhow::Result<()> {
         token.tool(&["--write-object", &file(name), "--type", "cert", "--label", "k", "--id", &id])
     };
     becomes("other")?;
-    for host in agent.hosts()? {
-        signal(host, Signal::KILL)?;
-    }
+    agent.kill_hosts()?;
     eventually("a refusal", || Ok(!world.omsign(&sign)?.status.success()))?;
     let errors = world.omsign_fails(2, &sign)?;
     ensure!(errors.contains("a public half on the token does not belong to it"), "{errors}");

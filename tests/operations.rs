@@ -281,6 +281,23 @@ fn a_user_without_a_home() -> anyhow::Result<()> {
         ensure!(errors.contains("audit log /nonexistent/.local/state/omsign/audit"), "{errors}");
         ensure!(std::fs::read_dir(&model)?.count() == 1, "something was left in the model");
     }
+    // Nor does anybody else of this user look into its memory.
+    let mut serve = Command::new(place.path().join("omsign-agent"));
+    serve.args(["serve", "--config"]).arg(place.path().join("agent.toml")).current_dir(place.path());
+    let listen = "[listen]\nunix = { path = \"agent.sock\" }\n[audit]\ndirectory = \"audit\"\n";
+    let section = token.section("t").replace(&text(&token.pin_file()), "pin");
+    let section = section.replace(&text(&token.config()), &text(&softhsm));
+    std::fs::write(
+        place.path().join("agent.toml"),
+        listen.to_owned() + &section + &key_section("k", "t", "k"),
+    )?;
+    let mut serve = serve.uid(NOBODY).gid(NOBODY).stderr(std::process::Stdio::null()).spawn()?;
+    let listens = eventually("its socket", || Ok(place.path().join("agent.sock").exists()));
+    let owner =
+        std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(format!("/proc/{}/environ", serve.id()))?);
+    serve.kill().and_then(|()| serve.wait())?;
+    listens?;
+    ensure!(owner == 0, "its memory can be read by its user's other programs");
     // One file for all that a user signs on a day.
     let state = place.path().join("state");
     for _ in 0..2 {

@@ -9,12 +9,11 @@ use omsign_fixtures::softhsm::{KeyType, PIN, SoftHsm};
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
 use omsign_proto::v1::UnlockTokenRequest;
-use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::device::debian_module;
 use omsign_tests::operator::unblocking;
 use omsign_tests::world::{World, key, key_section, text, token_section};
-use rustix::process::Signal;
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -219,9 +218,7 @@ fn a_refusal_survives_the_respawn_of_the_process() -> anyhow::Result<()> {
         // Somebody changes the PIN file; the running process does not care, its replacement does.
         omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-8142\n")?;
         sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
-        for host in agent.hosts()? {
-            signal(host, Signal::KILL)?;
-        }
+        agent.kill_hosts()?;
         eventually("the refusal", || Ok(proxy.calls("C_Login") == 2))?;
         for id in 10..30 {
             let refused = sign(&mut client, request("k", id, &DIGEST), SECOND * 10).await;
@@ -279,9 +276,7 @@ fn a_refused_pin_file_is_not_read_again_after_a_typed_pin() -> anyhow::Result<()
         client.unlock_token(typed).await?;
         sign(&mut client, request("k", 2, &DIGEST), SECOND * 10).await?;
         ensure!(proxy.calls("C_Login") == 2);
-        for host in agent.hosts()? {
-            signal(host, Signal::KILL)?;
-        }
+        agent.kill_hosts()?;
         let locked = sign(&mut client, request("k", 3, &DIGEST), SECOND * 10).await;
         let locked = match locked {
             // Sent before the death was noticed.
@@ -349,7 +344,9 @@ fn a_token_sees_no_pin_but_its_own() -> anyhow::Result<()> {
     })?;
     let listed = world.omsign_ok(&["keys"])?;
     ensure!(listed.matches(" ready ").count() == 2, "{listed}");
-    for host in agent.hosts()? {
+    let hosts = agent.hosts()?;
+    ensure!(hosts.len() == 2, "{hosts:?}");
+    for host in hosts {
         let environment = std::fs::read(format!("/proc/{host}/environ"))?;
         let environment = String::from_utf8_lossy(&environment).into_owned();
         ensure!(environment.matches("OMSIGN_TEST_PIN_").count() == 1, "{environment}");

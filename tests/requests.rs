@@ -7,7 +7,7 @@ use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_proto::v1::SignRequest;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
-use omsign_tests::agent::{Agent, SOON, freeze, signal};
+use omsign_tests::agent::{Agent, SOON, eventually, freeze, signal};
 use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
@@ -221,7 +221,7 @@ fn a_device_that_is_asked_for_too_much() -> anyhow::Result<()> {
         waits.await??;
         ensure!(agent.hosts()? == hosts, "{}", agent.log()?);
         proxy.set("C_Login 6 0\n")?;
-        hosts.into_iter().try_for_each(|host| signal(host, Signal::KILL))?;
+        agent.kill_hosts()?;
         let refused =
             sign(&mut client, request("k", 3, &[7; 32]), SOON).await.map(drop).map_err(|s| s.code());
         ensure!(refused == Err(Code::Unavailable), "{refused:?}: {}", agent.log()?);
@@ -231,6 +231,25 @@ fn a_device_that_is_asked_for_too_much() -> anyhow::Result<()> {
             ensure!(status.code() == Code::Unavailable && id < 1000, "{status}");
             tokio::time::sleep(Duration::from_millis(20)).await;
             id += 1;
+        }
+        Ok(())
+    })
+}
+
+/// A token that hangs has no time-out in this caller's time: its share of that is over before.
+#[test]
+fn another_token_within_one_deadline() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let ((first, second), proxy) = (world.twins()?, world.proxy()?);
+    let keys = key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]");
+    let sections = proxy.before(&token_section("a", &first, ""))? + &token_section("b", &second, "");
+    let _agent = Agent::start(&world, &(world.listen() + &sections + &keys))?;
+    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        proxy.set("C_Sign 0 60000 later\n")?;
+        for id in 0..4 {
+            sign(&mut client, request("k", id, &[7; 32]), Duration::from_secs(3)).await?;
         }
         Ok(())
     })

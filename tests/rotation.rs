@@ -154,7 +154,7 @@ fn only_looks_are_taken_again() -> anyhow::Result<()> {
             let output = scope.spawn(|| operator::key(&world, command));
             eventually("a call", || Ok(proxy.injected(function) > before))?;
             proxy.set("")?;
-            agent.hosts()?.into_iter().try_for_each(|host| signal(host, Signal::KILL))?;
+            agent.kill_hosts()?;
             output.join().map_err(|_| anyhow::anyhow!("a panic"))?
         })
     };

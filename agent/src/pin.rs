@@ -18,7 +18,9 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
         }
         PinSource::Credential(name) => {
             let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
-                format!("there is no $CREDENTIALS_DIRECTORY; add LoadCredential={name}:… to the systemd unit")
+                format!(
+                    "the systemd credential {name} is seen only by a service that has LoadCredential={name}:… in its unit"
+                )
             })?;
             let path = Path::new(&directory).join(name);
             pin_file(&path, |_, _| Ok(()))?.ok_or_else(|| empty(format!("the systemd credential {name}")))

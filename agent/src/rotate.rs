@@ -1,6 +1,7 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
 use std::fs::{File, TryLockError};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -257,12 +258,17 @@ impl Rotation<'_> {
 
     /// The file, which no other rotation changes meanwhile.
     fn opened(&self) -> anyhow::Result<Opened> {
-        let path = self.path.display();
-        let directory = std::fs::canonicalize(self.path).map(|path| path.parent().map(Path::to_owned));
-        let directory = directory.with_context(|| format!("{path} cannot be read"))?;
-        let lock = File::open(directory.as_deref().unwrap_or(Path::new("/")))
-            .and_then(|directory| locked(&directory).map(|()| directory))
-            .with_context(|| format!("the directory of {path} cannot be locked"))?;
+        let shown = self.path.display();
+        let path = std::fs::canonicalize(self.path).with_context(|| format!("{shown} cannot be read"))?;
+        // A file of its own: what everybody can read, everybody can lock.
+        let lock = path.with_file_name(format!(".{}.lock", path.file_name().unwrap_or_default().display()));
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+        let lock = options
+            .open(&lock)
+            .and_then(|file| locked(&file).map(|()| file))
+            .with_context(|| format!("{} cannot be locked", lock.display()))?;
         Ok(Opened { text: self.text()?, _lock: lock })
     }
 
@@ -283,10 +289,10 @@ impl Rotation<'_> {
 }
 
 /// Takes a lock that others hold for moments only; whoever holds it for long is not waited for.
-fn locked(directory: &File) -> std::io::Result<()> {
+fn locked(file: &File) -> std::io::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match directory.try_lock() {
+        match file.try_lock() {
             Err(TryLockError::WouldBlock) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(20));
             }

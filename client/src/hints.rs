@@ -52,8 +52,11 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
                  is asked for"
             )
         }
-        Error::Agent(AgentError::KeyNotReady { .. }) => {
-            "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do".into()
+        Error::Agent(AgentError::KeyNotReady { token, .. }) => {
+            format!(
+                "`omsign agent status` shows the agent's tokens; `omsign-agent doctor` on its machine says what to do; when that is \
+                 done, `omsign agent unlock {token}` has an operator's agent look at once"
+            )
         }
         Error::Agent(AgentError::Status(status)) => return status_hint(status.code(), status.message()),
         Error::Agent(AgentError::Statement) => {

@@ -97,6 +97,13 @@ impl Agent {
         children(self.pid())
     }
 
+    /// Kills the processes of its tokens, of which there has to be one.
+    pub fn kill_hosts(&self) -> anyhow::Result<()> {
+        let hosts = self.hosts()?;
+        ensure!(!hosts.is_empty(), "no token has a process");
+        hosts.into_iter().try_for_each(|host| signal(host, Signal::KILL))
+    }
+
     /// Stops it and waits for its end.
     pub fn stop(self) -> anyhow::Result<ExitStatus> {
         signal(self.pid(), Signal::TERM)?;

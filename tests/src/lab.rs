@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::KeyType;
+use openssl::ecdsa::EcdsaSig;
+use openssl::pkey::PKey;
 use rustix::process::Signal;
 use tonic::Code;
 
 use crate::agent::{Agent, eventually, signal};
 use crate::client::{connect, request, sign};
 use crate::world::{World, key_section, token_section};
-use omsign_fixtures::fault_proxy::FaultProxy;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -96,8 +98,15 @@ impl Lab {
         let (socket, id) = (self.world.path("agent.sock"), self.next_id);
         self.runtime.block_on(async {
             let mut client = connect(socket).await?;
-            let signed = sign(&mut client, request("k", id, &self.digest), SECOND * 20).await;
-            Ok(signed.map(drop).map_err(|status| status.code()))
+            match sign(&mut client, request("k", id, &self.digest), SECOND * 20).await {
+                Ok(signed) => {
+                    let key = PKey::public_key_from_der(&signed.public_key)?.ec_key()?;
+                    let signature = EcdsaSig::from_der(&signed.signature)?;
+                    ensure!(signature.verify(&self.digest, &key)?, "a signature that does not verify");
+                    Ok(Ok(()))
+                }
+                Err(status) => Ok(Err(status.code())),
+            }
         })
     }
 

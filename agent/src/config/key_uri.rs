@@ -100,7 +100,10 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
     let serial =
         attributes.take("serial").ok_or(KeyUriError::Missing("PIV", "names no card; add serial=…"))?;
     let serial = attributes.usable("serial", serial.parse().ok())?;
-    let slot = attributes.take("slot").ok_or(KeyUriError::Missing("PIV", "names no key; add slot=9c"))?;
+    let slot = attributes.take("slot").ok_or(KeyUriError::Missing(
+        "PIV",
+        "names no key; add slot=9c (and quote the URI: a shell ends it at `;`)",
+    ))?;
     let object = attributes.usable("slot", Object::piv_slot(&slot))?;
     let pin = attributes.file("pin-source").unwrap_or(PinSource::Prompt);
     attributes.finish()?;

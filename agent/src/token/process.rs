@@ -147,7 +147,8 @@ impl Process {
                     tokio::time::sleep(pause.min(LOOK)).await;
                     // Some modules show what is new only to a process that is.
                     let anew = Instant::now() >= opened + pause;
-                    if host.is_idle() && (anew || token.finds_missing(host).await) {
+                    // Others are served meanwhile, and wait only where there is a reason.
+                    if token.finds_missing(host).await || anew && host.is_idle() {
                         drain(host).await;
                         return End::LookAgain;
                     }

@@ -83,6 +83,8 @@ pub(crate) enum VerifyMethod {
         what: What,
         #[command(flatten)]
         keyless: KeylessTerms,
+        #[command(flatten)]
+        common: CommonTerms,
     },
 }
 
@@ -131,7 +133,7 @@ pub(crate) struct What {
 }
 
 /// Whose signature to accept.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct Terms {
     #[command(flatten)]
     key: KeyTerms,
@@ -143,7 +145,7 @@ pub(crate) struct Terms {
     common: CommonTerms,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Signed with a key")]
 pub(crate) struct KeyTerms {
     /// The signer's public key, PEM
@@ -151,7 +153,7 @@ pub(crate) struct KeyTerms {
     public_key: Option<String>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Signed with a certificate")]
 pub(crate) struct CertificateTerms {
     /// Certificates to trust, PEM (repeatable): the signer's must lead to one of them
@@ -165,7 +167,7 @@ pub(crate) struct CertificateTerms {
     crls: Vec<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Signed without a key, by Sigstore")]
 pub(crate) struct KeylessTerms {
     /// Who has to have signed without a key of their own: an e-mail address or a workflow
@@ -196,7 +198,7 @@ pub(crate) struct KeylessTerms {
     use_staging: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Time stamps and older bundles")]
 pub(crate) struct CommonTerms {
     /// Certificates that RFC 3161 time stamps must lead to, PEM (repeatable): what they prove to have been signed in
@@ -211,31 +213,23 @@ pub(crate) struct CommonTerms {
 impl Verify {
     /// What to verify, and on which terms; no terms where the policy decides.
     pub(crate) fn parts(self) -> (What, Option<terms::Terms>) {
-        let mut terms = terms::Terms::default();
+        let none = Terms::default();
         let (mut what, terms) = match self.method {
-            Some(VerifyMethod::Key { what, key, common }) => {
-                key.put(&mut terms);
-                common.put(&mut terms);
-                (what, Some(terms))
-            }
+            Some(VerifyMethod::Key { what, key, common }) => (what, Terms { key, common, ..none }),
             Some(VerifyMethod::Certificate { what, certificate, common, .. }) => {
-                certificate.put(&mut terms);
-                common.put(&mut terms);
-                (what, Some(terms))
+                (what, Terms { certificate, common, ..none })
             }
-            Some(VerifyMethod::Sigstore { what, keyless }) => {
-                keyless.put(&mut terms);
-                (what, Some(terms))
+            Some(VerifyMethod::Sigstore { what, keyless, common }) => {
+                (what, Terms { keyless, common, ..none })
             }
             None => {
-                self.terms.put(&mut terms);
-                let none = terms == terms::Terms::default();
-                return (self.what, if none { None } else { Some(terms) });
+                let terms = self.terms.typed();
+                return (self.what, (terms != terms::Terms::default()).then_some(terms));
             }
         };
         // The reference's default, where its command is typed.
         what.ignore_git_paths |= !what.no_ignore_git_paths;
-        (what, terms)
+        (what, Some(terms.typed()))
     }
 }
 
@@ -253,45 +247,26 @@ impl What {
 }
 
 impl Terms {
-    /// Adds what was typed to terms.
-    pub(crate) fn put(self, terms: &mut terms::Terms) {
-        self.key.put(terms);
-        self.certificate.put(terms);
-        self.keyless.put(terms);
-        self.common.put(terms);
-    }
-}
-
-impl KeyTerms {
-    fn put(self, terms: &mut terms::Terms) {
-        terms.public_key = self.public_key.map(Source);
-    }
-}
-
-impl CertificateTerms {
-    fn put(self, terms: &mut terms::Terms) {
-        terms.roots = self.certificate_chain.into_iter().map(Source).collect();
-        terms.certificate_identity = self.certificate_identity;
-        terms.crls = self.crls;
-    }
-}
-
-impl KeylessTerms {
-    fn put(self, terms: &mut terms::Terms) {
-        terms.identity = self.identity;
-        terms.identity_pattern = self.identity_pattern;
-        terms.identity_provider = self.identity_provider;
-        terms.identity_provider_pattern = self.identity_provider_pattern;
-        terms.trusted_root = self.trusted_root;
-        terms.trust_config = self.trust_config;
-        terms.use_staging = self.use_staging;
-    }
-}
-
-impl CommonTerms {
-    fn put(self, terms: &mut terms::Terms) {
-        terms.timestamp_roots = self.timestamp_roots.into_iter().map(Source).collect();
-        terms.accept_legacy = self.allow_legacy;
+    /// What was typed.
+    pub(crate) fn typed(self) -> terms::Terms {
+        let Self { key, certificate, keyless, common } = self;
+        let sources = |given: Vec<String>| given.into_iter().map(Source).collect();
+        terms::Terms {
+            models: Vec::new(),
+            public_key: key.public_key.map(Source),
+            roots: sources(certificate.certificate_chain),
+            certificate_identity: certificate.certificate_identity,
+            crls: certificate.crls,
+            timestamp_roots: sources(common.timestamp_roots),
+            accept_legacy: common.allow_legacy,
+            identity: keyless.identity,
+            identity_pattern: keyless.identity_pattern,
+            identity_provider: keyless.identity_provider,
+            identity_provider_pattern: keyless.identity_provider_pattern,
+            trusted_root: keyless.trusted_root,
+            trust_config: keyless.trust_config,
+            use_staging: keyless.use_staging,
+        }
     }
 }
 

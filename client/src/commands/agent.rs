@@ -175,6 +175,7 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
     let (keys, tokens) = (agent.list_keys()?, agent.list_tokens()?);
     let expired = |key: &Key| leaf(key).filter(has_expired);
     let ready = serving
+        && !(keys.is_empty() && tokens.is_empty())
         && tokens.iter().all(|token| token.state() == KeyState::Ready)
         && keys.iter().all(|key| key.state() == KeyState::Ready && expired(key).is_none());
     let all_ready = if ready { Ok(()) } else { Err(Failure::NotReady) };
@@ -195,6 +196,9 @@ fn status(as_json: bool, connection: &cli::Connection) -> Done {
         "" => state.to_owned(),
         detail => format!("{state}: {detail}"),
     };
+    if keys.is_empty() && tokens.is_empty() {
+        report::result(format_args!("no key or token that you may use or operate"))?;
+    }
     for token in &tokens {
         let what = line(state(token.state()), &token.state_detail);
         report::result(format_args!("token {}: {what}", token.name))?;

@@ -15,10 +15,8 @@ use crate::report;
 
 pub(crate) fn trust(arguments: cli::Trust) -> Done {
     match arguments.command {
-        TrustCommand::Add { name, models, terms: typed, file } => {
-            let mut terms = Terms { models, ..Terms::default() };
-            typed.put(&mut terms);
-            add(&name, terms, &file)
+        TrustCommand::Add { name, models, terms, file } => {
+            add(&name, Terms { models, ..terms.typed() }, &file)
         }
         TrustCommand::List { file, json } => list(&file, json),
         TrustCommand::Remove { name, file } => {

@@ -89,6 +89,12 @@ fn signature(what: &cli::What) -> Result<PathBuf, Failure> {
         (true, true) => Err(Failure::Usage(
             "there is a model.sig in the model and one in the working directory: say which with --signature",
         )),
+        (false, false) if !what.model().exists() => {
+            Err(Failure::Usage("there is nothing at the path of the model: correct it"))
+        }
+        (false, false) if what.model().extension().is_some_and(|it| it == "sig") => {
+            Err(Failure::Usage("that looks like a bundle: give the model, and its bundle with --signature"))
+        }
         (false, false) => Err(Failure::Usage(
             "there is no model.sig in the model or in the working directory: say where the bundle is with --signature",
         )),
