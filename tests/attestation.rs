@@ -321,6 +321,18 @@ fn a_tpm_answers_a_challenge_with_either_endorsement_key() -> anyhow::Result<()>
     Ok(())
 }
 
+/// What comes of a challenge to a TPM whose endorsement key this maker certified.
+fn challenged(world: &World, chip: &SwTpm, maker: &Ca) -> anyhow::Result<(Option<i32>, String)> {
+    write_chain(&world.path("maker.pem"), &[&maker.certificate])?;
+    let config = world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "file = \"k.pem\"");
+    world.write("agent.toml", config)?;
+    does(world, &["generate", "k", "--type", "p256"])?;
+    world.write("first.json", does(world, &["attest", "k"])?)?;
+    world.write("challenge.json", does(world, &["challenge", "first.json", "--secret", "kept.json"])?)?;
+    world.write("proof.json", does(world, &["attest", "k", "--challenge", "challenge.json"])?)?;
+    verified(world, "proof.json", &["--roots", "maker.pem", "--challenge-secret", "kept.json"])
+}
+
 /// How long the head of a DER element is, and its content.
 fn content(element: &[u8]) -> (usize, usize) {
     match element[1] {
@@ -375,18 +387,11 @@ fn a_certificate_that_is_not_quite_der() -> anyhow::Result<()> {
         let signature = Signer::new(MessageDigest::sha256(), &maker.key)?.sign_oneshot_to_vec(&signed)?;
         let signature = element(3, &[&[0], &signature[..]].concat());
         let loose = element(0x30, &[&signed, &algorithm[..head + length], &signature].concat());
-        ensure!(loose.len() > strict.len());
-        Ok(X509::from_der(&loose)?)
+        let kept = X509::from_der(&loose)?;
+        ensure!(loose.len() > strict.len() && kept.to_der()? == loose);
+        Ok(kept)
     })?;
-    write_chain(&world.path("maker.pem"), &[&maker.certificate])?;
-    let config = world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "file = \"k.pem\"");
-    world.write("agent.toml", config)?;
-    does(&world, &["generate", "k", "--type", "p256"])?;
-    world.write("first.json", does(&world, &["attest", "k"])?)?;
-    world.write("challenge.json", does(&world, &["challenge", "first.json", "--secret", "kept.json"])?)?;
-    world.write("proof.json", does(&world, &["attest", "k", "--challenge", "challenge.json"])?)?;
-    let trust = ["--roots", "maker.pem", "--challenge-secret", "kept.json"];
-    let (status, said) = verified(&world, "proof.json", &trust)?;
+    let (status, said) = challenged(&world, &chip, &maker)?;
     ensure!(status == Some(0) && said.contains("in the TPM that its maker certified"), "{said}");
     ensure!(said.contains("signs with its authorization value alone"), "{said}");
     Ok(())
@@ -398,15 +403,7 @@ fn only_endorsement_certificates_endorse() -> anyhow::Result<()> {
     let world = World::new()?;
     let (chip, maker) = (SwTpm::create(&world.path("tpm"))?, Ca::create("TPM maker")?);
     endorsed(&chip, &world, ("ecc", "0x1c0000a"), |key| maker.code_signing("Release", key))?;
-    write_chain(&world.path("maker.pem"), &[&maker.certificate])?;
-    let config = world.listen() + &chip.section("tpm") + &key_on("k", "tpm", "handle = \"0x81000020\"");
-    world.write("agent.toml", config)?;
-    does(&world, &["generate", "k", "--type", "p256"])?;
-    world.write("first.json", does(&world, &["attest", "k"])?)?;
-    world.write("challenge.json", does(&world, &["challenge", "first.json", "--secret", "kept.json"])?)?;
-    world.write("proof.json", does(&world, &["attest", "k", "--challenge", "challenge.json"])?)?;
-    let trust = ["--roots", "maker.pem", "--challenge-secret", "kept.json"];
-    let (status, said) = verified(&world, "proof.json", &trust)?;
+    let (status, said) = challenged(&world, &chip, &maker)?;
     ensure!(status == Some(1) && said.contains("is one of another purpose"), "{said}");
     Ok(())
 }

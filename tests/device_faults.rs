@@ -204,7 +204,7 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     }
     ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
     // None is started that could offer it again.
-    ensure!(bench.agent.hosts()?.is_empty());
+    eventually("the end of its process", || Ok(bench.agent.hosts()?.is_empty()))?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
     write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
@@ -290,7 +290,7 @@ fn a_wrong_card_pin_is_offered_once() -> anyhow::Result<()> {
     let errors = bench.world.omsign_fails(2, &["agent", "unlock", "device"])?;
     ensure!(errors.contains("it refused the PIN; 1 try is left"), "{errors}");
     // None is started that could offer it again.
-    ensure!(bench.agent.hosts()?.is_empty());
+    eventually("the end of its process", || Ok(bench.agent.hosts()?.is_empty()))?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(stand_in.pin_tries()? == 1, "{} tries", stand_in.pin_tries()?);
     write_private(&stand_in.pin_file(), format!("{}\n", omsign_fixtures::piv::PIN).as_bytes())?;

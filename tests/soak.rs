@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::fault_proxy::FaultProxy;
@@ -145,11 +145,16 @@ fn asks_each_time(kry: &Kryoptic) -> anyhow::Result<PathBuf> {
     Ok(pem)
 }
 
+/// Another seed at each run, also where processes are numbered alike.
+fn clock() -> anyhow::Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros().try_into()?)
+}
+
 #[test]
 fn every_fault_at_random() -> anyhow::Result<()> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let lasts = Duration::from_secs(number("OMSIGN_SOAK_SECONDS").unwrap_or(120));
-    let seed = number("OMSIGN_SOAK_SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    let seed = number("OMSIGN_SOAK_SEED").map_or_else(clock, Ok)?;
     eprintln!("OMSIGN_SOAK_SEED={seed}");
 
     let world = World::new()?;
@@ -220,6 +225,7 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         chip,
         card,
         random,
+        left: Vec::new(),
         full,
         wrong_pins,
         refused,

@@ -143,10 +143,10 @@ fn may_open_many_files() {
 }
 
 /// One thread runs the event loop: the work is in the tokens' processes, and handing requests from thread to
-/// thread costs more than it brings (./tests/bench sign). The others ask the user database.
+/// thread costs more than it brings (./tests/bench sign). The others ask the user database, and wait for PINs that are typed.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(2)
+        .max_blocking_threads(4)
         .enable_all()
         .build()
         .context("cannot start the event loop")

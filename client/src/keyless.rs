@@ -171,9 +171,12 @@ impl Keyless {
             let why = "no Fulcio authority of the trusted root issued it".to_owned();
             return Err(KeylessError::Certificate(CertificateError::ChainInvalid(why)));
         }
-        let (identity, identity_provider) = claimed_identity(der)
-            .ok_or(KeylessError::Nameless("subject alternative name or identity provider"))?;
-        self.check_names(identity, identity_provider).map(drop)
+        let malformed = |why: String| KeylessError::Certificate(CertificateError::Malformed(why));
+        let info = sigstore_verify::crypto::parse_certificate_info(&DerCertificate::from_bytes(der));
+        let info = info.map_err(|error| malformed(error.to_string()))?;
+        let identity = info.identity.ok_or(KeylessError::Nameless("subject alternative name"))?;
+        let identity_provider = info.issuer.ok_or(KeylessError::Nameless("identity provider"))?;
+        self.check_names(identity.as_str().to_owned(), identity_provider).map(drop)
     }
 
     fn check_names(

@@ -29,8 +29,8 @@ pub struct Trust {
     pub signers: Signers,
     /// Authorities whose time stamps (RFC 3161) count in bundles of the key and certificate methods.
     pub timestamp_roots: Vec<X509>,
-    /// Whether bundles of release 0.2.0 of the reference are accepted. What they sign is not OMS v1.0, and encoded
-    /// ambiguously: a weaker promise.
+    /// Whether bundles of release 0.2.0 of the reference are accepted. What they sign is not OMS v1.0, and, but for keyless ones,
+    /// encoded ambiguously: a weaker promise.
     pub accept_legacy: bool,
 }
 
@@ -376,10 +376,10 @@ fn verify_keyless(
     let root_digest = statement::claimed_root_digest(&bundle.payload)?;
     let root_digest = Sha256Hash::from_hex(&root_digest).map_err(|_| StatementError::RootDigest)?;
     // Their parser takes many times a statement's length. It reads what the signer that is asked for did sign.
-    keyless.check_issued(certificate, &leaf)?;
     if !key.verifies(&Pae::of(&bundle.payload), &bundle.signature) {
         return Err(KeylessError::Signature.into());
     }
+    keyless.check_issued(certificate, &leaf)?;
     let proven = keyless.verify(bundle, root_digest).map_err(|error| {
         // What their parser does not take is said in our words: it is wrong whoever signed it.
         let unreadable = matches!(error, KeylessError::Bundle(_));

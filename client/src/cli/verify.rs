@@ -59,6 +59,8 @@ pub(crate) enum VerifyMethod {
         key: KeyTerms,
         #[command(flatten)]
         common: CommonTerms,
+        #[command(flatten)]
+        older: OlderTerms,
     },
     /// Accepts signatures of certificates that lead to a trusted one
     #[command(mut_arg("certificate_chain", |arg| arg.required(true)))]
@@ -69,6 +71,8 @@ pub(crate) enum VerifyMethod {
         certificate: CertificateTerms,
         #[command(flatten)]
         common: CommonTerms,
+        #[command(flatten)]
+        older: OlderTerms,
         /// Prints the fingerprints of the bundle's certificates
         #[arg(long, visible_alias = "log_fingerprints")]
         log_fingerprints: bool,
@@ -84,7 +88,7 @@ pub(crate) enum VerifyMethod {
         #[command(flatten)]
         keyless: KeylessTerms,
         #[command(flatten)]
-        common: CommonTerms,
+        older: OlderTerms,
     },
 }
 
@@ -143,6 +147,8 @@ pub(crate) struct Terms {
     keyless: KeylessTerms,
     #[command(flatten)]
     common: CommonTerms,
+    #[command(flatten)]
+    older: OlderTerms,
 }
 
 #[derive(Debug, Default, Args)]
@@ -205,6 +211,11 @@ pub(crate) struct CommonTerms {
     /// time stays good when the signer's certificate has expired
     #[arg(long = "timestamp-root", value_name = "FILE")]
     timestamp_roots: Vec<String>,
+}
+
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Time stamps and older bundles")]
+pub(crate) struct OlderTerms {
     /// Accepts bundles of release 0.2.0 of model-signing: a weaker promise
     #[arg(long)]
     allow_legacy: bool,
@@ -215,13 +226,13 @@ impl Verify {
     pub(crate) fn parts(self) -> (What, Option<terms::Terms>) {
         let none = Terms::default();
         let (mut what, terms) = match self.method {
-            Some(VerifyMethod::Key { what, key, common }) => (what, Terms { key, common, ..none }),
-            Some(VerifyMethod::Certificate { what, certificate, common, .. }) => {
-                (what, Terms { certificate, common, ..none })
+            Some(VerifyMethod::Key { what, key, common, older }) => {
+                (what, Terms { key, common, older, ..none })
             }
-            Some(VerifyMethod::Sigstore { what, keyless, common }) => {
-                (what, Terms { keyless, common, ..none })
+            Some(VerifyMethod::Certificate { what, certificate, common, older, .. }) => {
+                (what, Terms { certificate, common, older, ..none })
             }
+            Some(VerifyMethod::Sigstore { what, keyless, older }) => (what, Terms { keyless, older, ..none }),
             None => {
                 let terms = self.terms.typed();
                 return (self.what, (terms != terms::Terms::default()).then_some(terms));
@@ -249,7 +260,7 @@ impl What {
 impl Terms {
     /// What was typed.
     pub(crate) fn typed(self) -> terms::Terms {
-        let Self { key, certificate, keyless, common } = self;
+        let Self { key, certificate, keyless, common, older } = self;
         let sources = |given: Vec<String>| given.into_iter().map(Source).collect();
         terms::Terms {
             models: Vec::new(),
@@ -258,7 +269,7 @@ impl Terms {
             certificate_identity: certificate.certificate_identity,
             crls: certificate.crls,
             timestamp_roots: sources(common.timestamp_roots),
-            accept_legacy: common.allow_legacy,
+            accept_legacy: older.allow_legacy,
             identity: keyless.identity,
             identity_pattern: keyless.identity_pattern,
             identity_provider: keyless.identity_provider,

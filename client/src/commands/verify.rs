@@ -89,7 +89,7 @@ fn signature(what: &cli::What) -> Result<PathBuf, Failure> {
         (true, true) => Err(Failure::Usage(
             "there is a model.sig in the model and one in the working directory: say which with --signature",
         )),
-        (false, false) if !what.model().exists() => {
+        (false, false) if what.model().try_exists().is_ok_and(|there| !there) => {
             Err(Failure::Usage("there is nothing at the path of the model: correct it"))
         }
         (false, false) if what.model().extension().is_some_and(|it| it == "sig") => {

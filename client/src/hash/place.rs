@@ -139,7 +139,7 @@ fn open_to_others(found: &Stat) -> bool {
 impl Stamp {
     /// Whether a file is in the same state at two times.
     fn is_same(&self, other: &Self, inodes_last: bool) -> bool {
-        let state = |stamp: &Self| (stamp.size, stamp.modified, stamp.changed);
+        let state = |stamp: &Self| (stamp.device, stamp.size, stamp.modified, stamp.changed);
         state(self) == state(other) && (!inodes_last || self.inode == other.inode)
     }
 

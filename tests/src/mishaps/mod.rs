@@ -124,6 +124,8 @@ pub struct Mishaps {
     pub card: VirtualPiv,
     /// Chooses.
     pub random: Random,
+    /// What has not happened since all of it had.
+    pub left: Vec<usize>,
     /// Odd while the disk is full.
     pub full: Arc<AtomicU64>,
     /// Wrong PINs that the card was given: by others, and by the agent when it was told a wrong one.
@@ -138,7 +140,10 @@ impl Mishaps {
     /// Has one happen, and ends it after a pause; another pause later it is over. Returns its name.
     pub fn happen(&mut self) -> anyhow::Result<&'static str> {
         let pause = Duration::from_millis(100 + self.random.below(700) as u64);
-        let number = self.random.below(MODULE.len() + OTHERS.len());
+        if self.left.is_empty() {
+            self.left = (0..MODULE.len() + OTHERS.len()).collect();
+        }
+        let number = self.left.swap_remove(self.random.below(self.left.len()));
         let name = match (MODULE.get(number), OTHERS.get(number.saturating_sub(MODULE.len()))) {
             (None, Some((name, mishap))) => mishap(self, pause).with_context(|| *name).map(|()| *name)?,
             (fault, _) => self.module_does(fault.context("a fault")?, pause)?,

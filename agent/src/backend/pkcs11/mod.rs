@@ -79,7 +79,11 @@ pub(super) fn open(
             // One refused PIN is one try: the next process would offer it again to look for this key.
             Class::Locked => locked(format!("key {}: {failure}", key.name)),
             Class::Refused => failure,
-            Class::Gone | Class::Busy => refused(token_failure.get_or_insert(failure).message.clone()),
+            Class::Gone | Class::Busy => {
+                let own = refused(failure.message.clone());
+                token_failure.get_or_insert(failure);
+                own
+            }
         })?;
         let (name, object, public) = (key.name.clone(), life::selector(key)?.clone(), found.public.clone());
         Ok((Key { name, object, found }, public))
