@@ -8,6 +8,7 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use x509_cert::Certificate;
 use x509_cert::der::Decode as _;
+use x509_cert::der::oid::AssociatedOid as _;
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
@@ -100,10 +101,12 @@ impl Identity {
             }
         }
         let subject = tbs.subject().to_string();
-        let mut names = Sha256::new();
-        for name in [&subject].into_iter().chain(&dns).chain(&uris) {
-            names.update(name.len().to_be_bytes());
-            names.update(name);
+        let others = tbs.extensions().into_iter().flatten().find(|it| it.extn_id == SubjectAltName::OID);
+        let mut names = Sha256::new_with_prefix(&subject);
+        if let Some(others) = others {
+            // No text has this byte.
+            names.update([0xff]);
+            names.update(others.extn_value.as_bytes());
         }
         let (fingerprint, names) = (Sha256::digest(der).into(), names.finalize().into());
         Some(Self::Certificate { subject, dns, uris, fingerprint, names })

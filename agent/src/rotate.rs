@@ -1,7 +1,7 @@
 //! `omsign-agent key rotate`: the next key beside the present one, then in its place.
 
 use std::fs::{File, TryLockError};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -267,7 +267,14 @@ impl Rotation<'_> {
         options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
         let lock = options
             .open(&lock)
-            .and_then(|file| locked(&file).map(|()| file))
+            .and_then(|file| {
+                // Whoever owns the configuration can lock it tomorrow, also where root did today.
+                if rustix::process::geteuid().is_root() {
+                    let owner = std::fs::metadata(&path)?;
+                    std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+                }
+                locked(&file).map(|()| file)
+            })
             .with_context(|| format!("{} cannot be locked", lock.display()))?;
         Ok(Opened { text: self.text()?, _lock: lock })
     }

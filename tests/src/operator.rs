@@ -71,3 +71,12 @@ pub fn never_leaves(world: &World, key: &str) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// `key verify-attestation` of a file: its exit status and what it said.
+pub fn verified(world: &World, file: &str, more: &[&str]) -> anyhow::Result<(Option<i32>, String)> {
+    let mut command = Command::new(built("omsign-agent")?);
+    command.args(["key", "verify-attestation", file]).args(more);
+    world.without_surprises(command.current_dir(world.path("")));
+    let output = command.output()?;
+    Ok((output.status.code(), String::from_utf8([output.stdout, output.stderr].concat())?))
+}

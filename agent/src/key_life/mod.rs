@@ -5,6 +5,7 @@ pub mod attestation;
 mod certificate;
 pub mod challenge;
 mod command;
+mod error;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use self::attestation::Attestation;
 pub use self::certificate::Subject;
 use self::certificate::Unsigned;
 pub use self::command::{Action, Command, NEXT, Named, Output, PREVIOUS, TokenKeys};
+pub use self::error::KeyLifeError;
 use crate::audit::{Audit, AuditError, Entry};
 use crate::config::{Config, Device};
 pub use crate::host::task::{Asking, Need, Template, TouchPolicy};
@@ -40,60 +42,6 @@ const REASON_BYTES: usize = 1024;
 
 /// Is told what a person has to do meanwhile.
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
-
-/// Why it was not done.
-#[derive(Debug, thiserror::Error)]
-pub enum KeyLifeError {
-    /// The name is not in the configuration.
-    #[error(
-        "there is no [key.{name}] in the configuration that counts, but {known}: correct the name, or add it, and have an agent \
-         that runs read it: omsign-agent key reload"
-    )]
-    NoKey {
-        /// The name.
-        name: String,
-        /// Those that are there.
-        known: String,
-    },
-    /// No key is to take its place.
-    #[error("[key.{0}] has no `next`; begin with `omsign-agent key rotate {0}`")]
-    NoNext(String),
-    /// The name is not in the configuration.
-    #[error("there is no [token.{0}] in the configuration")]
-    NoToken(String),
-    /// The device.
-    #[error("token {token}: {error}")]
-    Device {
-        /// Its name.
-        token: String,
-        /// Why.
-        error: TokenError,
-    },
-    /// It could be deleted on some of its tokens only.
-    #[error(
-        "token {token}: {error}; the key is gone from {gone}: to delete it on the others, too, name only those as the \
-         token of [key.{key}]"
-    )]
-    Undeleted {
-        /// The key's name.
-        key: String,
-        /// The token that it could not be deleted on.
-        token: String,
-        /// Why.
-        error: TokenError,
-        /// Where there is no key any more.
-        gone: String,
-    },
-    /// A certificate that cannot be made or taken.
-    #[error(transparent)]
-    Certificate(#[from] certificate::CertificateError),
-    /// DER.
-    #[error("the public key cannot be encoded")]
-    Der(#[from] der::Error),
-    /// It was not recorded, so nothing is released.
-    #[error(transparent)]
-    Audit(#[from] AuditError),
-}
 
 /// An operator, what they work on, and where it is recorded.
 pub struct Operator<'a> {

@@ -80,12 +80,19 @@ pub(crate) async fn prepare(
     fresh: Fresh,
 ) -> Result<(), String> {
     let prepared = once(name, token, pin, Some(fresh), Purpose::Prepare).await;
-    prepared.map(drop).map_err(|failure| failure.message)
+    prepared.and_then(done).map_err(|failure| failure.message)
 }
 
 /// Has a process of its own set a PIN anew.
 pub(crate) async fn unblock(name: &str, token: &config::Token, fresh: Fresh) -> Result<(), TokenError> {
-    Ok(once(name, token, None, Some(fresh), Purpose::Unblock).await.map(drop)?)
+    Ok(once(name, token, None, Some(fresh), Purpose::Unblock).await.and_then(done)?)
+}
+
+fn done(opening: Opening) -> Result<(), Failure> {
+    match opening {
+        Opening::Prepared => Ok(()),
+        _ => Err(gone("its process did what was not asked".into())),
+    }
 }
 
 /// In a process that does this one thing, and that nobody stops.

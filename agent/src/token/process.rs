@@ -141,10 +141,12 @@ impl Process {
                 }
             }
         };
+        let mut next = look_again.unwrap_or(LOOK).min(LOOK);
         let look_again = async {
             match look_again.filter(|_| missing) {
                 Some(pause) => loop {
-                    tokio::time::sleep(pause.min(LOOK)).await;
+                    tokio::time::sleep(next).await;
+                    next = (next * 2).min(LOOK);
                     // Some modules show what is new only to a process that is.
                     let anew = Instant::now() >= opened + pause;
                     // Others are served meanwhile, and wait only where there is a reason.

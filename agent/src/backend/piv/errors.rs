@@ -14,6 +14,9 @@ const OURS: [&str; 2] = ["pcscd", "omsign-agent"];
 pub(super) const PIN_BLOCKED: &str =
     "its PIN is blocked; unblock it with the PUK: omsign-agent unblock, or ykman piv access unblock-pin";
 
+/// Of cards without GET METADATA.
+pub(super) const TELLS_NOTHING: &str = "its firmware is older than 5.3 and does not tell what its slots hold";
+
 /// The class of a failure to do `what`.
 pub(super) fn classify(what: &str, error: &Error) -> Failure {
     let (class, why) = match error {

@@ -6,7 +6,7 @@ use yubikey::{Error, PinPolicy, TouchPolicy};
 
 use super::super::{Notify, challenge, refused};
 use super::Card;
-use super::errors::classify;
+use super::errors::{TELLS_NOTHING, classify};
 use crate::algorithm::{Algorithm, Content, Padding, digest_info};
 use crate::config::Object;
 use crate::host::wire::Failure;
@@ -71,9 +71,7 @@ pub(super) fn find(
     let slot = SlotId::try_from(*number).map_err(|_| refused(format!("there is no slot {number:02x}")))?;
     let metadata = piv::metadata(card.yubikey, slot).map_err(|error| match error {
         Error::NotFound => refused(format!("slot {number:02x} is empty")),
-        Error::NotSupported => {
-            refused("its firmware is older than 5.3 and does not tell what its slots hold".into())
-        }
+        Error::NotSupported => refused(TELLS_NOTHING.into()),
         error => classify("read the slot's metadata", &error),
     })?;
     let SlotAlgorithmId::Asymmetric(algorithm_id) = metadata.algorithm else {

@@ -6,7 +6,7 @@ use yubikey::{MgmKey, YubiKey};
 use zeroize::Zeroizing;
 
 use super::super::{locked, refused};
-use super::errors::{classify, tries_left};
+use super::errors::{TELLS_NOTHING, classify, tries_left};
 use super::login::is_fit;
 use super::{FACTORY_PIN, LONGEST_PIN, SHORTEST_PIN, connect, in_use};
 use crate::config::{Object, PIV_SLOTS};
@@ -36,12 +36,17 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
     let (factory, of_factory): (Vec<_>, Vec<_>) = factorys(&mut yubikey).into_iter().unzip();
     notes.extend(of_factory);
     let device = format!("YubiKey (serial {serial}, firmware {})", yubikey.version());
-    let taken = PIV_SLOTS.into_iter().flatten().filter(|number| {
-        // What cannot be read is there all the same.
-        let mut empty = |slot| matches!(piv::metadata(&mut yubikey, slot), Err(yubikey::Error::NotFound));
-        SlotId::try_from(*number).is_ok_and(|slot| !empty(slot))
-    });
-    let objects = taken.map(Object::PivSlot).collect();
+    let mut objects = Vec::new();
+    for number in PIV_SLOTS.into_iter().flatten() {
+        let Ok(slot) = SlotId::try_from(number) else { continue };
+        match piv::metadata(&mut yubikey, slot) {
+            // What this version does not know is there all the same.
+            Ok(_) | Err(yubikey::Error::ParseError) => objects.push(Object::PivSlot(number)),
+            Err(yubikey::Error::NotFound) => {}
+            Err(yubikey::Error::NotSupported) => return Err(refused(TELLS_NOTHING.into())),
+            Err(error) => return Err(classify("read the slot's metadata", &error)),
+        }
+    }
     leave(yubikey);
     Ok(SurveyedToken {
         slot: 0,

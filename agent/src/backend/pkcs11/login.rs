@@ -24,8 +24,9 @@ pub(super) fn log_in(
     given: Option<Pin>,
     notify: Notify<'_>,
 ) -> Result<Option<AuthPin>, Failure> {
-    // Some tokens do not say that their keys ask for it.
-    if !info.login_required() && given.is_none() && spec.token.pin == PinSource::None {
+    // Some tokens do not say that their keys ask for it, and some modules do that themselves.
+    let none = given.is_none() && spec.token.pin == PinSource::None;
+    if none && (!info.login_required() || profile.may_hold_pin) {
         return Ok(None);
     }
     if info.user_pin_locked() {
@@ -54,6 +55,10 @@ pub(super) fn log_in(
                 form => format!(" (for this device, {form})"),
             };
             return Err(locked(format!("it refused the PIN; correct the PIN{form}, then unlock it")));
+        }
+        Err(Error::Pkcs11(RvError::UserPinNotInitialized, _)) => {
+            let message = "its user PIN was never set; initialize it with the vendor's tool";
+            return Err(locked(message.into()));
         }
         // Modules that have it from a server say so of whatever went wrong there, a wrong PIN too.
         Err(error @ Error::Pkcs11(RvError::UserTypeInvalid, _)) => {
@@ -153,7 +158,6 @@ pub(super) fn may_have_counted(error: &Error) -> bool {
             | RvError::FunctionNotSupported
             // There was no session of the device's to try it in.
             | RvError::SessionCount
-            | RvError::HostMemory
     )
 }
 

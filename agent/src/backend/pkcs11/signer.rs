@@ -79,7 +79,10 @@ impl<'a> Signer<'a> {
     fn renew_session(&mut self) -> Result<&Session, Failure> {
         drop(self.session.take());
         let opened = open_session(&self.token.pkcs11, self.token.slot, &self.token.profile);
-        let opened = opened.map_err(|error| match is_out_of_host_memory(&error) {
+        let waits = |error: &cryptoki::error::Error| {
+            is_out_of_host_memory(error) || is_throttled(&self.token.profile, error)
+        };
+        let opened = opened.map_err(|error| match waits(&error) {
             true => self.token.starved("open a session", &error),
             false => gone(classify("open a session", &error).message),
         })?;

@@ -17,7 +17,9 @@ use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 use super::super::{challenge, gone, locked, refused};
 use super::errors::{classify, kept, owners};
 use super::guard::Guard;
+use super::is_last_try;
 use super::keyfile::KeyFile;
+use super::public::{encoded, padded};
 use crate::algorithm::{Algorithm, Curve};
 use crate::config::Object;
 use crate::host::wire::{Class, Failure, KeySpec};
@@ -165,6 +167,12 @@ fn check(
     let public = read_public(context, handle)?;
     let guard = Guard { pcrs: key.pcrs.clone(), auth: auth.is_some() };
     guard.holds(context)?;
+    // A key that came since the TPM was opened may have another value.
+    if guard.auth && !public.object_attributes().no_da() && !by_operator && is_last_try(context)? {
+        return Err(refused(
+            "one wrong authorization value more would lock the TPM, so this one is not tried".into(),
+        ));
+    }
     match (auth, object) {
         (Some(auth), Object::TpmHandle(_)) => {
             let set = context.tr_set_auth(handle.into(), auth);
@@ -356,41 +364,4 @@ fn public_half(public: &Public, guard: &Guard) -> Result<SpkiDer, String> {
         (true, Some(_)) => Err("signs whatever its PCRs are: its attribute \"userwithauth\" is set".into()),
         _ => encoded(public),
     }
-}
-
-/// The public key in a TPM's structure.
-pub(super) fn encoded(public: &Public) -> Result<SpkiDer, String> {
-    let spki = match public {
-        Public::Ecc { parameters, unique, .. } => {
-            let curve = match parameters.ecc_curve() {
-                EccCurve::NistP256 => Curve::P256,
-                EccCurve::NistP384 => Curve::P384,
-                EccCurve::NistP521 => Curve::P521,
-                other => {
-                    return Err(format!("is on the curve {other:?}; P-256, P-384 and P-521 are supported"));
-                }
-            };
-            let width = curve.field_len();
-            let point = padded(unique.x().value(), width).zip(padded(unique.y().value(), width));
-            let (x, y) = point.ok_or("has a malformed point")?;
-            // Uncompressed (SEC 1, 2.3.3).
-            SpkiDer::from_ec_point(curve, &[&[4][..], &x, &y].concat())
-        }
-        Public::Rsa { parameters, unique, .. } => {
-            // Zero stands for the usual one (TPM 2.0 Part 2, 12.2.3.5).
-            let exponent = match parameters.exponent().value() {
-                0 => 65_537,
-                exponent => exponent,
-            };
-            SpkiDer::from_rsa(unique.value(), &exponent.to_be_bytes())
-        }
-        _ => return Err("is not an asymmetric key".into()),
-    };
-    spki.map_err(|error| error.to_string())
-}
-
-/// A number with leading zeros.
-pub(super) fn padded(number: &[u8], width: usize) -> Option<Vec<u8>> {
-    let zeros = width.checked_sub(number.len())?;
-    Some([vec![0; zeros], number.to_vec()].concat())
 }

@@ -24,6 +24,7 @@ use super::errors::{classify, is_about_parameters, kept, owners};
 use super::guard::Guard;
 use super::keyfile::{self, KeyFile};
 use super::keys::Key;
+use super::public::encoded;
 use super::{attest, keys};
 use crate::algorithm::{KeyType, Padding};
 use crate::config::Object;
@@ -114,7 +115,7 @@ fn list(context: &mut Context, objects: &[Object]) -> Result<Vec<Listed>, Failur
 }
 
 fn shown(object: &Object, public: &Public) -> Listed {
-    let spki = keys::encoded(public);
+    let spki = encoded(public);
     let algorithm = spki.as_ref().ok().and_then(|spki| spki.algorithm(Default::default()).ok());
     let attributes = public.object_attributes();
     let flags = [

@@ -8,6 +8,7 @@ mod guard;
 mod keyfile;
 mod keys;
 mod life;
+mod public;
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -249,11 +250,16 @@ fn locked_out(context: &mut Context) -> Result<bool, Failure> {
     Ok(property(context, PropertyTag::Permanent)? & IN_LOCKOUT != 0)
 }
 
-/// Whether one wrong authorization value more locks the TPM for everybody: not without an operator's word, unless all keys
+/// Whether one wrong authorization value more locks the TPM for everybody.
+fn is_last_try(context: &mut Context) -> Result<bool, Failure> {
+    let most = property(context, PropertyTag::MaxAuthFail)?;
+    Ok(property(context, PropertyTag::LockoutCounter)?.saturating_add(1) >= most)
+}
+
+/// Whether opening the TPM may lock it for everybody: not without an operator's word, unless all keys
 /// are outside of that.
 fn spends_the_last_try(context: &mut Context, spec: &OpenSpec) -> Result<bool, Failure> {
-    let most = property(context, PropertyTag::MaxAuthFail)?;
-    if spec.by_operator || property(context, PropertyTag::LockoutCounter)?.saturating_add(1) < most {
+    if spec.by_operator || !is_last_try(context)? {
         return Ok(false);
     }
     let counts = |key: &KeySpec| {
