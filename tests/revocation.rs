@@ -149,3 +149,26 @@ fn lists_that_prove_nothing() -> anyhow::Result<()> {
     ensure!(said.contains("revocation (CRL)\n"), "{said}");
     Ok(())
 }
+
+/// Of several lists of one issuer one is enough, whatever is with the others, and in whatever order they are given.
+#[test]
+fn a_list_beside_one_of_another_scope() -> anyhow::Result<()> {
+    let world = world()?;
+    let pki = Pki::new(&world);
+    pki.root("root")?;
+    pki.issue("k", "root", Certificate::default())?;
+    sign(&world, "k", &["k"])?;
+    pki.crl("root", "")?;
+    fs::rename(world.path("root.crl"), world.path("whole.crl"))?;
+    // issuingDistributionPoint: onlyContainsCACerts (RFC 5280, 5.2.5).
+    pki.crl_with("root", "2.5.29.28 = critical, DER:30038201ff\n", "")?;
+    let with = |lists: &[&'static str]| {
+        let flags = lists.iter().flat_map(|list| ["--crl", *list]);
+        verify(&["root.pem"].into_iter().chain(flags).collect::<Vec<_>>())
+    };
+    world.omsign_refuses(2, &with(&["root.crl"]), &["no CRL tells whether CN=k was revoked", "scope"])?;
+    for lists in [["whole.crl", "root.crl"], ["root.crl", "whole.crl"]] {
+        world.omsign_ok(&with(&lists))?;
+    }
+    Ok(())
+}
