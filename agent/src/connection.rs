@@ -20,8 +20,8 @@ use crate::tls::Proof;
 /// whether somebody is there.
 const PREFACE: usize = 24;
 
-/// How much is read of one connection in its turn: what a caller may send without end, as pings, keeps others waiting for
-/// no longer than that takes.
+/// After how much one connection's turn ends (its last read may bring some more): what a caller may send without end, as
+/// pings, keeps others waiting for no longer than that takes.
 const TURN: usize = 4 << 10;
 
 /// How long a caller may leave unread what is sent, pings among it: then nobody is there.
