@@ -130,6 +130,18 @@ fn as_many_threads_as_jobs() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Each thread has a file open.
+#[test]
+fn more_jobs_than_files_may_be_open() -> anyhow::Result<()> {
+    let world = World::new()?;
+    shell(&world, "mkdir model; for i in $(seq 100); do truncate -s 4M model/$i; done")?;
+    let digest = |with: &str| shell(&world, &format!("{with} omsign digest model"));
+    ensure!(digest("ulimit -Sn 70; ulimit -Hn 70;")? == digest("")?);
+    let jobs = shell(&world, "ulimit -Sn 70; ulimit -Hn 70; omsign digest model --jobs 512")?;
+    ensure!(jobs == digest("")?, "{jobs}");
+    Ok(())
+}
+
 #[test]
 fn shards_are_of_a_billion_bytes_unless_told() -> anyhow::Result<()> {
     let world = World::new()?;

@@ -284,6 +284,10 @@ fn models_that_are_not_what_was_signed() -> anyhow::Result<()> {
     let output = world.omsign(&[&verify[..], &["--json"]].concat())?;
     let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     ensure!(json["verified"] == false && json["changed"] == serde_json::json!(["config.json"]), "{json}");
+    // A typing mistake is told of, where it could matter.
+    let ignoring = [&verify[..], &["--ignore-paths", "nothing"]].concat();
+    let errors = world.omsign_fails(1, &ignoring)?;
+    ensure!(errors.contains("warning: --ignore-paths nothing: there is nothing of this name"), "{errors}");
     // What was added may be accepted, what was changed or removed never.
     world.omsign_refuses(
         1,

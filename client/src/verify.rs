@@ -28,7 +28,7 @@ use crate::hash::Hasher;
 use crate::left_out::{AMBIGUOUS, bundle_inside, ignored, readings};
 use crate::listing::beside;
 use crate::manifest::{BRIEF, Manifest, Serialization};
-use crate::model::{GIT_PATHS, Model, Scope, at_or_below};
+use crate::model::{GIT_PATHS, Model, ModelError, Scope, at_or_below};
 use crate::pairs::pair;
 use crate::policy::Policy;
 use crate::proof::Proof;
@@ -88,6 +88,11 @@ impl<'a> Request<'a> {
             largest_bundle: LARGEST_BYTES,
             shown: |_| {},
         }
+    }
+
+    /// Those of `ignore_paths` that left nothing out, and why: a typing mistake, or something that is not there this time.
+    pub fn idle_ignore_paths(&self) -> impl Iterator<Item = ModelError> {
+        self.ignore_paths.iter().filter_map(|path| ignored(self.model, path).err())
     }
 }
 

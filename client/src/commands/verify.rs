@@ -61,6 +61,11 @@ fn verified(
     let hashing = Hashing::start(&what.work, what.model())?;
     let verified = omsign::verify::verify(&request, &judge, &hashing.hasher);
     *from_cache = hashing.end();
+    if let Err(Error::Differs(differences)) = &verified
+        && !differences.extra.is_empty()
+    {
+        request.idle_ignore_paths().for_each(|idle| report::warning(&idle.to_string()));
+    }
     verified.map_err(checked)
 }
 

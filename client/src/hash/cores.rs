@@ -5,6 +5,7 @@ use std::sync::Once;
 use std::thread::{Builder, Scope, scope};
 
 use nix::sys::resource::{UsageWho, getrusage};
+use rustix::process::{Resource, getrlimit};
 
 use super::HashError;
 
@@ -22,6 +23,9 @@ pub(super) struct Cores {
     more: usize,
 }
 
+/// Descriptors that are left to the rest of the process.
+const SPARE_DESCRIPTORS: usize = 64;
+
 /// Who works.
 pub(super) struct Worker<'a> {
     /// Which of the cores; none for those that were added.
@@ -36,6 +40,8 @@ impl Cores {
     pub(super) fn new(jobs: Option<NonZeroUsize>) -> Result<Self, HashError> {
         let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let count = jobs.map_or_else(cores, NonZeroUsize::get).min(MOST_JOBS);
+        // Each has a file open.
+        let count = count.min(spare_descriptors()).max(1);
         let more = if jobs.is_some() { 0 } else { WAITED_FOR.saturating_sub(count) };
         let mut pool = threads(count);
         // Where fewer may be started than there are cores: in a container, say.
@@ -71,6 +77,14 @@ fn add<'scope>(more: usize, scope: &'scope Scope<'scope, '_>, work: &'scope (imp
             break;
         }
     }
+}
+
+/// How many files may be open at a time.
+pub(super) fn spare_descriptors() -> usize {
+    let limit = getrlimit(Resource::Nofile).current;
+    limit
+        .map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
+        .saturating_sub(SPARE_DESCRIPTORS)
 }
 
 fn threads(count: usize) -> Result<rayon::ThreadPool, HashError> {

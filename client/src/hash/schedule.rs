@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::HashError;
-use super::cores::{Cores, Worker};
+use super::cores::{Cores, Worker, spare_descriptors};
 use super::digest::Digest;
 use super::place::{Place, Stamp};
 use super::share::Share;
@@ -30,9 +30,6 @@ const SHORT_BUFFER: usize = 28 << 10;
 /// Of a thread that waits for small files: all of them have 2 MiB.
 const WAITING_BUFFER: usize = 32 << 10;
 const SMALLEST_BUFFER: usize = 4 << 10;
-
-/// Descriptors that are left to the rest of the process.
-const SPARE_DESCRIPTORS: usize = 64;
 
 /// What to do when a file has no digest.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,9 +72,7 @@ pub(super) fn run<'a, S: Streams>(
     let mut longest_first: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
     longest_first.sort_by_key(|(_, unit)| std::cmp::Reverse(unit.bytes()));
     let jobs = cores.count();
-    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let descriptors = descriptors.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
-    let spare = descriptors.saturating_sub(SPARE_DESCRIPTORS);
+    let spare = spare_descriptors();
     let affordable = (spare / jobs).max(1);
     // A core that took all that its vectors hold would leave none to the others where there is little.
     let lanes = streams.lanes().min(units.len().div_ceil(jobs)).min(affordable);
