@@ -63,8 +63,8 @@ fn one_of_a_kind() -> anyhow::Result<()> {
 
 #[test]
 fn nothing_outlives_a_killed_one() -> anyhow::Result<()> {
-    // The command kills what started it: the devices end with it, its files with the next one.
-    let output = with("swtpm,piv", r#"echo "$OMSIGN_FIXTURES"; kill -KILL $PPID"#)?;
+    // The command kills what started it: it and the devices end with that, its files with the next one.
+    let output = with("swtpm,piv", r#"echo "$OMSIGN_FIXTURES"; kill -KILL $PPID; exec sleep 1000"#)?;
     let said = String::from_utf8(output.stdout)?;
     let directory = said.trim();
     ensure!(output.status.code().is_none() && !directory.is_empty(), "{:?}: {said}", output.status);

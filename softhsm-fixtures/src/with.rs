@@ -123,13 +123,15 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
         let kept = agent.arg("--config").arg(&file).output()?;
         ensure!(kept.status.success(), "{name}: {}", String::from_utf8_lossy(&kept.stderr));
     }
-    let mut child = Command::new(program);
-    child.args(arguments).env("OMSIGN_FIXTURES", place).env("OMSIGN_AGENT", place.join("agent.sock"));
+    // Where we are killed, it would go on without its devices.
+    let mut child = Command::new("setpriv");
+    child.args(["--pdeathsig", "TERM", "--", program]).args(arguments);
+    child.env("OMSIGN_FIXTURES", place).env("OMSIGN_AGENT", place.join("agent.sock"));
     child.env("OMSIGN_FIXTURES_CONFIG", &file).env("OMSIGN_AGENT_CONFIG", &file);
     for device in &running {
         child.envs(device.environment.iter().cloned());
     }
-    let status = attend(child).with_context(|| program.clone())?;
+    let status = attend(child).context("setpriv (apt: util-linux)")?;
     drop(running);
     directory.close().context("cleaning up")?;
     Ok(status)
@@ -197,7 +199,10 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
                 token: tpm.section(name),
                 object: "handle = \"0x81000010\"".into(),
                 public,
-                environment: vec![("TPM2TOOLS_TCTI", tpm.tcti().into())],
+                // For tpm2-tools, tpm2-openssl and tpm2-pkcs11.
+                environment: ["TPM2TOOLS_TCTI", "TPM2OPENSSL_TCTI", "TPM2_PKCS11_TCTI"]
+                    .map(|name| (name, tpm.tcti().into()))
+                    .into(),
                 device: Device::SwTpm(tpm),
             }
         }
