@@ -243,7 +243,7 @@ fn a_card_that_does_not_say_what_became_of_a_pin_is_shown_it_once_by_each_proces
     let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
     card.generate("9c", "ECCP256", &[])?;
-    let mut lab = Lab::new(world, &card.section("device"), "slot = \"9c\"", 32, None)?;
+    let lab = Lab::new(world, &card.section("device"), "slot = \"9c\"", 32, None)?;
     card.set(Faults { status: Some(0x6f00), only: Some(is_shown_pin), ..Faults::default() });
     eventually("it is locked", || Ok(lab.sign()? == Err(Code::FailedPrecondition)))?;
     // By the one that signed, by the one that took its place, and once more: it does not show what it counted.

@@ -3,10 +3,11 @@
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::abrmd::Abrmd;
 use omsign_fixtures::built;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
-use omsign_fixtures::swtpm::{Abrmd, SwTpm};
+use omsign_fixtures::swtpm::SwTpm;
 use omsign_tests::agent::Agent;
 use omsign_tests::device::{
     Device, Expected, RemoteToken, card, card_through, kryoptic, soft_hsm, soft_hsm_with_rsa, tpm,

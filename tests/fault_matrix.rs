@@ -2,38 +2,17 @@
 //! served all the while, that it heals, that no try of its PIN was spent, and that no process, thread, descriptor or
 //! session is left. docs/faults.md says in words what is shown here.
 
-use std::cell::{Cell, RefCell};
-use std::ops::Range;
 use std::path::Path;
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use omsign_fixtures::kryoptic::Kryoptic;
+use omsign_fixtures::kryoptic::{self, Kryoptic};
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::softhsm::{KeyType, Objects};
-use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::write_private;
-use omsign_tests::agent::{Agent, eventually, freeze, signal};
-use omsign_tests::lab::{AT_ONCE, HANG, Lab, Sees};
+use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::lab::{AT_ONCE, HANG, Lab, SLOW, Sees, THREE_HANGS, nothing};
 use omsign_tests::operator::does;
-use omsign_tests::world::{World, key, key_section};
-use rustix::process::Signal;
-
-/// What a slow one may cost, which answers in the end.
-const SLOW: Range<Duration> = Duration::from_millis(400)..Duration::from_secs(4);
-
-/// What one may cost that hangs when it is opened, which takes several operations.
-fn three_hangs() -> Range<Duration> {
-    Duration::from_secs(5)..Duration::from_secs(16)
-}
-
-fn nothing(_: &Lab) -> anyhow::Result<()> {
-    Ok(())
-}
+use omsign_tests::world::{World, key_section};
 
 /// Lets the module fail, also when it is opened anew.
 fn faults(lines: &'static str, anew: bool) -> impl FnOnce(&Lab) -> anyhow::Result<()> {
@@ -64,7 +43,7 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
         ("out of sessions", (Sees::Unavailable, AT_ONCE), "C_OpenSession b1 0\n", true),
         ("no slots", (Sees::Unavailable, AT_ONCE), "C_GetSlotList none 0\n", true),
         ("token not present", (Sees::Unavailable, AT_ONCE), "C_GetTokenInfo e0 0\n", true),
-        ("hangs when it is opened", (Sees::Unavailable, three_hangs()), "C_Initialize 0 600000\n", true),
+        ("hangs when it is opened", (Sees::Unavailable, THREE_HANGS), "C_Initialize 0 600000\n", true),
         ("crashes when it is opened", (Sees::Unavailable, AT_ONCE), "C_FindObjectsInit abort 0\n", true),
     ] {
         let function = lines.split(' ').next().unwrap_or_default();
@@ -82,7 +61,8 @@ fn rows_of_a_module(lab: &mut Lab) -> anyhow::Result<()> {
             anyhow::ensure!(counted.injected(function) > before, "{row}: nothing failed");
         }
     }
-    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)
+    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)?;
+    lab.disk_full(&tries)
 }
 
 /// A PIN that is wrong is offered once, whoever asks, and however often.
@@ -138,8 +118,18 @@ fn kryoptic() -> anyhow::Result<()> {
     token.generate("k")?;
     let proxy = world.proxy()?;
     let section = proxy.before(&token.section("device")?)?;
+    let counted = proxy.clone();
+    let tries = || Ok(i64::try_from(counted.tries())?);
     let mut lab = Lab::new(world, &section, "label = \"k\"", 48, Some(proxy))?;
     rows_of_a_module(&mut lab)?;
+    let delete = |lab: &Lab| {
+        for class in ["privkey", "pubkey"] {
+            let login = ["--token-label", "k", "--login", "--pin", kryoptic::PIN];
+            token.tool(&[&login[..], &["--delete-object", "--type", class, "--label", "k"]].concat())?;
+        }
+        lab.kill_host()
+    };
+    lab.trial("key deleted", (Sees::Unusable, AT_ONCE), &tries, delete, |_| token.generate("k").map(drop))?;
     wrong_pin(&mut lab, &token.pin_file())
 }
 
@@ -168,140 +158,6 @@ fn ml_dsa() -> anyhow::Result<()> {
     eventually("it heals", || Ok(world.omsign(&sign)?.status.success()))
 }
 
-/// The TPM stands still for half a second, again and again with pauses until that is `over`, and once if it is already.
-fn stutters(pid: u32, over: Arc<AtomicBool>) -> anyhow::Result<JoinHandle<anyhow::Result<()>>> {
-    freeze(pid)?;
-    Ok(std::thread::spawn(move || {
-        loop {
-            std::thread::sleep(Duration::from_millis(600));
-            signal(pid, Signal::CONT)?;
-            if over.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(100));
-            signal(pid, Signal::STOP)?;
-        }
-    }))
-}
-
-/// A key that is guarded, and not ours.
-const OTHERS: u32 = 0x8100_0011;
-
-/// What a TPM may do to a key, which somebody can take away and put back.
-fn rows_of_a_tpm(
-    chip: SwTpm,
-    lab: &mut Lab,
-    take: impl Fn(&SwTpm) -> anyhow::Result<()>,
-    put: impl Fn(&SwTpm) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    chip.guarded_key("others", OTHERS, AUTH)?;
-    let (chip, cuts) = (RefCell::new(chip), Cell::new(0));
-    // It counts a cut while a guarded key is in use as a try (TPM 2.0, part 1, 19.8.6).
-    let tries = || Ok(i64::from(chip.borrow().failed_tries()?) - cuts.get());
-    let forget = || {
-        chip.borrow().tool("tpm2_dictionarylockout", |tool| {
-            tool.arg("-c");
-        })
-    };
-    let swtpm = || chip.borrow().swtpm();
-    let (over, stuttering) = (Arc::<AtomicBool>::default(), Cell::new(None));
-    let stutter = |_: &Lab| {
-        stuttering.set(Some(stutters(swtpm()?, Arc::clone(&over))?));
-        Ok(())
-    };
-    // Until it has ended, it may still wake the TPM that the next row has frozen.
-    let steady = |_: &Lab| {
-        over.store(true, Ordering::Relaxed);
-        stuttering.take().context("it does not stutter")?.join().expect("it does not panic")
-    };
-    lab.trial("slow", (Sees::Nothing, SLOW), &tries, stutter, steady)?;
-    lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, stutter, steady)?;
-    let hang = |_: &Lab| freeze(swtpm()?);
-    lab.trial("hangs", (Sees::Unavailable, HANG), &tries, hang, |_| signal(swtpm()?, Signal::CONT))?;
-    let hang_anew = |lab: &Lab| hang(lab).and_then(|()| lab.kill_host());
-    lab.trial("hangs when it is opened", (Sees::Unavailable, three_hangs()), &tries, hang_anew, |_| {
-        signal(swtpm()?, Signal::CONT)
-    })?;
-    // Three places are all that it has, and a process that is killed leaves what it loaded.
-    let fill = |lab: &Lab| {
-        let primary = |tool: &mut Command| {
-            tool.args(["-Q", "-C", "o", "-G", "ecc"]);
-        };
-        while chip.borrow().tool("tpm2_createprimary", primary).is_ok() {}
-        let loaded = chip.borrow().handles("transient")?;
-        anyhow::ensure!(loaded == 3, "{loaded} keys are loaded");
-        lab.kill_host()
-    };
-    lab.trial("no room for a key", (Sees::Nothing, AT_ONCE), &tries, fill, nothing)?;
-    let reset = |_: &Lab| {
-        cuts.set(cuts.get() + 1);
-        chip.borrow().reset()
-    };
-    lab.trial("reset without a start", (Sees::Either, AT_ONCE), &tries, reset, nothing)?;
-    forget()?;
-    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)?;
-    let value = chip.borrow().pin_file();
-    let wrong = |lab: &Lab| write_private(&value, b"wrong-auth-8142\n").and_then(|()| lab.kill_host());
-    lab.trial("wrong authorization value", (Sees::Locked, AT_ONCE), &tries, wrong, |lab| {
-        write_private(&value, format!("{AUTH}\n").as_bytes())?;
-        lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
-    })?;
-    // One was ours.
-    let (digest, unread) = (lab.world.write("digest", [7; 32])?, lab.world.path("unread"));
-    let others = || {
-        let wrong = chip.borrow().tool("tpm2_sign", |tool| {
-            tool.args(["-Q", "-c", &format!("{OTHERS:#x}"), "-p", "wrong", "-g", "sha256", "-d", "-o"]);
-            tool.arg(&unread).arg(&digest);
-        });
-        anyhow::ensure!(wrong.is_err() && chip.borrow().failed_tries()? == 2, "a wrong value was taken");
-        Ok(())
-    };
-    others()?;
-    let unlock = |lab: &Lab| lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop);
-    lab.trial("one try left", (Sees::Unavailable, AT_ONCE), &tries, Lab::kill_host, unlock)?;
-    forget()?;
-    let take = |lab: &Lab| take(&chip.borrow()).and_then(|()| lab.kill_host());
-    lab.trial("key deleted", (Sees::Unusable, AT_ONCE), &tries, take, |_| put(&chip.borrow()))?;
-    forget()?;
-    let off = |_: &Lab| {
-        cuts.set(cuts.get() + 1);
-        chip.borrow_mut().kill()
-    };
-    let on = |_: &Lab| chip.borrow_mut().start().map(drop);
-    lab.trial("switched off and on", (Sees::Unavailable, AT_ONCE), &tries, off, on)?;
-    let left = (chip.borrow().handles("transient")?, chip.borrow().handles("loaded-session")?);
-    anyhow::ensure!(left.0 <= 1 && left.1 == 0, "keys and sessions left in the TPM: {left:?}");
-    Ok(())
-}
-
-#[test]
-fn tpm() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let chip = SwTpm::create(&world.path("tpm"))?;
-    chip.guarded_key("k", 0x8100_0010, AUTH)?;
-    let mut lab = Lab::new(world, &chip.section("device"), "handle = \"0x81000010\"", 32, None)?;
-    let take = |chip: &SwTpm| {
-        chip.tool("tpm2_evictcontrol", |tool| {
-            tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
-        })
-    };
-    rows_of_a_tpm(chip, &mut lab, take, |chip| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop))
-}
-
-/// A key that is loaded from a file, as `init tpm` makes it.
-#[test]
-fn tpm_key_file() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let chip = SwTpm::create(&world.path("tpm"))?;
-    let (section, object) = (chip.section("device"), "file = \"k.pem\"");
-    world.write("agent.toml", world.listen() + &section + &key("k", "device", object))?;
-    does(&world, &["generate", "k", "--type", "p256"])?;
-    let (file, away) = (world.path("k.pem"), world.path("away.pem"));
-    let mut lab = Lab::new(world, &section, object, 32, None)?;
-    let take = |_: &SwTpm| Ok(std::fs::rename(&file, &away)?);
-    rows_of_a_tpm(chip, &mut lab, take, |_| Ok(std::fs::rename(&away, &file)?))
-}
-
 #[test]
 fn piv() -> anyhow::Result<()> {
     let world = World::new()?;
@@ -323,9 +179,12 @@ fn piv() -> anyhow::Result<()> {
     let (slow, long) = (Duration::from_millis(250), Duration::from_secs(600));
     let tries = || Ok(i64::try_from(card.wrong_pins())?);
     lab.trial("slow", (Sees::Nothing, SLOW), &tries, |_| ill(&card, delay(slow)), |_| well(&card))?;
+    let half = Faults { once: true, ..delay(Duration::from_millis(500)) };
+    let hang = |_: &Lab| ill(&card, half.clone());
+    lab.trial("hangs for half a second", (Sees::Nothing, SLOW), &tries, hang, |_| well(&card))?;
     lab.trial("hangs", (Sees::Unavailable, HANG), &tries, |_| ill(&card, delay(long)), |_| well(&card))?;
     let anew = |lab: &Lab| ill(&card, delay(long)).and_then(|()| lab.kill_host());
-    let opening = (Sees::Unavailable, three_hangs());
+    let opening = (Sees::Unavailable, THREE_HANGS);
     lab.trial("hangs when it is opened", opening, &tries, anew, |_| well(&card))?;
     let nonsense = Faults { status: Some(0x6f00), ..Faults::default() };
     lab.trial(
@@ -365,8 +224,15 @@ fn piv() -> anyhow::Result<()> {
         nothing,
     )?;
     lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)?;
+    lab.disk_full(&tries)?;
+    let delete = |lab: &Lab| {
+        card.delete(0x9c);
+        lab.kill_host()
+    };
+    let make = |_: &Lab| card.generate("9c", "ECCP256", &[]).map(drop);
+    lab.trial("key deleted", (Sees::Unusable, AT_ONCE), &tries, delete, make)?;
     lab.trial(
-        "key deleted and made again",
+        "key made again",
         (Sees::Either, AT_ONCE),
         &tries,
         |_| card.generate("9c", "ECCP256", &[]).map(drop),

@@ -197,7 +197,10 @@ fn tpm() -> anyhow::Result<()> {
         others.set(0);
         unlock(lab)
     })?;
-    sleeps(&mut lab, Sees::Nothing, &spent, || Ok(()))
+    sleeps(&mut lab, Sees::Nothing, &spent, || Ok(()))?;
+    let left = chip.left()?;
+    anyhow::ensure!(left <= 1, "{left} keys and sessions left in the TPM");
+    Ok(())
 }
 
 #[test]

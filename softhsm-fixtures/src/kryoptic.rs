@@ -1,9 +1,11 @@
 //! A kryoptic token in a directory of its own: it locks its PIN after wrong ones, and has ML-DSA.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use rustix::fs::{FlockOperation, fcntl_lock};
 
 use crate::{built, write_private};
 
@@ -31,6 +33,9 @@ impl Kryoptic {
     /// One that holds the same.
     pub fn copy(&self, directory: &Path) -> anyhow::Result<Self> {
         let token = Self::configure(directory, &self.label)?;
+        // Nobody writes to it meanwhile: SQLite's locks are of this kind.
+        let store = File::open(self.store()).context("the token's file")?;
+        fcntl_lock(&store, FlockOperation::LockShared).context("the token's file")?;
         std::fs::copy(self.store(), token.store()).context("the token's file")?;
         Ok(token)
     }

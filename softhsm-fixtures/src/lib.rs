@@ -1,6 +1,7 @@
 //! Stand-in hardware, for trying omsign and for its tests: real tokens behind the real PKCS#11 protocol, in
 //! software. Nothing here is linked into a release binary.
 
+pub mod abrmd;
 pub mod ca;
 pub mod fault_proxy;
 pub mod kryoptic;

@@ -18,7 +18,7 @@ pub const AUTH: &str = "tpm-auth-3352";
 const SESSION_MEMORY: u32 = 0x903;
 
 /// Longest wait for a TPM to start. It takes some 10 ms.
-const START: Duration = Duration::from_secs(10);
+pub(crate) const START: Duration = Duration::from_secs(10);
 
 /// A TPM. Ends when dropped; its state stays in its directory.
 pub struct SwTpm {
@@ -121,6 +121,20 @@ impl SwTpm {
         Ok(())
     }
 
+    /// What it keeps while it is off.
+    pub fn state(&self) -> anyhow::Result<Vec<u8>> {
+        std::fs::read(self.state_file()).context("the TPM's state")
+    }
+
+    /// Makes it what it was, while it is off.
+    pub fn set_state(&self, state: &[u8]) -> anyhow::Result<()> {
+        std::fs::write(self.state_file(), state).context("the TPM's state")
+    }
+
+    fn state_file(&self) -> PathBuf {
+        self.directory.join("tpm2-00.permall")
+    }
+
     /// Its process: the one that setpriv became.
     pub fn swtpm(&self) -> anyhow::Result<u32> {
         Ok(self.process.as_ref().context("the TPM is off")?.id())
@@ -149,6 +163,11 @@ impl SwTpm {
         let output = tool.arg(format!("handles-{kind}")).env("TPM2TOOLS_TCTI", self.tcti()).output()?;
         ensure!(output.status.success(), "tpm2_getcap: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?.matches("0x").count())
+    }
+
+    /// How many keys and sessions somebody left in it.
+    pub fn left(&self) -> anyhow::Result<usize> {
+        Ok(self.handles("transient")? + self.handles("loaded-session")?)
     }
 
     /// Begins sessions, and leaves them there, until it has room for no more. How many it took.
@@ -318,76 +337,5 @@ impl SwTpm {
 impl Drop for SwTpm {
     fn drop(&mut self) {
         let _ = self.kill();
-    }
-}
-
-/// tpm2-abrmd, the resource manager in user space, before a TPM, with a message bus of its own.
-pub struct Abrmd {
-    bus: Child,
-    manager: Child,
-    address: String,
-}
-
-impl Abrmd {
-    /// Starts both.
-    pub fn create(directory: &Path, tpm: &SwTpm) -> anyhow::Result<Self> {
-        let address = format!("unix:path={}", directory.join("bus.sock").display());
-        let quiet = |name: &str| {
-            let mut command = Command::new("setpriv");
-            command.args(["--pdeathsig", "KILL", name]);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            command
-        };
-        let mut bus = quiet("dbus-daemon");
-        let bus = bus.args(["--session", "--nofork", "--nopidfile", "--address", &address]).spawn();
-        let bus = bus.context("dbus-daemon (apt: dbus-daemon)")?;
-        let mut manager = quiet("tpm2-abrmd");
-        manager.args(["--session", "--tcti", &tpm.tcti()]).env("DBUS_SESSION_BUS_ADDRESS", &address);
-        if rustix::process::geteuid().is_root() {
-            manager.arg("--allow-root");
-        }
-        let started = Instant::now();
-        while !directory.join("bus.sock").exists() {
-            ensure!(started.elapsed() < START, "dbus-daemon does not start");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let manager = manager.spawn().context("tpm2-abrmd (apt: tpm2-abrmd, libtss2-tcti-tabrmd0)")?;
-        let started = Self { bus, manager, address };
-        started.await_ready()?;
-        Ok(started)
-    }
-
-    /// The environment of whoever uses it.
-    pub fn environment(&self) -> (&'static str, &str) {
-        ("DBUS_SESSION_BUS_ADDRESS", &self.address)
-    }
-
-    /// How it is reached, in tpm2-tss's words.
-    pub fn tcti(&self) -> &'static str {
-        "tabrmd:bus_type=session"
-    }
-
-    fn await_ready(&self) -> anyhow::Result<()> {
-        let started = Instant::now();
-        loop {
-            let (name, value) = self.environment();
-            let mut tool = Command::new("tpm2_getrandom");
-            let asked = tool.arg("1").env(name, value).env("TPM2TOOLS_TCTI", self.tcti()).output()?;
-            if asked.status.success() {
-                return Ok(());
-            }
-            let said = String::from_utf8_lossy(&asked.stderr);
-            ensure!(started.elapsed() < START, "tpm2-abrmd does not start: {said}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Abrmd {
-    fn drop(&mut self) {
-        for process in [&mut self.manager, &mut self.bus] {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
     }
 }

@@ -1,5 +1,6 @@
 //! One device that fails, beside one that does not: what a fault costs its callers, and that nothing is left of it.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,6 +16,7 @@ use tonic::Code;
 
 use crate::agent::{Agent, eventually, signal};
 use crate::client::{connect, request, sign};
+use crate::disk::{self, Filler};
 use crate::world::{World, key_section, token_section};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -22,15 +24,22 @@ const SECOND: Duration = Duration::from_secs(1);
 /// How long others may wait: a busy machine, and nothing of the fault.
 const OTHERS: Duration = Duration::from_secs(1);
 
-/// Descriptors, and threads, that may be on their way out: connections that end, threads that wait for work for ten
-/// seconds. Over all trials of a test, so that a leak in one of them shows.
-const SPARE: usize = 4;
-
 /// At once: in less than the token's time-out, which would have had to end it otherwise.
 pub const AT_ONCE: Range<Duration> = Duration::ZERO..Duration::from_millis(1500);
 
 /// What one that hangs may cost: the token's time-out of 2 s, and a busy machine.
 pub const HANG: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(8);
+
+/// What a slow one may cost, which answers in the end.
+pub const SLOW: Range<Duration> = Duration::from_millis(400)..Duration::from_secs(4);
+
+/// What one may cost that hangs when it is opened, which takes several operations.
+pub const THREE_HANGS: Range<Duration> = Duration::from_secs(5)..Duration::from_secs(16);
+
+/// It ends by itself.
+pub fn nothing(_: &Lab) -> anyhow::Result<()> {
+    Ok(())
+}
 
 /// What the first caller sees who comes while it lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,11 +72,13 @@ pub struct Lab {
     pub proxy: Option<FaultProxy>,
     /// How long callers of the other token may wait.
     pub others: Duration,
+    /// Whether they are served no more than others while it lasts.
+    is_everybodys: bool,
     /// Descriptors and threads before anything went wrong.
     held: (usize, usize),
     digest: Vec<u8>,
     runtime: tokio::runtime::Runtime,
-    next_id: u128,
+    next_id: Cell<u128>,
 }
 
 impl Lab {
@@ -82,20 +93,26 @@ impl Lab {
         let calm = world.token("calm", "calm", KeyType::P256)?;
         let tokens = format!("{device}timeout = \"2s\"\n") + &token_section("calm", &calm, "");
         let keys = crate::world::key("k", "device", object) + &key_section("calm", "calm", "calm");
-        let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+        let agent = disk::start(&world, &(world.listen() + &tokens + &keys))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let digest = vec![7; digest_bytes];
-        let (others, held) = (OTHERS, (0, 0));
-        let mut lab = Self { world, agent, proxy, others, held, digest, runtime, next_id: 0 };
+        let (others, is_everybodys, held) = (OTHERS, false, (usize::MAX, usize::MAX));
+        let next_id = Cell::new(0);
+        let mut lab = Self { world, agent, proxy, others, is_everybodys, held, digest, runtime, next_id };
         ensure!(lab.sign()? == Ok(()), "{}", lab.agent.log()?);
-        lab.held = lab.agent.held()?;
+        // Our connection ends a moment later.
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(10));
+            let held = lab.agent.held()?;
+            lab.held = (lab.held.0.min(held.0), lab.held.1.min(held.1));
+        }
         Ok(lab)
     }
 
     /// One signature; the error is its code.
-    pub fn sign(&mut self) -> anyhow::Result<Result<(), Code>> {
-        self.next_id += 1;
-        let (socket, id) = (self.world.path("agent.sock"), self.next_id);
+    pub fn sign(&self) -> anyhow::Result<Result<(), Code>> {
+        let (socket, id) = (self.world.path("agent.sock"), self.next_id.get() + 1);
+        self.next_id.set(id);
         self.runtime.block_on(async {
             let mut client = connect(socket).await?;
             match sign(&mut client, request("k", id, &self.digest), SECOND * 20).await {
@@ -133,6 +150,22 @@ impl Lab {
         right: impl FnOnce(&Self) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         self.seen(row, (sees, within), tries, wrong, right).with_context(|| format!("{row}: {}", self.log()))
+    }
+
+    /// The audit log's disk is full: nobody is served.
+    pub fn disk_full(&mut self, tries: Tries<'_>) -> anyhow::Result<()> {
+        let filler = Cell::new(None);
+        let fill = |lab: &Self| {
+            filler.set(Some(Filler::fill(&lab.world, &lab.agent)?));
+            // Some more records have room where the last one ends.
+            while lab.sign()? == Ok(()) {}
+            Ok(())
+        };
+        let remove = |_: &Self| filler.take().context("the filler")?.remove();
+        self.is_everybodys = true;
+        self.trial("disk full", (Sees::Unavailable, AT_ONCE), tries, fill, remove)?;
+        self.is_everybodys = false;
+        Ok(())
     }
 
     fn log(&self) -> String {
@@ -177,7 +210,7 @@ impl Lab {
         ensure!(allowed.contains(&spent), "{spent} tries of its secret were spent");
         eventually("what it held before", || {
             let now = self.agent.held()?;
-            Ok(now.0 <= self.held.0 + SPARE && now.1 <= self.held.1 + SPARE)
+            Ok(now.0 <= self.held.0 && now.1 <= self.held.1)
         })
         .with_context(|| format!("it held {:?}, and now {:?}", self.held, self.agent.held()))?;
         if let (Some(before), Some(proxy)) = (sessions, &self.proxy) {
@@ -200,14 +233,19 @@ impl Calm {
     fn start(lab: &Lab) -> Self {
         let (over, served) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let (ended, count, socket) = (Arc::clone(&over), Arc::clone(&served), lab.world.path("agent.sock"));
-        let (first, others) = (lab.next_id << 64, lab.others);
+        let (first, others, is_everybodys) = (lab.next_id.get() << 64, lab.others, lab.is_everybodys);
         let task = lab.runtime.spawn(async move {
             let mut client = connect(socket).await?;
             for id in first.. {
-                sign(&mut client, request("calm", id, &[7; 32]), others).await?;
-                count.fetch_add(1, Ordering::Relaxed);
-                if ended.load(Ordering::Relaxed) {
-                    break;
+                match sign(&mut client, request("calm", id, &[7; 32]), others).await {
+                    Ok(_) => {
+                        count.fetch_add(1, Ordering::Relaxed);
+                        if ended.load(Ordering::Relaxed) {
+                            return Ok(());
+                        }
+                    }
+                    Err(status) if is_everybodys && status.code() == Code::Unavailable => {}
+                    Err(status) => return Err(status.into()),
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod certified;
 pub mod client;
 pub mod device;
+pub mod disk;
 pub mod forge;
 pub mod hashed;
 pub mod keyless;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use openssl::error::ErrorStack;
 use openssl::pkey::{PKey, Private};
 use openssl::rand::rand_bytes;
-use openssl::symm::{Cipher, Crypter, Mode};
+use openssl::symm::Cipher;
 
 use super::apdu::{
     BLOCKED, FAILED, NO_REFERENCE, NOT_FOUND, NOT_SATISFIED, OK, OUT_OF_ORDER, UNKNOWN, WRONG_DATA,
@@ -15,7 +15,7 @@ use super::apdu::{
 use super::keys::{self, Slot};
 use super::management;
 use super::objects::{self, ADMIN, PRINTED};
-use super::secret::Secret;
+use super::secret::{Secret, encrypted};
 use super::tlv::{parse, tlv, value};
 
 /// The firmware version that it claims, unless another was set. From 5.7 on cards delete keys, and make more kinds.
@@ -36,7 +36,7 @@ type Answer = Result<Vec<u8>, u16>;
 pub(super) struct Card {
     serial: u32,
     pub(super) version: [u8; 3],
-    slots: BTreeMap<u8, Slot>,
+    pub(super) slots: BTreeMap<u8, Slot>,
     objects: BTreeMap<Vec<u8>, Vec<u8>>,
     pin: Secret,
     /// Wrong ones in all, whatever came after.
@@ -369,9 +369,15 @@ impl Card {
         if self.pin.left > 0 || self.puk.left > 0 {
             return Err(BLOCKED);
         }
-        *self = Self::new(self.serial).map_err(|_| FAILED)?;
-        self.session.selected = true;
+        self.make_new().map_err(|_| FAILED)?;
         Ok(Vec::new())
+    }
+
+    /// As it left the factory.
+    pub(super) fn make_new(&mut self) -> Result<(), ErrorStack> {
+        *self = Self::new(self.serial)?;
+        self.session.selected = true;
+        Ok(())
     }
 
     fn is_new(&self) -> bool {
@@ -386,14 +392,6 @@ impl Card {
         if block.len() != cipher.block_size() {
             return Err(WRONG_DATA);
         }
-        let encrypt = || {
-            let mut crypter = Crypter::new(cipher, Mode::Encrypt, &self.management_key, None)?;
-            crypter.pad(false);
-            let mut out = vec![0; block.len() * 2];
-            let length = crypter.update(block, &mut out)?;
-            out.truncate(length);
-            Ok::<_, ErrorStack>(out)
-        };
-        encrypt().map_err(|_| FAILED)
+        encrypted(cipher, &self.management_key, block).map_err(|_| FAILED)
     }
 }

@@ -72,6 +72,8 @@ struct State {
     /// The connection to the reader.
     line: Option<TcpStream>,
     faults: Faults,
+    /// How often that was set.
+    set: usize,
     touches: usize,
     last_touch: Option<Instant>,
     /// Somebody is being waited for.
@@ -190,7 +192,10 @@ impl VirtualPiv {
 
     /// Sets what goes wrong from now on.
     pub fn set(&self, faults: Faults) {
-        self.inside.state().faults = faults;
+        let mut state = self.inside.state();
+        state.faults = faults;
+        state.set += 1;
+        drop(state);
         self.inside.changed.notify_all();
     }
 
@@ -326,7 +331,8 @@ impl Inside {
     fn delayed(&self, delay: Duration) {
         let until = Instant::now() + delay;
         let mut state = self.state();
-        while state.faults.delay == delay && !state.over {
+        let set = state.set;
+        while state.set == set && !state.over {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;

@@ -63,6 +63,16 @@ impl VirtualPiv {
         self.inside.card().version = version;
     }
 
+    /// Somebody deletes the key in a slot.
+    pub fn delete(&self, slot: u8) {
+        self.inside.card().slots.remove(&slot);
+    }
+
+    /// Somebody resets its PIV application: it is as it left the factory.
+    pub fn reset(&self) -> anyhow::Result<()> {
+        self.inside.card().make_new().context("OpenSSL")
+    }
+
     /// How many wrong PINs the card would still take.
     pub fn pin_tries(&self) -> anyhow::Result<u8> {
         let status = String::from_utf8(self.tool(&["-a", "status"])?)?;

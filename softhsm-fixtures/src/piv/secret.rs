@@ -1,4 +1,7 @@
-//! The card's PIN and PUK: what is checked, and how often it may be wrong.
+//! The card's secrets: its PIN and PUK, what is checked and how often it may be wrong, and its management key.
+
+use openssl::error::ErrorStack;
+use openssl::symm::{Cipher, Crypter, Mode};
 
 use super::apdu::{BLOCKED, WRONG_DATA};
 
@@ -27,4 +30,14 @@ impl Secret {
         self.left -= 1;
         Err(self.status())
     }
+}
+
+/// One block, encrypted.
+pub(super) fn encrypted(cipher: Cipher, key: &[u8], block: &[u8]) -> Result<Vec<u8>, ErrorStack> {
+    let mut crypter = Crypter::new(cipher, Mode::Encrypt, key, None)?;
+    crypter.pad(false);
+    let mut out = vec![0; block.len() * 2];
+    let length = crypter.update(block, &mut out)?;
+    out.truncate(length);
+    Ok(out)
 }

@@ -8,7 +8,7 @@ use omsign_fixtures::swtpm::AUTH;
 use rustix::process::Signal;
 
 use super::Mishaps;
-use crate::agent::{eventually, signal};
+use crate::agent::{eventually, freeze, signal};
 
 impl Mishaps {
     /// It counts a cut while a guarded key is in use as a wrong value, and lets nobody in after a few.
@@ -18,14 +18,42 @@ impl Mishaps {
             counted <= allowed,
             "the TPM was given {counted} wrong values, of which {allowed} are others'"
         );
-        self.chip.tool("tpm2_dictionarylockout", |tool| {
-            tool.arg("-c");
-        })
+        self.does("tpm2_dictionarylockout", &["-c"])
+    }
+
+    /// Whoever opens a simulator clears it of what others have loaded, and the agent may do that just now.
+    fn does(&self, tool: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let once = || {
+            self.chip.tool(tool, |tool| {
+                tool.args(arguments);
+            })
+        };
+        eventually(tool, || Ok(once().is_ok()))
     }
 
     pub(super) fn tpm_off(&mut self, pause: Duration) -> anyhow::Result<()> {
         self.chip.kill()?;
         std::thread::sleep(pause);
+        ensure!(self.chip.start()?, "the TPM's port is taken");
+        self.forgive(1)
+    }
+
+    /// What is on its way to it, nobody answers.
+    pub(super) fn tpm_cut(&mut self, pause: Duration) -> anyhow::Result<()> {
+        freeze(self.chip.swtpm()?)?;
+        std::thread::sleep(pause);
+        self.tpm_off(pause)
+    }
+
+    /// And is as it was before, or it would have another key for good.
+    pub(super) fn tpm_cleared(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.chip.kill()?;
+        let kept = self.chip.state()?;
+        ensure!(self.chip.start()?, "the TPM's port is taken");
+        self.does("tpm2_clear", &["-Q", "-c", "p"])?;
+        std::thread::sleep(pause);
+        self.chip.kill()?;
+        self.chip.set_state(&kept)?;
         ensure!(self.chip.start()?, "the TPM's port is taken");
         self.forgive(1)
     }
@@ -48,12 +76,9 @@ impl Mishaps {
 
     /// It comes from the same seed: the same key, put back.
     pub(super) fn tpm_key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
-        self.chip.tool("tpm2_evictcontrol", |tool| {
-            tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
-        })?;
+        self.does("tpm2_evictcontrol", &["-Q", "-C", "o", "-c", "0x81000010"])?;
         self.kill("tpm")?;
         std::thread::sleep(pause);
-        // Whoever opens a simulator clears it of what others have loaded, and the agent may look for the key just now.
         eventually("its key", || Ok(self.chip.put_back("tpm", 0x8100_0010).is_ok()))
     }
 
@@ -98,6 +123,38 @@ impl Mishaps {
             self.card.tool(&["-a", "unblock-pin", "-P", "12345678", "-N", piv::PIN])?;
         }
         Ok(())
+    }
+
+    pub(super) fn card_key_deleted(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.card.delete(0x9a);
+        self.kill("card")?;
+        std::thread::sleep(pause);
+        self.put_card_key()
+    }
+
+    /// It has the factory's PIN then, and ours is wrong once.
+    pub(super) fn card_reset(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.card.reset()?;
+        self.kill("card")?;
+        eventually("its refusal", || self.is("card", "locked"))?;
+        std::thread::sleep(pause);
+        // It counts from nothing again.
+        self.wrong_pins = self.card.wrong_pins();
+        ensure!(self.wrong_pins <= 1, "it was shown {} wrong PINs", self.wrong_pins);
+        self.card.change_pin()?;
+        self.put_card_key()
+    }
+
+    /// The agent may use the card just now.
+    fn put_card_key(&self) -> anyhow::Result<()> {
+        eventually("its key", || Ok(self.card.import("9a", &self.card_key).is_ok()))
+    }
+
+    pub(super) fn card_and_reader_pulled(&mut self, pause: Duration) -> anyhow::Result<()> {
+        self.card.kill_service()?;
+        self.card.start_service_without_readers()?;
+        std::thread::sleep(pause);
+        self.pcscd_ends(Duration::ZERO)
     }
 
     pub(super) fn pcscd_ends(&mut self, pause: Duration) -> anyhow::Result<()> {

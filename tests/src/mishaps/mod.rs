@@ -3,7 +3,9 @@
 mod chips;
 mod tokens;
 
-use std::io::Write as _;
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,11 +18,13 @@ use omsign_fixtures::piv::{Faults, VirtualPiv};
 use omsign_fixtures::softhsm::SoftHsm;
 use omsign_fixtures::swtpm::SwTpm;
 use omsign_fixtures::write_private;
+use openssl::pkey::{PKey, Private};
 use rustix::process::Signal;
 
 use crate::agent::{Agent, eventually, freeze, signal};
+use crate::disk::{self, Filler};
 use crate::random::Random;
-use crate::world::{World, text};
+use crate::world::World;
 
 /// What PKCS#11 modules answer and do (PKCS#11 v3.1, 5.1), by the function that it happens in.
 const MODULE: [&str; 31] = [
@@ -64,13 +68,16 @@ const HANG: Duration = Duration::from_millis(1500);
 type Mishap = fn(&mut Mishaps, Duration) -> anyhow::Result<()>;
 
 /// What else happens, and what it is called.
-const OTHERS: [(&str, Mishap); 30] = [
+const OTHERS: [(&str, Mishap); 39] = [
     ("a process is killed", |all, _| all.one_process_gets(Signal::KILL)),
     ("a process is stopped", |all, _| all.one_process_gets(Signal::STOP)),
     ("the TPM is switched off and on", Mishaps::tpm_off),
     ("the TPM is reset", Mishaps::tpm_reset),
     ("the TPM stands still", Mishaps::tpm_still),
     ("the TPM hangs", |all, _| all.tpm_still(HANG)),
+    ("the TPM hangs when it is opened", |all, _| all.kill("tpm").and_then(|()| all.tpm_still(HANG))),
+    ("the TPM is switched off in the middle of a command", Mishaps::tpm_cut),
+    ("the TPM is cleared", Mishaps::tpm_cleared),
     ("the TPM loses its key", Mishaps::tpm_key_deleted),
     ("the TPM is in lockout", Mishaps::tpm_lockout),
     ("the card is pulled", Mishaps::card_pulled),
@@ -84,6 +91,12 @@ const OTHERS: [(&str, Mishap); 30] = [
         all.card_does(pause, Faults { delay: Duration::from_millis(300), ..Faults::default() })
     }),
     ("the card hangs", |all, _| all.card_does(HANG, Faults { delay: HANG, ..Faults::default() })),
+    ("the card hangs when it is opened", |all, _| {
+        all.kill("card").and_then(|()| all.card_does(HANG, Faults { delay: HANG, ..Faults::default() }))
+    }),
+    ("the card loses its key", Mishaps::card_key_deleted),
+    ("the card is reset", Mishaps::card_reset),
+    ("the card is pulled with its reader", Mishaps::card_and_reader_pulled),
     // The card is not there at once when pcscd has come back, which may be what happened before.
     ("another program uses the card", |all, _| {
         eventually("its turn", || Ok(all.card.tool(&["-a", "status"]).is_ok()))
@@ -92,6 +105,7 @@ const OTHERS: [(&str, Mishap); 30] = [
     ("the card's PIN is blocked", |all, pause| all.card_pin(pause, 3)),
     ("pcscd ends and comes back", Mishaps::pcscd_ends),
     ("a key is deleted", Mishaps::key_deleted),
+    ("a token is removed", Mishaps::token_removed),
     ("a token is initialised anew", Mishaps::token_anew),
     ("a certificate is swapped", Mishaps::certificate_swapped),
     ("a PIN is wrong", Mishaps::hsm_told_wrong),
@@ -99,6 +113,7 @@ const OTHERS: [(&str, Mishap); 30] = [
     ("one try of kryoptic's PIN is left", |all, pause| all.kry_pin(pause, 9)),
     ("kryoptic's PIN is blocked", |all, pause| all.kry_pin(pause, 12)),
     ("kryoptic is removed", Mishaps::kry_removed),
+    ("kryoptic is initialised anew", Mishaps::kry_anew),
     ("the TPM has no room", Mishaps::tpm_full),
     ("the TPM's authorization value is wrong", Mishaps::tpm_value_wrong),
     ("the card's PIN is wrong", Mishaps::card_told_wrong),
@@ -134,6 +149,10 @@ pub struct Mishaps {
     pub refused: [usize; 2],
     /// Where the certificates are that the token has and is given.
     pub certificates: [PathBuf; 2],
+    /// The key of the card, which whoever has it can put back.
+    pub card_key: PKey<Private>,
+    /// What the audit log says of signatures, so far: their requests.
+    pub audited: HashSet<u128>,
 }
 
 impl Mishaps {
@@ -239,20 +258,30 @@ impl Mishaps {
     }
 
     fn disk_full(&mut self, pause: Duration) -> anyhow::Result<()> {
-        // As the agent sees it.
-        let disk = format!("/proc/{}/root{}", self.agent.pid(), text(&self.world.path("disk")));
         self.full.fetch_add(1, Ordering::SeqCst);
-        // Or hours of it would fill the disk for good.
-        std::fs::OpenOptions::new().write(true).open(format!("{disk}/audit/audit.jsonl"))?.set_len(0)?;
-        let filler = format!("{disk}/filler");
-        let mut file = std::fs::File::create(&filler)?;
-        let block = vec![0; 1 << 16];
-        while file.write(&block).is_ok() {}
+        // Or hours of it would fill the disk for good. They are moved away as logs are, and read when the next is begun.
+        let log = disk::audit(&self.world, &self.agent);
+        let old = log.with_extension("1");
+        std::fs::rename(&log, &old)?;
+        eventually("the next log", || Ok(log.exists()))?;
+        self.note_audit(&old)?;
+        std::fs::remove_file(old)?;
+        let filler = Filler::fill(&self.world, &self.agent)?;
         std::thread::sleep(pause);
-        // Its space is free when nobody has it open.
-        drop(file);
-        std::fs::remove_file(filler)?;
+        filler.remove()?;
         self.full.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Takes note of what a log says was signed: nothing twice.
+    pub fn note_audit(&mut self, log: &Path) -> anyhow::Result<()> {
+        for line in BufReader::new(File::open(log)?).lines() {
+            let line: serde_json::Value = serde_json::from_str(&line?).context("a line of the audit log")?;
+            if line["outcome"] == "signed" {
+                let id = u128::from_str_radix(line["request_id"].as_str().unwrap_or_default(), 16)?;
+                ensure!(self.audited.insert(id), "{line}: for the second time");
+            }
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use omsign_fixtures::ca::Ca;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::softhsm::SoftHsm;
 
 use super::Mishaps;
@@ -31,6 +32,13 @@ impl Mishaps {
         self.kill("hsm")?;
         std::thread::sleep(pause);
         Ok(objects.iter().try_for_each(|file| std::fs::rename(away(file), file))?)
+    }
+
+    pub(super) fn token_removed(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let away = self.world.path("away");
+        std::fs::rename(self.soft.tokens(), &away)?;
+        std::thread::sleep(pause);
+        Ok(std::fs::rename(&away, self.soft.tokens())?)
     }
 
     /// One of the same name without keys takes its place.
@@ -86,12 +94,26 @@ impl Mishaps {
             ensure!(copy.tool(&list).is_err(), "a wrong PIN was taken");
         }
         let flag = if wrong < 10 { "final user PIN try" } else { "user PIN locked" };
-        ensure!(copy.tool(&["--list-slots"])?.contains(flag), "its flags do not say {flag}");
+        let slots = copy.tool(&["--list-slots"])?;
+        ensure!(slots.contains(flag), "its flags do not say {flag}: {slots}");
         std::fs::rename(copy.store(), self.kry.store())?;
         self.kill("kry")?;
         eventually("it offers none", || self.is("kry", "locked"))?;
         std::thread::sleep(pause);
         self.kry.set_pin()
+    }
+
+    /// One of the same name without keys takes its place.
+    pub(super) fn kry_anew(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let (away, other) = (self.world.path("kry-away"), self.world.path("kry-anew"));
+        let other = Kryoptic::create(&other, self.kry.label())?;
+        std::fs::rename(self.kry.store(), &away)?;
+        std::fs::rename(other.store(), self.kry.store())?;
+        self.kill("kry")?;
+        std::thread::sleep(pause);
+        std::fs::rename(&away, self.kry.store())?;
+        // It may have the file open that was in between.
+        self.kill("kry")
     }
 
     pub(super) fn kry_removed(&mut self, pause: Duration) -> anyhow::Result<()> {
