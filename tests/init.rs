@@ -60,7 +60,7 @@ fn works(
     let output = init(world, arguments, environment, answers)?;
     let said = String::from_utf8([output.stdout, output.stderr].concat())?;
     ensure!(output.status.success() && said.contains("omsign-agent serve --config"), "{said}");
-    for line in answers.lines() {
+    for line in answers.lines().filter(|line| !line.is_empty()) {
         ensure!(!said.contains(line), "a secret was repeated: {said}");
     }
     let request = text(&world.path("release.csr"));
@@ -188,6 +188,24 @@ fn yubikey() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Most cards that there are: their management key is one of Triple DES.
+#[test]
+fn yubikey_of_older_firmware() -> anyhow::Result<()> {
+    let (world, place) = (World::new()?, World::new()?);
+    let card = VirtualPiv::create(&place.path("card"), 11_223_344)?;
+    let environment = [("PCSCLITE_CSOCK_NAME", text(&card.socket()))];
+    let arguments = [&["yubikey"], &SUBJECT[..]].concat();
+    card.set_firmware([5, 2, 7]);
+    let expected = "its firmware is older than 5.3";
+    refuses_with(&world, &arguments, &environment, "", expected)?;
+    card.set_firmware([5, 4, 3]);
+    let answers = "97531864\n97531864\nabcdefgh\nabcdefgh\n";
+    works(&world, &arguments, &environment, answers, Some("97531864"))?;
+    let other = World::new()?;
+    let arguments = [&["yubikey", "--slot", "9a"], &SUBJECT[..]].concat();
+    works(&other, &arguments, &environment, "97531864\n", Some("97531864"))
+}
+
 /// Cut off at any place, a management key is never nobody's.
 #[test]
 fn a_card_that_is_pulled_while_it_gets_a_management_key() -> anyhow::Result<()> {
@@ -282,6 +300,11 @@ fn pkcs11() -> anyhow::Result<()> {
         "has no private key with label \"absent\"",
     )?;
     works(&third, &existing, &environment, &format!("{PIN}\n"), Some(PIN))?;
+    // By its id, as where it has no label.
+    let (by_id, id) = (World::new()?, hex::encode("other"));
+    token.generate("other", KeyType::P384, Objects::Pair)?;
+    let existing = [&existing[..], &["--key-id", &id]].concat();
+    works(&by_id, &existing, &environment, &format!("{PIN}\n"), Some(PIN))?;
     // Where users make no keys, one is there already.
     let (other, token) = (World::new()?, SoftHsm::create(&place.path("u"), "nethsm")?);
     let environment = [("SOFTHSM2_CONF", text(&token.config()))];
@@ -297,5 +320,15 @@ fn pkcs11() -> anyhow::Result<()> {
         request.public_key()?.public_eq(PKey::public_key_from_pem(&public)?.as_ref()),
         "a request for another key"
     );
+    // The module may have the PIN itself.
+    let (without, place) = (World::new()?, World::new()?);
+    let token = SoftHsm::create(&place.path("t"), "nethsm")?;
+    token.generate("release", KeyType::P384, Objects::Unguarded)?;
+    let environment = [("SOFTHSM2_CONF", text(&token.config()))];
+    let output = init(&without, &arguments, &environment, "\n")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(without.path("release.csr").exists(), "no request was signed");
+    let made = std::fs::read_to_string(without.path("agent.toml"))?;
+    ensure!(made.contains("pin = \"none\"\n"), "{made}");
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use omsign_fixtures::built;
 use omsign_fixtures::piv::{self, Faults, VirtualPiv};
 use omsign_fixtures::write_private;
 use omsign_proto::v1::sign_response::Event;
@@ -154,13 +155,29 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
     let mut desk = Desk::new()?;
     desk.card.generate("9a", "ECCP256", &["--pin-policy=never"])?;
     desk.card.generate("9e", "ECCP256", &[])?;
-    let _agent = desk.agent(&["9a", "9e"])?;
+    let agent = desk.agent(&["9a", "9e"])?;
     for key in ["9a", "9e", "9a"] {
         ensure!(!desk.sign(key)?);
         // Other programs reset the card.
         desk.card.tool(&["-a", "status"])?;
     }
-    ensure!(does(&desk.world, &["list"])?.contains("PIN policy never, touch policy never"));
+    let listed = does(&desk.world, &["list"])?;
+    ensure!(listed.matches("PIN policy never, touch policy never").count() == 2, "{listed}");
+    drop(agent);
+    // Nor does anybody have to know it.
+    let pin = format!("pin = {{ file = \"{}\" }}", desk.card.pin_file().display());
+    let section = desk.card.section("card").replace(&pin, "pin = \"none\"");
+    let config = desk.world.listen() + &section + &key("9e", "card", "slot = \"9e\"");
+    ensure!(config.contains("pin = \"none\""), "{config}");
+    let agent = Agent::start(&desk.world, &config)?;
+    eventually("the key", || Ok(!desk.sign("9e")?))?;
+    drop(agent);
+    let mut alone = Command::new(built("omsign")?);
+    let uri = format!("piv:serial={};slot=9e?pin-source=none", desk.card.serial);
+    alone.args(["sign", "agent.toml", "--signature", "alone.sig", "--key-uri", &uri]);
+    desk.world.without_surprises(alone.current_dir(desk.world.path("")));
+    let signed = alone.env("PCSCLITE_CSOCK_NAME", desk.card.socket()).output()?;
+    ensure!(signed.status.success(), "{signed:?}");
     ensure!(desk.card.wrong_pins() == 0);
     Ok(())
 }

@@ -106,6 +106,25 @@ fn a_key_that_a_card_does_not_sign_with() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Its issuer said much.
+#[test]
+fn a_certificate_that_is_too_long_for_a_card() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
+    card.change_pin()?;
+    card.generate("9a", "ECCP256", &[])?;
+    card.protect_management_key()?;
+    let config = world.listen() + &card.section("card") + &key("k", "card", "slot = \"9a\"");
+    world.write("agent.toml", config)?;
+    let names = (0..150).map(|number| ["--san".to_owned(), format!("dns:host-{number:04}.example.com")]);
+    let names: Vec<String> = names.flatten().collect();
+    let names = names.iter().map(String::as_str);
+    let sign: Vec<&str> = ["self-sign", "k", "--subject", "CN=k"].into_iter().chain(names).collect();
+    world.write("long.pem", does(&world, &sign)?)?;
+    let words = "more than a card takes; name its file as the key's certificate_chain";
+    refuses(&world, &["import-certificate", "k", "long.pem"], words)
+}
+
 /// Beside a key on a PKCS#11 token whoever likes puts another public half, without a PIN: it is taken for nobody's.
 #[test]
 fn a_public_half_that_somebody_exchanged() -> anyhow::Result<()> {

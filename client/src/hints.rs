@@ -63,7 +63,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "sign with a key that takes digests (ECDSA or RSA, without a PIN for each signature), or fewer and larger shards"
                 .into()
         }
-        Error::Agent(AgentError::NoPin) => "add pin-source=/path/to/file to the URI's query".into(),
+        Error::Agent(AgentError::NoPin) => {
+            "add pin-source=/path/to/file to the URI's query, or pin-source=none for a key that asks for none".into()
+        }
         Error::Agent(AgentError::Start(_)) => "omsign-agent has to be beside omsign or on the PATH".into(),
         Error::Model(ModelError::Odd(_, Oddity::Symlink)) => {
             "`sign --allow-symlinks` signs what links inside the model point to; `cp -rL` makes a copy without links".into()

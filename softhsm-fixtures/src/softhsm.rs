@@ -55,6 +55,8 @@ pub enum Objects {
     PublicOnly,
     /// Only the private key.
     PrivateOnly,
+    /// Both, and whoever does not log in signs with it, too.
+    Unguarded,
 }
 
 /// A token.
@@ -195,7 +197,12 @@ pub fn keygen(
         }
     };
     let mut private = named();
-    private.extend([Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)]);
+    let is_private = objects != Objects::Unguarded;
+    private.extend([
+        Attribute::Private(is_private),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+    ]);
     private.push(Attribute::Sign(true));
     let (public, private) = session.generate_key_pair(&mechanism, &public, &private)?;
     let key = exported(&session, public, key_type)?;
@@ -211,7 +218,7 @@ pub fn keygen(
         session.create_object(&certificate)?;
     }
     match objects {
-        Objects::Pair => {}
+        Objects::Pair | Objects::Unguarded => {}
         Objects::Certified | Objects::PrivateOnly => session.destroy_object(public)?,
         Objects::PublicOnly => session.destroy_object(private)?,
     }
@@ -320,6 +327,7 @@ impl Objects {
             Self::Certified => "certified",
             Self::PublicOnly => "public-only",
             Self::PrivateOnly => "private-only",
+            Self::Unguarded => "unguarded",
         }
     }
 }
@@ -337,9 +345,9 @@ impl FromStr for Objects {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let all = [Self::Pair, Self::Certified, Self::PublicOnly, Self::PrivateOnly];
+        let all = [Self::Pair, Self::Certified, Self::PublicOnly, Self::PrivateOnly, Self::Unguarded];
         all.into_iter()
             .find(|o| o.name() == text)
-            .context("expected pair, certified, public-only or private-only")
+            .context("expected pair, certified, public-only, private-only or unguarded")
     }
 }

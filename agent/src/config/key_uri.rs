@@ -138,8 +138,7 @@ impl Attributes {
 
     /// A file with a secret.
     fn file(&mut self, name: &str) -> Option<PinSource> {
-        let path = self.take(name)?;
-        Some(PinSource::File(PathBuf::from(path.strip_prefix("file:").unwrap_or(&path))))
+        self.take(name).map(|value| PinSource::of_uri(&value))
     }
 
     fn usable<T>(&self, name: &str, value: Option<T>) -> Result<T, KeyUriError> {
@@ -178,7 +177,7 @@ mod tests {
                     || of_tpms && named(&["tcti=", "pcrs=", "owner-auth-source="], text)
             };
             let more: Vec<&&str> = quoted.iter().filter(fits).collect();
-            assert_eq!(more.len(), if of_tpms { 4 } else { 1 });
+            assert_eq!(more.len(), if of_tpms { 5 } else { 2 });
             for attribute in more {
                 let mark = if uri.contains('?') { '&' } else { '?' };
                 let whole = format!("{uri}{mark}{attribute}");
@@ -192,6 +191,8 @@ mod tests {
         let uri = KeyUri::parse("piv:serial=123;slot=9c?pin-source=/p").expect("complete");
         assert_eq!(uri.device, Device::Piv { serial: 123 });
         assert_eq!((uri.object, uri.pin), (Object::PivSlot(0x9c), PinSource::File("/p".into())));
+        let none = KeyUri::parse("piv:serial=123;slot=9e?pin-source=none").expect("complete");
+        assert_eq!(none.pin, PinSource::None);
         let uri =
             KeyUri::parse("tpm:handle=0x81000010?tcti=swtpm:host=127.0.0.1,port=2321").expect("complete");
         assert_eq!((uri.object, uri.pin), (Object::TpmHandle(0x8100_0010), PinSource::None));

@@ -44,7 +44,9 @@ pub struct Profile {
     pub max_sessions: Option<usize>,
     /// How many threads may sign at once, each in its session, where more are of no use or do harm.
     pub threads: Option<usize>,
-    /// How long the device may be left alone before it forgets the login: it is asked for a random byte before that.
+    /// After how long without a command the device, or its module, forgets the login.
+    pub idle_timeout_s: Option<u64>,
+    /// How often it is asked for a random byte, so that it does not.
     pub keep_alive_s: Option<u64>,
     /// It finds no public objects without a login.
     pub hides_public_before_login: bool,
@@ -62,6 +64,8 @@ pub struct Profile {
     pub instead: Instead,
     /// It makes public keys private objects, and refuses to hear otherwise.
     pub hides_public_keys: bool,
+    /// It makes no RSA keys of which it is told that they do not decrypt.
+    pub rsa_keys_decrypt: bool,
     /// It knows the curve of Ed25519 by its name and not by its number (PKCS#11 v3.0, 2.3.10).
     pub names_edwards_curve: bool,
     /// Length of the CKA_ID of a new key, in bytes, where it is not 16.
@@ -159,6 +163,8 @@ mod tests {
                 !profile.about.is_empty() && !profile.tested.is_empty() && !profile.sources.is_empty(),
                 "{name}"
             );
+            let early = |idle| profile.keep_alive_s.is_some_and(|asked| asked <= idle / 2);
+            assert!(profile.idle_timeout_s.is_none_or(early), "{name}: it forgets the login");
             let first = profile.libraries.first().expect("a library");
             assert_eq!(Profile::of_module(first), profile, "{name}");
             let text = serde_json::to_string(&profile).expect("encodes");

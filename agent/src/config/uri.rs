@@ -129,9 +129,7 @@ impl Pkcs11Uri {
                 return Err(UriError::Value(name.into(), "names a command; only files are supported"));
             }
             "pin-source" => {
-                let path = value.strip_prefix("file:").unwrap_or(&value);
-                let path = path.strip_prefix("//").unwrap_or(path);
-                self.pin_source = Some(PinSource::File(PathBuf::from(path)));
+                self.pin_source = Some(PinSource::of_uri(&value));
             }
             _ => return Err(UriError::Attribute(name.to_owned())),
         }

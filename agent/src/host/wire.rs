@@ -162,6 +162,8 @@ pub(crate) struct SurveyedToken {
     pub(crate) device: String,
     pub(crate) selected: bool,
     pub(crate) factory: Vec<Factory>,
+    /// Whether it says that nobody signs who has not logged in; some say nothing, and keys ask for it all the same.
+    pub(crate) wants_login: bool,
     /// How often its PIN may still be wrong, where that can be seen.
     pub(crate) tries: Option<u8>,
     /// Whether the owner hierarchy of a TPM has an authorization value.

@@ -61,9 +61,12 @@ impl Init {
                 let chosen = self.yubikey(*serial, slot, ask, say).await?;
                 Ok(chosen.touched(*touch_policy))
             }
-            Wish::Pkcs11 { profile, module, label, key_label, .. } => {
-                let key_label = key_label.as_ref().unwrap_or(&self.name);
-                self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), key_label, ask).await
+            Wish::Pkcs11 { profile, module, label, key_label, key_id, .. } => {
+                let object = match key_id {
+                    Some(id) => format!("{{ id = {} }}", quoted(id)),
+                    None => format!("{{ label = {} }}", quoted(key_label.as_ref().unwrap_or(&self.name))),
+                };
+                self.pkcs11(profile.as_deref(), module.clone(), label.as_deref(), object, ask).await
             }
         }
     }
@@ -228,7 +231,7 @@ impl Init {
         profile: Option<&str>,
         module: Option<PathBuf>,
         label: Option<&str>,
-        key_label: &str,
+        object: String,
         ask: Ask<'_>,
     ) -> Result<Chosen, InitError> {
         let named = profile.map(Profile::named).transpose().map_err(InitError::Wrong)?;
@@ -259,20 +262,32 @@ impl Init {
             let message = format!("this device's keys are made with {}; leave --type out", known.made_by);
             return Err(InitError::Wrong(message));
         }
-        let form = if known.pin.is_empty() { String::new() } else { format!(" ({})", known.pin) };
-        let pin = answer(&format!("PIN of the token {:?}{form}", token.label), ask)?;
+        let form = match known.pin.as_str() {
+            _ if known.may_hold_pin => " (nothing, where the module's own configuration has it)".to_owned(),
+            _ if !token.wants_login => " (nothing, where its keys need none)".to_owned(),
+            "" => String::new(),
+            form => format!(" ({form})"),
+        };
+        let question = format!("PIN of the token {:?}{form}", token.label);
+        let pin = match !token.wants_login || known.may_hold_pin {
+            true => Some(asked(&question, ask)?).filter(|pin| !pin.is_empty()),
+            false => Some(answer(&question, ask)?),
+        };
+        let source = match &pin {
+            Some(_) => "# Or a file that only the agent can read: pin = { file = \"…\" }\npin = \"prompt\"\n",
+            None => "pin = \"none\"\n",
+        };
         let profile = profile.map(|name| format!("profile = {}\n", quoted(name))).unwrap_or_default();
         let env = env(known.environment.iter().chain(&known.environment_if_set));
         Ok(Chosen {
             token: format!(
-                "backend = \"pkcs11\"\n{profile}module = {}\ntoken = {{ label = {} }}\n\
-                 # Or a file that only the agent can read: pin = {{ file = \"…\" }}\npin = \"prompt\"\n{env}",
+                "backend = \"pkcs11\"\n{profile}module = {}\ntoken = {{ label = {} }}\n{source}{env}",
                 quoted(&module.display().to_string()),
                 quoted(&token.label)
             ),
-            object: format!("{{ label = {} }}", quoted(key_label)),
+            object,
             key_type: KeyType::P384,
-            pin: Some(pin),
+            pin,
             exists: self.wish.exists() || !known.made_by.is_empty(),
             made_by: known.made_by.clone(),
             notes: token.notes.clone(),
@@ -317,9 +332,13 @@ fn random() -> Result<Zeroizing<String>, InitError> {
     Ok(Zeroizing::new(hex::encode(*bytes)))
 }
 
+fn asked(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
+    ask(question)
+        .map_err(|source| InitError::System { what: format!("cannot ask for the {question}"), source })
+}
+
 fn answer(question: &str, ask: Ask<'_>) -> Result<Zeroizing<String>, InitError> {
-    let answer = ask(question)
-        .map_err(|source| InitError::System { what: format!("cannot ask for the {question}"), source })?;
+    let answer = asked(question, ask)?;
     if answer.is_empty() {
         return Err(InitError::Wrong(format!("no {question} was given; nothing was changed")));
     }

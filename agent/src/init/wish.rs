@@ -45,6 +45,9 @@ pub enum Wish {
         /// The key's label on the token, as `pkcs11-tool --list-objects` shows it [default: the key's name]
         #[arg(long)]
         key_label: Option<String>,
+        /// Its CKA_ID, in hexadecimal, where it has no label
+        #[arg(long, value_name = "HEX", conflicts_with = "key_label")]
+        key_id: Option<String>,
         /// The key is there already: none is made
         #[arg(long)]
         existing: bool,

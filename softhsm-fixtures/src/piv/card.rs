@@ -164,7 +164,7 @@ impl Card {
             0xfe => self.import(p1, p2, data),
             0x87 if p2 == 0x9b => self.authenticate_management(p1, data),
             0x87 => self.sign(p1, p2, data),
-            0xf7 => self.metadata(p2),
+            0xf7 if self.version >= [5, 3, 0] => self.metadata(p2),
             0xf9 => {
                 let slot = self.slots.get(&p1).filter(|slot| !slot.imported).ok_or(NO_REFERENCE)?;
                 keys::attest(p1, slot, self.serial, self.version, &self.attestation).map_err(|_| FAILED)
@@ -287,20 +287,21 @@ impl Card {
         Ok(tlv(&[0x7c], &tlv(&[0x82], &signature)))
     }
 
-    /// Mutual authentication, or a challenge of ours. A card of this firmware has AES-192; Debian 12's
-    /// yubico-piv-tool knows only the Triple DES of older ones, so both are taken for the same key.
+    /// Mutual authentication, or a challenge of ours. Debian 12's yubico-piv-tool knows only the Triple DES of older cards,
+    /// which newer ones take here, too, for the same key.
     fn authenticate_management(&mut self, algorithm: u8, data: &[u8]) -> Answer {
         let cipher = match algorithm {
             0x03 => Cipher::des_ede3(),
-            0x0a => Cipher::aes_192_ecb(),
+            0x0a if self.is_new() => Cipher::aes_192_ecb(),
             _ => return Err(WRONG_DATA),
         };
-        let fields = template(data)?;
-        for (tag, encrypted) in [(0x80, true), (0x81, false)] {
+        let (fields, key) = (template(data)?, self.management_key);
+        let encrypt = |block: &[u8]| encrypted(cipher, &key, block);
+        for (tag, hidden) in [(0x80, true), (0x81, false)] {
             if value(&fields, tag).is_some_and(<[u8]>::is_empty) {
                 let mut challenge = vec![0; cipher.block_size()];
                 rand_bytes(&mut challenge).map_err(|_| FAILED)?;
-                let shown = if encrypted { self.encrypted(cipher, &challenge)? } else { challenge.clone() };
+                let shown = if hidden { encrypt(&challenge)? } else { challenge.clone() };
                 self.session.challenge = Some(challenge);
                 return Ok(tlv(&[0x7c], &tlv(&[tag], &shown)));
             }
@@ -309,9 +310,9 @@ impl Card {
         if let (Some(witness), Some(theirs)) = (value(&fields, 0x80), value(&fields, 0x81)) {
             self.session.managed = witness == challenge;
             self.managed()?;
-            return Ok(tlv(&[0x7c], &tlv(&[0x82], &self.encrypted(cipher, theirs)?)));
+            return Ok(tlv(&[0x7c], &tlv(&[0x82], &encrypt(theirs)?)));
         }
-        self.session.managed = value(&fields, 0x82) == Some(&self.encrypted(cipher, &challenge)?);
+        self.session.managed = value(&fields, 0x82) == Some(&encrypt(&challenge)?);
         self.managed().map(|()| Vec::new())
     }
 
@@ -324,7 +325,7 @@ impl Card {
             0x81 => Ok(secret(&self.puk, FACTORY_PUK)),
             0x9b => {
                 let factory = u8::from(self.management_key == FACTORY_MANAGEMENT_KEY);
-                Ok(vec![1, 1, 0x0a, 2, 2, 0, 1, 5, 1, factory])
+                Ok(vec![1, 1, self.management_algorithm(), 2, 2, 0, 1, 5, 1, factory])
             }
             number => {
                 let slot = self.slots.get(&number).ok_or(NO_REFERENCE)?;
@@ -340,7 +341,10 @@ impl Card {
 
     fn set_management_key(&mut self, data: &[u8]) -> Answer {
         self.managed()?;
-        let [0x0a, 0x9b, 24, key @ ..] = data else { return Err(WRONG_DATA) };
+        let [algorithm, 0x9b, 24, key @ ..] = data else { return Err(WRONG_DATA) };
+        if *algorithm != self.management_algorithm() {
+            return Err(WRONG_DATA);
+        }
         self.management_key = key.try_into().map_err(|_| WRONG_DATA)?;
         Ok(Vec::new())
     }
@@ -384,14 +388,12 @@ impl Card {
         self.version >= VERSION
     }
 
-    fn managed(&self) -> Result<(), u16> {
-        if self.session.managed { Ok(()) } else { Err(NOT_SATISFIED) }
+    /// AES-192, or Triple DES.
+    fn management_algorithm(&self) -> u8 {
+        if self.is_new() { 0x0a } else { 0x03 }
     }
 
-    fn encrypted(&self, cipher: Cipher, block: &[u8]) -> Answer {
-        if block.len() != cipher.block_size() {
-            return Err(WRONG_DATA);
-        }
-        encrypted(cipher, &self.management_key, block).map_err(|_| FAILED)
+    fn managed(&self) -> Result<(), u16> {
+        if self.session.managed { Ok(()) } else { Err(NOT_SATISFIED) }
     }
 }

@@ -23,11 +23,12 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Policies are asked for in the fields; the signature slot has its own default.
+    /// Policies are asked for in the fields; the slots for signatures and for card authentication have their own defaults.
     pub(super) fn new(number: u8, key: PKey<Private>, fields: &[(u8, &[u8])], imported: bool) -> Self {
         let asked = |tag| value(fields, tag).and_then(|field| field.first()).copied().unwrap_or(0);
         let pin_policy = match asked(0xaa) {
             0 if number == 0x9c => 3,
+            0 if number == 0x9e => 1,
             0 => 2,
             policy => policy,
         };

@@ -3,7 +3,7 @@
 use openssl::error::ErrorStack;
 use openssl::symm::{Cipher, Crypter, Mode};
 
-use super::apdu::{BLOCKED, WRONG_DATA};
+use super::apdu::{BLOCKED, FAILED, WRONG_DATA};
 
 /// A PIN or PUK: its value and the tries that are left.
 pub(super) struct Secret {
@@ -33,11 +33,17 @@ impl Secret {
 }
 
 /// One block, encrypted.
-pub(super) fn encrypted(cipher: Cipher, key: &[u8], block: &[u8]) -> Result<Vec<u8>, ErrorStack> {
-    let mut crypter = Crypter::new(cipher, Mode::Encrypt, key, None)?;
-    crypter.pad(false);
-    let mut out = vec![0; block.len() * 2];
-    let length = crypter.update(block, &mut out)?;
-    out.truncate(length);
-    Ok(out)
+pub(super) fn encrypted(cipher: Cipher, key: &[u8], block: &[u8]) -> Result<Vec<u8>, u16> {
+    if block.len() != cipher.block_size() {
+        return Err(WRONG_DATA);
+    }
+    let encrypt = || {
+        let mut crypter = Crypter::new(cipher, Mode::Encrypt, key, None)?;
+        crypter.pad(false);
+        let mut out = vec![0; block.len() * 2];
+        let length = crypter.update(block, &mut out)?;
+        out.truncate(length);
+        Ok::<_, ErrorStack>(out)
+    };
+    encrypt().map_err(|_| FAILED)
 }

@@ -50,11 +50,12 @@ impl Key {
 /// When the key in a slot asks for the PIN, and when it waits for a touch.
 pub(super) fn policies(slot: u8, said: Option<(PinPolicy, TouchPolicy)>) -> (PinPolicy, TouchPolicy) {
     let (pin, touch) = said.unwrap_or((PinPolicy::Default, TouchPolicy::Default));
-    // FIPS 201: the signature slot asks before every use.
-    let pin = match pin {
-        PinPolicy::Default if slot == 0x9c => PinPolicy::Always,
-        PinPolicy::Default => PinPolicy::Once,
-        pin => pin,
+    // FIPS 201: the signature slot asks before every use, the one for card authentication never.
+    let pin = match (pin, slot) {
+        (PinPolicy::Default, 0x9c) => PinPolicy::Always,
+        (PinPolicy::Default, 0x9e) => PinPolicy::Never,
+        (PinPolicy::Default, _) => PinPolicy::Once,
+        (pin, _) => pin,
     };
     (pin, if touch == TouchPolicy::Default { TouchPolicy::Never } else { touch })
 }

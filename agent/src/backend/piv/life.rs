@@ -43,11 +43,17 @@ pub(super) fn operate(card: &mut Card<'_>, task: &Task, notify: Notify<'_>) -> R
         }
         Task::Store(key, certificate) => {
             let slot = slot(key)?;
+            let bytes = certificate.len();
             let certificate = Certificate::from_bytes(certificate.clone())
                 .map_err(|error| classify("read the certificate", &error))?;
             manage(card, notify)?;
             let written = certificate.write(card.yubikey, slot, CertInfo::Uncompressed);
-            written.map(|()| Done::Nothing).map_err(|error| classify("store the certificate", &error))
+            written.map(|()| Done::Nothing).map_err(|error| match error {
+                yubikey::Error::SizeError => refused(format!(
+                    "the certificate has {bytes} bytes, more than a card takes; name its file as the key's certificate_chain"
+                )),
+                error => classify("store the certificate", &error),
+            })
         }
         Task::Attest(key, _) => attest(card, slot(key)?),
         Task::Delete(key, _) => delete(card, slot(key)?, notify),

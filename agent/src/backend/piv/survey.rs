@@ -54,6 +54,7 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
         device,
         selected: true,
         factory,
+        wants_login: true,
         tries: Some(tries),
         has_owner_auth: false,
         objects,

@@ -95,8 +95,12 @@ pub(super) fn generate(
     if key_type.is_rsa() {
         public.push(Attribute::PublicExponent(vec![1, 0, 1]));
         // Modules let RSA keys decrypt unless they are told not to.
-        public.extend([Attribute::Encrypt(false), Attribute::Wrap(false)]);
-        private.extend([Attribute::Decrypt(false), Attribute::Unwrap(false)]);
+        public.push(Attribute::Wrap(false));
+        private.push(Attribute::Unwrap(false));
+        if !profile.rsa_keys_decrypt {
+            public.push(Attribute::Encrypt(false));
+            private.push(Attribute::Decrypt(false));
+        }
     }
     let made = session.generate_key_pair(&mechanism, &public, &private);
     made.map(drop).map_err(|error| classify("make the key", &error))

@@ -164,6 +164,7 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             device: device(&info),
             selected: selected && selects(&pkcs11, select, slot, &info),
             factory: Vec::new(),
+            wants_login: info.login_required(),
             tries: None,
             has_owner_auth: false,
             objects: Vec::new(),
@@ -285,7 +286,12 @@ fn shown(library: &LibraryInfo) -> String {
 
 /// Whether what is asked for fits the text of a field padded with blanks (PKCS#11, 3.1).
 fn same(wanted: &Option<String>, actual: &str) -> bool {
-    wanted.as_ref().is_none_or(|wanted| wanted == actual.trim_end())
+    wanted.as_ref().is_none_or(|wanted| wanted == unpadded(actual))
+}
+
+/// Without the blanks that PKCS#11 pads with, and what else some modules do (tpm2-pkcs11).
+fn unpadded(text: &str) -> &str {
+    text.trim_matches(['\0', ' '])
 }
 
 fn is_library(wanted: &TokenSelector, library: &LibraryInfo) -> bool {
@@ -311,6 +317,7 @@ fn selects(pkcs11: &Pkcs11, wanted: &TokenSelector, slot: Slot, info: &TokenInfo
 }
 
 fn device(info: &TokenInfo) -> String {
-    let (label, model, serial) = (info.label().trim(), info.model().trim(), info.serial_number().trim());
+    let (label, model) = (unpadded(info.label()), unpadded(info.model()));
+    let serial = unpadded(info.serial_number());
     format!("{label} ({model}, serial {serial})")
 }

@@ -161,6 +161,7 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
         device,
         selected: true,
         factory: Vec::new(),
+        wants_login: false,
         tries: None,
         has_owner_auth: state & OWNER_AUTH_SET != 0,
         objects: Vec::new(),
