@@ -43,6 +43,10 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
         echo 'C_Sign 30 0' >"$OMSIGN_PROXY_FAULTS"
         if omsign sign model --key fault --signature none.sig; then exit 1; fi
         kill $agent; wait $agent
+        # What the card attests, and an operator's command that takes its management key.
+        omsign-agent key attest piv >piv.json
+        omsign-agent key verify-attestation piv.json --roots piv-attestation.pem
+        omsign-agent key import-certificate piv piv.pem
         exit 7"#;
     let output = with(ALL, script)?;
     let (said, errors) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr));
@@ -50,6 +54,20 @@ fn a_key_and_a_certificate_on_each() -> anyhow::Result<()> {
     ensure!(said.matches("verified 1 file, 8 bytes, signed by the certificate CN=").count() == 5, "{said}");
     let directory = said.lines().next().unwrap_or_default();
     ensure!(!directory.is_empty() && !std::path::Path::new(directory).exists(), "{directory} is still there");
+    Ok(())
+}
+
+/// Other programs find the devices, too.
+#[test]
+fn their_environment() -> anyhow::Result<()> {
+    let script = r#"
+        tpm2_getrandom 4 >/dev/null
+        openssl pkey -provider tpm2 -provider default -propquery '?provider=tpm2' -in handle:0x81000010 -pubout -noout
+        pkcs11-tool --module libomsign_fault_proxy.so --list-slots | grep 'token label *: fault'"#;
+    let directory = built("libomsign_fault_proxy.so")?.parent().map(std::path::Path::to_owned);
+    let proxy = directory.context("a directory")?.join("libomsign_fault_proxy.so").display().to_string();
+    let output = with("swtpm,fault", &script.replace("libomsign_fault_proxy.so", &proxy))?;
+    ensure!(output.status.success(), "{output:?}");
     Ok(())
 }
 

@@ -27,12 +27,20 @@ impl FaultProxy {
         let module = section.lines().find_map(|line| line.strip_prefix("module = "));
         let module = module.context("a section without a module")?;
         let own = format!("{:?}", self.module.display().to_string());
-        Ok(format!(
-            "{}env.OMSIGN_PROXY_MODULE = {module}\nenv.OMSIGN_PROXY_LOG = \"{}\"\nenv.OMSIGN_PROXY_FAULTS = \"{}\"\n",
-            section.replace(module, &own),
-            self.log.display(),
-            self.faults.display()
-        ))
+        let mut section = section.replace(module, &own);
+        for (name, value) in self.environment(Path::new(module.trim_matches('"'))) {
+            section += &format!("env.{name} = \"{}\"\n", value.display());
+        }
+        Ok(section)
+    }
+
+    /// What whoever loads it needs, with the module behind it.
+    pub fn environment(&self, behind: &Path) -> [(&'static str, PathBuf); 3] {
+        [
+            ("OMSIGN_PROXY_MODULE", behind.to_owned()),
+            ("OMSIGN_PROXY_LOG", self.log.clone()),
+            ("OMSIGN_PROXY_FAULTS", self.faults.clone()),
+        ]
     }
 
     /// How often a function was called.
@@ -76,10 +84,5 @@ impl FaultProxy {
         let new = self.faults.with_extension("new");
         std::fs::write(&new, faults)?;
         Ok(std::fs::rename(new, &self.faults)?)
-    }
-
-    /// The file with the faults: `OMSIGN_PROXY_FAULTS`.
-    pub fn faults(&self) -> &Path {
-        &self.faults
     }
 }

@@ -10,6 +10,7 @@ pub mod piv;
 pub mod raw;
 pub mod softhsm;
 pub mod swtpm;
+pub mod tpm_device;
 pub mod tpm_proxy;
 pub mod with;
 

@@ -41,7 +41,7 @@ enum Cli {
     },
     /// Runs a command with stand-ins, each with a key and a certificate named after it: OMSIGN_FIXTURES_CONFIG names a
     /// configuration for `omsign-agent serve`, its default there, OMSIGN_AGENT its socket, OMSIGN_FIXTURES a directory with
-    /// root.pem and NAME.pem; a TPM keeps no certificates. The card's reader listens on all interfaces meanwhile (vpcd knows no
+    /// root.pem and NAME.pem, and piv-attestation.pem, which stands in for Yubico's root; a TPM keeps no certificates. The card's reader listens on all interfaces meanwhile (vpcd knows no
     /// others): with piv, not where others can reach this machine
     With {
         /// Any of softhsm, kryoptic, swtpm, piv, fault, with commas between

@@ -99,7 +99,8 @@ fn pass(mut line: TcpStream, theirs: u16, shared: &Shared) -> std::io::Result<()
     }
 }
 
-fn message(from: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+/// A command, or an answer.
+pub(crate) fn message(from: &mut impl Read) -> std::io::Result<Vec<u8>> {
     let mut message = vec![0; HEADER];
     from.read_exact(&mut message)?;
     let [_, _, a, b, c, d, ..] = message[..] else { return Err(std::io::ErrorKind::InvalidData.into()) };

@@ -15,7 +15,7 @@ use crate::ca::{Ca, write_chain};
 use crate::fault_proxy::FaultProxy;
 use crate::kryoptic::Kryoptic;
 use crate::piv::VirtualPiv;
-use crate::softhsm::{KeyType, Objects, SoftHsm};
+use crate::softhsm::{KeyType, MODULE, Objects, SoftHsm};
 use crate::swtpm::{AUTH, SwTpm};
 
 /// How the directories are named that belong to one command each.
@@ -32,7 +32,8 @@ pub enum Kind {
     SwTpm,
     /// A virtual YubiKey.
     Piv,
-    /// A SoftHSM token behind the fault proxy: `OMSIGN_PROXY_FAULTS` names the file with its faults.
+    /// A SoftHSM token behind the fault proxy: `OMSIGN_PROXY_FAULTS` names the file with its faults. Where there is another
+    /// SoftHSM token, `SOFTHSM2_CONF` is of that one.
     Fault,
 }
 
@@ -105,6 +106,8 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
         if let Device::Piv(card) = &device.device {
             let own = place.join(format!("{name}.pem")).display().to_string();
             card.tool(&["-a", "import-certificate", "-s", "9c", "-i", &own])?;
+            card.protect_management_key()?;
+            std::fs::write(place.join("piv-attestation.pem"), card.attestation_root()?)?;
         }
         config += &device.token;
         config += &format!(
@@ -128,8 +131,10 @@ pub fn run(kinds: &[Kind], command: &[String]) -> anyhow::Result<ExitStatus> {
     child.args(["--pdeathsig", "TERM", "--", program]).args(arguments);
     child.env("OMSIGN_FIXTURES", place).env("OMSIGN_AGENT", place.join("agent.sock"));
     child.env("OMSIGN_FIXTURES_CONFIG", &file).env("OMSIGN_AGENT_CONFIG", &file);
-    for device in &running {
-        child.envs(device.environment.iter().cloned());
+    for (kind, device) in kinds.iter().zip(&running) {
+        let other = *kind == Kind::Fault && kinds.contains(&Kind::SoftHsm);
+        let own = device.environment.iter().filter(|(name, _)| !other || *name != "SOFTHSM2_CONF");
+        child.envs(own.cloned());
     }
     let status = attend(child).context("setpriv (apt: util-linux)")?;
     drop(running);
@@ -171,7 +176,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
             if kind == Kind::Fault {
                 let proxy = FaultProxy::create(directory)?;
                 section = proxy.before(&section)?;
-                environment = vec![("OMSIGN_PROXY_FAULTS", proxy.faults().to_owned())];
+                environment.extend(proxy.environment(MODULE.as_ref()));
             }
             Running {
                 token: section,
@@ -209,6 +214,7 @@ fn start(kind: Kind, directory: &Path) -> anyhow::Result<Running> {
         Kind::Piv => {
             let card = VirtualPiv::create(directory, 11_223_344)?;
             card.change_pin()?;
+            card.change_puk()?;
             let public = card.generate("9c", "ECCP256", &[])?;
             Running {
                 token: card.section(name),

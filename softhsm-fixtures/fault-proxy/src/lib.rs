@@ -6,7 +6,7 @@
 //!   behind refuses it, or `C_Login injected` when the control file has something for it.
 //! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
 //!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, `C_GetSlotList none 0` is
-//!   a module without slots, and `C_GetTokenInfo last 0` a token that takes one wrong PIN more; `C_Login after 32` lets the call through and answers
+//!   a module without slots, `C_GetTokenInfo last 0` a token that takes one wrong PIN more, and `C_GetTokenInfo blocked 0` one that takes none; `C_Login after 32` lets the call through and answers
 //!   this in its place; a line that ends in `once` counts for the first call of each process, one that ends in
 //!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
 //!   faults come and go while the application runs.
@@ -247,9 +247,11 @@ unsafe extern "C" fn of_token(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_R
         // SAFETY: the module filled it in, so it points to one.
         unsafe { (*info).ulMaxSessionCount = most };
     }
-    if rv == CKR_OK && is_told("C_GetTokenInfo last") {
-        // SAFETY: as above.
-        unsafe { (*info).flags |= CKF_USER_PIN_FINAL_TRY };
+    for (told, flag) in [("last", CKF_USER_PIN_FINAL_TRY), ("blocked", CKF_USER_PIN_LOCKED)] {
+        if rv == CKR_OK && is_told(&format!("C_GetTokenInfo {told}")) {
+            // SAFETY: as above.
+            unsafe { (*info).flags |= flag };
+        }
     }
     rv
 }
