@@ -8,6 +8,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::swtpm::SwTpm;
+use omsign_fixtures::tpm_device::TpmDevice;
 use omsign_tests::agent::Agent;
 use omsign_tests::device::{
     Device, Expected, RemoteToken, card, card_through, kryoptic, soft_hsm, soft_hsm_with_rsa, tpm,
@@ -26,7 +27,8 @@ fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
     for key in &device.expected {
         let shown = listed.iter().find(|shown| shown["name"] == key.name).context(key.name)?;
         ensure!(shown["state"] == "ready" && shown["algorithm"] == key.algorithm, "{shown}");
-        ensure!(shown["device"].as_str().is_some_and(|device| !device.is_empty()), "{shown}");
+        let shows = |device: &str| !device.is_empty() && !device.contains(char::is_control);
+        ensure!(shown["device"].as_str().is_some_and(shows), "{shown}");
         let exported = world.omsign_ok(&["keys", "export", key.name])?;
         let expected = std::fs::read_to_string(&key.public)?;
         ensure!(exported == expected, "{}: {exported}\n{expected}", key.name);
@@ -106,20 +108,33 @@ fn swtpm() -> anyhow::Result<()> {
     holds(&world, &device)
 }
 
-/// The same through the resource manager in user space.
+/// The same as a character device.
+#[test]
+fn tpm_device() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    let mut device = tpm(&stand_in)?;
+    let driver = TpmDevice::create(&world.path("tpm0"), &stand_in)?;
+    device.is_reached_by(&stand_in.tcti(), &driver.tcti());
+    holds(&world, &device)
+}
+
+/// The resource manager in user space before a TPM.
+fn manages(world: &World, stand_in: &SwTpm, device: &mut Device) -> anyhow::Result<Abrmd> {
+    let manager = Abrmd::create(&world.path("tpm"), stand_in)?;
+    let (name, address) = manager.environment();
+    device.is_reached_by(&stand_in.tcti(), manager.tcti());
+    device.token += &format!("env.{name} = \"{address}\"\n");
+    device.environment.push((name, address.into()));
+    Ok(manager)
+}
+
 #[test]
 fn tpm2_abrmd() -> anyhow::Result<()> {
     let world = World::new()?;
     let stand_in = SwTpm::create(&world.path("tpm"))?;
     let mut device = tpm(&stand_in)?;
-    let manager = Abrmd::create(&world.path("tpm"), &stand_in)?;
-    let (name, address) = manager.environment();
-    device.token =
-        device.token.replace(&stand_in.tcti(), manager.tcti()) + &format!("env.{name} = \"{address}\"\n");
-    for key in &mut device.expected {
-        key.uri = key.uri.replace(&stand_in.tcti(), manager.tcti());
-    }
-    device.environment.push((name, address.into()));
+    let _manager = manages(&world, &stand_in, &mut device)?;
     holds(&world, &device)
 }
 
@@ -197,20 +212,23 @@ fn opensc() -> anyhow::Result<()> {
     holds(&world, &card_through(&stand_in, "opensc-pkcs11.so", &["9a", "9c", "9e"])?)
 }
 
-/// With a key that omsign made: one, since without a resource manager the module has no room for more.
+/// With keys that omsign made: one, since without a resource manager the module has no room for more, and with one several.
 #[test]
 fn tpm2_pkcs11() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let stand_in = SwTpm::create(&world.path("tpm"))?;
-    let device = tpm_through_pkcs11(&world, &stand_in)?;
-    world.write("agent.toml", world.listen() + &device.token + &device.keys)?;
-    let mut generate = Command::new(built("omsign-agent")?);
-    generate.args(["key", "generate", "p256", "--type", "p256", "--config"]).arg(world.path("agent.toml"));
-    world.without_surprises(&mut generate);
-    let output = generate.output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    for key in &device.expected {
-        std::fs::write(&key.public, &output.stdout)?;
+    for managed in [false, true] {
+        let world = World::new()?;
+        let stand_in = SwTpm::create(&world.path("tpm"))?;
+        let mut device = tpm_through_pkcs11(&world, &stand_in)?;
+        let _manager = if managed { Some(manages(&world, &stand_in, &mut device)?) } else { None };
+        if !managed {
+            device.loses("p384");
+            device.loses("rsa2048");
+        }
+        world.write("agent.toml", world.listen() + &device.token + &device.keys)?;
+        for key in &device.expected {
+            std::fs::write(&key.public, does(&world, &["generate", key.name, "--type", key.name])?)?;
+        }
+        holds(&world, &device)?;
     }
-    holds(&world, &device)
+    Ok(())
 }

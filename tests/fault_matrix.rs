@@ -108,6 +108,17 @@ fn softhsm() -> anyhow::Result<()> {
         |lab| token.delete("k").and_then(|()| lab.kill_host()),
         |_| token.generate("k", KeyType::P256, Objects::Pair),
     )?;
+    let well = |lab: &Lab| {
+        faults("", false)(lab)?;
+        lab.world.omsign_ok(&["agent", "unlock", "device"]).map(drop)
+    };
+    // It counts none itself.
+    for (row, lines) in [
+        ("one wrong PIN more would block it", "C_GetTokenInfo last 0\n"),
+        ("PIN blocked", "C_GetTokenInfo blocked 0\n"),
+    ] {
+        lab.trial(row, (Sees::Unusable, AT_ONCE), &tries, faults(lines, true), well)?;
+    }
     wrong_pin(&mut lab, &token.pin_file())
 }
 

@@ -239,6 +239,11 @@ fn piv() -> anyhow::Result<()> {
         |lab| card.generate("9c", "ECCP256", &[]).and_then(|_| lab.kill_host()),
         |_| Ok(()),
     )?;
+    // Its key is what counts, whatever its certificate says.
+    let other = PKey::ec_gen("prime256v1")?;
+    let public = lab.world.write("other.pub.pem", other.public_key_to_pem()?)?;
+    let swap = |_: &Lab| card.certify("9c", &public);
+    lab.trial("certificate swapped", (Sees::Nothing, AT_ONCE), &spent, swap, Lab::kill_host)?;
     // It loses power, and what it knew of our PIN.
     sleeps(&mut lab, Sees::Either, &spent, || {
         card.unplug();

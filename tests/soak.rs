@@ -228,7 +228,10 @@ fn every_fault_at_random() -> anyhow::Result<()> {
         audited: HashSet::new(),
     };
     let (started, mut done, mut unlocked) = (Instant::now(), Vec::new(), 0);
-    while started.elapsed() < lasts && !clients.iter().any(|client| client.is_finished()) {
+    // Each happens once at least, however slow the machine is.
+    while (started.elapsed() < lasts || done.len() < Mishaps::kinds())
+        && !clients.iter().any(|client| client.is_finished())
+    {
         done.push(mishaps.happen().with_context(|| format!("seed {seed}, after {done:?}"))?);
         unlocked += unlock(&mishaps.world, &seen)?;
     }

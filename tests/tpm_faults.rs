@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
+use omsign_fixtures::tpm_device::TpmDevice;
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{freeze, signal};
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, SLOW, Sees, THREE_HANGS, nothing};
@@ -173,4 +174,27 @@ fn tpm_key_file() -> anyhow::Result<()> {
     let mut lab = Lab::new(world, &section, object, 32, None)?;
     let take = |_: &SwTpm| Ok(std::fs::rename(&file, &away)?);
     rows_of_a_tpm(chip, &mut lab, take, |_| Ok(std::fs::rename(&away, &file)?))
+}
+
+/// As a character device, which goes away and comes back: with its driver, or with the machine that has it.
+#[test]
+fn tpm_device() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let chip = SwTpm::create(&world.path("tpm"))?;
+    chip.persistent_key("k", "ecc256", 0x8100_0010, AUTH)?;
+    let path = world.path("tpm0");
+    let driver = RefCell::new(Some(TpmDevice::create(&path, &chip)?));
+    let section = chip.section("device").replace(&chip.tcti(), &format!("device:{}", path.display()));
+    let mut lab = Lab::new(world, &section, "handle = \"0x81000010\"", 32, None)?;
+    let tries = || Ok(i64::from(chip.failed_tries()?));
+    let goes = |_: &Lab| {
+        driver.take();
+        Ok(())
+    };
+    let comes_back = |_: &Lab| {
+        driver.replace(Some(TpmDevice::create(&path, &chip)?));
+        Ok(())
+    };
+    lab.trial("device removed", (Sees::Unavailable, AT_ONCE), &tries, goes, comes_back)?;
+    lab.trial("process killed", (Sees::Either, AT_ONCE), &tries, Lab::kill_host, nothing)
 }

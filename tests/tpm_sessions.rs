@@ -41,6 +41,16 @@ fn others_have_or_end_them() -> anyhow::Result<()> {
     let section = chip.section("device");
     world.write("agent.toml", world.listen() + &section + &key("k", "device", KEY))?;
     does(&world, &["generate", "k", "--type", "p256"])?;
+    // Nor does it take an agent.
+    let pin = chip.pin_file();
+    let uri = format!("tpm:file=k.pem?tcti={}&pcrs=sha256:16&pin-source={}", chip.tcti(), pin.display());
+    world.omsign_ok(&["sign", "agent.toml", "--signature", "alone.sig", "--key-uri", &uri])?;
+    let other = uri.replace("sha256:16", "sha256:17");
+    world.omsign_refuses(
+        2,
+        &["sign", "agent.toml", "--signature", "other.sig", "--key-uri", &other],
+        &["PCR"],
+    )?;
     let mut lab = Lab::new(world, &section, KEY, 32, None)?;
     let tries = || Ok(i64::from(chip.failed_tries()?));
     let ends = |thread: Option<JoinHandle<anyhow::Result<()>>>| {

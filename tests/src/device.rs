@@ -99,10 +99,20 @@ fn uri(token: &str, name: &str, module: &str, pin: &Path) -> String {
 
 impl Device {
     /// Forgets a key that cannot be used by the way that is tried.
-    fn loses(&mut self, name: &str) {
+    pub fn loses(&mut self, name: &str) {
         self.expected.retain(|key| key.name != name);
         let sections = self.keys.split("\n[key.").filter(|section| !section.starts_with(&format!("{name}]")));
         self.keys = sections.collect::<Vec<_>>().join("\n[key.");
+    }
+
+    /// A TPM is reached by another way.
+    pub fn is_reached_by(&mut self, old: &str, new: &str) {
+        self.token = self.token.replace(old, new);
+        self.expected.iter_mut().for_each(|key| key.uri = key.uri.replace(old, new));
+        self.environment
+            .iter_mut()
+            .filter(|(_, value)| *value == Path::new(old))
+            .for_each(|one| one.1 = new.into());
     }
 
     /// Signs with each key that a URI can name, without an agent.
@@ -325,6 +335,17 @@ pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> 
     init(&["--init-token", "--slot-index", "0", "--label", "chip"])?;
     init(&["--init-pin", "--login", "--login-type", "so", "--token-label", "chip", "--pin", AUTH])?;
     let (pin, tcti) = (tpm.pin_file(), tpm.tcti());
+    let kinds =
+        [("p256", "ecdsa-p256-sha256"), ("p384", "ecdsa-p384-sha384"), ("rsa2048", "rsa-pkcs1-sha256")];
+    let expected = |(name, algorithm): &(&'static str, &'static str)| Expected {
+        name,
+        algorithm,
+        public: world.path(&format!("{name}.pub.pem")),
+        uri: format!(
+            "pkcs11:token=chip;object={name}?module-path={module}&pin-source=file:{}",
+            pin.display()
+        ),
+    };
     Ok(Device {
         token: format!(
             "\n[token.device]\nbackend = \"pkcs11\"\nmodule = \"{module}\"\ntoken = {{ label = \"chip\" }}\n\
@@ -332,16 +353,8 @@ pub fn tpm_through_pkcs11(world: &World, tpm: &SwTpm) -> anyhow::Result<Device> 
             pin.display(),
             store.display()
         ),
-        keys: key_section("p256", "device", "p256"),
-        expected: vec![Expected {
-            name: "p256",
-            algorithm: "ecdsa-p256-sha256",
-            public: world.path("p256.pub.pem"),
-            uri: format!(
-                "pkcs11:token=chip;object=p256?module-path={module}&pin-source=file:{}",
-                pin.display()
-            ),
-        }],
+        keys: kinds.iter().map(|(name, _)| key_section(name, "device", name)).collect(),
+        expected: kinds.iter().map(expected).collect(),
         environment: vec![("TPM2_PKCS11_STORE", store), ("TPM2_PKCS11_TCTI", tcti.into())],
         secret: AUTH,
     })

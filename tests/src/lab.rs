@@ -100,6 +100,7 @@ impl Lab {
         let next_id = Cell::new(0);
         let mut lab = Self { world, agent, proxy, others, is_everybodys, held, digest, runtime, next_id };
         ensure!(lab.sign()? == Ok(()), "{}", lab.agent.log()?);
+        lab.world.omsign_ok(&["sign", "agent.toml", "--key", "calm", "--signature", "calm.sig"])?;
         // Our connection ends a moment later.
         for _ in 0..20 {
             std::thread::sleep(Duration::from_millis(10));

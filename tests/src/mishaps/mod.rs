@@ -156,11 +156,16 @@ pub struct Mishaps {
 }
 
 impl Mishaps {
+    /// How many there are.
+    pub fn kinds() -> usize {
+        MODULE.len() + OTHERS.len()
+    }
+
     /// Has one happen, and ends it after a pause; another pause later it is over. Returns its name.
     pub fn happen(&mut self) -> anyhow::Result<&'static str> {
         let pause = Duration::from_millis(100 + self.random.below(700) as u64);
         if self.left.is_empty() {
-            self.left = (0..MODULE.len() + OTHERS.len()).collect();
+            self.left = (0..Self::kinds()).collect();
         }
         let number = self.left.swap_remove(self.random.below(self.left.len()));
         let name = match (MODULE.get(number), OTHERS.get(number.saturating_sub(MODULE.len()))) {
