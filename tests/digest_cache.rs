@@ -104,6 +104,17 @@ fn the_cache_is_believed_only_when_told_to_and_only_for_old_files() -> anyhow::R
     ensure!(from_cache("--digest-cache")? == 0);
     ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n");
     ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 0 models\n");
+    // Nothing in a cache's place is waited for, and all of it can be forgotten.
+    for odd in
+        ["mkfifo -m 600 $f", "mkdir -m 700 $f", "ln -s / $f", "echo omsign digests 1 >$f; chmod 600 $f"]
+    {
+        shell(&world, &format!("{later} digest model --digest-cache"))?;
+        shell(&world, &format!("f=$(echo .cache/omsign/digests/*); rm $f; {odd}"))?;
+        // Some are in the way of a new one.
+        shell(&world, &format!("timeout 20 {later} digest model --digest-cache || [ $? -ne 124 ]"))?;
+        ensure!(world.omsign_ok(&["cache", "clear"])? == "forgot the digests of 1 model\n", "{odd}");
+        ensure!(fs::read_dir(world.path(".cache/omsign/digests"))?.next().is_none(), "{odd} is still there");
+    }
     // Where caches are may be elsewhere, and what else is there stays there.
     shell(
         &world,

@@ -46,11 +46,26 @@ fn parts_are_signed_together_and_alone_refused() -> anyhow::Result<()> {
             "truncate -s $(stat -c %s first/big.bin) model/big.bin; omsign digest model --part 2/3 --json {more} > retrained-2.json"
         ),
     )?;
-    shell(&world, "rm -r model && mv first model")?;
-    refuse(
-        &["part-1.json", "retrained-2.json", "part-3.json"],
-        "are of different models: their files have other names, sizes or content",
+    // One byte in the middle of a file, as of a configuration that somebody edited.
+    shell(
+        &world,
+        &format!(
+            "cp first/big.bin model/big.bin; printf x | dd of=model/big.bin bs=1 seek=1000001 conv=notrunc 2>dd.txt;
+             omsign digest model --part 2/3 --json {more} > edited-2.json; rm -r model; mv first model"
+        ),
     )?;
+    for other in ["retrained-2.json", "edited-2.json"] {
+        refuse(
+            &["part-1.json", other, "part-3.json"],
+            "are of different models: their files have other names, sizes or content",
+        )?;
+    }
+    // What it says of its size is what its shards have.
+    shell(
+        &world,
+        "sed 's/\"bytes\":[0-9]*/\"bytes\":17/' part-2.json > sized-2.json; ! cmp -s part-2.json sized-2.json",
+    )?;
+    refuse(&["part-1.json", "sized-2.json", "part-3.json"], "and not 17 as it says")?;
     refuse(&["dot.json"], "it calls a file \".\": give its name")?;
     refuse(&["part-1.json", "part-3.json"], "part 2 of 3 is in none of the files")?;
     refuse(&["part-1.json", "part-2.json", "part-2.json", "part-3.json"], "are the same part of the model")?;

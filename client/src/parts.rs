@@ -87,5 +87,11 @@ fn checked(path: &Path, file: File<Listed<'_>>) -> Result<(Vec<Resource>, Serial
         let reason = "its root digest is not that of its files".to_owned();
         return Err(ManifestFileError::Malformed { path: path.to_owned(), reason });
     }
+    let shards = resources.iter().filter_map(|resource| resource.shard.as_ref());
+    let bytes = shards.fold(0_u64, |sum, shard| sum.saturating_add(shard.end.saturating_sub(shard.start)));
+    if resources.iter().any(|resource| resource.shard.is_some()) && bytes != file.bytes {
+        let reason = format!("its shards have {bytes} bytes, and not {} as it says", file.bytes);
+        return Err(ManifestFileError::Malformed { path: path.to_owned(), reason });
+    }
     Ok((resources, serialization))
 }

@@ -81,6 +81,10 @@ fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
         let goes_on = wait(BAR_EVERY);
         let (hashed, total) = (progress.hashed(), progress.total());
         if total == 0 {
+            if last.elapsed() >= LINE_EVERY {
+                last = Instant::now();
+                report::say(format_args!("looking at the files"));
+            }
             if goes_on {
                 continue;
             }

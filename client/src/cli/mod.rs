@@ -202,7 +202,7 @@ pub(crate) struct Work {
     /// Shows no progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
-    /// For tests: the kernel that computes SHA-256 (portable: the sha2 crate, with whatever it finds); empty, the fastest
+    /// For tests: the kernel that computes SHA-256 (portable: without any instructions for it; sha2: that crate, with whatever it finds); empty, the fastest
     #[arg(long, value_name = "NAME", env = "OMSIGN_HASH_KERNEL", hide = true)]
     pub(crate) hash_kernel: Option<String>,
 }

@@ -19,7 +19,7 @@ pub(crate) fn digest(arguments: &cli::Digest) -> Done {
         None => bundle_here(),
     };
     let selection = files.selection(model, signature).map_err(Failure::Usage)?;
-    note_published(&selection);
+    note_published(&selection, work.quiet);
     let hashing = Hashing::start(work, model)?;
     let serialization = selection.serialization()?;
     let found = selection.walk(&serialization)?;

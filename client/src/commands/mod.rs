@@ -68,8 +68,8 @@ fn checked(error: Error) -> Failure {
 }
 
 /// What is left out of a model without anybody having said so.
-fn note_published(selection: &Selection<'_>) {
-    if selection.published_bundle() {
+fn note_published(selection: &Selection<'_>, quiet: bool) {
+    if selection.published_bundle() && !quiet {
         report::say(format_args!("note: {PUBLISHED} in the model is a bundle, and no part of it"));
     }
 }

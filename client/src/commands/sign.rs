@@ -41,7 +41,7 @@ fn signed_and_told(arguments: &cli::Sign) -> Done {
     let subject = match model {
         Some(model) => {
             let selection = arguments.files.selection(model, Some(bundle)).map_err(Failure::Usage)?;
-            note_published(&selection);
+            note_published(&selection, arguments.work.quiet);
             Subject::Model(selection, &hashing.hasher)
         }
         None => from_manifests(arguments)?,

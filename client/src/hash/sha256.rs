@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::digest::Digest;
-use super::kernels::{BLOCK, Kernel, MOST_LANES, State, usable};
+use super::kernels::{BLOCK, Kernel, MOST_LANES, PORTABLE, State, usable};
 use super::source::Buffer;
 use super::streams::{Streams, Unit};
 
@@ -32,11 +32,11 @@ pub(super) struct Stream {
 }
 
 impl Sha256 {
-    /// Measures the kernels that this CPU can run, or those of one name. `Err` has the names there are.
+    /// Measures the kernels that may be the fastest on this CPU, or those of one name. `Err` has the names there are.
     pub(super) fn new(forced: Option<&str>) -> Result<Self, Vec<&'static str>> {
         let mut kernels = usable();
         let mut names: Vec<_> = kernels.iter().map(|kernel| kernel.name).collect();
-        kernels.retain(|kernel| forced.is_none_or(|name| name == kernel.name));
+        kernels.retain(|kernel| forced.map_or(kernel.name != PORTABLE, |name| name == kernel.name));
         let best = choose(&measure(kernels)).ok_or_else(|| {
             names.dedup();
             names

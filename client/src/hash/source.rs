@@ -10,6 +10,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use rustix::fs::{Advice, fadvise};
 use rustix::io::{ReadWriteFlags, preadv2};
 
+use sha2::{Digest as _, Sha256};
+
+use super::digest::Digest;
 use super::place::{Place, Stamp};
 
 /// Why a file's bytes could not be had. Whoever asked for them knows which file it is.
@@ -127,22 +130,30 @@ impl Source {
 /// Where a file is sampled, at most, and how many bytes there.
 const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 64;
+/// As much as is read at once of those that are read whole.
+const SAMPLE_BUFFER: usize = 64 << 10;
 
 /// A few bytes of a file, evenly spread, the last ones among them; all of it where it is no longer than a page.
-pub(super) fn sample(place: Place<'_>, stamp: Stamp) -> Result<Vec<u8>, SourceError> {
+pub(super) fn sample(place: Place<'_>, stamp: Stamp, whole: bool) -> Result<Digest, SourceError> {
     // One for each page: more would cost no less than reading it.
     let pages = stamp.size.div_ceil(PAGE_BYTES as u64);
-    let (count, bytes_each) = if pages > 1 { (pages.min(SAMPLES), SAMPLE_BYTES) } else { (1, stamp.size) };
-    let mut bytes = Vec::new();
-    let (mut source, mut buffer) = (Source::open(place, stamp, &(0..0))?, Buffer::new(PAGE_BYTES));
+    let whole = whole || pages <= 1;
+    let (count, bytes_each) = if whole { (1, stamp.size) } else { (pages.min(SAMPLES), SAMPLE_BYTES) };
+    let mut hasher = Sha256::new();
+    let (mut source, mut buffer) = (Source::open(place, stamp, &(0..0))?, Buffer::new(SAMPLE_BUFFER));
     for index in 1..=count {
         // Of so many equal parts the end of each.
         let end = stamp.size / count * index + if index == count { stamp.size % count } else { 0 };
         (source.position, source.end) = (end.saturating_sub(bytes_each), end);
-        let filled = source.fill(&mut buffer)?;
-        bytes.extend_from_slice(buffer.get(0..filled));
+        loop {
+            let filled = source.fill(&mut buffer)?;
+            hasher.update(buffer.get(0..filled));
+            if source.ended() {
+                break;
+            }
+        }
     }
-    Ok(bytes)
+    Ok(Digest::from_sha256(hasher))
 }
 
 /// Memory that starts at a page's border: CPUs copy several times faster from the page cache to there (measured on
@@ -368,13 +379,18 @@ mod tests {
         let place = Place { root: &root, path: "file".as_ref() };
         let sampled = |bytes: &[u8]| {
             std::fs::write(directory.path().join("file"), bytes).expect("written");
-            sample(place, place.look().expect("looked at")).expect("sampled")
+            [false, true].map(|all| sample(place, place.look().expect("looked at"), all).expect("sampled"))
         };
         let small: Vec<u8> = (0..PAGE_BYTES).map(|i| i.to_le_bytes()[0]).collect();
-        assert!(sampled(&small) == small && sampled(b"").is_empty());
+        assert_eq!(sampled(&small), [Digest::sha256(&small), Digest::sha256(&small)]);
+        assert_eq!(sampled(b""), [Digest::sha256(b""), Digest::sha256(b"")]);
         let mut large = vec![0; 100 * PAGE_BYTES + 1];
-        assert_eq!(sampled(&large).len() as u64, SAMPLES * SAMPLE_BYTES);
+        let before = sampled(&large);
+        assert_eq!(before[1], Digest::sha256(&large));
+        large[5000] = 7;
+        let elsewhere = sampled(&large);
+        assert!(before[0] == elsewhere[0] && before[1] != elsewhere[1]);
         *large.last_mut().expect("a byte") = 7;
-        assert_eq!(sampled(&large).last(), Some(&7));
+        assert!(sampled(&large)[0] != before[0]);
     }
 }

@@ -20,6 +20,27 @@ pub(super) trait Streams: Sync {
     fn finish(&self, state: Self::State, rest: &[u8], unit: &Unit) -> Digest;
 }
 
+/// What is hashed by itself: a file, or a shard of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Which of the files.
+    pub file: usize,
+    /// Which of its bytes.
+    pub range: Range<u64>,
+}
+
+impl Piece {
+    /// How many bytes they are.
+    pub fn bytes(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    /// How many bytes all of them are. Sparse files can claim more than there can be.
+    pub fn total(pieces: &[Self]) -> u64 {
+        pieces.iter().fold(0, |sum, piece| sum.saturating_add(piece.bytes()))
+    }
+}
+
 /// Bytes that are hashed one after the other, on one core.
 #[derive(Clone, Debug)]
 pub(super) struct Unit {

@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead, BufReader, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags, open};
 use sha2::{Digest as _, Sha256};
 
 use super::{CacheError, Entry};
@@ -19,16 +20,6 @@ const HEADER: &str = "omsign digests 2";
 
 /// How files begin that are being written.
 pub(super) const UNFINISHED: &str = ".omsign-digests-";
-
-/// Whether a file is a cache, whole or not.
-pub(super) fn is_one(path: &Path) -> bool {
-    let mut start = [0; HEADER.len()];
-    // A pipe is not waited for.
-    let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
-    is_file
-        && File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
-        && start == *HEADER.as_bytes()
-}
 
 /// How long others may take to write theirs. After that somebody's digests are forgotten, which costs time and nothing else.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -46,8 +37,14 @@ const LIKELY_ENTRIES: usize = 1 << 20;
 /// What it holds; nothing, where it is none.
 pub(super) fn load(path: &Path) -> Result<HashMap<Entry, Digest>, CacheError> {
     let read = || {
-        let file = File::open(path)?;
-        let most = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX) / LINE_BYTES;
+        // A pipe is not waited for.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(open(path, flags, Mode::empty())?);
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Ok(None);
+        }
+        let most = usize::try_from(found.len()).unwrap_or(usize::MAX) / LINE_BYTES;
         parse(BufReader::new(file), most.min(LIKELY_ENTRIES))
     };
     match read() {

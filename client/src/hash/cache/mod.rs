@@ -108,12 +108,18 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
         let entry = entry.map_err(error)?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let is_cache = name.len() == CACHE_NAME && file::is_one(&entry.path());
-        // The rest of a write that was cut off is not a cache, and what else is there is somebody else's.
+        // Whatever has a cache's name is in the place of one: damaged, of another version, a link. What else is there is somebody
+        // else's; the rest of a write that was cut off is not a cache.
+        let is_cache = name.len() == CACHE_NAME && name.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !is_cache && !name.starts_with(file::UNFINISHED) {
             continue;
         }
-        match std::fs::remove_file(entry.path()) {
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        match if is_directory {
+            std::fs::remove_dir(entry.path())
+        } else {
+            std::fs::remove_file(entry.path())
+        } {
             // Another omsign has just put its own in place of it.
             Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
             removed => removed.map_err(error)?,

@@ -17,6 +17,7 @@
 
 use openssl_sys::{SHA_LBLOCK, SHA256_CTX, SHA256_Update};
 
+mod portable;
 #[cfg(target_arch = "x86_64")]
 mod sha_ni;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +31,9 @@ pub(super) const BLOCK: usize = 64;
 
 /// The most streams that any kernel takes at once.
 pub(super) const MOST_LANES: usize = 16;
+
+/// The one that is never the fastest.
+pub(super) const PORTABLE: &str = "portable";
 
 /// A compression function for up to `lanes` streams.
 #[derive(Clone, Copy)]
@@ -56,7 +60,8 @@ impl Kernel {
 pub(super) fn usable() -> Vec<Kernel> {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "there these are the only ones"))]
     let mut kernels = vec![
-        Kernel { name: "portable", lanes: 1, run: portable },
+        Kernel { name: PORTABLE, lanes: 1, run: portable },
+        Kernel { name: "sha2", lanes: 1, run: sha2 },
         Kernel { name: "openssl", lanes: 1, run: openssl },
     ];
     #[cfg(target_arch = "x86_64")]
@@ -94,10 +99,17 @@ pub(super) fn usable() -> Vec<Kernel> {
     kernels
 }
 
-/// One stream, as the `sha2` crate does it: with the CPU's own instructions on ARMv8, too.
+/// One stream, as any CPU does it: for tests, and for one whose own instructions are not to be believed.
 fn portable(states: &mut [&mut State], data: &[&[u8]]) {
     for (state, data) in states.iter_mut().zip(data) {
-        sha2::block_api::compress256(state, data.as_chunks::<BLOCK>().0);
+        portable::compress(state, data.as_chunks::<BLOCK>().0);
+    }
+}
+
+/// One stream, as the `sha2` crate does it: with the CPU's own instructions, on ARMv8, too.
+fn sha2(states: &mut [&mut State], data: &[&[u8]]) {
+    for (state, data) in states.iter_mut().zip(data) {
+        ::sha2::block_api::compress256(state, data.as_chunks::<BLOCK>().0);
     }
 }
 
@@ -130,7 +142,6 @@ fn side_by_side<const N: usize>(
 }
 
 /// The constants of the rounds (FIPS 180-4, 4.2.2).
-#[cfg(target_arch = "x86_64")]
 const K: [u32; 64] = [
     0x428a_2f98, 0x7137_4491, 0xb5c0_fbcf, 0xe9b5_dba5, 0x3956_c25b, 0x59f1_11f1, 0x923f_82a4, 0xab1c_5ed5,
     0xd807_aa98, 0x1283_5b01, 0x2431_85be, 0x550c_7dc3, 0x72be_5d74, 0x80de_b1fe, 0x9bdc_06a7, 0xc19b_f174,
