@@ -84,6 +84,11 @@ const SAMPLED_FILES: usize = 1000;
 /// How many bytes of the smallest of them are compared whole: configurations, tokenizers.
 const SAMPLED_WHOLE: u64 = 64 << 20;
 
+/// How many files, of which these are the sizes, the smallest first, that is.
+fn sampled_whole(sizes: impl Iterator<Item = u64>) -> usize {
+    sizes.scan(SAMPLED_WHOLE, |left, bytes| left.checked_sub(bytes).map(|rest| *left = rest)).count()
+}
+
 /// How often digests are remembered while others are computed: who is stopped, hours later, has all that were complete a minute
 /// before.
 const KEPT_EVERY: Duration = Duration::from_secs(60);
@@ -140,21 +145,16 @@ impl Hasher {
     /// A digest of some bytes of the largest files, at sixteen places at most, and of all of the small ones among them: two
     /// models of the same names and sizes mostly have different ones, but not where they differ only elsewhere.
     pub fn sample(&self, files: &Looked<'_>) -> Result<Digest, HashError> {
-        let sample = |(bytes, file): (u64, usize), whole: u64| {
+        let sample = |file: usize, whole: bool| {
             let (place, stamp) = files.get(file);
-            source::sample(place, stamp, bytes <= whole).map_err(|error| place.failed(error))
+            source::sample(place, stamp, whole).map_err(|error| place.failed(error))
         };
         let mut largest: Vec<(u64, usize)> = files.sizes().zip(0..).collect();
         largest.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
         largest.truncate(SAMPLED_FILES);
-        // Up to which size all of them together are no more than is read of each model.
-        let mut sum = 0_u64;
-        let small = largest.iter().rev().map(|(bytes, _)| *bytes).take_while(|bytes| {
-            sum = sum.saturating_add(*bytes);
-            sum <= SAMPLED_WHOLE
-        });
-        let whole = small.last().unwrap_or(0);
-        let sampled = largest.into_par_iter().with_min_len(16).map(|one| sample(one, whole));
+        let parts = largest.len() - sampled_whole(largest.iter().rev().map(|(bytes, _)| *bytes));
+        let sampled = largest.into_par_iter().enumerate().with_min_len(16);
+        let sampled = sampled.map(|(index, (_, file))| sample(file, index >= parts));
         let samples: Vec<Digest> = self.cores.pool.install(|| sampled.collect::<Result<_, _>>())?;
         let samples: Vec<u8> = samples.iter().flat_map(|sample| sample.as_bytes().to_vec()).collect();
         Ok(Digest::sha256(&samples))
@@ -300,6 +300,13 @@ mod tests {
                 assert_eq!(hasher.progress().hashed(), hasher.progress().total());
             }
         }
+    }
+
+    #[test]
+    fn no_more_is_read_of_a_model_than_agreed() {
+        let whole = |sizes: &[u64]| sampled_whole(sizes.iter().copied());
+        assert_eq!((whole(&[0, 5, 1 << 20, 1 << 40]), whole(&[SAMPLED_WHOLE; 1000])), (3, 1));
+        assert_eq!((whole(&[u64::MAX; 2]), whole(&[])), (0, 0));
     }
 
     #[test]
