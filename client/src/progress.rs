@@ -73,7 +73,7 @@ fn bar(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
     bar.finish_and_clear();
 }
 
-/// A line every few seconds from when there is something to hash, and one when all is.
+/// A line every few seconds, and one when all that there is is hashed.
 fn lines(progress: &Progress, wait: &dyn Fn(Duration) -> bool) {
     let mut start = None;
     let mut last = Instant::now();

@@ -115,11 +115,8 @@ pub fn clear(directory: &Path) -> Result<usize, CacheError> {
             continue;
         }
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        match if is_directory {
-            std::fs::remove_dir(entry.path())
-        } else {
-            std::fs::remove_file(entry.path())
-        } {
+        let remove = if is_directory { std::fs::remove_dir } else { std::fs::remove_file };
+        match remove(entry.path()) {
             // Another omsign has just put its own in place of it.
             Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
             removed => removed.map_err(error)?,
