@@ -227,17 +227,6 @@ pub enum PinSource {
     None,
 }
 
-impl PinSource {
-    /// What a URI's `pin-source` says: a path or the URI of a file, or `none`.
-    fn of_uri(text: &str) -> Self {
-        if text == "none" {
-            return Self::None;
-        }
-        let path = text.strip_prefix("file:").unwrap_or(text);
-        Self::File(PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
-    }
-}
-
 /// `[key.NAME]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key {

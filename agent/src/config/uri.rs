@@ -175,6 +175,17 @@ fn text(name: &str, value: Vec<u8>) -> Result<String, UriError> {
     String::from_utf8(value).map_err(|_| UriError::Value(name.to_owned(), "is not UTF-8"))
 }
 
+impl PinSource {
+    /// What a URI's `pin-source` says: a path or the URI of a file, or `none`.
+    pub(super) fn of_uri(text: &str) -> Self {
+        if text == "none" {
+            return Self::None;
+        }
+        let path = text.strip_prefix("file:").unwrap_or(text);
+        Self::File(PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
