@@ -160,6 +160,11 @@ pub(crate) fn unblock(config: &Config, token: String) -> anyhow::Result<()> {
     let configured = config.tokens.get(&token);
     let configured =
         configured.with_context(|| format!("there is no [token.{token}] in the configuration"))?;
+    let on_device = configured.pin == PinSource::Device;
+    ensure!(
+        !on_device,
+        "the PIN of {token} is entered on the device, and set anew there, with the vendor's tool"
+    );
     let (mut officer, mut pin) = (Zeroizing::new(String::new()), Zeroizing::new(String::new()));
     match &configured.device {
         Device::Pkcs11 { .. } => {

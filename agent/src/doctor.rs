@@ -10,7 +10,7 @@ use x509_cert::Certificate;
 use x509_cert::der::Decode as _;
 
 use crate::audit::Audit;
-use crate::config::{self, Config, Key, PinSource, UnixListen};
+use crate::config::{self, Config, Key, UnixListen};
 use crate::host::wire::{KeySpec, Survey};
 use crate::pin;
 use crate::policy::{Match, Rule};
@@ -85,9 +85,11 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         environment(token, &subject, &mut report);
         let source = pin::check(&token.pin);
         match &source {
-            Ok(()) if token.pin == PinSource::Prompt => {
-                let message = "its PIN is asked for at start, or given with `omsign agent unlock --ask-pin`: it was not logged in to \
-                               here, and its keys were not tried";
+            Ok(()) if token.pin.is_by_hand() => {
+                let message = format!(
+                    "its PIN is asked for at start, or given with `{}`: it was not logged in to here, and its keys were not tried",
+                    token.pin.how_to_unlock(name)
+                );
                 report.add(Level::Warning, &subject, message);
             }
             Ok(()) => report.add(Level::Ok, &subject, "its PIN source can be read"),
@@ -100,7 +102,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             let message = "an agent is running and owns it, or this user cannot tell, so it is not opened here; see `omsign agent \
                  status`";
             report.add(Level::Warning, &subject, message);
-        } else if token.pin != PinSource::Prompt && surveyed.is_ok() && source.is_ok() {
+        } else if !token.pin.is_by_hand() && surveyed.is_ok() && source.is_ok() {
             open(config, name, &subject, &mut report, &mut shown).await;
         }
     }

@@ -4,9 +4,29 @@ use std::fs::Metadata;
 use std::io::Read as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::time::Duration;
 
 use crate::config::PinSource;
 use crate::secret::Pin;
+
+/// As long as a person may take to enter a PIN on a device. Most devices wait for half a minute or less.
+pub(crate) const BY_HAND: Duration = Duration::from_secs(90);
+
+impl PinSource {
+    /// Whether a person has to be there, so that nothing is opened with it again by itself.
+    pub fn is_by_hand(&self) -> bool {
+        matches!(self, Self::Prompt | Self::Device)
+    }
+
+    /// What an operator runs to have a token of this name opened.
+    pub fn how_to_unlock(&self, token: &str) -> String {
+        match self {
+            Self::Prompt => format!("omsign agent unlock {token} --ask-pin"),
+            Self::Device => format!("omsign agent unlock {token}, then enter it on the device"),
+            _ => format!("omsign agent unlock {token}"),
+        }
+    }
+}
 
 /// Reads a PIN from its source. The error says what to do and never holds any part of the PIN.
 pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
@@ -31,6 +51,9 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
             Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
         }
         PinSource::Prompt => Err("it waits for its PIN: omsign agent unlock, with --ask-pin".into()),
+        PinSource::Device => {
+            Err("its PIN is entered on the device itself: omsign agent unlock, then enter it there".into())
+        }
         PinSource::None => Err("it asks for a login, but pin = \"none\" is configured".into()),
     }
 }
@@ -38,7 +61,7 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
 /// Whether a PIN source can be read, for `doctor`.
 pub(crate) fn check(source: &PinSource) -> Result<(), String> {
     match source {
-        PinSource::Prompt | PinSource::None => Ok(()),
+        PinSource::Prompt | PinSource::Device | PinSource::None => Ok(()),
         source => read_pin(source).map(drop),
     }
 }

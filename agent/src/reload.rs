@@ -14,7 +14,6 @@ use crate::audit::Entry;
 use crate::config::{self, Config, Listen};
 use crate::health;
 use crate::identity::Identity;
-use crate::key_life::how_to_unlock;
 use crate::listen::SocketFile;
 use crate::operator::{self, Reloaded};
 use crate::tls::Tls;
@@ -118,8 +117,8 @@ impl Reload {
         // A certificate may say now whose key it is.
         agent.setup().keys.values().for_each(|key| key.check());
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
-        for token in new.iter().filter(|token| token.wants_prompt()) {
-            let note = format!("is opened anew and waits for its PIN: {}", how_to_unlock(&token.name));
+        for token in new.iter().filter(|token| token.pin().is_by_hand()) {
+            let note = format!("is opened anew and waits for its PIN: {}", token.how_to_unlock());
             tracing::warn!(token = %token.name, "it {note}");
             notes.push(format!("token {} {note}", token.name));
         }

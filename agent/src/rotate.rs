@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, PinSource, edit};
-use omsign_agent::key_life::{Action, Command, NEXT, Need, Output, Template, how_to_unlock};
+use omsign_agent::config::{Config, Device, Key, Object, ObjectSelector, edit};
+use omsign_agent::key_life::{Action, Command, NEXT, Need, Output, Template};
 use omsign_agent::operator::OperatorError;
 use omsign_agent::spki::SpkiDer;
 
@@ -160,11 +160,9 @@ impl Rotation<'_> {
             self.name,
             self.typed()
         ));
-        let typed = |name: &&String| {
-            self.config.tokens.get(*name).is_some_and(|token| token.pin == PinSource::Prompt)
-        };
-        for token in key.tokens.iter().filter(typed) {
-            say(format_args!("token {token} then waits for its PIN: {}", how_to_unlock(token)));
+        let tokens = key.tokens.iter().filter_map(|name| Some((name, &self.config.tokens.get(name)?.pin)));
+        for (token, pin) in tokens.filter(|(_, pin)| pin.is_by_hand()) {
+            say(format_args!("token {token} then waits for its PIN: {}", pin.how_to_unlock(token)));
         }
         Ok(next)
     }

@@ -20,11 +20,10 @@ use tonic_health::ServingStatus;
 use crate::agent::Agent;
 use crate::algorithm::Padding;
 use crate::audit::Audit;
-use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE};
+use crate::config::{self, Config, Key, KeyUri, Listen, PRIVATE_RULE, PinSource};
 use crate::connection::Connection;
 use crate::health;
 use crate::intake;
-use crate::key_life::how_to_unlock;
 use crate::listen::{ListenError, Listeners, SocketFiles};
 use crate::operator;
 use crate::policy::{Match, Rule};
@@ -147,7 +146,7 @@ async fn refused(tokens: &[Arc<Token>]) -> Option<&str> {
     for token in tokens {
         token.settled().await;
     }
-    let refused = |token: &&Arc<Token>| !token.wants_prompt() && token.refused_source().is_some();
+    let refused = |token: &&Arc<Token>| !token.pin().is_by_hand() && token.refused_source().is_some();
     tokens.iter().find(refused).map(|token| token.name.as_str())
 }
 
@@ -295,18 +294,25 @@ pub fn is_in_the_foreground() -> bool {
     rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
 }
 
-/// `pin = "prompt"`: asked here when somebody sits at a terminal; else the token waits for an operator.
+/// `pin = "prompt"` and `pin = "device"`: asked for here when somebody sits at a terminal; else the token waits for an
+/// operator.
 async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
     let here = std::io::stdin().is_terminal() && is_in_the_foreground();
-    for token in tokens.iter().filter(|token| token.wants_prompt()) {
+    for token in tokens.iter().filter(|token| token.pin().is_by_hand()) {
         if !here {
-            tracing::warn!(token = %token.name, "token waits for its PIN: {}", how_to_unlock(&token.name));
+            tracing::warn!(token = %token.name, "token waits for its PIN: {}", token.how_to_unlock());
             continue;
         }
-        let question = format!("PIN for token {}: ", token.name);
-        let asked = tokio::task::spawn_blocking(move || rpassword::prompt_password(question)).await;
-        let Ok(Ok(Some(pin))) = asked.map(|asked| asked.map(Pin::new)) else { continue };
-        if let Err(error) = token.unlock(Some(pin), Instant::now() + Duration::from_secs(120)).await {
+        let mut pin = None;
+        if *token.pin() == PinSource::Device {
+            tracing::warn!(token = %token.name, "enter its PIN on the device");
+        } else {
+            let question = format!("PIN for token {}: ", token.name);
+            let asked = tokio::task::spawn_blocking(move || rpassword::prompt_password(question)).await;
+            let Ok(Ok(Some(typed))) = asked.map(|asked| asked.map(Pin::new)) else { continue };
+            pin = Some(typed);
+        }
+        if let Err(error) = token.unlock(pin, Instant::now() + Duration::from_secs(120)).await {
             tracing::error!(token = %token.name, %error, "token is not unlocked");
         }
     }

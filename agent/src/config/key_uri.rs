@@ -89,8 +89,8 @@ fn tpm(rest: &str) -> Result<KeyUri, KeyUriError> {
     let pcrs = attributes.take("pcrs");
     let pcrs = pcrs.map(|text| attributes.usable("pcrs", text.parse().ok())).transpose()?;
     // Most keys of a TPM have no authorization value, and most owners.
-    let pin = attributes.file("pin-source").unwrap_or(PinSource::None);
-    let owner_auth = attributes.file("owner-auth-source").unwrap_or(PinSource::None);
+    let pin = attributes.file("pin-source")?.unwrap_or(PinSource::None);
+    let owner_auth = attributes.file("owner-auth-source")?.unwrap_or(PinSource::None);
     attributes.finish()?;
     Ok(KeyUri { device: Device::Tpm(tcti), object, pcrs, pin, owner_auth })
 }
@@ -105,7 +105,7 @@ fn piv(rest: &str) -> Result<KeyUri, KeyUriError> {
         "names no key; add slot=9c (and quote the URI: a shell ends it at `;`)",
     ))?;
     let object = attributes.usable("slot", Object::piv_slot(&slot))?;
-    let pin = attributes.file("pin-source").unwrap_or(PinSource::Prompt);
+    let pin = attributes.file("pin-source")?.unwrap_or(PinSource::Prompt);
     attributes.finish()?;
     Ok(KeyUri { device: Device::Piv { serial }, object, pcrs: None, pin, owner_auth: PinSource::None })
 }
@@ -136,9 +136,10 @@ impl Attributes {
         Some(self.left.swap_remove(at).1)
     }
 
-    /// A file with a secret.
-    fn file(&mut self, name: &str) -> Option<PinSource> {
-        self.take(name).map(|value| PinSource::of_uri(&value))
+    /// A file with a secret, or that there is none. None of these devices has it entered there.
+    fn file(&mut self, name: &str) -> Result<Option<PinSource>, KeyUriError> {
+        let source = self.take(name).map(|value| PinSource::of_uri(&value));
+        self.usable(name, (source != Some(PinSource::Device)).then_some(source))
     }
 
     fn usable<T>(&self, name: &str, value: Option<T>) -> Result<T, KeyUriError> {
@@ -171,13 +172,13 @@ mod tests {
         for uri in uris {
             KeyUri::parse(uri).unwrap_or_else(|error| panic!("{uri}: {error}"));
             let named = |names: &[&str], text: &str| names.iter().any(|name| text.starts_with(name));
-            let of_tpms = uri.starts_with("tpm:");
+            let (of_tpms, of_modules) = (uri.starts_with("tpm:"), uri.starts_with("pkcs11:"));
             let fits = |text: &&&str| {
-                named(&["pin-source="], text)
+                named(&["pin-source="], text) && (of_modules || !text.ends_with("device"))
                     || of_tpms && named(&["tcti=", "pcrs=", "owner-auth-source="], text)
             };
             let more: Vec<&&str> = quoted.iter().filter(fits).collect();
-            assert_eq!(more.len(), if of_tpms { 5 } else { 2 });
+            assert_eq!(more.len(), if of_tpms { 5 } else { 2 + usize::from(of_modules) });
             for attribute in more {
                 let mark = if uri.contains('?') { '&' } else { '?' };
                 let whole = format!("{uri}{mark}{attribute}");
@@ -204,6 +205,7 @@ mod tests {
             "piv:slot=9c",
             "piv:serial=1;slot=9b",
             "piv:serial=x;slot=9c",
+            "piv:serial=1;slot=9c?pin-source=device",
             "piv:serial=1;serial=1;slot=9c",
             "tpm:?tcti=tabrmd:",
             "tpm:handle=0x1?tcti=tabrmd:",

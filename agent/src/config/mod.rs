@@ -223,6 +223,8 @@ pub enum PinSource {
     Env(String),
     /// `pin = "prompt"`: asked at start on the agent's terminal, or given with `omsign agent unlock`.
     Prompt,
+    /// `pin = "device"`: entered on the device itself, on a reader's PIN pad or a Luna's PED, once an operator unlocks it.
+    Device,
     /// `pin = "none"`: the token needs no login.
     None,
 }

@@ -56,6 +56,13 @@ pub(super) fn token(reader: &mut Reader<'_>, mut section: Section<'_>) -> Option
         Some("piv") => section.strings(reader, "touch_command"),
         _ => Vec::new(),
     };
+    if pin == Some(PinSource::Device) && backend.as_deref() != Some("pkcs11") {
+        section.wrong::<()>(
+            reader,
+            "pin",
+            "only PKCS#11 modules have it entered on the device; write \"prompt\"",
+        );
+    }
     let env = environment(reader, &mut section);
     if let (Some(Device::Pkcs11 { profile, .. }), Some(PinSource::None)) = (&device, &pin)
         && profile.hides_public_before_login
@@ -207,12 +214,13 @@ fn selector(
 
 fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> {
     const EXAMPLES: &str = "{ file = \"release.pin\" }, { credential = \"release\" }, { env = \"RELEASE_PIN\" }, \
-                            \"prompt\" or \"none\"";
+                            \"prompt\", \"device\" or \"none\"";
     if section.has_table("pin") {
         return secret(reader, section, "pin", EXAMPLES);
     }
     match section.required(reader, "pin", EXAMPLES)?.as_str() {
         "prompt" => Some(PinSource::Prompt),
+        "device" => Some(PinSource::Device),
         "none" => Some(PinSource::None),
         // The text may be somebody's PIN: it is not repeated.
         _ => section.wrong(reader, "pin", format!("a PIN is never written here; write pin = {EXAMPLES}")),

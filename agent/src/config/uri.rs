@@ -176,10 +176,12 @@ fn text(name: &str, value: Vec<u8>) -> Result<String, UriError> {
 }
 
 impl PinSource {
-    /// What a URI's `pin-source` says: a path or the URI of a file, or `none`.
+    /// What a URI's `pin-source` says: a path or the URI of a file, or `none`, or `device`.
     pub(super) fn of_uri(text: &str) -> Self {
-        if text == "none" {
-            return Self::None;
+        match text {
+            "none" => return Self::None,
+            "device" => return Self::Device,
+            _ => {}
         }
         let path = text.strip_prefix("file:").unwrap_or(text);
         Self::File(PathBuf::from(path.strip_prefix("//").unwrap_or(path)))

@@ -164,6 +164,8 @@ pub(crate) struct SurveyedToken {
     pub(crate) factory: Vec<Factory>,
     /// Whether it says that nobody signs who has not logged in; some say nothing, and keys ask for it all the same.
     pub(crate) wants_login: bool,
+    /// Whether its PIN can be entered on the device.
+    pub(crate) has_pad: bool,
     /// How often its PIN may still be wrong, where that can be seen.
     pub(crate) tries: Option<u8>,
     /// Whether the owner hierarchy of a TPM has an authorization value.

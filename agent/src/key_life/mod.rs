@@ -181,7 +181,7 @@ impl Operator<'_> {
         // Whoever waits for this key need not wait for the next look. One that is to take another's place has its own
         // time.
         if !key.ends_with(NEXT) && !place.token.look_again(false).await {
-            say(&format!("it signs once the PIN was typed again: {}", how_to_unlock(token)));
+            say(&format!("it signs once the PIN was typed again: {}", place.token.how_to_unlock()));
         }
         Ok(Output::Pem(pem(&made.spki)?))
     }
@@ -322,11 +322,6 @@ impl Place<'_> {
         tracing::debug!(key = self.name, %error, "an operator's task failed");
         KeyLifeError::Device { token: self.token.name.clone(), error }
     }
-}
-
-/// For a token whose PIN a person types.
-pub fn how_to_unlock(token: &str) -> String {
-    format!("omsign agent unlock {token} --ask-pin")
 }
 
 /// Has a token do something, and says what it waits for.

@@ -19,11 +19,12 @@ use zeroize::Zeroizing;
 pub use self::unblock::{Unblock, unblock};
 use crate::agent::Agent;
 use crate::audit::{self, Audit, Entry};
-use crate::config::{Config, UnixListen};
+use crate::config::{Config, PinSource, UnixListen};
 use crate::host::wire;
 use crate::identity::Identity;
 use crate::key_life::{Command, KeyLifeError, Operator, Output, Say};
 use crate::listen::{ListenError, SocketFile, bind_unix, met};
+use crate::pin::BY_HAND;
 use crate::places::Places;
 use crate::policy::{Match, Rule, allowed};
 use crate::secret::Pin;
@@ -304,7 +305,7 @@ pub async fn alone(
     for name in command.tokens(config) {
         let Some(configured) = config.tokens.get(name) else { continue };
         let token = Token::start(name, configured.clone(), Vec::new(), Vec::new());
-        if let Err(error) = open(&token, ask).await {
+        if let Err(error) = open(&token, say, ask).await {
             failed = failed.or(Some(error));
         }
         tokens.insert(name.to_owned(), token);
@@ -339,12 +340,18 @@ fn owner(config: &Config) -> Result<(Identity, &str, Audit), OperatorError> {
 }
 
 /// Waits for a token's device; asks for the PIN if it has to.
-async fn open(token: &Token, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), OperatorError> {
+async fn open(token: &Token, say: Say<'_>, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), OperatorError> {
     let name = &token.name;
     let failed = |reason: String| OperatorError::Token { token: name.clone(), reason };
-    if token.wants_prompt() {
-        let pin = ask(name).ok_or_else(|| OperatorError::NoTerminal(name.clone()))?;
-        let unlocked = token.unlock(Some(pin), Instant::now() + OPEN).await;
+    if token.pin().is_by_hand() {
+        let pin = match token.pin() {
+            PinSource::Device => {
+                say(&format!("enter the PIN of token {name} on the device"));
+                None
+            }
+            _ => Some(ask(name).ok_or_else(|| OperatorError::NoTerminal(name.clone()))?),
+        };
+        let unlocked = token.unlock(pin, Instant::now() + OPEN + BY_HAND).await;
         unlocked.map_err(|error| failed(error.to_string()))?;
     }
     match timeout(OPEN, token.settled()).await {

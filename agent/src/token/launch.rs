@@ -17,8 +17,9 @@ use zeroize::Zeroizing;
 use super::line::Host;
 use super::process::{GRACE, Process, while_logging_in};
 use super::{Token, TokenError};
-use crate::config;
+use crate::config::{self, PinSource};
 use crate::host::wire::{self, Class, Failure, Fresh, OpenSpec, Opening, Purpose, Survey};
+use crate::pin::BY_HAND;
 use crate::secret::Pin;
 
 /// Starts the process and has it open the device.
@@ -122,7 +123,9 @@ async fn start(
 ) -> Result<(Child, UnixStream, Opening), Failure> {
     // Opening takes several operations, and so does every key; most are quick where one is slow.
     let more_keys = u32::try_from(spec.keys.len().saturating_sub(1)).unwrap_or(u32::MAX);
-    let limit = spec.token.timeout.saturating_mul(more_keys.saturating_add(3));
+    let by_hand = pin.is_none() && spec.by_operator && spec.token.pin == PinSource::Device;
+    let by_hand = if by_hand { BY_HAND } else { Duration::ZERO };
+    let limit = spec.token.timeout.saturating_mul(more_keys.saturating_add(3)).saturating_add(by_hand);
     let (mut socket, mut child) =
         spawn(name, &spec.token).map_err(|error| gone(format!("its process cannot be started: {error}")))?;
     let opening = async {

@@ -275,8 +275,13 @@ impl Token {
         self.config.required
     }
 
-    /// Whether it waits for a PIN that only a person can give.
-    pub fn wants_prompt(&self) -> bool {
-        self.config.pin == config::PinSource::Prompt
+    /// Where its PIN comes from.
+    pub(crate) fn pin(&self) -> &config::PinSource {
+        &self.config.pin
+    }
+
+    /// What an operator runs to have it opened.
+    pub(crate) fn how_to_unlock(&self) -> String {
+        self.config.pin.how_to_unlock(&self.name)
     }
 }

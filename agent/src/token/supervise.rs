@@ -12,6 +12,7 @@ use super::command::{Command, Login, Unlocked};
 use super::launch::{launch, unblock};
 use super::process::{End, Lost};
 use super::{State, Token, TokenError};
+use crate::config::PinSource;
 use crate::host::wire::{Class, Failure, Opened};
 
 /// The first pause after a failure, and the longest.
@@ -37,15 +38,17 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
             Some(Login { pin, done, .. }) => (pin, Some(done)),
             None => (None, None),
         };
-        let from_source = pin.is_none();
-        if from_source && unlocked.is_some() {
+        let by_operator = unlocked.is_some();
+        // What an operator typed, or enters on the device, is not ours to offer again.
+        let from_source = pin.is_none() && *token.pin() != PinSource::Device;
+        if from_source && by_operator {
             token.refuse_source(None);
         }
         let started = Instant::now();
         let opening = match token.refused_source().filter(|_| from_source) {
             Some(message) => Err(Failure { class: Class::Locked, message }),
             None => {
-                let launched = launch(&token, pin, unlocked.is_some()).await;
+                let launched = launch(&token, pin, by_operator).await;
                 let locked = launched.as_ref().err().is_some_and(|failure| failure.class == Class::Locked);
                 if from_source && locked {
                     refused = Some(Instant::now());
@@ -65,7 +68,6 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 answer(&mut unlocked, Ok(()));
                 let missing = host.opened.keys.iter().any(Result::is_err);
                 look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
-                // What an operator typed is not ours to offer again.
                 let wait = from_source.then_some(look_again);
                 let end = match process.drive(&token, &host, &mut commands, wait).await {
                     // A card tells how many tries are left: the next process looks at them first.
@@ -137,12 +139,11 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
         };
         answer(&mut unlocked, Err(failure.clone().into()));
         let wake = if failure.class == Class::Locked {
-            let ask = if token.wants_prompt() { " --ask-pin" } else { "" };
             // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
-            if !(from_source && token.wants_prompt() && token.last_opened.borrow().is_none()) {
+            if by_operator || !token.pin().is_by_hand() || token.last_opened.borrow().is_some() {
                 tracing::warn!(
                     token = %token.name, reason = %failure,
-                    "token is locked; no PIN is offered again until `omsign agent unlock {}{ask}`", token.name
+                    "token is locked; no PIN is offered again until `{}`", token.how_to_unlock()
                 );
             }
             if from_source {

@@ -27,7 +27,8 @@ pub(super) fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
     };
     if key.state() == KeyState::Locked {
         let pin = match pin {
-            Some(pin) => pin,
+            Some(pin) => Some(pin),
+            None if uri.contains("pin-source=device") => None,
             // It was read from there, and refused: asking for another would spend another try.
             None if uri.contains("pin-source=") => {
                 let why = key.state_detail;
@@ -35,9 +36,12 @@ pub(super) fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
                     format!("{why}; without pin-source in the URI you are asked for it at the terminal");
                 return Err(AgentError::Private(message));
             }
-            None => Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?),
+            None => Some(Zeroizing::new(rpassword::prompt_password("PIN: ").map_err(|_| AgentError::NoPin)?)),
         };
-        agent.unlock(oneshot::KEY, Some(pin)).map_err(without_names)?;
+        if pin.is_none() {
+            report::say(format_args!("enter the PIN on the device"));
+        }
+        agent.unlock(oneshot::KEY, pin).map_err(without_names)?;
     }
     Ok(private)
 }

@@ -14,6 +14,8 @@
 //! * `OMSIGN_PROXY_WRITING_ONLY`: sessions that only read are refused.
 //! * `OMSIGN_PROXY_HIDES_PUBLIC_KEYS`: new public keys may not be public objects.
 //! * `OMSIGN_PROXY_LUNA`: numbers as a Luna has them, those for RSA keys as in FIPS mode (see `instead` in the profile).
+//! * `OMSIGN_PROXY_PAD`: PINs are entered on the device: it is what this file says when somebody logs in without one, and
+//!   nobody enters any where there is no such file.
 //! * `OMSIGN_PROXY_SESSIONS`: what the token says is the most sessions that it allows.
 //!
 //! It offers what the module behind it does: PKCS#11 2.40, and 3.0 or 3.2 as its default interface.
@@ -21,6 +23,7 @@
 
 mod cloudhsm;
 mod luna;
+mod pad;
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -73,7 +76,7 @@ macro_rules! wrap {
         list.C_OpenSession = Some(perhaps_only_writing);
         list.C_CloseSession = Some(C_CloseSession);
         list.C_DestroyObject = Some(C_DestroyObject);
-        list.C_Login = Some(C_Login);
+        list.C_Login = Some(pad::login);
         list.C_FindObjectsInit = Some(private_only);
         list.C_GetMechanismInfo = Some(luna::of_mechanism);
         list.C_GetAttributeValue = Some(luna::of_kind);
@@ -238,7 +241,7 @@ unsafe extern "C" fn perhaps_only_writing(
     unsafe { C_OpenSession(slot, flags, application, notify, session) }
 }
 
-/// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind, or fewer wrong PINs.
+/// `C_GetTokenInfo` of a token that allows fewer sessions than the one behind, or fewer wrong PINs, or has a PIN pad.
 unsafe extern "C" fn of_token(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV {
     // SAFETY: the arguments are the caller's, for the same function.
     let rv = unsafe { C_GetTokenInfo(slot, info) };
@@ -246,6 +249,10 @@ unsafe extern "C" fn of_token(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_R
     if let (CKR_OK, Some(most)) = (rv, most) {
         // SAFETY: the module filled it in, so it points to one.
         unsafe { (*info).ulMaxSessionCount = most };
+    }
+    if rv == CKR_OK && std::env::var_os("OMSIGN_PROXY_PAD").is_some() {
+        // SAFETY: as above.
+        unsafe { (*info).flags |= CKF_PROTECTED_AUTHENTICATION_PATH };
     }
     for (told, flag) in [("last", CKF_USER_PIN_FINAL_TRY), ("blocked", CKF_USER_PIN_LOCKED)] {
         if rv == CKR_OK && is_told(&format!("C_GetTokenInfo {told}")) {

@@ -55,6 +55,7 @@ fn surveyed(serial: u32) -> Result<SurveyedToken, Failure> {
         selected: true,
         factory,
         wants_login: true,
+        has_pad: false,
         tries: Some(tries),
         has_owner_auth: false,
         objects,

@@ -56,7 +56,7 @@ pub(super) fn generate(
     public.push(Attribute::Verify(true));
     let mut private = named.to_vec();
     // Nobody who is not logged in can make a private object, or would need one (nShield's module-protected keys).
-    let is_private = ways.again.has_pin();
+    let is_private = ways.again.is_logged_in();
     private.extend([
         Attribute::Private(is_private),
         Attribute::Sensitive(true),

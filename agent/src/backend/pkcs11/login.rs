@@ -15,6 +15,15 @@ use crate::host::wire::{Class, Failure, Fresh, OpenSpec};
 use crate::pin::read_pin;
 use crate::secret::Pin;
 
+/// How a token was logged in to.
+pub(super) enum Login {
+    /// It was not: it asks for none.
+    None,
+    Pin(AuthPin),
+    /// With a PIN that was entered on the device.
+    OnDevice,
+}
+
 /// Logs in as the user, if the token asks for it, with the PIN given or else the configured one.
 pub(super) fn log_in(
     session: &Session,
@@ -23,11 +32,11 @@ pub(super) fn log_in(
     spec: &OpenSpec,
     given: Option<Pin>,
     notify: Notify<'_>,
-) -> Result<Option<AuthPin>, Failure> {
+) -> Result<Login, Failure> {
     // Some tokens do not say that their keys ask for it, and some modules do that themselves.
     let none = given.is_none() && spec.token.pin == PinSource::None;
     if none && (!info.login_required() || profile.may_hold_pin) {
-        return Ok(None);
+        return Ok(Login::None);
     }
     if info.user_pin_locked() {
         let how = "reset it with the security officer's PIN: omsign-agent unblock";
@@ -39,15 +48,17 @@ pub(super) fn log_in(
     if spec.unanswered && info.user_pin_count_low() && !spec.by_operator {
         return Err(locked(UNANSWERED.into()));
     }
-    let pin = match given {
-        Some(pin) => pin,
-        None => read_pin(&spec.token.pin).map_err(locked)?,
+    // Nobody stands there when a token is opened by itself.
+    let by_hand = given.is_none() && spec.token.pin == PinSource::Device && spec.by_operator;
+    let login = match given {
+        Some(pin) => fit(&pin, profile)?,
+        None if by_hand && info.protected_authentication_path() => Login::OnDevice,
+        None if by_hand => return Err(locked(NO_PAD.into())),
+        None => fit(&read_pin(&spec.token.pin).map_err(locked)?, profile)?,
     };
-    is_fit(&pin, profile)?;
-    let pin = AuthPin::new(pin.expose().into());
     // The agent has to know before the token does: a module that hangs or crashes now may have counted a try.
     notify(Doing::LogsIn);
-    match session.login(UserType::User, Some(&pin)) {
+    match session.login(UserType::User, login.pin()) {
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
         Err(Error::Pkcs11(RvError::PinIncorrect, _)) => {
             let form = match profile.pin.as_str() {
@@ -55,6 +66,11 @@ pub(super) fn log_in(
                 form => format!(" (for this device, {form})"),
             };
             return Err(locked(format!("it refused the PIN; correct the PIN{form}, then unlock it")));
+        }
+        Err(Error::Pkcs11(RvError::FunctionCanceled | RvError::FunctionRejected, _)) if by_hand => {
+            return Err(locked(
+                "no PIN was entered on the device; unlock it again, and enter it there".into(),
+            ));
         }
         Err(Error::Pkcs11(RvError::UserPinNotInitialized, _)) => {
             let message = "its user PIN was never set; initialize it with the vendor's tool";
@@ -71,8 +87,24 @@ pub(super) fn log_in(
         Err(error) => return Err(classify("log in", &error)),
     }
     notify(Doing::LoggedIn);
-    Ok(Some(pin))
+    Ok(login)
 }
+
+impl Login {
+    fn pin(&self) -> Option<&AuthPin> {
+        match self {
+            Self::Pin(pin) => Some(pin),
+            Self::None | Self::OnDevice => None,
+        }
+    }
+}
+
+fn fit(pin: &Pin, profile: &Profile) -> Result<Login, Failure> {
+    is_fit(pin, profile)?;
+    Ok(Login::Pin(AuthPin::new(pin.expose().into())))
+}
+
+const NO_PAD: &str = "nothing says that a PIN can be entered on it (CKF_PROTECTED_AUTHENTICATION_PATH); write pin = \"prompt\"";
 
 /// A PIN that not everybody knows.
 pub(super) fn is_fit(pin: &Pin, profile: &Profile) -> Result<(), Failure> {
@@ -100,27 +132,36 @@ pub(super) fn set_pin(session: &Session, info: &TokenInfo, pin: &Pin, fresh: &Fr
 /// The PIN for keys that ask for it before every signature (CKA_ALWAYS_AUTHENTICATE). It was accepted once;
 /// refused now, it is offered to no other session.
 pub(super) struct Again {
-    pin: Option<AuthPin>,
+    login: Login,
     refused: Mutex<bool>,
     pkcs11: Pkcs11,
     slot: Slot,
 }
 
 impl Again {
-    pub(super) fn new(pkcs11: &Pkcs11, slot: Slot, pin: Option<AuthPin>) -> Self {
-        Self { pin, refused: Mutex::new(false), pkcs11: pkcs11.clone(), slot }
+    pub(super) fn new(pkcs11: &Pkcs11, slot: Slot, login: Login) -> Self {
+        Self { login, refused: Mutex::new(false), pkcs11: pkcs11.clone(), slot }
     }
 
-    /// Whether there is one.
-    pub(super) fn has_pin(&self) -> bool {
-        self.pin.is_some()
+    /// Whether somebody is logged in.
+    pub(super) fn is_logged_in(&self) -> bool {
+        !matches!(self.login, Login::None)
+    }
+
+    /// Why there is no PIN to show again.
+    pub(super) fn is_able(&self) -> Result<(), &'static str> {
+        match self.login {
+            Login::Pin(_) => Ok(()),
+            Login::None => Err("its token asks for none"),
+            Login::OnDevice => Err("nobody enters one on the device each time; write pin = \"prompt\""),
+        }
     }
 
     /// Logs in for the operation that the session has begun (PKCS#11 v3.0, 5.6.8, CKU_CONTEXT_SPECIFIC).
     pub(super) fn log_in(&self, session: &Session, notify: Notify<'_>) -> Result<(), Error> {
         let refusal = Error::Pkcs11(RvError::PinIncorrect, Function::Login);
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(pin) = self.pin.as_ref().filter(|_| !*refused) else { return Err(refusal) };
+        let Some(pin) = self.login.pin().filter(|_| !*refused) else { return Err(refusal) };
         // Somebody may have changed it, and entered wrong ones, since it was accepted.
         if self.pkcs11.get_token_info(self.slot)?.user_pin_final_try() {
             return Err(Error::Pkcs11(RvError::PinLocked, Function::GetTokenInfo));
@@ -169,6 +210,7 @@ pub(super) fn notes(info: &TokenInfo) -> Vec<String> {
         (info.user_pin_count_low(), "a wrong PIN was entered since the last login"),
         (info.user_pin_final_try(), "one wrong PIN more blocks it"),
         (info.user_pin_locked(), "its user PIN is blocked"),
+        (info.protected_authentication_path(), "its PIN can be entered on the device (pin = \"device\")"),
         (info.write_protected(), "is write-protected"),
     ];
     flags.into_iter().filter(|(set, _)| *set).map(|(_, note)| note.to_owned()).collect()

@@ -165,6 +165,7 @@ pub(super) fn survey(module: &Path, select: &TokenSelector) -> Result<Survey, Fa
             selected: selected && selects(&pkcs11, select, slot, &info),
             factory: Vec::new(),
             wants_login: info.login_required(),
+            has_pad: info.protected_authentication_path(),
             tries: None,
             has_owner_auth: false,
             objects: Vec::new(),

@@ -54,9 +54,10 @@ pub(super) fn find_key(
         return Err(refused(format!("the key with {wanted} may not sign: its CKA_SIGN is false")));
     }
     let always = details.always_authenticate == Some(true);
-    if always && !ways.again.has_pin() {
-        let message = "asks for the PIN before every signature, and its token asks for none";
-        return Err(refused(format!("the key with {wanted} {message}")));
+    if always && let Err(why) = ways.again.is_able() {
+        return Err(refused(format!(
+            "the key with {wanted} asks for the PIN before every signature, and {why}"
+        )));
     }
     let mut candidates = public_halves(session, wanted, kind, &details)?;
     // Many tokens show the public half on the private object too.

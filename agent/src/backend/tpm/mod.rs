@@ -162,6 +162,7 @@ pub(super) fn survey(tcti: &Tcti) -> Result<Survey, Failure> {
         selected: true,
         factory: Vec::new(),
         wants_login: false,
+        has_pad: false,
         tries: None,
         has_owner_auth: state & OWNER_AUTH_SET != 0,
         objects: Vec::new(),
