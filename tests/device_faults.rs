@@ -1,23 +1,25 @@
 //! What only TPMs and cards do when they fail. What any device may do is in `fault_matrix.rs`.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::piv::{self, VirtualPiv};
+use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::{built, write_private};
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, next_event, request, sign};
 use omsign_tests::device::{Device, card};
-use omsign_tests::world::{World, key};
+use omsign_tests::world::{World, key, key_section, token_section};
 use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
 const DIGEST: [u8; 32] = [7; 32];
 
-/// An agent for one device, and one request after another.
+/// An agent for one device and a calm token, and one request after another.
 struct Bench {
     world: World,
     agent: Agent,
@@ -27,21 +29,26 @@ struct Bench {
 
 impl Bench {
     fn new(world: World, device: &Device) -> anyhow::Result<Self> {
+        let calm = world.token("calm", "calm", KeyType::P256)?;
         let config = world.listen() + &device.token + "timeout = \"2s\"\n" + &device.keys;
-        let agent = Agent::start(&world, &config)?;
+        let calm_too = token_section("calm", &calm, "") + &key_section("calm", "calm", "calm");
+        let agent = Agent::start(&world, &(config + &calm_too))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { world, agent, runtime, next_id: 0 })
+        let mut bench = Self { world, agent, runtime, next_id: 0 };
+        // From here on it is open.
+        let opened = bench.asks("calm", SECOND * 20)?;
+        ensure!(opened == Ok(()), "{opened:?}");
+        Ok(bench)
     }
 
     /// Has the P-256 key sign; the error is its code.
     fn sign(&mut self) -> anyhow::Result<Result<(), Code>> {
+        self.asks("p256", SECOND * 20)
+    }
+
+    fn asks(&mut self, key: &'static str, within: Duration) -> anyhow::Result<Result<(), Code>> {
         self.next_id += 1;
-        let (socket, id) = (self.world.path("agent.sock"), self.next_id);
-        self.runtime.block_on(async {
-            let mut client = connect(socket).await?;
-            let signed = sign(&mut client, request("p256", id, &DIGEST), SECOND * 20).await;
-            Ok(signed.map(drop).map_err(|status| status.code()))
-        })
+        self.runtime.block_on(ask(self.world.path("agent.sock"), key, self.next_id, within))
     }
 
     /// Waits until signatures come again, by themselves.
@@ -53,40 +60,32 @@ impl Bench {
         Ok(())
     }
 
+    /// It fails so, and others are served meanwhile and after it.
     fn fails(&mut self, code: Code) -> anyhow::Result<()> {
-        let signed = self.sign()?;
+        self.next_id += 2;
+        let socket = || self.world.path("agent.sock");
+        let (signed, other) = self.runtime.block_on(async {
+            let one = ask(socket(), "p256", self.next_id - 1, SECOND * 20);
+            tokio::join!(one, ask(socket(), "calm", self.next_id, SECOND))
+        });
+        let (signed, other) = (signed?, other?);
         ensure!(signed == Err(code), "{signed:?}, not {code:?}: {}", self.agent.log()?);
+        ensure!(other == Ok(()), "others: {other:?}");
+        self.serves_others()
+    }
+
+    fn serves_others(&mut self) -> anyhow::Result<()> {
+        let other = self.asks("calm", SECOND)?;
+        ensure!(other == Ok(()), "others: {other:?}");
         Ok(())
     }
 }
 
-/// A TPM has room for three keys that are loaded, and loading takes two places.
-#[test]
-fn more_key_files_than_a_tpm_has_room_for() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let stand_in = SwTpm::create(&world.path("tpm"))?;
-    let (mut keys, mut names) = (String::new(), Vec::new());
-    for number in 0..5 {
-        let name = format!("file-{number}");
-        let (file, _) = stand_in.key_file(&name, "EC", "group:P-256")?;
-        keys += &key(&name, "device", &format!("file = \"{}\"", file.display()));
-        names.push(name);
-    }
-    let section = stand_in.section("device");
-    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
-    world.model()?;
-    for _ in 0..3 {
-        for name in &names {
-            world.omsign_ok(&["sign", "model", "--key", name, "--signature", "model.sig"])?;
-            let public = world.path(&format!("tpm/{name}.pub.pem")).display().to_string();
-            world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", &public])?;
-            world.omsign_ok(&["sign", "model", "--key", name, "--signature", "model.sig"])?;
-        }
-        // Operators' tasks take places, too.
-        omsign_tests::operator::does(&world, &["attest", "file-2"])?;
-    }
-    ensure!(!agent.log()?.contains("replaced"), "{}", agent.log()?);
-    Ok(())
+/// Has a key sign; the error is its code.
+async fn ask(socket: PathBuf, key: &str, id: u128, within: Duration) -> anyhow::Result<Result<(), Code>> {
+    let mut client = connect(socket).await?;
+    let signed = sign(&mut client, request(key, id, &DIGEST), within).await;
+    Ok(signed.map(drop).map_err(|status| status.code()))
 }
 
 /// Wrong values until the TPM takes none at all, and then its patience again.
@@ -126,7 +125,7 @@ fn a_touch_that_never_comes() -> anyhow::Result<()> {
     let (token, expected, environment) = (stand_in.section("device"), Vec::new(), Vec::new());
     let mut bench = Bench::new(world, &Device { token, keys, expected, environment, secret: piv::PIN })?;
     // An agent listens before its tokens' processes are there.
-    eventually("its process", || Ok(bench.agent.hosts()?.len() == 1))?;
+    eventually("its process", || Ok(bench.agent.hosts()?.len() == 2))?;
     let hosts = bench.agent.hosts()?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(bench.agent.hosts()? == hosts, "its process was replaced: {}", bench.agent.log()?);
@@ -204,7 +203,7 @@ fn a_wrong_authorization_value_is_offered_once() -> anyhow::Result<()> {
     }
     ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
     // None is started that could offer it again.
-    eventually("the end of its process", || Ok(bench.agent.hosts()?.is_empty()))?;
+    eventually("the end of its process", || Ok(bench.agent.hosts()?.len() == 1))?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(stand_in.failed_tries()? == 1, "{} tries", stand_in.failed_tries()?);
     write_private(&stand_in.pin_file(), format!("{AUTH}\n").as_bytes())?;
@@ -267,6 +266,7 @@ fn a_card_that_gpg_takes() -> anyhow::Result<()> {
         let holder = format!("is in use by another program: scdaemon (process {pid})");
         ensure!(errors.contains(&holder), "{errors}");
     }
+    bench.serves_others()?;
     order("BYE")?;
     gpg.wait()?;
     bench.heals()?;
@@ -290,7 +290,7 @@ fn a_wrong_card_pin_is_offered_once() -> anyhow::Result<()> {
     let errors = bench.world.omsign_fails(2, &["agent", "unlock", "device"])?;
     ensure!(errors.contains("it refused the PIN; 1 try is left"), "{errors}");
     // None is started that could offer it again.
-    eventually("the end of its process", || Ok(bench.agent.hosts()?.is_empty()))?;
+    eventually("the end of its process", || Ok(bench.agent.hosts()?.len() == 1))?;
     bench.fails(Code::FailedPrecondition)?;
     ensure!(stand_in.pin_tries()? == 1, "{} tries", stand_in.pin_tries()?);
     write_private(&stand_in.pin_file(), format!("{}\n", omsign_fixtures::piv::PIN).as_bytes())?;

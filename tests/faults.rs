@@ -302,36 +302,6 @@ fn an_error_that_is_not_the_tokens() -> anyhow::Result<()> {
 }
 
 #[test]
-fn a_full_queue_says_so_at_once() -> anyhow::Result<()> {
-    let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
-    let proxy = world.proxy()?;
-    let config = world.listen()
-        + &proxy.before(&token_section("t", &token, "queue = 8"))?
-        + &key_section("k", "t", "k");
-    let _agent = Agent::start(&world, &config)?;
-    run(async {
-        let mut client = connect(world.path("agent.sock")).await?;
-        sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
-        proxy.set("C_Sign 0 700\n")?;
-        let mut waiting = tokio::task::JoinSet::new();
-        for id in 10..20 {
-            let mut client = client.clone();
-            waiting.spawn(async move { sign(&mut client, request("k", id, &DIGEST), SECOND * 20).await });
-        }
-        let mut codes = Vec::new();
-        while let Some(result) = waiting.join_next().await {
-            codes.push(result?.err().map(|status| status.code()));
-        }
-        let full = codes.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count();
-        let served = codes.iter().filter(|code| code.is_none()).count();
-        // The other half is for others.
-        ensure!((full, served) == (6, 4), "{codes:?}");
-        Ok(())
-    })
-}
-
-#[test]
 fn two_softhsm_configurations_in_one_agent() -> anyhow::Result<()> {
     let world = World::new()?;
     // Same label, same key name, different stores: only separate processes keep them apart.

@@ -177,12 +177,15 @@ fn a_factory_pin_signs_nothing() -> anyhow::Result<()> {
     let card = VirtualPiv::create(&world.path("card"), 7_000_021)?;
     card.generate("9c", "ECCP256", &[])?;
     omsign_fixtures::write_private(&card.pin_file(), b"123456\n")?;
-    let config = world.listen() + &card.section("card") + &key("k", "card", "slot = \"9c\"");
-    let agent = Agent::start(&world, &config)?;
+    let calm = world.token("calm", "calm", KeyType::P256)?;
+    let tokens = card.section("card") + &token_section("calm", &calm, "");
+    let keys = key("k", "card", "slot = \"9c\"") + &key_section("calm", "calm", "calm");
+    let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
     world.model()?;
     let expected = "its PIN is the one from the factory, which everybody knows; change it with";
     let errors = world.omsign_fails(2, &["sign", "model", "--key", "k"])?;
     ensure!(errors.contains(expected) && errors.contains("omsign agent unlock card"), "{errors}");
+    world.omsign_ok(&["sign", "model", "--key", "calm", "--signature", "calm.sig"])?;
     ensure!(agent.stop()?.success());
     // Nor without an agent, nor through the modules by which others reach the same card.
     let modules = ["libykcs11.so", "opensc-pkcs11.so"].map(debian_module);

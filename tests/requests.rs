@@ -256,3 +256,38 @@ fn another_token_within_one_deadline() -> anyhow::Result<()> {
         Ok(())
     })
 }
+
+/// Callers are told at once, and others are served.
+#[test]
+fn a_full_queue() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, calm) = (world.token("t", "k", KeyType::P256)?, world.token("calm", "calm", KeyType::P256)?);
+    let proxy = world.proxy()?;
+    let tokens = proxy.before(&token_section("t", &token, "queue = 8"))? + &token_section("calm", &calm, "");
+    let keys = key_section("k", "t", "k") + &key_section("calm", "calm", "calm");
+    let _agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    run(async {
+        let mut client = connect(world.path("agent.sock")).await?;
+        for (key, id) in [("k", 1), ("calm", 2)] {
+            sign(&mut client, request(key, id, &[7; 32]), SOON).await?;
+        }
+        proxy.set("C_Sign 0 700\n")?;
+        let mut waiting = tokio::task::JoinSet::new();
+        for id in 10..20 {
+            let mut client = client.clone();
+            waiting.spawn(async move { sign(&mut client, request("k", id, &[7; 32]), SOON).await });
+        }
+        let mut codes = Vec::new();
+        while let Some(result) = waiting.join_next().await {
+            codes.push(result?.err().map(|status| status.code()));
+            // While the slow one has what it took.
+            let id = 100 + codes.len() as u128;
+            sign(&mut client, request("calm", id, &[7; 32]), Duration::from_secs(1)).await?;
+        }
+        let full = codes.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count();
+        let served = codes.iter().filter(|code| code.is_none()).count();
+        // The other half is for others.
+        ensure!((full, served) == (6, 4), "{codes:?}");
+        Ok(())
+    })
+}

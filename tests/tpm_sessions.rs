@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::swtpm::SwTpm;
+use omsign_tests::agent::Agent;
 use omsign_tests::lab::{AT_ONCE, Lab, Sees};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key};
@@ -135,5 +136,34 @@ fn others_have_or_end_them() -> anyhow::Result<()> {
     ends(Some(ended))?;
     let left = chip.handles("loaded-session")?;
     ensure!(left == 0, "{left} sessions are left in the TPM");
+    Ok(())
+}
+
+/// A TPM has room for three keys that are loaded, and loading takes two places.
+#[test]
+fn more_key_files_than_a_tpm_has_room_for() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let stand_in = SwTpm::create(&world.path("tpm"))?;
+    let (mut keys, mut names) = (String::new(), Vec::new());
+    for number in 0..5 {
+        let name = format!("file-{number}");
+        let (file, _) = stand_in.key_file(&name, "EC", "group:P-256")?;
+        keys += &key(&name, "device", &format!("file = \"{}\"", file.display()));
+        names.push(name);
+    }
+    let section = stand_in.section("device");
+    let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
+    world.model()?;
+    for _ in 0..3 {
+        for name in &names {
+            world.omsign_ok(&["sign", "model", "--key", name, "--signature", "model.sig"])?;
+            let public = world.path(&format!("tpm/{name}.pub.pem")).display().to_string();
+            world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", &public])?;
+            world.omsign_ok(&["sign", "model", "--key", name, "--signature", "model.sig"])?;
+        }
+        // Operators' tasks take places, too.
+        omsign_tests::operator::does(&world, &["attest", "file-2"])?;
+    }
+    ensure!(!agent.log()?.contains("replaced"), "{}", agent.log()?);
     Ok(())
 }
