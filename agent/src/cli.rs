@@ -149,6 +149,9 @@ pub(crate) enum KeyCommand {
         /// What `key challenge` printed, for the TPM to answer
         #[arg(long, value_name = "FILE")]
         challenge: Option<PathBuf>,
+        /// Certificates, PEM or DER, that the maker's tools had the device make: the key's and its own (YubiHSM 2)
+        #[arg(long, value_name = "FILE")]
+        certificates: Vec<PathBuf>,
     },
     /// Prints a challenge that only the TPM of an attestation can answer, if its attestation key and its endorsement
     /// certificate belong together; needs no device

@@ -13,6 +13,7 @@ use omsign_agent::key_life::attestation::{Attestation, Findings, Trust};
 use omsign_agent::key_life::challenge::{ChallengeFile, Kept};
 use omsign_agent::key_life::{Action, Asking, Command, NEXT, Need, Output, TokenKeys};
 use omsign_agent::operator::{self, Unblock};
+use openssl::x509::X509;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -62,7 +63,7 @@ pub(crate) fn key(
         write!(std::io::stdout(), "{said}")?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut json = false;
+    let (mut json, mut made) = (false, Vec::new());
     let command = match command {
         KeyCommand::List { token, json: wanted } => {
             json = wanted;
@@ -74,7 +75,10 @@ pub(crate) fn key(
         KeyCommand::ImportCertificate { name, certificate } => {
             Command::Key(name, Action::ImportCertificate(read(&certificate)?))
         }
-        KeyCommand::Attest { name, nonce, challenge } => {
+        KeyCommand::Attest { name, nonce, challenge, certificates } => {
+            for path in certificates {
+                made.extend(certificates_in(&path)?);
+            }
             let challenge =
                 challenge.map(|path| anyhow::Ok(ChallengeFile::parse(&read(&path)?)?)).transpose()?;
             Command::Key(name, Action::Attest(Asking { nonce: nonce_of(&nonce)?, challenge }))
@@ -103,7 +107,10 @@ pub(crate) fn key(
                 return Ok(ExitCode::from(2));
             }
         }
-        Output::Attested(attestation) => writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?,
+        Output::Attested(attestation) => {
+            let attestation = if made.is_empty() { *attestation } else { attestation.with(&made)? };
+            writeln!(out, "{}", serde_json::to_string_pretty(&attestation)?)?;
+        }
         Output::Done => say(format_args!("done")),
     }
     if let Some(next) = next {
@@ -203,6 +210,18 @@ pub(crate) fn ask(config: &Config, command: Command) -> anyhow::Result<Output> {
 
 fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))
+}
+
+/// Those of a file, DER, which they may be there, or PEM.
+fn certificates_in(path: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
+    let what = || format!("{} has no certificates", path.display());
+    let bytes = std::fs::read(path).with_context(what)?;
+    let found = match bytes.starts_with(b"\x30") {
+        true => vec![X509::from_der(&bytes).with_context(what)?],
+        false => X509::stack_from_pem(&bytes).with_context(what)?,
+    };
+    ensure!(!found.is_empty(), what());
+    Ok(found.iter().map(|one| one.to_der()).collect::<Result<_, _>>()?)
 }
 
 fn nonce_of(text: &str) -> anyhow::Result<Vec<u8>> {

@@ -176,6 +176,12 @@ pub(crate) enum Evidence {
         #[serde(with = "hexes")]
         certificates: Vec<Vec<u8>>,
     },
+    /// A certificate by a YubiHSM 2 about the key, and its own (docs.yubico.com, "Attestation").
+    Yubihsm {
+        /// Both, DER: the key's first.
+        #[serde(with = "hexes")]
+        certificates: Vec<Vec<u8>>,
+    },
     /// TPM2_Certify by an attestation key of the endorsement hierarchy.
     Tpm {
         /// The key's TPMT_PUBLIC.

@@ -2,26 +2,28 @@
 
 use openssl::stack::Stack;
 use openssl::x509::store::X509StoreBuilder;
-use openssl::x509::{X509, X509StoreContext};
+use openssl::x509::{X509, X509StoreContext, X509VerifyResult};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
 use super::challenge::{self, ChallengeFile, Kept, is_endorsement};
+use super::{yubihsm, yubikey};
 use crate::backend::tpm_attestation;
 use crate::host::task::Evidence;
 use crate::public_key::PublicKey;
-
-/// rsaEncryption (RFC 8017, A.1), and the firmware of YubiKeys that makes such keys badly (Yubico, YSA-2017-01).
-const RSA: &str = "1.2.840.113549.1.1.1";
-const FACTORABLE: std::ops::RangeInclusive<[u8; 3]> = [4, 2, 6]..=[4, 3, 4];
 
 /// Yubico's roots, older and newer, and what the newer one certifies cards with
 /// (developers.yubico.com/PKI, SHA-256 63ece914…07b546 and 62760c6a…586cd5a8).
 const YUBICO: [&str; 2] =
     [include_str!("yubico/piv-root.pem"), include_str!("yubico/attestation-root-1.pem")];
 const YUBICO_INTERMEDIATES: &str = include_str!("yubico/intermediates.pem");
+
+/// The root of its YubiHSMs, and what that certifies them with
+/// (developers.yubico.com/YubiHSM2/Concepts/Attestation.html, SHA-256 094a3ac4…9a392fb7 and d7c6d8f4…dbaf4ae9).
+const YUBIHSM: &str = include_str!("yubico/yubihsm-root.pem");
+const YUBIHSM_INTERMEDIATE: &str = include_str!("yubico/yubihsm-sub-ca.pem");
 
 /// The only form so far.
 const FORM: &str = "omsign-attestation-1";
@@ -138,75 +140,86 @@ impl Attestation {
                 Findings { unproven, ..Findings::default() }
             }
             Evidence::Piv { certificates } => self.piv(certificates, trust)?,
+            Evidence::Yubihsm { certificates } => self.yubihsm(certificates, trust)?,
             Evidence::Tpm { .. } => self.tpm(trust)?,
         };
         findings.public_key_sha256 = hex::encode(Sha256::digest(&self.public_key));
         Ok(findings)
     }
 
-    /// The card certifies its own keys with the one in slot f9, which its maker certified.
-    fn piv(&self, certificates: &[Vec<u8>], trust: &Trust) -> Result<Findings, AttestationError> {
+    /// The same with certificates that the maker's tools had the device make: the key's, and the device's own.
+    pub fn with(mut self, certificates: &[Vec<u8>]) -> Result<Self, AttestationError> {
+        let wrong = |what: &str| AttestationError::Wrong(what.to_owned());
+        if !matches!(self.evidence, Evidence::Pkcs11 { .. }) {
+            return Err(wrong("the device shows its certificates itself; leave --certificates out"));
+        }
+        let parse = |der: &Vec<u8>| X509::from_der(der).map_err(|_| wrong("a certificate is malformed"));
+        let parsed = certificates.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        let is_about_key = |one: &&X509| {
+            one.public_key().and_then(|key| key.public_key_to_der()).is_ok_and(|key| key == self.public_key)
+        };
+        let of_key = parsed.iter().find(is_about_key);
+        let of_key = of_key.ok_or_else(|| wrong("none of the certificates is about this key"))?;
+        let by = parsed.iter().find(|one| one.issued(of_key) == X509VerifyResult::OK);
+        let by =
+            by.ok_or_else(|| wrong("the certificate of the device that issued the key's is not there"))?;
+        let der = |one: &X509| one.to_der().map_err(|error| wrong(&error.to_string()));
+        self.evidence = Evidence::Yubihsm { certificates: vec![der(of_key)?, der(by)?] };
+        Ok(self)
+    }
+
+    /// The certificate about the key, and the device's own, which has to lead to a root and to have signed it.
+    fn certified(
+        &self,
+        certificates: &[Vec<u8>],
+        trust: &Trust,
+        roots: &str,
+        between: &str,
+        by_old_card: bool,
+    ) -> Result<[Certificate; 2], AttestationError> {
         let wrong = |what: &str| AttestationError::Wrong(what.to_owned());
         let [own, by] = certificates else { return Err(wrong("there have to be two certificates")) };
-        let intermediates =
-            X509::stack_from_pem(YUBICO_INTERMEDIATES.as_bytes()).map_err(AttestationError::Roots)?;
-        let by = X509::from_der(by).map_err(|_| wrong("the card's certificate is malformed"))?;
+        let between = X509::stack_from_pem(between.as_bytes()).map_err(AttestationError::Roots)?;
+        let device = X509::from_der(by).map_err(|_| wrong("the device's certificate is malformed"))?;
         let leaf = X509::from_der(own).map_err(|_| wrong("the key's certificate is malformed"))?;
         // Older cards' certificates do not say that they are a CA's, so the last step is not the path's.
-        path(&by, intermediates, &self.roots(trust, &YUBICO.concat())?)?;
-        let signed = by.public_key().and_then(|key| leaf.verify(&key));
-        if by.issued(&leaf) != openssl::x509::X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
-            return Err(wrong("the card did not sign the key's certificate"));
+        path(&device, between, &self.roots(trust, roots)?)?;
+        let signed = device.public_key().and_then(|key| leaf.verify(&key));
+        if device.issued(&leaf) != X509VerifyResult::OK || !signed.is_ok_and(|signed| signed) {
+            return Err(wrong("the device did not sign the key's certificate"));
         }
-        if !may_certify(&by, trust.roots.is_none()) {
-            return Err(wrong("the card's certificate is not for signing certificates"));
+        if !may_certify(&device, by_old_card) {
+            return Err(wrong("the device's certificate is not for signing certificates"));
         }
-        let certificate =
-            Certificate::from_der(own).map_err(|_| wrong("the key's certificate is malformed"))?;
-        let tbs = certificate.tbs_certificate();
-        let certified = tbs.subject_public_key_info().to_der().map_err(|error| wrong(&error.to_string()))?;
-        if certified != self.public_key {
-            return Err(wrong("the card attests another key"));
+        let parsed = |der| Certificate::from_der(der).map_err(|_| wrong("a certificate is malformed"));
+        let (own, by) = (parsed(own)?, parsed(by)?);
+        let certified = own.tbs_certificate().subject_public_key_info().to_der();
+        if certified.map_err(|error| wrong(&error.to_string()))? != self.public_key {
+            return Err(wrong("the device attests another key"));
         }
-        let mut proven = vec![format!("made inside the card: {}", tbs.subject())];
-        let mut firmware = None;
-        // Yubico, "PIV attestation": 1.3.6.1.4.1.41482.3.
-        for extension in tbs.extensions().into_iter().flatten() {
-            let value = extension.extn_value.as_bytes();
-            proven.extend(match (extension.extn_id.to_string().as_str(), value) {
-                ("1.3.6.1.4.1.41482.3.3", [major, minor, patch]) => {
-                    firmware = Some([*major, *minor, *patch]);
-                    Some(format!("firmware {major}.{minor}.{patch}"))
-                }
-                ("1.3.6.1.4.1.41482.3.7", [2, _, number @ ..]) => {
-                    let serial = number.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
-                    Some(format!("serial {serial}"))
-                }
-                ("1.3.6.1.4.1.41482.3.8", [pin, touch]) => {
-                    let pin = policy(*pin, ["never", "once", "always"]);
-                    let touch = policy(*touch, ["never", "always", "cached"]);
-                    Some(format!("PIN policy {pin}, touch policy {touch}"))
-                }
-                _ => None,
-            });
-        }
-        // A certificate of another purpose, from a maker that the roots name too, says nothing of firmware.
-        if !proven.iter().any(|line| line.starts_with("firmware ")) {
-            return Err(wrong("the certificate is not one by a YubiKey about a key"));
-        }
-        if !proven.iter().any(|line| line.starts_with("serial ")) {
-            proven.push("no serial number: it is too old to say which card".to_owned());
-        }
-        let mut findings = Findings { proven, ..Findings::default() };
-        let is_rsa = tbs.subject_public_key_info().algorithm.oid.to_string() == RSA;
-        if is_rsa && firmware.is_some_and(|version| FACTORABLE.contains(&version)) {
-            findings.unproven.push(
-                "that nobody else knows the key: RSA keys that this firmware made can be factored (CVE-2017-15361)".to_owned(),
-            );
-        }
-        if trust.nonce.is_some() {
-            findings.unproven.push("when this was made: cards take no nonce".to_owned());
-        }
+        Ok([own, by])
+    }
+
+    /// The device certifies its own keys with one that its maker certified. An operator can make others for that, whose
+    /// certificates are no CA's.
+    fn yubihsm(&self, certificates: &[Vec<u8>], trust: &Trust) -> Result<Findings, AttestationError> {
+        let [own, by] = self.certified(certificates, trust, YUBIHSM, YUBIHSM_INTERMEDIATE, false)?;
+        let mut findings = yubihsm::findings(&own, &by).map_err(AttestationError::Wrong)?;
+        findings.takes_no_nonce(trust);
+        Ok(findings)
+    }
+
+    /// The card certifies its own keys with the one in slot f9, which its maker certified.
+    fn piv(&self, certificates: &[Vec<u8>], trust: &Trust) -> Result<Findings, AttestationError> {
+        let [certificate, _] = self.certified(
+            certificates,
+            trust,
+            &YUBICO.concat(),
+            YUBICO_INTERMEDIATES,
+            trust.roots.is_none(),
+        )?;
+        let mut findings = yubikey::findings(&certificate).map_err(AttestationError::Wrong)?;
+        findings.takes_no_nonce(trust);
         Ok(findings)
     }
 
@@ -291,6 +304,14 @@ impl Attestation {
     }
 }
 
+impl Findings {
+    fn takes_no_nonce(&mut self, trust: &Trust) {
+        let asked =
+            trust.nonce.as_ref().map(|_| "when this was made: these devices take no nonce".to_owned());
+        self.unproven.extend(asked);
+    }
+}
+
 /// Whether a certificate leads to a root (RFC 5280, 6).
 fn path(leaf: &X509, between: Vec<X509>, roots: &[X509]) -> Result<(), AttestationError> {
     let check = || {
@@ -327,10 +348,4 @@ fn may_certify(certificate: &X509, by_yubico: bool) -> bool {
         Some(Ok(None)) => by_yubico,
         Some(Err(_)) | None => false,
     }
-}
-
-/// What a number stands for, from 1 on.
-fn policy(number: u8, names: [&str; 3]) -> String {
-    let name = usize::from(number).checked_sub(1).and_then(|index| names.get(index).copied());
-    name.map_or_else(|| number.to_string(), str::to_owned)
 }

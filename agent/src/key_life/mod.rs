@@ -6,6 +6,8 @@ mod certificate;
 pub mod challenge;
 mod command;
 mod error;
+mod yubihsm;
+mod yubikey;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
