@@ -145,6 +145,16 @@ fn a_socket_for_a_group() -> anyhow::Result<()> {
     let errors = String::from_utf8(keys("signer.example:7443")?.stderr)?;
     ensure!(errors.contains("expected a socket path or https://HOST:PORT"), "{errors}");
     drop(agent);
+    // A directory that is relative is none: a socket that was unpacked where somebody works gets no PIN.
+    let work = runtime.path().join("work");
+    std::fs::create_dir_all(work.join("omsign"))?;
+    std::fs::write(work.join("omsign/agent.sock"), "")?;
+    for relative in ["", "."] {
+        let mut keys = Command::new(&omsign);
+        keys.arg("keys").uid(NOBODY).gid(65534).env_remove("OMSIGN_AGENT").current_dir(&work);
+        let errors = String::from_utf8(keys.env("XDG_RUNTIME_DIR", relative).output()?.stderr)?;
+        ensure!(errors.contains("/run/omsign/agent.sock"), "{relative:?}: {errors}");
+    }
     let mut doctor = Command::new(built("omsign-agent")?);
     world.without_surprises(&mut doctor);
     let report = doctor.args(["doctor", "--config"]).arg(world.path("agent.toml")).output()?;

@@ -383,10 +383,10 @@ fn the_last_value_that_a_tpm_takes() -> anyhow::Result<()> {
     stand_in.tool("tpm2_dictionarylockout", |tool| {
         tool.args(["-s", "-n", "3", "-t", "1000", "-l", "1000"]);
     })?;
-    write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
     let config = world.listen() + &stand_in.section("t") + &key("k", "t", "handle = \"0x81000010\"");
     const LAST: &str = "one wrong authorization value more";
     for (tries, why) in [(1, "it refused"), (2, "it refused"), (2, LAST)] {
+        write_private(&stand_in.pin_file(), b"wrong-auth-8142\n")?;
         let agent = Agent::start(&world, &config)?;
         world.omsign_refuses(2, &["sign", "model", "--key", "k"], &[why])?;
         ensure!(agent.stop()?.success());

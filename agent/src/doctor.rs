@@ -249,7 +249,7 @@ async fn open(config: &Config, name: &str, subject: &str, report: &mut Report, s
     let Some(token) = config.tokens.get(name) else { return };
     let on_token = config.keys.iter().filter(|(_, key)| key.tokens.iter().any(|token| token == name));
     let keys: Vec<_> = on_token.map(|(name, key)| key.spec(name)).collect();
-    let opened = Token::start(name, token.clone(), keys.clone(), Vec::new());
+    let opened = Token::start(name, token.clone(), keys.clone(), Vec::new(), &config.audit.directory);
     let settled = tokio::time::timeout(OPEN, opened.settled()).await;
     match settled.unwrap_or(State::Starting) {
         State::Ready(_) => {

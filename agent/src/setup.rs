@@ -63,7 +63,8 @@ impl Setup {
             };
             let old = before.map_or_else(Vec::new, |before| before.ever().filter(ends).collect());
             let keys = objects.remove(name.as_str()).unwrap_or_default();
-            tokens.insert(name.clone(), Token::start(name, token.clone(), keys, old));
+            let started = Token::start(name, token.clone(), keys, old, &config.audit.directory);
+            tokens.insert(name.clone(), started);
         }
         let stays = |name: &String| {
             let old = before.and_then(|before| before.tokens.get(name));

@@ -176,8 +176,9 @@ impl std::fmt::Display for Address {
 
 /// The socket of an agent of the same user, or of the system: the same rule as the agent's.
 fn default_socket() -> PathBuf {
-    let own = std::env::var_os("XDG_RUNTIME_DIR")
-        .map(|directory| PathBuf::from(directory).join("omsign/agent.sock"));
+    let directory = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // One that is relative, or empty, is none (XDG Base Directory Specification).
+    let own = directory.filter(|path| path.is_absolute()).map(|path| path.join("omsign/agent.sock"));
     let system = PathBuf::from("/run/omsign/agent.sock");
     // A user's own agent comes first; without one, the machine's may let them in.
     own.filter(|path| !rustix::process::geteuid().is_root() && (path.exists() || !system.exists()))

@@ -133,8 +133,9 @@ impl World {
             ensure!(cites(&errors), "{arguments:?}: {errors:?} does not say what it goes by");
         }
         let after = listing(&self.path(""))?;
-        // The agent's own audit entries are not what a failing client leaves.
-        let left: Vec<_> = after.difference(&before).filter(|path| !path.ends_with("audit.jsonl")).collect();
+        // What the agent keeps is not what a failing client leaves.
+        let agents = self.path("audit");
+        let left: Vec<_> = after.difference(&before).filter(|path| !path.starts_with(&agents)).collect();
         ensure!(left.is_empty(), "{arguments:?} left {left:?}");
         Ok(())
     }

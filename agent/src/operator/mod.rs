@@ -304,7 +304,7 @@ pub async fn alone(
     let (mut tokens, mut failed) = (BTreeMap::new(), None);
     for name in command.tokens(config) {
         let Some(configured) = config.tokens.get(name) else { continue };
-        let token = Token::start(name, configured.clone(), Vec::new(), Vec::new());
+        let token = Token::start(name, configured.clone(), Vec::new(), Vec::new(), &config.audit.directory);
         if let Err(error) = open(&token, say, ask).await {
             failed = failed.or(Some(error));
         }

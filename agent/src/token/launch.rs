@@ -35,8 +35,28 @@ pub(super) async fn launch(
         unanswered: token.unanswered.load(Ordering::Relaxed),
         purpose: Purpose::Open,
     };
-    let logging_in = AtomicBool::new(false);
-    let started = start(&token.name, &spec, pin, None, &logging_in, token.stopping.subscribe()).await;
+    let (logging_in, from_source) = (AtomicBool::new(false), pin.is_none());
+    let opened = open(token, &spec, pin, &logging_in).await;
+    match &opened {
+        Ok(_) if from_source => token.forget_refusal().await,
+        // It was offered, and not taken.
+        Err(failure)
+            if from_source && failure.class == Class::Locked && logging_in.load(Ordering::Relaxed) =>
+        {
+            token.keep_refusal(&failure.message).await;
+        }
+        _ => {}
+    }
+    opened
+}
+
+async fn open(
+    token: &Token,
+    spec: &OpenSpec,
+    pin: Option<Pin>,
+    logging_in: &AtomicBool,
+) -> Result<(Host, Process), Failure> {
+    let started = start(&token.name, spec, pin, None, logging_in, token.stopping.subscribe()).await;
     let (child, socket, opening) = started?;
     match opening {
         Opening::Opened(opened) => {

@@ -6,11 +6,13 @@ mod error;
 mod launch;
 mod line;
 mod process;
+mod refused;
 mod requests;
 mod state;
 mod supervise;
 mod touch;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -22,6 +24,7 @@ use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
 pub(crate) use self::launch::{prepare, survey, unblock};
 use self::line::Queue;
+use self::refused::Refusals;
 pub use self::state::State;
 use crate::config;
 use crate::host::wire::{Fresh, KeySpec, Opened};
@@ -70,22 +73,26 @@ pub struct Token {
     /// Why what the configured PIN source holds is not offered again: it was refused once. Only an operator who has
     /// it read anew clears this.
     refused_source: Mutex<Option<String>>,
+    /// Where that outlives this process.
+    refusals: Refusals,
     /// A PIN was not answered, and the device may have counted it: the next process looks at the tries that are left first.
     unanswered: AtomicBool,
 }
 
 impl Token {
     /// Starts the token's supervisor, which starts its process. Returns at once.
-    /// Tokens that it takes the place of are closed first: a device belongs to one process.
+    /// Tokens that it takes the place of are closed first: a device belongs to one process. `audit` is the log's directory.
     pub(crate) fn start(
         name: &str,
         config: config::Token,
         keys: Vec<KeySpec>,
         before: Vec<Before>,
+        audit: &Path,
     ) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
             name: name.to_owned(),
+            refusals: Refusals::of(name, &config, audit),
             config,
             keys,
             state: watch::Sender::new(State::Starting),
@@ -110,6 +117,10 @@ impl Token {
                     let unanswered = before.unanswered.load(Ordering::Relaxed);
                     supervised.unanswered.fetch_or(unanswered, Ordering::Relaxed);
                 }
+            }
+            let refusals = supervised.refusals.clone();
+            if let Some(reason) = tokio::task::spawn_blocking(move || refusals.kept()).await.ok().flatten() {
+                supervised.refuse_source(Some(reason));
             }
             supervise::supervise(supervised, inbox).await;
         });
@@ -189,6 +200,24 @@ impl Token {
 
     fn refuse_source(&self, reason: Option<String>) {
         *self.refused_source.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    /// What its source holds was refused: no other process, of this agent or a later one, offers it by itself.
+    async fn keep_refusal(&self, reason: &str) {
+        if self.config.pin.is_by_hand() {
+            return;
+        }
+        let (refusals, reason) = (self.refusals.clone(), reason.to_owned());
+        let kept = tokio::task::spawn_blocking(move || refusals.keep(&reason)).await;
+        if let Ok(Err(error)) = kept {
+            tracing::error!(token = %self.name, %error, "that its PIN was refused cannot be kept for an agent that is started again");
+        }
+    }
+
+    /// The device took what its source holds.
+    async fn forget_refusal(&self) {
+        let refusals = self.refusals.clone();
+        let _ = tokio::task::spawn_blocking(move || refusals.forget()).await;
     }
 
     /// Whether it was closed.

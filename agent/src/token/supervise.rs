@@ -84,8 +84,11 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         End::Locked(reason)
                     }
                     (End::Stop(stopped), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
-                        // For the one that takes this token's place.
-                        token.refuse_source(Some(reason));
+                        // For the one that takes this token's place, and for the next agent.
+                        token.refuse_source(Some(reason.clone()));
+                        if from_source {
+                            token.keep_refusal(&reason).await;
+                        }
                         End::Stop(stopped)
                     }
                     (end, _) => end,
@@ -119,6 +122,9 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                     End::Locked(message) => {
                         // Wherever this PIN came from, it is not the token's any more.
                         token.refuse_source(Some(message.clone()));
+                        if from_source {
+                            token.keep_refusal(&message).await;
+                        }
                         Failure { class: Class::Locked, message }
                     }
                     // The first death costs nothing; a second one soon after waits.
