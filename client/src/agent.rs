@@ -1,6 +1,6 @@
 //! The gRPC client of the agent. Blocking: there is one caller and one thing to wait for.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
@@ -14,13 +14,14 @@ use omsign_proto::v1::{
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tower::service_fn;
 use zeroize::Zeroizing;
 
+use crate::address::Address;
 use crate::tls;
 
 /// How long a question about keys may take.
@@ -32,30 +33,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// How long a signature may take: somebody may have to touch a key.
 const SIGN: Duration = Duration::from_secs(120);
 
-/// Where an agent is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
-    /// A Unix socket.
-    Unix(PathBuf),
-    /// `https://host:port`, mutual TLS.
-    Tls {
-        /// The URL.
-        url: String,
-        /// Our certificate, our key, and the CA of the agent's certificate, PEM.
-        credentials: TlsFiles,
-    },
-}
-
-/// Files for mutual TLS.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TlsFiles {
-    /// CA of the agent's certificate.
-    pub ca: PathBuf,
-    /// Our certificate, leaf first.
-    pub certificate: PathBuf,
-    /// Our private key.
-    pub private_key: PathBuf,
-}
+/// The first pause before a request is sent again, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// Why the agent did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -135,54 +114,6 @@ pub enum AgentError {
     /// The system failed us.
     #[error(transparent)]
     System(#[from] std::io::Error),
-}
-
-impl Address {
-    /// From `--agent`, `OMSIGN_AGENT`, or the default.
-    pub fn parse(text: Option<&str>, credentials: TlsFiles) -> Result<Self, AgentError> {
-        match text {
-            None => Ok(Self::Unix(default_socket())),
-            Some(url) if url.starts_with("https://") => {
-                let TlsFiles { ca, certificate, private_key } = &credentials;
-                if [ca, certificate, private_key].iter().any(|path| path.as_os_str().is_empty()) {
-                    return Err(AgentError::Credentials);
-                }
-                Ok(Self::Tls { url: url.to_owned(), credentials })
-            }
-            Some(path) => match path.strip_prefix("unix:").unwrap_or(path) {
-                path if path.contains("://") || path.is_empty() || is_host_and_port(path) => {
-                    Err(AgentError::Address(path.to_owned()))
-                }
-                path => Ok(Self::Unix(PathBuf::from(path))),
-            },
-        }
-    }
-}
-
-/// `host:7443`: an https address that lacks its start. A path with a colon in it has a slash too, or is there.
-fn is_host_and_port(text: &str) -> bool {
-    let port = text.rsplit_once(':').map(|(_, port)| port.parse::<u16>().is_ok());
-    port == Some(true) && !text.contains('/') && !Path::new(text).exists()
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Unix(path) => write!(f, "{}", path.display()),
-            Self::Tls { url, .. } => f.write_str(url),
-        }
-    }
-}
-
-/// The socket of an agent of the same user, or of the system: the same rule as the agent's.
-fn default_socket() -> PathBuf {
-    let directory = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    // One that is relative, or empty, is none (XDG Base Directory Specification).
-    let own = directory.filter(|path| path.is_absolute()).map(|path| path.join("omsign/agent.sock"));
-    let system = PathBuf::from("/run/omsign/agent.sock");
-    // A user's own agent comes first; without one, the machine's may let them in.
-    own.filter(|path| !rustix::process::geteuid().is_root() && (path.exists() || !system.exists()))
-        .unwrap_or(system)
 }
 
 /// A connection to an agent.
@@ -299,18 +230,37 @@ impl Agent {
         }
     }
 
-    /// Has a digest or a statement signed. `waiting` is told what is waited for, if it takes a while.
+    /// Has a digest or a statement signed. `waiting` is told what is waited for, if it takes a while. What passes by itself is
+    /// asked for again until `patience` is over: to hash the model once more would take longer.
     pub fn sign(
         &self,
         key: &str,
         content: Content,
         context: &str,
-        mut waiting: impl FnMut(&str),
+        patience: Duration,
+        waiting: &dyn Fn(&str),
     ) -> Result<Vec<u8>, AgentError> {
         let mut request_id = vec![0; 16];
         getrandom::fill(&mut request_id).map_err(|error| AgentError::System(std::io::Error::other(error)))?;
         let context = context.chars().take(256).collect();
         let request = SignRequest { key: key.to_owned(), request_id, content: Some(content), context };
+        let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
+        loop {
+            // The same request: a signature that got lost on its way is no second one.
+            match self.ask_to_sign(request.clone(), waiting) {
+                Err(error) if error.passes() && Instant::now() + pause < until => {
+                    if pause == PAUSES.0 {
+                        waiting(&format!("{error}; asking again for {} s", patience.as_secs()));
+                    }
+                }
+                done => return done,
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    fn ask_to_sign(&self, request: SignRequest, waiting: &dyn Fn(&str)) -> Result<Vec<u8>, AgentError> {
         let mut client = AgentServiceClient::new(self.channel.clone());
         let signing = async {
             let mut events = client.sign(within(SIGN, request)).await?.into_inner();
@@ -362,6 +312,17 @@ fn within<T>(limit: Duration, message: T) -> Request<T> {
     request
 }
 
+impl AgentError {
+    /// Whether the same request may be answered soon, without anybody's doing.
+    fn passes(&self) -> bool {
+        match self {
+            Self::Broken(_) => true,
+            Self::Status(status) => matches!(status.code(), Code::Unavailable | Code::ResourceExhausted),
+            _ => false,
+        }
+    }
+}
+
 impl From<Status> for AgentError {
     fn from(status: Status) -> Self {
         // tonic reports a broken connection as a status of its own making, with a cause.
@@ -379,23 +340,4 @@ fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
         deepest = source;
     }
     deepest.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses() {
-        let file = || PathBuf::from("x.pem");
-        let files = || TlsFiles { ca: file(), certificate: file(), private_key: file() };
-        let parse = |text| Address::parse(Some(text), files());
-        assert_eq!(parse("/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
-        assert_eq!(parse("unix:/run/x.sock").expect("a path"), Address::Unix("/run/x.sock".into()));
-        assert!(matches!(parse("https://h:1"), Ok(Address::Tls { .. })));
-        assert!(matches!(parse("http://h:1"), Err(AgentError::Address(_))));
-        assert!(matches!(parse("signer.example:7443"), Err(AgentError::Address(_))));
-        let without = Address::parse(Some("https://h:1"), TlsFiles { ca: PathBuf::new(), ..files() });
-        assert!(matches!(without, Err(AgentError::Credentials)));
-    }
 }

@@ -2,6 +2,7 @@
 //! (OMS) v1.0 format. The path of a signature: [`model`] (which files) → [`hash`] → [`manifest`] →
 //! [`statement`] → [`dsse`] → [`agent`] or [`key`] (the signature) → [`trust`] (checked) → [`bundle`] (written).
 
+pub mod address;
 pub mod agent;
 pub mod bundle;
 pub mod certificate;

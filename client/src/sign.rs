@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use omsign_proto::v1::LARGEST_STATEMENT_BYTES;
@@ -50,6 +51,8 @@ pub enum Signer<'a> {
         key: &'a str,
         /// Told what is waited for.
         waiting: &'a dyn Fn(&str),
+        /// How long to ask again while it, or its token, is away.
+        patience: Duration,
     },
     /// A private key from a file.
     File(&'a PrivateKey),
@@ -135,13 +138,13 @@ pub fn sign(request: &Request<'_>, signer: &Signer<'_>) -> Result<Signed, Error>
     drop(manifest);
     let pae = Pae::of(&payload);
     let signature = match signer {
-        Signer::Agent { agent, key, waiting } => {
+        Signer::Agent { agent, key, waiting, patience } => {
             let content = match public_key.algorithm.digest(&pae) {
                 Some(digest) if !needs_statement => Content::Digest(digest),
                 _ if payload.len() > LARGEST_STATEMENT_BYTES => return Err(AgentError::Statement.into()),
                 _ => Content::Statement(payload.clone()),
             };
-            agent.sign(key, content, &format!("{model_name}: {files} files"), waiting)?
+            agent.sign(key, content, &format!("{model_name}: {files} files"), *patience, waiting)?
         }
         Signer::File(key) => key.sign(&pae)?,
     };

@@ -8,7 +8,8 @@ use rustls::CertificateError;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use zeroize::Zeroizing;
 
-use crate::agent::{AgentError, TlsFiles};
+use crate::address::TlsFiles;
+use crate::agent::AgentError;
 
 /// What the files say, each checked to be what it is named as.
 pub(crate) fn config(files: &TlsFiles) -> Result<ClientTlsConfig, AgentError> {

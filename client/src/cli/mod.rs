@@ -265,6 +265,16 @@ pub(crate) struct Sign {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
+    /// How long to ask again for the signature, once the model is hashed, while the agent or its device is away, or too busy
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 20,
+        value_parser = clap::value_parser!(u64).range(..=3600),
+        env = "OMSIGN_WAIT",
+        help_heading = "Agent"
+    )]
+    pub(crate) wait: u64,
 }
 
 #[derive(Debug, Args)]

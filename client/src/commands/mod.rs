@@ -16,7 +16,8 @@ mod verify;
 use clap::CommandFactory as _;
 use clap_complete::Shell;
 use omsign::Error;
-use omsign::agent::{Address, AgentError, TlsFiles};
+use omsign::address::{Address, TlsFiles};
+use omsign::agent::AgentError;
 use omsign::selection::{PUBLISHED, Selection};
 
 pub(crate) use self::agent::{agent, keys};

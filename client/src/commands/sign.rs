@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use omsign::Error;
 use omsign::agent::Agent;
@@ -128,7 +129,8 @@ fn from_manifests(arguments: &cli::Sign) -> Result<Subject<'static>, Failure> {
 
 /// Signs with whichever key is named.
 fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failure> {
-    let waiting = |reason: &str| report::say(format_args!("waiting: {}", report::printable(reason)));
+    let waiting = &|reason: &str| report::say(format_args!("waiting: {}", report::printable(reason)));
+    let patience = Duration::from_secs(arguments.wait);
     if let Some(key) = &arguments.key {
         if ["pkcs11:", "tpm:", "piv:"].iter().any(|scheme| key.starts_with(scheme)) {
             return Err(Failure::Usage("--key takes the name of an agent's key; a URI goes with --key-uri"));
@@ -139,11 +141,12 @@ fn signed(arguments: &cli::Sign, request: &Request<'_>) -> Result<Signed, Failur
             ));
         }
         let agent = Agent::connect(&address(&arguments.connection)?)?;
-        return Ok(omsign::sign::sign(request, &Signer::Agent { agent: &agent, key, waiting: &waiting })?);
+        let signer = Signer::Agent { agent: &agent, key, waiting, patience };
+        return Ok(omsign::sign::sign(request, &signer)?);
     }
     if let Some(uri) = &arguments.key_uri {
         let private = private_agent(uri)?;
-        let signer = Signer::Agent { agent: private.agent(), key: oneshot::KEY, waiting: &waiting };
+        let signer = Signer::Agent { agent: private.agent(), key: oneshot::KEY, waiting, patience };
         return omsign::sign::sign(request, &signer).map_err(|error| match error {
             Error::Agent(error) => Failure::from(without_names(error)),
             error => Failure::from(error),
