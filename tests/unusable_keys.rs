@@ -247,3 +247,18 @@ fn keys_that_a_tpm_does_not_have() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// Whoever looks after the agent sees it before somebody wants to sign. (kryoptic goes on with what its process knows.)
+#[test]
+fn a_key_that_is_deleted_while_nobody_signs() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    token.generate("other", KeyType::P256, Objects::Pair)?;
+    let keys = key_section("k", "t", "k") + &key_section("other", "t", "other");
+    let _agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &keys))?;
+    eventually("both keys", || Ok(world.status()?.matches(": ready").count() == 3))?;
+    token.delete("k")?;
+    eventually("its end", || Ok(world.status()?.contains("key k: unusable: the token has no private key")))?;
+    ensure!(world.status()?.contains("key other: ready"));
+    Ok(())
+}

@@ -14,6 +14,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Info as LibraryInfo, Pkcs11};
+use cryptoki::error::{Error, RvError};
+use cryptoki::object::AttributeType;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
@@ -198,7 +200,17 @@ impl Device for OpenToken {
             }
             None => self.pkcs11.get_token_info(self.slot).map(drop),
         };
-        asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))
+        asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))?;
+        // Somebody may have deleted a key: whoever asks is to know before they sign.
+        let anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);
+        let deleted = |key: &&Key| {
+            let shown = anchor.get_attributes(key.found.handle, &[AttributeType::Class]);
+            matches!(shown, Err(Error::Pkcs11(RvError::ObjectHandleInvalid | RvError::KeyHandleInvalid, _)))
+        };
+        match self.keys.iter().flatten().find(deleted) {
+            Some(key) => Err(gone(format!("key {} is not on it any more", key.name))),
+            None => Ok(()),
+        }
     }
 
     fn operates_beside(&self) -> bool {
@@ -226,15 +238,13 @@ fn open_session(pkcs11: &Pkcs11, slot: Slot, profile: &Profile) -> cryptoki::err
 fn load(module: &Path) -> Result<Pkcs11, Failure> {
     let shown = module.display();
     let pkcs11 = Pkcs11::new(module).map_err(|error| match error {
-        cryptoki::error::Error::MissingSymbol(_) | cryptoki::error::Error::NullFunctionPointer => {
+        Error::MissingSymbol(_) | Error::NullFunctionPointer => {
             refused(format!("{shown} is a library but not a PKCS#11 module: it has no C_GetFunctionList"))
         }
-        cryptoki::error::Error::LibraryLoading(error) if error.to_string().contains("C_Get") => {
+        Error::LibraryLoading(error) if error.to_string().contains("C_Get") => {
             refused(format!("{shown} is a library but not a PKCS#11 module: it has no C_GetFunctionList"))
         }
-        cryptoki::error::Error::LibraryLoading(error) => {
-            refused(format!("{shown} cannot be loaded: {error}"))
-        }
+        Error::LibraryLoading(error) => refused(format!("{shown} cannot be loaded: {error}")),
         error => classify("load the module", &error),
     })?;
     // Without this flag SoftHSM crashes when several threads sign.
