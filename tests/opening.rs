@@ -359,3 +359,20 @@ fn a_card_whose_reader_goes_with_it() -> anyhow::Result<()> {
     ensure!(agent.stop()?.success());
     Ok(())
 }
+
+/// One device belongs to one section, whatever the words that find it; its PIN is tried once.
+#[test]
+fn doctor_tells_that_two_sections_are_one_token() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
+    let section = proxy.before(&token_section("t", &token, ""))?;
+    let same = section
+        .replace("[token.t]", "[token.u]")
+        .replace("label = \"t\"", "manufacturer = \"SoftHSM project\"");
+    let keys = key_section("k", "t", "k") + &key_section("l", "u", "k");
+    world.write("agent.toml", world.listen() + &section + &same + &keys)?;
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains("ERROR   token.u: token.t is this device, found by another name"), "{report}");
+    ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
+    Ok(())
+}

@@ -6,11 +6,11 @@ use anyhow::ensure;
 use omsign_fixtures::built;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::kryoptic::Kryoptic;
-use omsign_fixtures::softhsm::{KeyType, SoftHsm};
+use omsign_fixtures::softhsm::{KeyType, MODULE, SoftHsm};
 use omsign_fixtures::write_private;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::operator::{does, refuses};
-use omsign_tests::world::{World, key_section, token_section};
+use omsign_tests::world::{World, key_section, text, token_section};
 
 /// A token with a key, and another to make; its section says this profile.
 fn as_if(world: &World, profile: &str, more: &str) -> anyhow::Result<(SoftHsm, FaultProxy, String)> {
@@ -171,4 +171,28 @@ fn nethsm_and_cards() -> anyhow::Result<()> {
         ensure!(checked.is_empty(), "{checked}");
     }
     Ok(())
+}
+
+/// Scripts that sign with the same token at the same time: each login of SoftHSM writes a file that the others read.
+#[test]
+fn many_processes_open_a_softhsm_token() -> anyhow::Result<()> {
+    let world = World::new()?;
+    world.model()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let uri = format!("pkcs11:token=t;object=k?module-path={MODULE}&pin-source={}", text(&token.pin_file()));
+    let sign = |name: String| {
+        let mut sign = Command::new(built("omsign")?);
+        sign.args(["sign", "model", "--key-uri", &uri, "--signature", &name]);
+        world.without_surprises(sign.current_dir(world.path("")));
+        let output = sign.env("SOFTHSM2_CONF", token.config()).output()?;
+        ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        anyhow::Ok(())
+    };
+    std::thread::scope(|scope| {
+        let sign = &sign;
+        let one =
+            |script| scope.spawn(move || (0..12).try_for_each(|turn| sign(format!("{script}-{turn}.sig"))));
+        let scripts: Vec<_> = (0..8).map(one).collect();
+        scripts.into_iter().try_for_each(|script| script.join().map_err(|_| anyhow::anyhow!("a panic"))?)
+    })
 }

@@ -71,7 +71,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
     let held = Audit::hold(&config.audit);
     let running = listeners(config, held.is_none(), &mut report);
     audit(config, &mut report);
-    let mut shown = Shown::new();
+    let (mut shown, mut owners) = (Shown::new(), BTreeMap::new());
     for (name, token) in &config.tokens {
         let subject = format!("token.{name}");
         let surveyed = survey(name, token).await;
@@ -81,6 +81,15 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
                 tokens_present(found, &subject, &mut report);
             }
             Err(reason) => report.add(Level::Error, &subject, reason.clone()),
+        }
+        let found = surveyed.as_ref().ok().and_then(|found| place(token, found));
+        let owner = found.map(|place| *owners.entry(place).or_insert(name));
+        let other = owner.filter(|owner| *owner != name);
+        if let Some(other) = other {
+            let message = format!(
+                "token.{other} is this device, found by another name; one section serves all its keys, with one process and one PIN"
+            );
+            report.add(Level::Error, &subject, message);
         }
         environment(token, &subject, &mut report);
         let source = pin::check(&token.pin);
@@ -102,7 +111,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             let message = "an agent is running and owns it, or this user cannot tell, so it is not opened here; see `omsign agent \
                  status`";
             report.add(Level::Warning, &subject, message);
-        } else if !token.pin.is_by_hand() && surveyed.is_ok() && source.is_ok() {
+        } else if !token.pin.is_by_hand() && surveyed.is_ok() && source.is_ok() && other.is_none() {
             open(config, name, &subject, &mut report, &mut shown).await;
         }
     }
@@ -213,6 +222,17 @@ fn audit(config: &Config, report: &mut Report) {
             report.add(Level::Error, "audit", message);
         }
     }
+}
+
+/// Where the one token of a section is.
+fn place<'a>(
+    token: &'a config::Token,
+    found: &Survey,
+) -> Option<(&'a Path, &'a BTreeMap<String, String>, u64)> {
+    let config::Device::Pkcs11 { module, .. } = &token.device else { return None };
+    let mut selected = found.tokens.iter().filter(|token| token.selected);
+    let slot = selected.next()?.slot;
+    selected.next().is_none().then_some((module.as_path(), &token.env, slot))
 }
 
 fn tokens_present(found: &Survey, subject: &str, report: &mut Report) {

@@ -52,6 +52,9 @@ pub struct Profile {
     pub hides_public_before_login: bool,
     /// It answers CKR_FUNCTION_FAILED where it is asked for more than it does at a time.
     pub throttles: bool,
+    /// Processes that open it at the same time disturb each other: they do it in turns, by the lock of the first of these
+    /// files that there is. `$NAME` is what a variable says.
+    pub opened_in_turns: Vec<String>,
     /// It refuses sessions that only read.
     pub only_writing_sessions: bool,
     /// The form of its PIN, where that is not just a PIN.

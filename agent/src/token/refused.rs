@@ -62,7 +62,11 @@ impl Refusals {
     pub(super) fn kept(&self) -> Option<String> {
         let refused: Refused = serde_json::from_slice(&std::fs::read(self.file()).ok()?).ok()?;
         let same = refused.source == self.source && refused.file == written(&self.source);
-        same.then_some(refused.reason)
+        let before = match &self.source {
+            PinSource::File(path) => format!("; {} holds what it did then", path.display()),
+            _ => String::new(),
+        };
+        same.then_some(refused.reason + &before)
     }
 
     /// Keeps that it was refused, so that it outlives a crash of the machine.

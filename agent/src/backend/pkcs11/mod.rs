@@ -6,6 +6,7 @@ mod life;
 mod login;
 mod objects;
 mod signer;
+mod turn;
 mod ways;
 
 use std::collections::BTreeMap;
@@ -63,6 +64,8 @@ pub(super) fn open(
     pin: Option<Pin>,
     notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
+    // Until it is open.
+    let _turn = turn::wait(profile, spec.token.timeout);
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
