@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::ensure;
+use omsign_fixtures::kryoptic::Kryoptic;
 use omsign_fixtures::piv::{Faults, VirtualPiv, shows_pin};
 use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
@@ -65,12 +66,30 @@ const OF_PINS: &str = "a0 a1 a2 a3 a4 102";
 
 fn module(functions: &[&str], rows: &[(&str, When)]) -> anyhow::Result<()> {
     let world = World::new()?;
-    let token = world.token("t", "k", KeyType::P256)?;
+    let section = world.token("t", "k", KeyType::P256)?.section("device");
+    behind_proxy(world, &section, 32, functions, rows)
+}
+
+fn other_module(functions: &[&str], rows: &[(&str, When)]) -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = Kryoptic::create(&world.path("kryoptic"), "k")?;
+    token.generate("k")?;
+    let section = token.section("device")?;
+    behind_proxy(world, &section, 48, functions, rows)
+}
+
+fn behind_proxy(
+    world: World,
+    section: &str,
+    digest_bytes: usize,
+    functions: &[&str],
+    rows: &[(&str, When)],
+) -> anyhow::Result<()> {
     let proxy = world.proxy()?;
-    let section = proxy.before(&token.section("device"))?;
+    let section = proxy.before(section)?;
     let counted = proxy.clone();
     let tries = || Ok(i64::try_from(counted.tries())?);
-    let mut lab = Lab::new(world, &section, "label = \"k\"", 32, Some(proxy))?;
+    let mut lab = Lab::new(world, &section, "label = \"k\"", digest_bytes, Some(proxy))?;
     for function in functions {
         for (ckrs, when) in rows {
             for ckr in ckrs.split_whitespace() {
@@ -90,14 +109,32 @@ fn a_module_that_signs() -> anyhow::Result<()> {
 }
 
 #[test]
+fn another_module_that_signs() -> anyhow::Result<()> {
+    other_module(&["C_SignInit", "C_Sign"], &[(CKRS, When::Open), (OF_PINS, When::Refused)])
+}
+
+/// What a token is asked when it is opened, in this order.
+const OPENS: [&str; 4] = ["C_Initialize", "C_GetSlotList", "C_GetTokenInfo", "C_OpenSession"];
+const FINDS: [&str; 4] = ["C_FindObjectsInit", "C_FindObjects", "C_FindObjectsFinal", "C_GetAttributeValue"];
+
+#[test]
 fn a_module_that_is_opened() -> anyhow::Result<()> {
-    let functions = ["C_Initialize", "C_GetSlotList", "C_GetTokenInfo", "C_OpenSession", "C_FindObjectsInit"];
-    module(&functions, &[(CKRS, When::Opened)])
+    module(&OPENS, &[(CKRS, When::Opened)])
+}
+
+#[test]
+fn another_module_that_is_opened() -> anyhow::Result<()> {
+    other_module(&OPENS, &[(CKRS, When::Opened)])
 }
 
 #[test]
 fn a_module_that_is_asked_for_keys() -> anyhow::Result<()> {
-    module(&["C_GetAttributeValue"], &[(CKRS, When::Opened)])
+    module(&FINDS, &[(CKRS, When::Opened)])
+}
+
+#[test]
+fn another_module_that_is_asked_for_keys() -> anyhow::Result<()> {
+    other_module(&FINDS, &[(CKRS, When::Opened)])
 }
 
 /// TPM_RC_… (TPM 2.0 Part 2, 6.6.3): of format 0, of format 1 with the number of a handle, session or parameter, and warnings.

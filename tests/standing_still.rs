@@ -56,7 +56,7 @@ fn an_unlock_that_was_given_up() -> anyhow::Result<()> {
     let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
     omsign_fixtures::write_private(&token.pin_file(), b"wrong-pin-5521\n")?;
     let agent = Agent::start(&world, &config)?;
-    eventually("it is refused", || Ok(proxy.refused_pins() == 1))?;
+    eventually("it is refused", || Ok(world.status()?.contains("it refused the PIN")))?;
     // The first of them keeps the device for a while, and then is refused.
     proxy.set("C_Initialize 0 4000\n")?;
     run(async {
@@ -134,7 +134,7 @@ fn tokens_that_exchange_their_names() -> anyhow::Result<()> {
     };
     omsign_fixtures::write_private(&one.pin_file(), b"wrong-pin-5521\n")?;
     let agent = Agent::start(&world, &sections("a", "b")?)?;
-    eventually("it is refused", || Ok(proxy.refused_pins() == 1))?;
+    eventually("it is refused", || Ok(world.status()?.contains("it refused the PIN")))?;
     world.write("agent.toml", sections("b", "a")?)?;
     does(&world, &["reload"])?;
     eventually("the other one signs", || {

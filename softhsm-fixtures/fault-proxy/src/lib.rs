@@ -78,6 +78,8 @@ macro_rules! wrap {
         list.C_DestroyObject = Some(C_DestroyObject);
         list.C_Login = Some(pad::login);
         list.C_FindObjectsInit = Some(private_only);
+        list.C_FindObjects = Some(C_FindObjects);
+        list.C_FindObjectsFinal = Some(C_FindObjectsFinal);
         list.C_GetMechanismInfo = Some(luna::of_mechanism);
         list.C_GetAttributeValue = Some(luna::of_kind);
         list.C_GenerateKeyPair = Some(luna::made);
@@ -212,6 +214,8 @@ functions! {
     C_DestroyObject(session: CK_SESSION_HANDLE, object: CK_OBJECT_HANDLE);
     C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: CK_UTF8CHAR_PTR, length: CK_ULONG);
     C_FindObjectsInit(session: CK_SESSION_HANDLE, template: CK_ATTRIBUTE_PTR, count: CK_ULONG);
+    C_FindObjects(session: CK_SESSION_HANDLE, objects: CK_OBJECT_HANDLE_PTR, most: CK_ULONG, count: CK_ULONG_PTR);
+    C_FindObjectsFinal(session: CK_SESSION_HANDLE);
     C_GetAttributeValue(session: CK_SESSION_HANDLE, object: CK_OBJECT_HANDLE, template: CK_ATTRIBUTE_PTR,
         count: CK_ULONG);
     C_GetMechanismInfo(slot: CK_SLOT_ID, mechanism: CK_MECHANISM_TYPE, info: CK_MECHANISM_INFO_PTR);
