@@ -8,7 +8,7 @@ use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
 use omsign_fixtures::{built, write_private};
 use omsign_tests::agent::{Agent, eventually};
-use omsign_tests::operator::{does, key, typing, unblocking};
+use omsign_tests::operator::{key, typing, unblocking};
 use omsign_tests::terminal::Terminal;
 use omsign_tests::world::{World, key_section, text, token_section};
 
@@ -87,9 +87,11 @@ fn nobody_is_asked_until_an_operator_is_there() -> anyhow::Result<()> {
     ensure!(made.status.success() && said.contains(unlock), "{said}");
     world.omsign_ok(&UNLOCK)?;
     world.omsign_ok(&["sign", "model", "--key", "new", "--signature", "new.sig"])?;
-    // It is for whoever is logged in.
-    let listed = does(world, &["list", "--json"])?;
-    ensure!(listed.contains("\"new\""), "{listed}");
+    // One that is gone takes nothing away from the others: nobody is there to log in for them.
+    desk.token.delete("new")?;
+    let looked = proxy.calls("C_GetTokenInfo");
+    eventually("a look at the token", || Ok(proxy.calls("C_GetTokenInfo") > looked))?;
+    world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "other.sig"])?;
     let logins = proxy.calls("C_Login on the device");
     agent.kill_hosts()?;
     eventually("its wait", waits)?;

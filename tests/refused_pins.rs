@@ -1,6 +1,8 @@
 //! A PIN that was refused is not offered again, whoever starts what would offer it: a service that is restarted whenever it
 //! fails, a machine that boots, an operator's command, a script.
 
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -9,7 +11,7 @@ use omsign_fixtures::piv::VirtualPiv;
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
 use omsign_fixtures::{built, write_private};
 use omsign_tests::agent::{Agent, eventually};
-use omsign_tests::operator::{key, typing};
+use omsign_tests::operator::{key, typing, unblocking};
 use omsign_tests::world::{World, key as key_on, key_section, text, token_section};
 
 const WRONG: &str = "wrong-pin-8142";
@@ -113,8 +115,11 @@ fn a_pin_that_is_in_no_file() -> anyhow::Result<()> {
 fn without_an_agent() -> anyhow::Result<()> {
     let desk = desk()?;
     let Desk { world, token, proxy, .. } = &desk;
+    // A name that begins as what says that it is entered on the device.
+    let file = world.path("device.pin");
+    write_private(&file, WRONG.as_bytes())?;
     let sign = || {
-        let (module, pin) = (text(&built("libomsign_fault_proxy.so")?), text(&token.pin_file()));
+        let (module, pin) = (text(&built("libomsign_fault_proxy.so")?), "device.pin");
         let uri = format!("pkcs11:token=t;object=k?module-path={module}&pin-source={pin}");
         let mut sign = Command::new(built("omsign")?);
         sign.args(["sign", "model", "--key-uri", &uri]).current_dir(world.path(""));
@@ -128,9 +133,73 @@ fn without_an_agent() -> anyhow::Result<()> {
         ensure!(output.status.code() == Some(2) && errors.contains(REFUSED), "{errors}");
         ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
     }
-    write_private(&token.pin_file(), PIN.as_bytes())?;
+    write_private(&file, PIN.as_bytes())?;
     ensure!(sign()?.status.success() && proxy.calls("C_Login") == 2);
     Ok(())
+}
+
+/// What is kept is the service's, also where root's doctor found it, and it is in the log's directory or nowhere; what
+/// cannot be read is no permission.
+#[test]
+fn who_keeps_it() -> anyhow::Result<()> {
+    let desk = desk()?;
+    let Desk { world, proxy, .. } = &desk;
+    world.write("agent.toml", &desk.config)?;
+    std::fs::create_dir(world.path("audit"))?;
+    std::os::unix::fs::chown(world.path("audit"), Some(65534), Some(65534))?;
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains(REFUSED) && proxy.calls("C_Login") == 1, "{report}");
+    let kept = refusal(world)?;
+    ensure!(std::fs::metadata(&kept)?.uid() == 65534, "it is root's");
+    for unreadable in [&b"{"[..], b""] {
+        std::fs::write(&kept, unreadable)?;
+        let (_, report) = world.doctor()?;
+        ensure!(report.contains("whether it refused the PIN cannot be told"), "{report}");
+    }
+    std::fs::remove_file(&kept)?;
+    std::os::unix::fs::symlink(world.path("elsewhere"), &kept)?;
+    let (_, report) = world.doctor()?;
+    ensure!(report.contains("cannot be told") && !world.path("elsewhere").exists(), "{report}");
+    ensure!(proxy.calls("C_Login") == 1, "{} logins", proxy.calls("C_Login"));
+    Ok(())
+}
+
+/// A security officer sets the PIN to what the source holds: that is the right one then.
+#[test]
+fn a_pin_that_is_set_anew() -> anyhow::Result<()> {
+    let desk = desk()?;
+    let Desk { world, proxy, .. } = &desk;
+    drop(desk.knows(&[])?);
+    let set = unblocking(world, "t", "so-pin-2406\n")?;
+    ensure!(set.status.success(), "{set:?}");
+    let _agent = Agent::start(world, &desk.config)?;
+    world.omsign_ok(&SIGN)?;
+    ensure!(proxy.refused_pins() == 1, "{} refused", proxy.refused_pins());
+    Ok(())
+}
+
+/// That it has no PIN yet is no refusal.
+#[test]
+fn a_token_without_a_pin() -> anyhow::Result<()> {
+    let desk = desk()?;
+    let Desk { world, token, proxy, .. } = &desk;
+    write_private(&token.pin_file(), PIN.as_bytes())?;
+    proxy.set("C_Login 102 0\n")?;
+    let agent = Agent::start(world, &desk.config)?;
+    eventually("its state", || Ok(world.status()?.contains("its user PIN was never set")))?;
+    drop(agent);
+    proxy.set("")?;
+    let _agent = Agent::start(world, &desk.config)?;
+    world.omsign_ok(&SIGN).map(drop)
+}
+
+/// Where it is kept.
+fn refusal(world: &World) -> anyhow::Result<PathBuf> {
+    let found = std::fs::read_dir(world.path("audit"))?.collect::<Result<Vec<_>, _>>()?;
+    let mut kept = found.iter().filter(|file| file.file_name().to_string_lossy().starts_with("refused-pin-"));
+    let first = kept.next().context("a file")?;
+    ensure!(kept.next().is_none(), "more than one");
+    Ok(first.path())
 }
 
 /// A card has three tries, and two that are the same are no two.
@@ -147,8 +216,7 @@ fn a_card_keeps_its_tries() -> anyhow::Result<()> {
         eventually("the refusal", || Ok(world.status()?.contains(REFUSED)))?;
     }
     ensure!(card.pin_tries()? == 2, "{} tries", card.pin_tries()?);
-    let kept = std::fs::read_dir(world.path("audit/refused-pins"))?.next().context("a file")??.path();
-    let kept = std::fs::read_to_string(kept)?;
+    let kept = std::fs::read_to_string(refusal(&world)?)?;
     ensure!(kept.contains(REFUSED) && !kept.contains("81428142"), "{kept}");
     Ok(())
 }

@@ -26,6 +26,7 @@ use crate::health;
 use crate::intake;
 use crate::listen::{ListenError, Listeners, SocketFiles};
 use crate::operator;
+use crate::pin::BY_HAND;
 use crate::policy::{Match, Rule};
 use crate::reload::Reload;
 use crate::secret::Pin;
@@ -312,7 +313,7 @@ async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
             let Ok(Ok(Some(typed))) = asked.map(|asked| asked.map(Pin::new)) else { continue };
             pin = Some(typed);
         }
-        if let Err(error) = token.unlock(pin, Instant::now() + Duration::from_secs(120)).await {
+        if let Err(error) = token.unlock(pin, Instant::now() + Duration::from_secs(120) + BY_HAND).await {
             tracing::error!(token = %token.name, %error, "token is not unlocked");
         }
     }

@@ -120,6 +120,8 @@ pub enum AgentError {
 pub struct Agent {
     runtime: tokio::runtime::Runtime,
     channel: Channel,
+    /// Whether one that ended may be started again.
+    comes_back: bool,
 }
 
 impl Agent {
@@ -164,7 +166,8 @@ impl Agent {
                 }
             }
         };
-        Ok(Self { channel: channel.map_err(|error| not_running(deepest(&error)))?, runtime })
+        let channel = channel.map_err(|error| not_running(deepest(&error)))?;
+        Ok(Self { channel, runtime, comes_back: true })
     }
 
     /// Talks over a socketpair whose other end is a private agent.
@@ -183,7 +186,7 @@ impl Agent {
         let channel = runtime
             .block_on(endpoint.connect_with_connector(connector))
             .map_err(|error| AgentError::Start(deepest(&error)))?;
-        Ok(Self { channel, runtime })
+        Ok(Self { channel, runtime, comes_back: false })
     }
 
     /// The keys that we may use.
@@ -246,9 +249,9 @@ impl Agent {
         let request = SignRequest { key: key.to_owned(), request_id, content: Some(content), context };
         let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
         loop {
-            // The same request: a signature that got lost on its way is no second one.
+            // The same request: of an agent that was not started anew, a signature that got lost on its way is no second one.
             match self.ask_to_sign(request.clone(), waiting) {
-                Err(error) if error.passes() && Instant::now() + pause < until => {
+                Err(error) if self.passes(&error) && Instant::now() + pause < until => {
                     if pause == PAUSES.0 {
                         waiting(&format!("{error}; asking again for {} s", patience.as_secs()));
                     }
@@ -257,6 +260,17 @@ impl Agent {
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// Whether the same request may be answered soon, without anybody's doing.
+    fn passes(&self, error: &AgentError) -> bool {
+        match error {
+            AgentError::Broken(_) => self.comes_back,
+            AgentError::Status(status) => {
+                matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
+            }
+            _ => false,
         }
     }
 
@@ -310,17 +324,6 @@ fn within<T>(limit: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(limit);
     request
-}
-
-impl AgentError {
-    /// Whether the same request may be answered soon, without anybody's doing.
-    fn passes(&self) -> bool {
-        match self {
-            Self::Broken(_) => true,
-            Self::Status(status) => matches!(status.code(), Code::Unavailable | Code::ResourceExhausted),
-            _ => false,
-        }
-    }
 }
 
 impl From<Status> for AgentError {

@@ -263,7 +263,7 @@ impl Init {
             return Err(InitError::Wrong(message));
         }
         let form = match known.pin.as_str() {
-            _ if token.has_pad => " (nothing, to enter it on the device)".to_owned(),
+            _ if token.has_pad && token.wants_login => " (nothing, to enter it on the device)".to_owned(),
             _ if known.may_hold_pin => " (nothing, where the module's own configuration has it)".to_owned(),
             _ if !token.wants_login => " (nothing, where its keys need none)".to_owned(),
             "" => String::new(),
@@ -276,7 +276,7 @@ impl Init {
         };
         let source = match &pin {
             Some(_) => "# Or a file that only the agent can read: pin = { file = \"…\" }\npin = \"prompt\"\n",
-            None if token.has_pad => "pin = \"device\"\n",
+            None if token.has_pad && token.wants_login => "pin = \"device\"\n",
             None => "pin = \"none\"\n",
         };
         let profile = profile.map(|name| format!("profile = {}\n", quoted(name))).unwrap_or_default();

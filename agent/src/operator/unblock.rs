@@ -12,7 +12,7 @@ use crate::host::wire::Fresh;
 use crate::identity::Identity;
 use crate::key_life::{KeyLifeError, Output};
 use crate::secret::Pin;
-use crate::token::{self, Token, TokenError};
+use crate::token::{self, Refusals, Token, TokenError};
 
 /// A token whose PIN is set anew, and what that takes.
 #[derive(Serialize, Deserialize, ZeroizeOnDrop)]
@@ -80,6 +80,10 @@ pub async fn unblock(config: &Config, unblock: Unblock) -> Result<Output, Operat
     let configured = configured.ok_or_else(|| KeyLifeError::NoToken(unblock.token.clone()))?;
     let work = token::unblock(&unblock.token, configured, unblock.secrets());
     let done = unblock.recorded(work, &audit, &identity, rule).await;
+    if done.is_ok() {
+        // It is what the source holds, whatever that was before.
+        Refusals::of(configured, &config.audit.directory).forget();
+    }
     audit.close();
     done
 }

@@ -35,7 +35,9 @@ pub(super) async fn launch(
         unanswered: token.unanswered.load(Ordering::Relaxed),
         purpose: Purpose::Open,
     };
-    let (logging_in, from_source) = (AtomicBool::new(false), pin.is_none());
+    let (logging_in, from_source) = (AtomicBool::new(false), pin.is_none() && !token.pin().is_by_hand());
+    // Somebody may correct it while it is offered.
+    let written = token.written().await;
     let opened = open(token, &spec, pin, &logging_in).await;
     match &opened {
         Ok(_) if from_source => token.forget_refusal().await,
@@ -43,7 +45,7 @@ pub(super) async fn launch(
         Err(failure)
             if from_source && failure.class == Class::Locked && logging_in.load(Ordering::Relaxed) =>
         {
-            token.keep_refusal(&failure.message).await;
+            token.keep_refusal(&failure.message, written).await;
         }
         _ => {}
     }

@@ -24,7 +24,8 @@ use self::command::{Command, Login, Unlocked};
 pub use self::error::TokenError;
 pub(crate) use self::launch::{prepare, survey, unblock};
 use self::line::Queue;
-use self::refused::Refusals;
+pub(crate) use self::refused::Refusals;
+use self::refused::Written;
 pub use self::state::State;
 use crate::config;
 use crate::host::wire::{Fresh, KeySpec, Opened};
@@ -92,7 +93,7 @@ impl Token {
         let (commands, inbox) = mpsc::channel(8);
         let token = Arc::new(Self {
             name: name.to_owned(),
-            refusals: Refusals::of(name, &config, audit),
+            refusals: Refusals::of(&config, audit),
             config,
             keys,
             state: watch::Sender::new(State::Starting),
@@ -202,13 +203,16 @@ impl Token {
         *self.refused_source.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
-    /// What its source holds was refused: no other process, of this agent or a later one, offers it by itself.
-    async fn keep_refusal(&self, reason: &str) {
-        if self.config.pin.is_by_hand() {
-            return;
-        }
+    /// How the file is that its PIN comes from, if it comes from one.
+    async fn written(&self) -> Option<Written> {
+        let refusals = self.refusals.clone();
+        tokio::task::spawn_blocking(move || refusals.written()).await.ok().flatten()
+    }
+
+    /// What its source held then was refused: no other process, of this agent or a later one, offers it by itself.
+    async fn keep_refusal(&self, reason: &str, written: Option<Written>) {
         let (refusals, reason) = (self.refusals.clone(), reason.to_owned());
-        let kept = tokio::task::spawn_blocking(move || refusals.keep(&reason)).await;
+        let kept = tokio::task::spawn_blocking(move || refusals.keep(&reason, written)).await;
         if let Ok(Err(error)) = kept {
             tracing::error!(token = %self.name, %error, "that its PIN was refused cannot be kept for an agent that is started again");
         }

@@ -2,96 +2,126 @@
 //! more than the one before. (A unit that is restarted whenever it fails would block a device within seconds.)
 
 use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fstat, openat, renameat, unlinkat};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use tempfile::NamedTempFile;
 
 use crate::config::{self, Device, PinSource};
 
-/// Where a token's is kept.
+/// Where it is kept that a device refused what a source holds.
 #[derive(Clone)]
-pub(super) struct Refusals {
+pub(crate) struct Refusals {
+    /// The audit log's.
     directory: PathBuf,
-    /// As whoever looks there knows it.
-    token: String,
-    device: String,
+    /// In there: each device and source has its own, since a TPM's keys have values of their own.
+    file: String,
     source: PinSource,
 }
 
-/// A file about one.
+/// What is in it.
 #[derive(Serialize, Deserialize)]
 struct Refused {
-    token: String,
-    device: String,
-    source: PinSource,
-    /// The state of the file that it was in. One that was written since is another PIN.
-    file: Option<Written>,
     reason: String,
+    /// How the source's file was. One that was written since holds another PIN.
+    written: Option<Written>,
 }
 
-/// When a file was written: inode, size, and the change of both in nanoseconds.
+/// When a file was written: inode, size and modification time in nanoseconds.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
-struct Written(u64, u64, i64, i64);
+pub(super) struct Written(u64, u64, i64);
 
 impl Refusals {
     /// Of a token, in an audit log's directory.
-    pub(super) fn of(name: &str, token: &config::Token, directory: &Path) -> Self {
+    pub(crate) fn of(token: &config::Token, directory: &Path) -> Self {
         let device = match &token.device {
-            Device::Pkcs11 { module, select, .. } => serde_json::to_string(&(module, select, &token.env)),
-            device => serde_json::to_string(device),
+            // What is known of the module changes with omsign's version.
+            Device::Pkcs11 { module, select, .. } => format!("{module:?} {select:?} {:?}", token.env),
+            device => format!("{device:?}"),
         };
-        Self {
-            directory: directory.join("refused-pins"),
-            token: name.to_owned(),
-            // What cannot be said in JSON is no other device's.
-            device: device.unwrap_or_default(),
-            source: token.pin.clone(),
+        let place = Sha256::digest(format!("{device} {:?}", token.pin));
+        let file = format!("refused-pin-{}.json", hex::encode(place));
+        Self { directory: directory.to_owned(), file, source: token.pin.clone() }
+    }
+
+    /// How the source's file is now.
+    pub(super) fn written(&self) -> Option<Written> {
+        let PinSource::File(path) = &self.source else { return None };
+        let found = std::fs::metadata(path).ok()?;
+        let modified = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+        Some(Written(found.ino(), found.size(), modified))
+    }
+
+    /// Why what the source holds is not to be offered, if it was refused before, or nobody can tell.
+    pub(super) fn kept(&self) -> Option<String> {
+        let place = self.directory.join(&self.file);
+        let mut text = String::new();
+        let refused = self
+            .open()
+            .and_then(|file| File::from(file).read_to_string(&mut text))
+            .and_then(|_| Ok(serde_json::from_str::<Refused>(&text)?));
+        let how = match &self.source {
+            PinSource::File(path) => format!("write the right one into {} anew", path.display()),
+            _ => "have the right one there".to_owned(),
+        };
+        match refused {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                Some(format!("whether it refused the PIN cannot be told: {}: {error}", place.display()))
+            }
+            Ok(refused) if self.source_is_other(&refused) => None,
+            Ok(refused) => Some(format!(
+                "{}; it is not offered again: {how}, then unlock it, or remove {}",
+                refused.reason,
+                place.display()
+            )),
         }
     }
 
-    /// Named after the device: a key without an agent has always the same name.
-    fn file(&self) -> PathBuf {
-        self.directory.join(format!("{}.json", hex::encode(Sha256::digest(&self.device))))
+    fn source_is_other(&self, refused: &Refused) -> bool {
+        matches!(self.source, PinSource::File(_)) && refused.written != self.written()
     }
 
-    /// Why what the source holds is not to be offered, if it was refused before.
-    pub(super) fn kept(&self) -> Option<String> {
-        let refused: Refused = serde_json::from_slice(&std::fs::read(self.file()).ok()?).ok()?;
-        let same = refused.source == self.source && refused.file == written(&self.source);
-        let before = match &self.source {
-            PinSource::File(path) => format!("; {} holds what it did then", path.display()),
-            _ => String::new(),
-        };
-        same.then_some(refused.reason + &before)
-    }
-
-    /// Keeps that it was refused, so that it outlives a crash of the machine.
-    pub(super) fn keep(&self, reason: &str) -> io::Result<()> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
-        let (token, device, source) = (self.token.clone(), self.device.clone(), self.source.clone());
-        let refused = Refused { token, device, file: written(&source), source, reason: reason.to_owned() };
-        let mut file = NamedTempFile::new_in(&self.directory)?;
-        file.write_all(&serde_json::to_vec(&refused)?)?;
-        file.as_file().sync_all()?;
-        file.persist(self.file())?;
-        File::open(&self.directory)?.sync_all()
+    /// Keeps that what the source held, when its file was written so, was refused. It outlives a crash of the machine.
+    pub(super) fn keep(&self, reason: &str, written: Option<Written>) -> io::Result<()> {
+        let directory = self.directory()?;
+        let new = format!("{}.new", self.file);
+        match unlinkat(&directory, &new, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mut file = File::from(openat(&directory, &new, flags, Mode::RUSR | Mode::WUSR)?);
+        // Made by root, it is the directory's owner's, as if their agent had made it.
+        let owner = fstat(&directory)?;
+        if rustix::process::geteuid().is_root() {
+            fchown(&file, Some(owner.st_uid), Some(owner.st_gid))?;
+        }
+        file.write_all(&serde_json::to_vec(&Refused { reason: reason.to_owned(), written })?)?;
+        file.sync_all()?;
+        renameat(&directory, &new, &directory, &self.file)?;
+        File::from(directory).sync_all()
     }
 
     /// Forgets it: the device took what the source holds.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         // Most were never refused.
-        let _ = std::fs::remove_file(self.file());
+        let _ = self.directory().map(|directory| unlinkat(directory, &self.file, AtFlags::empty()));
     }
-}
 
-fn written(source: &PinSource) -> Option<Written> {
-    let PinSource::File(path) = source else { return None };
-    let found = std::fs::metadata(path).ok()?;
-    let nanoseconds = |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
-    let modified = nanoseconds(found.mtime(), found.mtime_nsec());
-    Some(Written(found.ino(), found.size(), modified, nanoseconds(found.ctime(), found.ctime_nsec())))
+    fn directory(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(openat(CWD, &self.directory, flags, Mode::empty())?)
+    }
+
+    /// Whoever owns the directory may put links in it: it is in this one, or nowhere.
+    fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        Ok(openat(self.directory()?, &self.file, flags, Mode::empty())?)
+    }
 }

@@ -87,7 +87,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         // For the one that takes this token's place, and for the next agent.
                         token.refuse_source(Some(reason.clone()));
                         if from_source {
-                            token.keep_refusal(&reason).await;
+                            token.keep_refusal(&reason, token.written().await).await;
                         }
                         End::Stop(stopped)
                     }
@@ -123,7 +123,7 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                         // Wherever this PIN came from, it is not the token's any more.
                         token.refuse_source(Some(message.clone()));
                         if from_source {
-                            token.keep_refusal(&message).await;
+                            token.keep_refusal(&message, token.written().await).await;
                         }
                         Failure { class: Class::Locked, message }
                     }

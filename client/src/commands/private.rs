@@ -28,7 +28,7 @@ pub(super) fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
     if key.state() == KeyState::Locked {
         let pin = match pin {
             Some(pin) => Some(pin),
-            None if uri.contains("pin-source=device") => None,
+            None if uri.split(['?', '&']).any(|part| part == "pin-source=device") => None,
             // It was read from there, and refused: asking for another would spend another try.
             None if uri.contains("pin-source=") => {
                 let why = key.state_detail;

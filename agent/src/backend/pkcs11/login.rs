@@ -73,6 +73,8 @@ pub(super) fn log_in(
             ));
         }
         Err(Error::Pkcs11(RvError::UserPinNotInitialized, _)) => {
+            // There was none that it could have been compared with.
+            notify(Doing::LoggedIn);
             let message = "its user PIN was never set; initialize it with the vendor's tool";
             return Err(locked(message.into()));
         }

@@ -44,6 +44,8 @@ struct OpenToken {
     anchor: Mutex<Session>,
     ways: Ways,
     profile: Profile,
+    /// Whether the next process can log in as this one did, with nobody there.
+    heals: bool,
     /// Since when signing has failed for want of memory, and when it did last.
     starved: Mutex<Option<(Instant, Instant)>>,
 }
@@ -64,8 +66,9 @@ pub(super) fn open(
     pin: Option<Pin>,
     notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
+    let heals = pin.is_none() && !spec.token.pin.is_by_hand();
     // Until it is open.
-    let _turn = turn::wait(profile, spec.token.timeout);
+    let _turn = turn::wait(profile);
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
@@ -112,6 +115,7 @@ pub(super) fn open(
             anchor,
             ways,
             profile,
+            heals,
             starved: Mutex::default(),
         }),
         opened,
@@ -204,7 +208,10 @@ impl Device for OpenToken {
             None => self.pkcs11.get_token_info(self.slot).map(drop),
         };
         asked.map_err(|error| gone(format!("the token no longer answers: {}", describe(&error))))?;
-        // Somebody may have deleted a key: whoever asks is to know before they sign.
+        // Somebody may have deleted a key: whoever asks is to know before they sign. Not where all keys would be lost for it.
+        if !self.heals {
+            return Ok(());
+        }
         let anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);
         let deleted = |key: &&Key| {
             let shown = anchor.get_attributes(key.found.handle, &[AttributeType::Class]);
