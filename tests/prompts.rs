@@ -34,6 +34,14 @@ fn asked_for(world: &World) -> anyhow::Result<(SoftHsm, String)> {
     Ok((token, config))
 }
 
+/// An agent at whose terminal the PIN was typed, and the token opened with it.
+fn agent_opened_at(terminal: &Terminal, world: &World, config: &str) -> anyhow::Result<Agent> {
+    let agent = agent_at(terminal, world, config)?;
+    terminal.shows("PIN for token t: ")?;
+    eventually("the opened token", || Ok(agent.log()?.contains("token is ready")))?;
+    Ok(agent)
+}
+
 /// An agent whose operator sits at this terminal.
 fn agent_at(terminal: &Terminal, world: &World, config: &str) -> anyhow::Result<Agent> {
     let mut seated = Ok(());
@@ -50,8 +58,7 @@ fn the_agent_asks_at_its_terminal() -> anyhow::Result<()> {
     let world = World::new()?;
     let (_token, config) = asked_for(&world)?;
     let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
-    let agent = agent_at(&terminal, &world, &config)?;
-    terminal.shows("PIN for token t: ")?;
+    let agent = agent_opened_at(&terminal, &world, &config)?;
     world.omsign_ok(&["sign", "model", "--key", "k"])?;
     ensure!(terminal.echoes()? && agent.stop()?.success());
     let said = terminal.said();
@@ -66,8 +73,7 @@ fn what_is_opened_anew_waits_for_its_pin() -> anyhow::Result<()> {
     let (_token, config) = asked_for(&world)?;
     let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
     let config = config + &key_section("new", "t", "new");
-    let _agent = agent_at(&terminal, &world, &config)?;
-    terminal.shows("PIN for token t: ")?;
+    let _agent = agent_opened_at(&terminal, &world, &config)?;
     world.omsign_ok(&["sign", "model", "--key", "k"])?;
     let told = |arguments: &[&str], expected: &str| {
         let output = key(&world, arguments)?;
@@ -92,8 +98,7 @@ fn a_process_that_ends_takes_its_pin_with_it() -> anyhow::Result<()> {
     let world = World::new()?;
     let (_token, config) = asked_for(&world)?;
     let terminal = Terminal::new(&[("PIN for token t: ", PIN)])?;
-    let agent = agent_at(&terminal, &world, &config)?;
-    terminal.shows("PIN for token t: ")?;
+    let agent = agent_opened_at(&terminal, &world, &config)?;
     let sign = ["sign", "model", "--key", "k"];
     world.omsign_ok(&sign)?;
     for host in agent.hosts()? {
