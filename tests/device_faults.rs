@@ -13,6 +13,7 @@ use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, next_event, request, sign};
 use omsign_tests::device::{Device, card};
+use omsign_tests::lab::{OTHERS, timeout};
 use omsign_tests::world::{World, key, key_section, token_section};
 use tonic::Code;
 
@@ -30,7 +31,7 @@ struct Bench {
 impl Bench {
     fn new(world: World, device: &Device) -> anyhow::Result<Self> {
         let calm = world.token("calm", "calm", KeyType::P256)?;
-        let config = world.listen() + &device.token + "timeout = \"2s\"\n" + &device.keys;
+        let config = world.listen() + &device.token + &timeout() + &device.keys;
         let calm_too = token_section("calm", &calm, "") + &key_section("calm", "calm", "calm");
         let agent = Agent::start(&world, &(config + &calm_too))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -66,7 +67,7 @@ impl Bench {
         let socket = || self.world.path("agent.sock");
         let (signed, other) = self.runtime.block_on(async {
             let one = ask(socket(), "p256", self.next_id - 1, SECOND * 20);
-            tokio::join!(one, ask(socket(), "calm", self.next_id, SECOND))
+            tokio::join!(one, ask(socket(), "calm", self.next_id, OTHERS))
         });
         let (signed, other) = (signed?, other?);
         ensure!(signed == Err(code), "{signed:?}, not {code:?}: {}", self.agent.log()?);
@@ -75,7 +76,7 @@ impl Bench {
     }
 
     fn serves_others(&mut self) -> anyhow::Result<()> {
-        let other = self.asks("calm", SECOND)?;
+        let other = self.asks("calm", OTHERS)?;
         ensure!(other == Ok(()), "others: {other:?}");
         Ok(())
     }
@@ -342,7 +343,7 @@ fn whoever_waits_is_told_to_touch() -> anyhow::Result<()> {
         eventually("the card's wait", || Ok(stand_in.waits_for_touch()))?;
         // A person takes longer than any operation of the device: that is no hang.
         let walking = Instant::now();
-        eventually("a person's walk", || Ok(walking.elapsed() > SECOND * 3))?;
+        eventually("a person's walk", || Ok(walking.elapsed() > SECOND * 5))?;
         stand_in.touch();
         let last = next_event(&mut events).await?;
         ensure!(matches!(last, Event::Signed(_)), "{last:?}");
