@@ -52,6 +52,7 @@ fn a_public_key_without_an_agent() -> anyhow::Result<()> {
 fn commands_of_the_other_program() -> anyhow::Result<()> {
     for (arguments, expected) in [
         (&["unlock", "release", "--ask-pin"][..], "`omsign agent unlock release --ask-pin`"),
+        (&["lock", "release"], "`omsign agent lock release`"),
         (&["status"], "`omsign agent status`"),
     ] {
         let output = Command::new(built("omsign-agent")?).args(arguments).output()?;

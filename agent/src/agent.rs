@@ -183,13 +183,35 @@ impl Agent {
         deadline: Instant,
     ) -> Result<(), Status> {
         let unlocked = token.unlock_for(waits, pin, deadline).await;
-        let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
-        let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
-        let about = Entry::about(identity);
-        let rule = Some(rule);
-        let entry = Entry { action: "unlock", rule, key: &token.name, outcome, reason: &reason, ..about };
+        self.operated(("unlock", "unlocked"), token, unlocked, (identity, rule), deadline).await
+    }
+
+    /// Has a token locked for an operator, and records it.
+    pub(crate) async fn lock(
+        &self,
+        token: &Token,
+        by: (&Identity, &str),
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        let locked = token.lock(deadline).await;
+        self.operated(("lock", "locked"), token, locked, by, deadline).await
+    }
+
+    /// Records what an operator had done to a token.
+    async fn operated(
+        &self,
+        (action, done): (&'static str, &'static str),
+        token: &Token,
+        result: Result<(), TokenError>,
+        (identity, rule): (&Identity, &str),
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        let reason = result.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let outcome = if result.is_ok() { done } else { "failed" };
+        let (key, rule, about) = (&token.name, Some(rule), Entry::about(identity));
+        let entry = Entry { action, rule, key, outcome, reason: &reason, ..about };
         self.record(&entry, deadline.max(Instant::now() + audit::PATIENCE)).await?;
-        unlocked.map_err(|error| status(&token.name, &error))
+        result.map_err(|error| status(&token.name, &error))
     }
 }
 

@@ -49,6 +49,12 @@ pub(crate) enum Command {
     },
     /// The same
     #[command(hide = true, disable_help_flag = true)]
+    Lock {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// The same
+    #[command(hide = true, disable_help_flag = true)]
     Status {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,

@@ -239,10 +239,8 @@ impl KeyEntry {
     pub(crate) async fn settled(&self, deadline: Instant) {
         let deadline = deadline.min(Instant::now() + SETTLE);
         for place in &self.places {
-            let change = place.token.watch();
-            if matches!(self.state().0, KeyState::Starting) && matches!(place.token.state(), State::Starting)
-            {
-                let _ = timeout_at(deadline, change).await;
+            if matches!(self.state().0, KeyState::Starting) {
+                let _ = timeout_at(deadline, place.token.settled()).await;
             }
         }
     }

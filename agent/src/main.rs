@@ -38,6 +38,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             "that is a client's command: `omsign agent unlock {}`; a PIN that is blocked is set anew with `omsign-agent unblock`",
             arguments.join(" ")
         ),
+        Command::Lock { arguments } => {
+            anyhow::bail!("that is a client's command: `omsign agent lock {}`", arguments.join(" "))
+        }
         Command::Status { .. } => anyhow::bail!("that is a client's command: `omsign agent status`"),
         Command::Serve(file) => {
             let config = load(&file)?;

@@ -8,8 +8,8 @@ use omsign_proto::v1::agent_service_server::AgentService;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
     GetKeyRequest, GetKeyResponse, KeyState, ListKeysRequest, ListKeysResponse, ListTokensRequest,
-    ListTokensResponse, Queued, SignRequest, SignResponse, Signed, Touch, UnlockTokenRequest,
-    UnlockTokenResponse,
+    ListTokensResponse, LockTokenRequest, LockTokenResponse, Queued, SignRequest, SignResponse, Signed,
+    Touch, UnlockTokenRequest, UnlockTokenResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -29,6 +29,7 @@ use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
 use crate::sent::{digest_only, prepared};
 use crate::setup::short;
+use crate::token::Token;
 
 /// A request without a deadline of its own gets this one: a person may have to touch something.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
@@ -209,24 +210,13 @@ impl AgentService for Service {
         let caller = identity(&request)?;
         let deadline = deadline(request.metadata());
         let UnlockTokenRequest { token: name, pin } = request.into_inner();
-        let setup = self.0.setup();
-        let rule = allowed(&setup.config.operators, &caller).map(|rule| rule.name.clone());
-        let Some(rule) = rule else {
-            self.turned_away("unlock", &caller, &name, "operator", deadline).await?;
-            return Err(denied("unlock", short(&name)));
-        };
+        let (rule, token) = self.operated("unlock", &caller, &name, deadline).await?;
         // Whoever typed nothing does not mean the one that is configured, which may be wrong and the last try.
         let pin = match pin {
             Some(typed) if typed.is_empty() => return Err(Status::invalid_argument("the PIN is empty")),
             pin => pin.and_then(Pin::new),
         };
-        let Some(token) = setup.tokens.get(&name) else {
-            let (key, rule, about) = (short(&name), Some(rule.as_str()), Entry::about(&caller));
-            let (outcome, reason) = ("failed", "no such token");
-            self.0.record(&Entry { action: "unlock", rule, key, outcome, reason, ..about }, deadline).await?;
-            return Err(Status::not_found(format!("no token {key:?} is configured")));
-        };
-        let (agent, token) = (Arc::clone(&self.0), Arc::clone(token));
+        let agent = Arc::clone(&self.0);
         // A task of its own: a PIN that was offered is recorded even when the operator hangs up.
         let here = Arc::new(());
         let login = (Arc::downgrade(&here), pin);
@@ -235,6 +225,20 @@ impl AgentService for Service {
         unlocking.await.map_err(|_| Status::internal("the request was dropped"))??;
         drop(here);
         Ok(Response::new(UnlockTokenResponse {}))
+    }
+
+    async fn lock_token(
+        &self,
+        request: Request<LockTokenRequest>,
+    ) -> Result<Response<LockTokenResponse>, Status> {
+        let caller = identity(&request)?;
+        let deadline = deadline(request.metadata());
+        let (rule, token) = self.operated("lock", &caller, &request.into_inner().token, deadline).await?;
+        let agent = Arc::clone(&self.0);
+        // A task of its own: it is locked, and that is recorded, even when the operator hangs up.
+        let locking = tokio::spawn(async move { agent.lock(&token, (&caller, &rule), deadline).await });
+        locking.await.map_err(|_| Status::internal("the request was dropped"))??;
+        Ok(Response::new(LockTokenResponse {}))
     }
 }
 
@@ -250,6 +254,28 @@ impl Service {
     ) -> Result<(), Status> {
         let entry = Entry { action, key: short(key), outcome: "denied", reason, ..Entry::about(caller) };
         self.0.turn_away(entry, deadline).await
+    }
+
+    /// A token for an operator to act on, and the rule that makes them one. All others are turned away.
+    async fn operated(
+        &self,
+        action: &'static str,
+        caller: &Arc<Identity>,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<(String, Arc<Token>), Status> {
+        let setup = self.0.setup();
+        let Some(rule) = allowed(&setup.config.operators, caller) else {
+            self.turned_away(action, caller, name, "operator", deadline).await?;
+            return Err(denied(action, short(name)));
+        };
+        let Some(token) = setup.tokens.get(name) else {
+            let (key, rule, about) = (short(name), Some(rule.name.as_str()), Entry::about(caller));
+            let (outcome, reason) = ("failed", "no such token");
+            self.0.record(&Entry { action, rule, key, outcome, reason, ..about }, deadline).await?;
+            return Err(Status::not_found(format!("no token {key:?} is configured")));
+        };
+        Ok((rule.name.clone(), Arc::clone(token)))
     }
 }
 

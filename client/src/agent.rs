@@ -8,8 +8,8 @@ use omsign_proto::v1::agent_service_client::AgentServiceClient;
 pub use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
-    GetKeyRequest, Key, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListTokensRequest, SignRequest,
-    Token, UnlockTokenRequest,
+    GetKeyRequest, Key, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListTokensRequest,
+    LockTokenRequest, SignRequest, Token, UnlockTokenRequest,
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -307,6 +307,14 @@ impl Agent {
         let mut client = AgentServiceClient::new(self.channel.clone());
         let request = within(SIGN, UnlockTokenRequest { token: token.to_owned(), pin });
         self.runtime.block_on(client.unlock_token(request))?;
+        Ok(())
+    }
+
+    /// Has a token closed until it is unlocked.
+    pub fn lock(&self, token: &str) -> Result<(), AgentError> {
+        let mut client = AgentServiceClient::new(self.channel.clone());
+        let request = within(SIGN, LockTokenRequest { token: token.to_owned() });
+        self.runtime.block_on(client.lock_token(request))?;
         Ok(())
     }
 

@@ -246,7 +246,9 @@ fn only_git_paths(differences: &Differences) -> bool {
 
 fn status_hint(code: Code, message: &str) -> Option<String> {
     Some(match code {
-        Code::PermissionDenied if message.starts_with("you are not allowed to unlock") => {
+        Code::PermissionDenied
+            if ["lock", "unlock"].iter().any(|what| message.starts_with(&format!("you are not allowed to {what} "))) =>
+        {
             "ask whoever runs the agent for an [[operator]] rule in its configuration".into()
         }
         Code::PermissionDenied => {

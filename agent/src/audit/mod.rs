@@ -40,8 +40,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Entry<'a> {
     /// When the decision was made: RFC 3339, UTC, with microseconds.
     pub time: String,
-    /// What it is about: `sign`, `look` (at a key, when denied), `unlock`, `unblock`, what `omsign-agent key` does
-    /// (`generate`, `csr` and so on), or tried to (`operate`, when denied), `reload`, or the log itself: `audit`.
+    /// What it is about: `sign`, `look` (at a key, when denied), `lock`, `unlock`, `unblock`, what `omsign-agent key`
+    /// does (`generate`, `csr` and so on), or tried to (`operate`, when denied), `reload`, or the log itself: `audit`.
     pub action: &'static str,
     /// The caller's request id, hexadecimal.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -50,7 +50,7 @@ pub struct Entry<'a> {
     pub identity: &'a Identity,
     /// The rule that allowed it; none when it was denied.
     pub rule: Option<&'a str>,
-    /// The key, or the token to unlock or unblock.
+    /// The key, or the token to lock, unlock or unblock.
     pub key: &'a str,
     /// Which of the key's tokens signed, or failed.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -66,7 +66,7 @@ pub struct Entry<'a> {
     /// What the caller says it is. Not verified.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub claimed_context: &'a str,
-    /// `signed`, `unlocked`, `begun`, `done`, `denied`, `failed`, or, of the log, `resumed`.
+    /// `signed`, `locked`, `unlocked`, `begun`, `done`, `denied`, `failed`, or, of the log, `resumed`.
     pub outcome: &'static str,
     /// Why it failed.
     #[serde(skip_serializing_if = "str::is_empty")]

@@ -9,14 +9,16 @@ use super::TokenError;
 use crate::host::wire::Fresh;
 use crate::secret::Pin;
 
-/// Where the outcome of an unlock goes.
-pub(super) type Unlocked = oneshot::Sender<Result<(), TokenError>>;
+/// Where the outcome goes.
+pub(super) type Outcome = oneshot::Sender<Result<(), TokenError>>;
 
 /// A login that somebody asks for.
 pub(super) struct Login {
     /// None: with the configured source read anew.
     pub(super) pin: Option<Pin>,
-    pub(super) done: Unlocked,
+    pub(super) done: Outcome,
+    /// Whether it is also to end an operator's lock.
+    pub(super) lifts: bool,
     /// Gone when nobody waits for it any more.
     pub(super) waits: Weak<()>,
     pub(super) asked: Instant,
@@ -37,7 +39,9 @@ impl Login {
 pub(super) enum Command {
     Unlock(Login),
     /// Its PIN is to be set anew.
-    Unblock(Fresh, Unlocked),
+    Unblock(Fresh, Outcome),
+    /// It is to be closed, and to stay so.
+    Lock(Outcome),
     /// Keys were made, or one that it has was deleted. Whether they will be looked for.
     LookAgain {
         deleted: bool,

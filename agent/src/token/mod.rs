@@ -3,8 +3,10 @@
 
 mod command;
 mod error;
+mod kept;
 mod launch;
 mod line;
+mod lock;
 mod process;
 mod refused;
 mod requests;
@@ -20,10 +22,11 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use self::command::{Command, Login, Unlocked};
+use self::command::{Command, Login, Outcome};
 pub use self::error::TokenError;
 pub(crate) use self::launch::{prepare, survey, unblock};
 use self::line::Queue;
+use self::lock::Lock;
 pub(crate) use self::refused::Refusals;
 use self::refused::Written;
 pub use self::state::State;
@@ -76,6 +79,7 @@ pub struct Token {
     refused_source: Mutex<Option<String>>,
     /// Where that outlives this process.
     refusals: Refusals,
+    lock: Lock,
     /// A PIN was not answered, and the device may have counted it: the next process looks at the tries that are left first.
     unanswered: AtomicBool,
 }
@@ -94,6 +98,7 @@ impl Token {
         let token = Arc::new(Self {
             name: name.to_owned(),
             refusals: Refusals::of(&config, audit),
+            lock: Lock::of(name, audit),
             config,
             keys,
             state: watch::Sender::new(State::Starting),
@@ -119,6 +124,7 @@ impl Token {
                     supervised.unanswered.fetch_or(unanswered, Ordering::Relaxed);
                 }
             }
+            supervised.lock.recall().await;
             let refusals = supervised.refusals.clone();
             if let Some(reason) = tokio::task::spawn_blocking(move || refusals.kept()).await.ok().flatten() {
                 supervised.refuse_source(Some(reason));
@@ -128,7 +134,8 @@ impl Token {
         token
     }
 
-    /// Logs in again: with this PIN, or with the configured source read anew. Not once the other end of `waits` is gone.
+    /// Logs in again: with this PIN, or with the configured source read anew, whether an operator locked it or not. Not once
+    /// the other end of `waits` is gone.
     pub(crate) async fn unlock_for(
         &self,
         waits: Weak<()>,
@@ -136,13 +143,24 @@ impl Token {
         deadline: Instant,
     ) -> Result<(), TokenError> {
         let asked = Instant::now();
-        self.command(|done| Command::Unlock(Login { pin, done, waits, asked }), deadline).await
+        self.command(|done| Command::Unlock(Login { pin, done, lifts: true, waits, asked }), deadline).await
     }
 
-    /// The same, for whoever waits for this.
+    /// The same, for whoever waits for this, if no operator locked it.
     pub async fn unlock(&self, pin: Option<Pin>, deadline: Instant) -> Result<(), TokenError> {
-        let here = Arc::new(());
-        self.unlock_for(Arc::downgrade(&here), pin, deadline).await
+        let (here, asked) = (Arc::new(()), Instant::now());
+        let waits = Arc::downgrade(&here);
+        self.command(|done| Command::Unlock(Login { pin, done, lifts: false, waits, asked }), deadline).await
+    }
+
+    /// Closes the device, and keeps it closed until an operator unlocks it. What has begun is finished.
+    pub(crate) async fn lock(&self, deadline: Instant) -> Result<(), TokenError> {
+        self.command(Command::Lock, deadline).await
+    }
+
+    /// Whether an operator locked it.
+    pub(crate) fn is_locked_by_operator(&self) -> bool {
+        self.lock.why().is_some()
     }
 
     /// Has the PIN of a token that is locked set anew; it stays locked.
@@ -150,7 +168,7 @@ impl Token {
         self.command(|done| Command::Unblock(fresh, done), deadline).await
     }
 
-    async fn command<C: FnOnce(Unlocked) -> Command>(
+    async fn command<C: FnOnce(Outcome) -> Command>(
         &self,
         c: C,
         deadline: Instant,

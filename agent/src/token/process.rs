@@ -34,6 +34,8 @@ pub(super) enum End {
     Reopen(Login),
     /// The same, by itself: they may be there by now.
     LookAgain,
+    /// An operator wants it closed, and to stay so.
+    Lock,
     Stop(oneshot::Sender<()>),
 }
 
@@ -124,6 +126,13 @@ impl Process {
                     }
                     Some(Command::Unlock(Login { done, .. }) | Command::Unblock(_, done)) => {
                         let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
+                    }
+                    Some(Command::Lock(done)) => {
+                        // From here on nothing new is signed.
+                        host.window.close();
+                        token.lock.close(done).await;
+                        drain(host).await;
+                        return End::Lock;
                     }
                     // What an operator typed is not ours to offer again, and keys that are there need no look.
                     Some(Command::LookAgain { deleted, looks })

@@ -8,9 +8,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::command::{Command, Login, Unlocked};
+use super::command::{Command, Login, Outcome};
 use super::launch::{launch, unblock};
-use super::process::{End, Lost};
+use super::line::Host;
+use super::process::{End, Lost, Process};
 use super::{State, Token, TokenError};
 use crate::config::PinSource;
 use crate::host::wire::{Class, Failure, Opened};
@@ -25,39 +26,78 @@ const HEALTHY: Duration = Duration::from_secs(10);
 /// that, and sign a challenge.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60 * 60));
 
+/// What comes after a life of the process, or after a try at one.
+enum Next {
+    /// It is opened, as somebody asked for or by itself.
+    Open(Option<Login>),
+    /// Not now.
+    Rest(Failure),
+    Stop(oneshot::Sender<()>),
+}
+
+/// What is known from one life to the next.
+struct Supervisor {
+    token: Arc<Token>,
+    commands: mpsc::Receiver<Command>,
+    /// The one after the next failure.
+    pause: Duration,
+    look_again: Duration,
+    /// When the configured PIN was refused last.
+    refused: Option<Instant>,
+}
+
 /// Runs until told to stop.
-pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Command>) {
-    let mut pause = PAUSES.0;
-    let mut look_again = LOOK_AGAIN.0;
-    let mut login: Option<Login> = None;
-    // When the configured PIN was refused last.
-    let mut refused = None;
+pub(super) async fn supervise(token: Arc<Token>, commands: mpsc::Receiver<Command>) {
+    let (pause, look_again, refused) = (PAUSES.0, LOOK_AGAIN.0, None);
+    let mut supervisor = Supervisor { token, commands, pause, look_again, refused };
+    let mut next = Next::Open(None);
     loop {
-        token.state.send_replace(State::Starting);
-        let (pin, mut unlocked) = match login.take() {
-            Some(Login { pin, done, .. }) => (pin, Some(done)),
-            None => (None, None),
+        next = match next {
+            Next::Open(login) => supervisor.open(login).await,
+            Next::Rest(failure) => supervisor.rest(failure).await,
+            Next::Stop(stopped) => {
+                let _ = stopped.send(());
+                return;
+            }
         };
-        let by_operator = unlocked.is_some();
+    }
+}
+
+impl Supervisor {
+    /// Has the device opened, where that may be, and lives with it.
+    async fn open(&mut self, login: Option<Login>) -> Next {
+        let token = Arc::clone(&self.token);
+        let (pin, unlocks, lifts) = match login {
+            Some(Login { pin, done, lifts, .. }) => (pin, Some(done), lifts),
+            None => (None, None, false),
+        };
+        if lifts {
+            token.lock.lift().await;
+        }
+        let by_operator = unlocks.is_some();
         // What an operator typed, or enters on the device, is not ours to offer again.
         let from_source = pin.is_none() && *token.pin() != PinSource::Device;
         if from_source && by_operator {
             token.refuse_source(None);
         }
         let started = Instant::now();
-        let opening = match token.refused_source().filter(|_| from_source) {
+        let closed = token.lock.why().or_else(|| token.refused_source().filter(|_| from_source));
+        let opening = match closed {
             Some(message) => Err(Failure { class: Class::Locked, message }),
             None => {
+                token.state.send_replace(State::Starting);
                 let launched = launch(&token, pin, by_operator).await;
-                let locked = launched.as_ref().err().is_some_and(|failure| failure.class == Class::Locked);
-                if from_source && locked {
-                    refused = Some(Instant::now());
+                if let Err(Failure { class: Class::Locked, message }) = &launched
+                    && from_source
+                {
+                    self.refused = Some(Instant::now());
+                    token.refuse_source(Some(message.clone()));
                 }
                 launched
             }
         };
-        let failure = match opening {
-            Ok((host, mut process)) => {
+        match opening {
+            Ok((host, process)) => {
                 token.unanswered.store(false, Ordering::Relaxed);
                 warn_of_changed_keys(&token, &host.opened);
                 token.last_opened.send_replace(Some(host.opened.clone()));
@@ -65,163 +105,165 @@ pub(super) async fn supervise(token: Arc<Token>, mut commands: mpsc::Receiver<Co
                 tracing::info!(token = %token.name, %device, sessions, "token is ready");
                 let host = Arc::new(host);
                 token.state.send_replace(State::Ready(Arc::clone(&host)));
-                answer(&mut unlocked, Ok(()));
-                let missing = host.opened.keys.iter().any(Result::is_err);
-                look_again = if missing { (look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
-                let wait = from_source.then_some(look_again);
-                let end = match process.drive(&token, &host, &mut commands, wait).await {
-                    // A card tells how many tries are left: the next process looks at them first.
-                    (end @ (End::Died(_) | End::LookAgain), Some(Lost::Unanswered(_))) if token.is_card() => {
-                        token.unanswered.store(true, Ordering::Relaxed);
-                        end
-                    }
-                    (
-                        End::Died(_) | End::LookAgain,
-                        Some(Lost::Refused(reason) | Lost::Unanswered(reason)),
-                    ) => End::Locked(reason),
-                    (End::Reopen(login), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
-                        unlocked = Some(login.done);
-                        End::Locked(reason)
-                    }
-                    (End::Stop(stopped), Some(Lost::Refused(reason) | Lost::Unanswered(reason))) => {
-                        // For the one that takes this token's place, and for the next agent.
-                        token.refuse_source(Some(reason.clone()));
-                        if from_source {
-                            token.keep_refusal(&reason, token.written().await).await;
-                        }
-                        End::Stop(stopped)
-                    }
-                    (end, _) => end,
-                };
-                // Requests that wait for this host must find the new state, so it is set before they are freed.
-                token.state.send_replace(State::Starting);
-                match &end {
-                    End::Died(reason) => {
-                        tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
-                        host.fail_pending(reason);
-                    }
-                    End::Locked(reason) => {
-                        token.state.send_replace(State::Locked(reason.clone()));
-                        host.fail_pending(reason);
-                    }
-                    End::Stop(_) | End::Reopen(..) | End::LookAgain => {
-                        host.fail_pending("the token is being closed")
-                    }
-                }
-                process.bury().await;
-                match end {
-                    End::Stop(stopped) => {
-                        let _ = stopped.send(());
-                        return;
-                    }
-                    End::Reopen(asked) => {
-                        login = Some(asked);
-                        continue;
-                    }
-                    End::LookAgain => continue,
-                    End::Locked(message) => {
-                        // Wherever this PIN came from, it is not the token's any more.
-                        token.refuse_source(Some(message.clone()));
-                        if from_source {
-                            token.keep_refusal(&message, token.written().await).await;
-                        }
-                        Failure { class: Class::Locked, message }
-                    }
-                    // The first death costs nothing; a second one soon after waits.
-                    End::Died(_) if started.elapsed() >= HEALTHY || host.has_answered() => {
-                        pause = PAUSES.0;
-                        continue;
-                    }
-                    End::Died(_) if pause == PAUSES.0 => {
-                        pause = PAUSES.0 * 2;
-                        continue;
-                    }
-                    End::Died(_) => {
-                        Failure { class: Class::Gone, message: "its process keeps ending".into() }
-                    }
-                }
+                answer(unlocks, Ok(()));
+                self.live(host, process, from_source, started).await
             }
-            Err(failure) => failure,
-        };
-        answer(&mut unlocked, Err(failure.clone().into()));
-        let wake = if failure.class == Class::Locked {
-            // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
-            if by_operator || !token.pin().is_by_hand() || token.last_opened.borrow().is_some() {
-                tracing::warn!(
-                    token = %token.name, reason = %failure,
-                    "token is locked; no PIN is offered again until `{}`", token.how_to_unlock()
-                );
+            Err(failure) => {
+                answer(unlocks, Err(failure.clone().into()));
+                // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
+                let asked = !by_operator && token.pin().is_by_hand() && token.last_opened.borrow().is_none();
+                if failure.class == Class::Locked && !asked {
+                    warn_of_lock(&token, &failure);
+                }
+                Next::Rest(failure)
             }
+        }
+    }
+
+    /// Has it sign until the process ends, however that comes.
+    async fn live(
+        &mut self,
+        host: Arc<Host>,
+        mut process: Process,
+        from_source: bool,
+        started: Instant,
+    ) -> Next {
+        let token = Arc::clone(&self.token);
+        let missing = host.opened.keys.iter().any(Result::is_err);
+        self.look_again = if missing { (self.look_again * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
+        let wait = from_source.then_some(self.look_again);
+        let (end, lost) = process.drive(&token, &host, &mut self.commands, wait).await;
+        let mut failure = None;
+        if let Some(Lost::Refused(reason) | Lost::Unanswered(reason)) = &lost {
+            let ends = matches!(end, End::Died(_) | End::LookAgain);
+            if ends && token.is_card() && matches!(lost, Some(Lost::Unanswered(_))) {
+                // A card tells how many tries are left: the next process looks at them first.
+                token.unanswered.store(true, Ordering::Relaxed);
+            } else {
+                failure = Some(Failure { class: Class::Locked, message: reason.clone() });
+            }
+        }
+        if let End::Locked(message) = &end {
+            failure = Some(Failure { class: Class::Locked, message: message.clone() });
+        }
+        // Requests that wait for this host must find the new state, so it is set before they are freed.
+        let locked = || token.lock.why().or_else(|| failure.as_ref().map(|failure| failure.message.clone()));
+        let locked = if matches!(end, End::Stop(_)) { None } else { locked() };
+        token.state.send_replace(locked.clone().map_or(State::Starting, State::Locked));
+        host.fail_pending(match (&locked, &end) {
+            (Some(reason), _) => reason,
+            (None, End::Died(reason)) => {
+                tracing::warn!(token = %token.name, %reason, "the token's process ended; starting another");
+                reason
+            }
+            _ => "the token is being closed",
+        });
+        process.bury().await;
+        if let Some(failure) = &failure {
+            // Wherever this PIN came from, it is not the token's any more: not for the one that takes its place either, and
+            // not for the next agent.
+            token.refuse_source(Some(failure.message.clone()));
             if from_source {
-                token.refuse_source(Some(failure.message.clone()));
+                token.keep_refusal(&failure.message, token.written().await).await;
             }
+        }
+        match (end, failure) {
+            (End::Stop(stopped), _) => Next::Stop(stopped),
+            (End::Lock, _) => Next::Open(None),
+            (end, Some(failure)) => {
+                if let End::Reopen(login) = end {
+                    answer(Some(login.done), Err(failure.clone().into()));
+                }
+                warn_of_lock(&token, &failure);
+                Next::Rest(failure)
+            }
+            (End::Reopen(login), None) => Next::Open(Some(login)),
+            (End::LookAgain | End::Locked(_), None) => Next::Open(None),
+            // The first death costs nothing; a second one soon after waits.
+            (End::Died(_), None) if started.elapsed() >= HEALTHY || host.has_answered() => {
+                self.pause = PAUSES.0;
+                Next::Open(None)
+            }
+            (End::Died(_), None) if self.pause == PAUSES.0 => {
+                self.pause = PAUSES.0 * 2;
+                Next::Open(None)
+            }
+            (End::Died(_), None) => {
+                Next::Rest(Failure { class: Class::Gone, message: "its process keeps ending".into() })
+            }
+        }
+    }
+
+    /// Waits until somebody acts or, where it is not locked, for a while.
+    async fn rest(&mut self, failure: Failure) -> Next {
+        let token = Arc::clone(&self.token);
+        let wake = if failure.class == Class::Locked {
             token.state.send_replace(State::Locked(failure.message));
             None
         } else {
-            let pause_ms = pause.as_millis();
+            let pause_ms = self.pause.as_millis();
             tracing::warn!(token = %token.name, reason = %failure, pause_ms, "token cannot be opened");
             token.state.send_replace(State::Down(failure.message));
-            let wake = Instant::now() + pause;
-            pause = (pause * 2).min(PAUSES.1);
+            let wake = Instant::now() + self.pause;
+            self.pause = (self.pause * 2).min(PAUSES.1);
             Some(wake)
         };
-        match command_or_wake(&token, &mut commands, wake, refused).await {
-            None | Some(Command::LookAgain { .. } | Command::Unblock(..)) => {}
-            Some(Command::Unlock(asked)) => login = Some(asked),
-            Some(Command::Stop(stopped)) => {
-                let _ = stopped.send(());
-                return;
+        token.lock.answer();
+        let wake = async {
+            match wake {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(wake);
+        loop {
+            let command = tokio::select! {
+                command = self.commands.recv() => command,
+                () = &mut wake => return Next::Open(None),
+            };
+            match command {
+                Some(Command::Unlock(login)) => match login.wanted() {
+                    // What was refused since it was asked for is not offered once more.
+                    Some(Login { pin: None, done, asked, .. })
+                        if self.refused.is_some_and(|at| asked < at) =>
+                    {
+                        let reason = token.refused_source().unwrap_or_default();
+                        answer(Some(done), Err(TokenError::Locked(reason)));
+                    }
+                    Some(login) => return Next::Open(Some(login)),
+                    None => {}
+                },
+                Some(Command::Lock(done)) => {
+                    token.lock.close(done).await;
+                    return Next::Open(None);
+                }
+                // Nobody waits for this one any more.
+                Some(Command::Unblock(_, done)) if done.is_closed() => {}
+                // No other process has the device, and what the token waits for stays what it is.
+                Some(Command::Unblock(fresh, done)) => {
+                    answer(Some(done), unblock(&token.name, &token.config, fresh).await);
+                }
+                // It is not open, and will be looked at when it is.
+                Some(Command::LookAgain { looks, .. }) => drop(looks.send(true)),
+                Some(Command::Stop(stopped)) => return Next::Stop(stopped),
+                // Nobody waits for this one.
+                None => return Next::Stop(oneshot::channel().0),
             }
         }
     }
 }
 
-/// The next command, or `None` at the time given. A closed channel counts as a stop nobody waits for. A PIN is set anew
-/// meanwhile: no other process has the device, and what the token waits for stays what it is.
-async fn command_or_wake(
-    token: &Token,
-    commands: &mut mpsc::Receiver<Command>,
-    wake: Option<Instant>,
-    refused: Option<Instant>,
-) -> Option<Command> {
-    let wake = async {
-        match wake {
-            Some(at) => sleep_until(at).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::pin!(wake);
-    loop {
-        tokio::select! {
-            command = commands.recv() => match command {
-                Some(Command::Unlock(login)) => match login.wanted() {
-                    // What was refused since it was asked for is not offered once more.
-                    Some(Login { pin: None, done, asked, .. }) if refused.is_some_and(|at| asked < at) => {
-                        let reason = token.refused_source().unwrap_or_default();
-                        answer(&mut Some(done), Err(TokenError::Locked(reason)));
-                    }
-                    Some(login) => return Some(Command::Unlock(login)),
-                    None => {}
-                },
-                // Nobody waits for this one any more.
-                Some(Command::Unblock(_, done)) if done.is_closed() => {}
-                Some(Command::Unblock(fresh, done)) => {
-                    answer(&mut Some(done), unblock(&token.name, &token.config, fresh).await);
-                }
-                // It is not open, and will be looked at when it is.
-                Some(Command::LookAgain { looks, .. }) => drop(looks.send(true)),
-                Some(command) => return Some(command),
-                None => return Some(Command::Stop(oneshot::channel().0)),
-            },
-            () = &mut wake => return None,
-        }
-    }
+fn warn_of_lock(token: &Token, failure: &Failure) {
+    tracing::warn!(
+        token = %token.name, reason = %failure,
+        "token is locked; no PIN is offered again until `{}`", token.how_to_unlock()
+    );
 }
 
-fn answer(unlocked: &mut Option<Unlocked>, outcome: Result<(), TokenError>) {
-    if let Some(unlocked) = unlocked.take() {
+fn answer(asks: Option<Outcome>, outcome: Result<(), TokenError>) {
+    if let Some(asks) = asks {
         // An operator who hung up no longer waits for it.
-        let _ = unlocked.send(outcome);
+        let _ = asks.send(outcome);
     }
 }
 

@@ -1,5 +1,6 @@
 //! What can be typed.
 
+mod agent;
 mod examples;
 mod verify;
 
@@ -13,6 +14,7 @@ use omsign::hash::{Algorithm, MOST_JOBS};
 use omsign::manifest::{DEFAULT_SHARD_BYTES, Method, Part};
 use omsign::selection::{PUBLISHED, Selection};
 
+pub(crate) use self::agent::{Agent, AgentCommand, Keys, KeysCommand};
 pub(crate) use self::verify::{
     Inspect, Trust, TrustCommand, TrustFile, Verify, VerifyMethod, What, policy_from_environment,
 };
@@ -301,70 +303,6 @@ fn parse_part(text: &str) -> Result<Part, String> {
         Some((index, of)) if index <= of => Ok(Part { index, of }),
         _ => Err("parts are 1/N to N/N, as in 2/8".into()),
     }
-}
-
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
-pub(crate) struct Keys {
-    #[command(subcommand)]
-    pub(crate) command: Option<KeysCommand>,
-    /// Prints one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) connection: Connection,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum KeysCommand {
-    /// Prints a key's certificate chain, or its public key where it has none, as PEM
-    Export {
-        /// The key's name
-        #[arg(required_unless_present = "key_uri")]
-        name: Option<String>,
-        /// The key of this URI, with no agent running: `docs/key-uris.md` has all of them
-        #[arg(long, value_name = "URI", conflicts_with_all = ["name", "previous"])]
-        key_uri: Option<String>,
-        /// Prints the public key also where there is a chain
-        #[arg(long)]
-        public_key: bool,
-        /// Prints the keys that it took the place of instead, the newest first: they verify what was signed before
-        #[arg(long)]
-        previous: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Agent {
-    #[command(subcommand)]
-    pub(crate) command: AgentCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum AgentCommand {
-    /// Shows whether the agent and its tokens are ready; exit status 1 where not everything is
-    Status {
-        /// Prints one JSON object
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
-    /// Has a locked token logged in again; for operators
-    Unlock {
-        /// The token's name
-        token: String,
-        /// Asks for the PIN instead of having the agent read its configured source
-        #[arg(long)]
-        ask_pin: bool,
-        /// Reads the PIN from standard input, one line
-        #[arg(long, conflicts_with = "ask_pin")]
-        pin_stdin: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
 }
 
 #[derive(Debug, Args)]

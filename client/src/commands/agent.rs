@@ -164,6 +164,10 @@ pub(crate) fn agent(arguments: &cli::Agent) -> Done {
             agent.unlock(token, pin)?;
             report::result(format_args!("token {token} is unlocked"))
         }
+        cli::AgentCommand::Lock { token, connection } => {
+            Agent::connect(&address(connection)?)?.lock(token)?;
+            report::result(format_args!("token {token} is locked"))
+        }
     }
 }
 
