@@ -306,7 +306,7 @@ fn client_certificates() -> anyhow::Result<()> {
         // A certificate of another CA does not get as far as a rule.
         let stranger = signs(&url, "other", "ours")?;
         ensure!(stranger.status.code() == Some(2), "{stranger:?}");
-        ensure!(agent.log()?.contains("TLS handshake refused"));
+        eventually("the log's line", || Ok(agent.log()?.contains("TLS handshake refused")))?;
         // And we do not talk to an agent that we cannot recognise.
         ensure!(signs(&url, "ours", "other")?.status.code() == Some(2));
     }

@@ -110,9 +110,9 @@ fn what_does_not_pass_is_said_at_once() -> anyhow::Result<()> {
     let desk = desk()?;
     let _agent = desk.agent()?;
     desk.proxy.set(GONE)?;
-    let mut sign = desk.signs("1")?;
+    let mut sign = desk.signs("5")?;
     ensure!(sign.wait()?.code() == Some(2) && desk.said("said")?.contains("\"retry\":true"));
-    ensure!(desk.said("errors")?.contains("asking again for 1 s"), "{}", desk.said("errors")?);
+    ensure!(desk.said("errors")?.contains("asking again for 5 s"), "{}", desk.said("errors")?);
     // CKR_KEY_FUNCTION_NOT_PERMITTED
     desk.proxy.set("")?;
     eventually("its way back", || Ok(desk.world.status()?.contains("token t: ready")))?;

@@ -21,6 +21,10 @@ use omsign_tests::world::{World, key, text};
 fn holds(world: &World, device: &Device) -> anyhow::Result<()> {
     let agent = Agent::start(world, &(world.listen() + &device.token + &device.keys))?;
     world.model()?;
+    for key in &device.expected {
+        // Once it is open, however long that takes.
+        world.omsign_ok(&["keys", "export", key.name])?;
+    }
     let listed: serde_json::Value = serde_json::from_str(&world.omsign_ok(&["keys", "--json"])?)?;
     let listed = listed["keys"].as_array().context("keys")?;
     ensure!(listed.len() == device.expected.len(), "{listed:?}");

@@ -20,12 +20,14 @@ fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
     let token = world.token("t", "k", KeyType::P256)?;
     let proxy = world.proxy()?;
     let section = proxy.before(&token_section("t", &token, "queue = 2\ntimeout = \"1s\""))?;
-    let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
+    // Who is turned away is told so once that is recorded, whatever the disk is at.
+    let listen = world.listen() + "durability = \"os\"\n";
+    let agent = Agent::start(&world, &(listen + &section + &key_section("k", "t", "k")))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         sign(&mut client, request("k", 1, &DIGEST), SECOND * 10).await?;
         let before = agent.hosts()?;
-        proxy.set("C_Sign 0 400\n")?;
+        proxy.set("C_Sign 0 200\n")?;
         let mut full = 0;
         for id in 10..40 {
             let hasty = sign(&mut client, request("k", id, &DIGEST), Duration::from_millis(50)).await;
@@ -33,7 +35,6 @@ fn short_deadlines_do_not_get_around_the_queue() -> anyhow::Result<()> {
         }
         ensure!(full > 15, "{full} were told that the queue is full");
         proxy.set("")?;
-        eventually_async("the end of the queue", || proxy.calls("C_Sign") >= 3).await?;
         // The last of them leave the queue now.
         let started = Instant::now();
         let mut id = 100;
@@ -225,7 +226,7 @@ fn a_killed_process_costs_its_requests_and_nothing_else() -> anyhow::Result<()> 
             let mut client = client.clone();
             waiting.spawn(async move { sign(&mut client, request("slow", id, &DIGEST), SECOND * 15).await });
         }
-        eventually_async("the operation", || proxy.calls("C_Sign") > 2).await?;
+        eventually_async("the operation", || proxy.injected("C_Sign") > 0).await?;
         // The other token is served all the while.
         for id in 30..40 {
             sign(&mut client, request("fast", id, &DIGEST), SECOND).await?;
@@ -252,7 +253,7 @@ fn a_killed_process_costs_its_requests_and_nothing_else() -> anyhow::Result<()> 
 fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
     let world = World::new()?;
     let (stuck, fast) = (world.token("stuck", "k", KeyType::P256)?, world.token("fast", "k", KeyType::P256)?);
-    let tokens = token_section("stuck", &stuck, "timeout = \"1s\"") + &token_section("fast", &fast, "");
+    let tokens = token_section("stuck", &stuck, "timeout = \"4s\"") + &token_section("fast", &fast, "");
     let keys = key_section("stuck", "stuck", "k") + &key_section("fast", "fast", "k");
     let agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
     run(async {
@@ -267,14 +268,14 @@ fn a_stopped_process_is_replaced_within_its_timeout() -> anyhow::Result<()> {
         let (mut a, mut b) = (client.clone(), client.clone());
         let (patient, hasty) = tokio::join!(
             sign(&mut a, request("stuck", 10, &DIGEST), SECOND * 10),
-            sign(&mut b, request("stuck", 11, &DIGEST), Duration::from_millis(300)),
+            sign(&mut b, request("stuck", 11, &DIGEST), Duration::from_millis(1500)),
         );
         let code = patient.as_ref().err().map(tonic::Status::code);
         ensure!(code == Some(Code::Unavailable), "{patient:?}");
         let code = hasty.as_ref().err().map(tonic::Status::code);
         ensure!(code == Some(Code::DeadlineExceeded), "{hasty:?}");
-        ensure!(started.elapsed() < SECOND * 5, "{:?}", started.elapsed());
-        sign(&mut client, request("fast", 20, &DIGEST), SECOND).await?;
+        ensure!(started.elapsed() < SECOND * 15, "{:?}", started.elapsed());
+        sign(&mut client, request("fast", 20, &DIGEST), SECOND * 10).await?;
         sign(&mut client, request("stuck", 21, &DIGEST), SECOND * 10).await?;
         ensure!(!agent.hosts()?.contains(&victim), "the stopped process was left behind");
         Ok(())
@@ -334,8 +335,11 @@ fn a_token_that_is_down_does_not_keep_the_agent_from_starting() -> anyhow::Resul
     eventually("what is there", || {
         Ok(world.omsign_fails(2, &["sign", "model", "--key", "a"])?.contains(present))
     })?;
-    let status = world.status()?;
-    ensure!(status.contains("token t: ready") && status.contains("token absent: unavailable: "), "{status}");
+    // For a moment, each time it is looked for, it is starting.
+    eventually("both states", || {
+        let status = world.status()?;
+        Ok(status.contains("token t: ready") && status.contains("token absent: unavailable: "))
+    })?;
     ensure!(agent.stop()?.success());
     Ok(())
 }

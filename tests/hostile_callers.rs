@@ -96,6 +96,10 @@ fn more_requests_than_one_caller_may_have() -> anyhow::Result<()> {
                         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
                     }
                 }
+                // What is left of all places is for the one that follows.
+                if again.len() == 1000 {
+                    break;
+                }
             }
         }
         sign(&mut client, request("k", 1, &[7; 32]), SOON).await.map(drop).map_err(Into::into)

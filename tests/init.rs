@@ -85,7 +85,7 @@ fn works(
     world.omsign_ok(&["sign", "model", "--key", "release", "--signature", "model.sig"])?;
     world.write("public.pem", world.omsign_ok(&["keys", "export", "release"])?)?;
     world.omsign_ok(&["verify", "model", "--signature", "model.sig", "--public-key", "public.pem"])?;
-    drop(agent);
+    ensure!(agent.stop()?.success());
     // A second time, nothing is overwritten.
     let output = init(world, arguments, environment, answers)?;
     let errors = String::from_utf8_lossy(&output.stderr);

@@ -332,16 +332,17 @@ fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     let config = world.listen()
         + &section
         + &key_on("k", "tpm", "handle = \"0x81000020\"")
-        + &key_on("l", "tpm", "handle = \"0x81000021\"");
+        + &key_on("l", "tpm", "handle = \"0x81000021\"")
+        + &key_on("m", "tpm", "handle = \"0x81000022\"");
     world.write("agent.toml", &config)?;
     world.model()?;
     does(&world, &["generate", "k", "--type", "p256", "--no-da"])?;
+    chip.guarded_key("m", 0x8100_0022, AUTH)?;
     let agent = Agent::start(&world, &config)?;
     refuses(&world, &["generate", "l", "--type", "p256"], "or say --no-da")?;
-    chip.guarded_key("l", 0x8100_0021, AUTH)?;
     refuses(
         &world,
-        &["csr", "l", "--subject", "CN=l"],
+        &["csr", "m", "--subject", "CN=m"],
         "may ask for an authorization value, and the token has none",
     )?;
     // The owner's value is somebody else's.

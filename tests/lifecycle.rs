@@ -159,7 +159,7 @@ fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         sign(&mut client, request("k", 1, &[7; 32]), SOON).await?;
-        proxy.set("C_Sign 0 800\n")?;
+        proxy.set("C_Sign 0 held\n")?;
         let before = proxy.calls("C_Sign");
         let mut waiting = client.clone();
         let waiting = tokio::spawn(async move { sign(&mut waiting, request("k", 2, &[7; 32]), SOON).await });
@@ -177,6 +177,7 @@ fn a_stop_finishes_what_is_in_flight() -> anyhow::Result<()> {
             };
         }
         ensure!(refused && !waiting.is_finished(), "somebody was let in after the stop");
+        proxy.set("")?;
         ensure!(waiting.await?.is_ok(), "the request in flight was answered");
         Ok(())
     })?;

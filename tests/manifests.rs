@@ -129,7 +129,7 @@ fn a_manifest_of_a_model_that_changes() -> anyhow::Result<()> {
     for change in ["touch model/comes", "printf x >> model/tokenizer.json"] {
         let script = format!(
             "omsign digest model --part 1/1 --json {ignored} 2> errors > part.json & \
-             until ls -l /proc/$!/fd | grep -q model/long; do :; done; {change}; wait $! || {{ cat errors >&2; exit 2; }}"
+             until ls -l /proc/$!/fd | grep -q model/long; do kill -0 $! || exit 3; done; {change}; wait $! || {{ cat errors >&2; exit 2; }}"
         );
         refuses(&script, "changed while it was hashed")?;
         ensure!(fs::read(world.path("part.json"))?.is_empty());

@@ -180,7 +180,7 @@ fn signatures_with(sessions: usize) -> anyhow::Result<()> {
     let agent = Agent::start(&world, &(world.listen() + &section + &keys))?;
     world.model()?;
     world.omsign_ok(&["sign", "model", "--key", "k"])?;
-    proxy.set("C_GenerateKeyPair 0 5000\n")?;
+    proxy.set("C_GenerateKeyPair 0 held\n")?;
     std::thread::scope(|scope| {
         let made = scope.spawn(|| asks(&world, &["generate", "slow", "--type", "p256"]));
         eventually("its begin", || Ok(proxy.calls("C_GenerateKeyPair") == 1))?;
@@ -189,6 +189,7 @@ fn signatures_with(sessions: usize) -> anyhow::Result<()> {
             world.omsign_ok(&["sign", "model", "--key", "k"])?;
         }
         ensure!(!made.is_finished(), "the signatures waited");
+        proxy.set("")?;
         let listed = listed.join().expect("no panic")?;
         ensure!(listed.status.success(), "{listed:?}");
         let made = made.join().expect("no panic")?;

@@ -242,10 +242,16 @@ fn is_replaced_in(login: &str) -> anyhow::Result<()> {
     let _agent = Agent::start(&world, &(world.listen() + &config + &missing))?;
     eventually("the key", || Ok(signs(&world, "a")?.status.success()))?;
     let logins = proxy.calls("C_Login");
-    proxy.set(login)?;
     std::thread::scope(|scope| {
+        // Nobody looks for keys while others are served.
+        proxy.set("C_Sign 0 held\n")?;
+        let served = scope.spawn(|| signs(&world, "a"));
+        eventually("another key's signature", || Ok(proxy.injected("C_Sign") > 0))?;
+        proxy.set(&format!("{login}C_Sign 0 held\n"))?;
         let asks = scope.spawn(|| signs(&world, "p256"));
         eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;
+        proxy.set(login)?;
+        ensure!(served.join().expect("it does not panic")?.status.success());
         does(&world, &["generate", "missing", "--type", "p256"])?;
         eventually("its end", || Ok(world.status()?.contains("token device: locked")))?;
         asks.join().expect("it does not panic").map(drop)
@@ -266,7 +272,7 @@ fn another_key_fails_meanwhile() -> anyhow::Result<()> {
     let agent = Agent::start(&world, &(world.listen() + &config))?;
     eventually("the key", || Ok(signs(&world, "a")?.status.success()))?;
     let logins = proxy.calls("C_Login");
-    proxy.set("C_Login 0 1500\nC_Sign 32 0\n")?;
+    proxy.set("C_Login 0 held\nC_Sign 32 0\n")?;
     std::thread::scope(|scope| {
         let asks = scope.spawn(|| signs(&world, "p256"));
         eventually("the login", || Ok(proxy.calls("C_Login") > logins))?;

@@ -8,6 +8,7 @@ use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, MODULE, PIN, SoftHsm};
 use omsign_fixtures::{built, write_private};
 use omsign_tests::agent::{Agent, eventually};
+use omsign_tests::lab::timeout;
 use omsign_tests::operator::{key, typing, unblocking};
 use omsign_tests::terminal::Terminal;
 use omsign_tests::world::{World, key_section, text, token_section};
@@ -27,7 +28,7 @@ fn desk() -> anyhow::Result<Desk> {
     world.model()?;
     let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
     let file = format!("pin = {{ file = \"{}\" }}", token.pin_file().display());
-    let section = proxy.before(&token_section("t", &token, "timeout = \"1s\"\n"))?;
+    let section = proxy.before(&token_section("t", &token, &timeout()))?;
     ensure!(section.contains(&file), "{section}");
     let section = section.replace(&file, "pin = \"device\"");
     let config = world.listen() + &section + "env.OMSIGN_PROXY_PAD = \"pad\"\n" + &key_section("k", "t", "k");
@@ -113,6 +114,7 @@ fn whoever_sits_at_the_terminal_is_told() -> anyhow::Result<()> {
         Err(error) => seated = Err(error),
     })?;
     seated?;
+    eventually("the opened token", || Ok(agent.log()?.contains("token is ready")))?;
     desk.world.omsign_ok(&SIGN)?;
     ensure!(agent.log()?.contains("enter its PIN on the device"));
     ensure!(desk.proxy.calls("C_Login on the device") == 1);

@@ -243,7 +243,7 @@ fn a_login_without_a_clear_answer_is_not_tried_again() -> anyhow::Result<()> {
         let token = world.token("t", "k", KeyType::P256)?;
         let proxy = world.proxy()?;
         proxy.set(fault)?;
-        let section = proxy.before(&token_section("t", &token, "timeout = \"300ms\""))?;
+        let section = proxy.before(&token_section("t", &token, "timeout = \"2s\""))?;
         let agent = Agent::start(&world, &(world.listen() + &section + &key_section("k", "t", "k")))?;
         run(async {
             let mut client = connect(world.path("agent.sock")).await?;

@@ -10,6 +10,7 @@ use omsign_fixtures::write_private;
 use omsign_proto::v1::sign_response::Event;
 use omsign_tests::agent::{Agent, eventually};
 use omsign_tests::client::{connect, next_event, request};
+use omsign_tests::lab::timeout;
 use omsign_tests::operator::{does, refuses, unblocking};
 use omsign_tests::world::{World, key};
 use openssl::ec::{EcGroup, EcKey};
@@ -101,7 +102,7 @@ fn one_touch_is_enough_after_what_operators_did() -> anyhow::Result<()> {
         ensure!(desk.sign(key)?);
     }
     // Without an agent, too.
-    drop(agent);
+    ensure!(agent.stop()?.success());
     desk.touching(|| does(&desk.world, &["csr", "9a", "--subject", "CN=Acme Models"]))?;
     ensure!(desk.card.pin_tries()? == 3);
     Ok(())
@@ -163,7 +164,7 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
     }
     let listed = does(&desk.world, &["list"])?;
     ensure!(listed.matches("PIN policy never, touch policy never").count() == 2, "{listed}");
-    drop(agent);
+    ensure!(agent.stop()?.success());
     // Nor does anybody have to know it.
     let pin = format!("pin = {{ file = \"{}\" }}", desk.card.pin_file().display());
     let section = desk.card.section("card").replace(&pin, "pin = \"none\"");
@@ -171,7 +172,7 @@ fn a_key_that_asks_for_no_pin() -> anyhow::Result<()> {
     ensure!(config.contains("pin = \"none\""), "{config}");
     let agent = Agent::start(&desk.world, &config)?;
     eventually("the key", || Ok(!desk.sign("9e")?))?;
-    drop(agent);
+    ensure!(agent.stop()?.success());
     let mut alone = Command::new(built("omsign")?);
     let uri = format!("piv:serial={};slot=9e?pin-source=none", desk.card.serial);
     alone.args(["sign", "agent.toml", "--signature", "alone.sig", "--key-uri", &uri]);
@@ -189,8 +190,7 @@ fn a_card_that_hangs_with_the_pin() -> anyhow::Result<()> {
     let Desk { world, card, .. } = &desk;
     card.generate("9c", "ECCP256", &[])?;
     let keys = key("9c", "card", "slot = \"9c\"");
-    let _agent =
-        Agent::start(world, &(world.listen() + &card.section("card") + "timeout = \"1s\"\n" + &keys))?;
+    let _agent = Agent::start(world, &(world.listen() + &card.section("card") + &timeout() + &keys))?;
     let signs = || anyhow::Ok(world.omsign(&["sign", "agent.toml", "--key", "9c"])?.status.success());
     let hangs = |from, to| {
         ensure!(signs()?);
@@ -308,7 +308,7 @@ fn what_can_be_no_pin_costs_no_try() -> anyhow::Result<()> {
         Ok(agent.log()?.contains("its PIN has 6 to 8 bytes, and the one given has not"))
     })?;
     ensure!(desk.card.pin_tries()? == 3 && desk.card.wrong_pins() == 0);
-    drop(agent);
+    ensure!(agent.stop()?.success());
     write_private(&desk.card.pin_file(), format!("{}\n", piv::PIN).as_bytes())?;
     desk.card.enter_wrong_pins(3);
     for _ in 0..3 {
@@ -327,12 +327,13 @@ fn what_everybody_knows_is_said_and_not_used() -> anyhow::Result<()> {
     let desk = Desk::new()?;
     desk.card.generate("9c", "ECCP256", &[])?;
     let agent = desk.agent(&["9c"])?;
+    eventually("an open card", || Ok(desk.world.status()?.contains("token card: ready")))?;
     eventually("what the log says", || {
         let log = agent.log()?;
         Ok(log.contains("its PUK is the one from the factory")
             && log.contains("its management key is the one from the factory"))
     })?;
-    drop(agent);
+    ensure!(agent.stop()?.success());
     let (status, report) = desk.world.doctor()?;
     ensure!(status.success() && report.contains("its PUK is the one from the factory"), "{report}");
     ensure!(report.lines().any(|line| line.starts_with("warning") && line.contains("PUK")), "{report}");

@@ -191,8 +191,8 @@ fn many_processes_open_a_softhsm_token() -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let sign = &sign;
         let one =
-            |script| scope.spawn(move || (0..12).try_for_each(|turn| sign(format!("{script}-{turn}.sig"))));
-        let scripts: Vec<_> = (0..8).map(one).collect();
+            |script| scope.spawn(move || (0..24).try_for_each(|turn| sign(format!("{script}-{turn}.sig"))));
+        let scripts: Vec<_> = (0..4).map(one).collect();
         scripts.into_iter().try_for_each(|script| script.join().map_err(|_| anyhow::anyhow!("a panic"))?)
     })
 }

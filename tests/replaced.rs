@@ -43,7 +43,7 @@ fn sleeps(
         processes.iter().try_for_each(|pid| freeze(*pid))?;
         meanwhile()?;
         std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_secs(3));
+            std::thread::sleep(Duration::from_secs(5));
             processes.iter().try_for_each(|pid| signal(*pid, Signal::CONT))
         });
         Ok(())
@@ -52,7 +52,7 @@ fn sleeps(
     let others = std::mem::replace(&mut lab.others, Duration::from_secs(10));
     lab.trial(
         "the machine sleeps",
-        (sees, Duration::from_secs(2)..Duration::from_secs(12)),
+        (sees, Duration::from_secs(4)..Duration::from_secs(18)),
         tries,
         sleep,
         |_| Ok(()),

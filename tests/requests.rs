@@ -251,7 +251,7 @@ fn another_token_within_one_deadline() -> anyhow::Result<()> {
         let mut client = connect(world.path("agent.sock")).await?;
         proxy.set("C_Sign 0 60000 later\n")?;
         for id in 0..4 {
-            sign(&mut client, request("k", id, &[7; 32]), Duration::from_secs(3)).await?;
+            sign(&mut client, request("k", id, &[7; 32]), Duration::from_secs(8)).await?;
         }
         Ok(())
     })
@@ -265,13 +265,15 @@ fn a_full_queue() -> anyhow::Result<()> {
     let proxy = world.proxy()?;
     let tokens = proxy.before(&token_section("t", &token, "queue = 8"))? + &token_section("calm", &calm, "");
     let keys = key_section("k", "t", "k") + &key_section("calm", "calm", "calm");
-    let _agent = Agent::start(&world, &(world.listen() + &tokens + &keys))?;
+    // Others wait for nothing of the disk either.
+    let listen = world.listen() + "durability = \"os\"\n";
+    let _agent = Agent::start(&world, &(listen + &tokens + &keys))?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         for (key, id) in [("k", 1), ("calm", 2)] {
             sign(&mut client, request(key, id, &[7; 32]), SOON).await?;
         }
-        proxy.set("C_Sign 0 700\n")?;
+        proxy.set("C_Sign 0 1200\n")?;
         let mut waiting = tokio::task::JoinSet::new();
         for id in 10..20 {
             let mut client = client.clone();
@@ -282,7 +284,7 @@ fn a_full_queue() -> anyhow::Result<()> {
             codes.push(result?.err().map(|status| status.code()));
             // While the slow one has what it took.
             let id = 100 + codes.len() as u128;
-            sign(&mut client, request("calm", id, &[7; 32]), Duration::from_secs(1)).await?;
+            sign(&mut client, request("calm", id, &[7; 32]), Duration::from_secs(2)).await?;
         }
         let full = codes.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count();
         let served = codes.iter().filter(|code| code.is_none()).count();

@@ -144,7 +144,7 @@ fn only_looks_are_taken_again() -> anyhow::Result<()> {
     let (token, proxy) = (world.token("t", "k", KeyType::P256)?, world.proxy()?);
     let config =
         world.listen() + &proxy.before(&token_section("t", &token, ""))? + &key_section("k", "t", "k");
-    let agent = Agent::start(&world, &(config + &key_section("l", "t", "l")))?;
+    let agent = Agent::start(&world, &config)?;
     world.model()?;
     world.omsign_ok(&["sign", "model", "--key", "k", "--signature", "s.sig"])?;
     let ends_under = |command: &[&str], function: &str| {
@@ -160,6 +160,9 @@ fn only_looks_are_taken_again() -> anyhow::Result<()> {
     };
     let listed = ends_under(&["list"], "C_OpenSession")?;
     ensure!(listed.status.success() && String::from_utf8(listed.stdout)?.contains("label \"k\""));
+    // Not before: a key that is missing is looked for.
+    world.write("agent.toml", config + &key_section("l", "t", "l"))?;
+    does(&world, &["reload"])?;
     let made = ends_under(&["generate", "l", "--type", "p256"], "C_GenerateKeyPair")?;
     let errors = String::from_utf8(made.stderr)?;
     ensure!(made.status.code() == Some(2) && errors.contains("its process ended"), "{errors}");

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::built;
 use omsign_fixtures::softhsm::KeyType;
-use omsign_proto::v1::{GetKeyRequest, UnlockTokenRequest};
-use omsign_tests::agent::{Agent, eventually, refused, signal};
+use omsign_proto::v1::{GetKeyRequest, ListTokensRequest, UnlockTokenRequest};
+use omsign_tests::agent::{Agent, SOON, eventually, refused, signal};
 use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::operator::{self, does};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
-use tonic::Code;
+use tonic::{Code, Status};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -58,7 +58,7 @@ fn an_unlock_that_was_given_up() -> anyhow::Result<()> {
     let agent = Agent::start(&world, &config)?;
     eventually("it is refused", || Ok(world.status()?.contains("it refused the PIN")))?;
     // The first of them keeps the device for a while, and then is refused.
-    proxy.set("C_Initialize 0 4000\n")?;
+    proxy.set("C_Initialize 0 held\n")?;
     run(async {
         let client = connect(world.path("agent.sock")).await?;
         let unlock = || async {
@@ -71,10 +71,22 @@ fn an_unlock_that_was_given_up() -> anyhow::Result<()> {
         while proxy.calls("C_Initialize") == before {
             ensure!(tokio::time::timeout(Duration::from_millis(10), &mut first).await.is_err(), "it is over");
         }
+        // What comes after it on the same connection is answered: the agent has it.
+        let arrived = async |unlock: &mut (dyn Future<Output = Result<(), Status>> + Unpin)| {
+            let mut client = client.clone();
+            tokio::select! {
+                biased;
+                _ = unlock => anyhow::bail!("it is over"),
+                listed = client.list_tokens(ListTokensRequest {}) => Ok(listed.map(drop)?),
+            }
+        };
         for _ in 0..3 {
-            ensure!(tokio::time::timeout(SECOND / 5, unlock()).await.is_err(), "it was not given up");
+            arrived(&mut Box::pin(unlock())).await?;
         }
-        let (first, waits) = tokio::join!(first, unlock());
+        let mut waits = Box::pin(unlock());
+        arrived(&mut waits).await?;
+        proxy.set("")?;
+        let (first, waits) = tokio::join!(first, waits);
         for refused in [first, waits] {
             ensure!(refused.is_err_and(|status| status.code() == Code::FailedPrecondition));
         }
@@ -171,10 +183,15 @@ fn a_log_that_nobody_reads() -> anyhow::Result<()> {
     })?;
     world.omsign_ok(&["sign", "agent.toml", "--key", "k"])?;
     // Who reads on is told.
+    let (begins, begun) = std::sync::mpsc::channel();
     let reads = std::thread::spawn(move || {
-        let mut text = String::new();
-        stderr.read_to_string(&mut text).map(|_| text)
+        let mut text = vec![0; 4096];
+        stderr.read_exact(&mut text)?;
+        let _ = begins.send(());
+        stderr.read_to_end(&mut text)?;
+        anyhow::Ok(String::from_utf8_lossy(&text).into_owned())
     });
+    begun.recv_timeout(SOON)?;
     eventually("it has read", || {
         does(&world, &["reload"])?;
         Ok(world.omsign(&["sign", "agent.toml", "--key", "k"])?.status.success())
@@ -214,12 +231,14 @@ fn an_agent_that_is_started_while_doctor_looks() -> anyhow::Result<()> {
     let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
     // There is a log.
     ensure!(Agent::start(&world, &config)?.stop()?.success());
-    proxy.set("C_Login 0 1500\n")?;
+    proxy.set("C_Login 0 held\n")?;
     let logins = proxy.calls("C_Login");
     let doctor = std::thread::scope(|scope| {
         let doctor = scope.spawn(|| world.doctor());
         eventually("it logs in", || Ok(proxy.calls("C_Login") > logins))?;
-        let (status, said) = refused(&world, &config)?;
+        let started = refused(&world, &config);
+        proxy.set("")?;
+        let (status, said) = started?;
         ensure!(status == Some(2) && said.contains("is running and owns the devices"), "{said}");
         doctor.join().expect("it does not panic")
     });
@@ -236,13 +255,14 @@ fn a_configuration_that_is_changed_while_a_key_is_made() -> anyhow::Result<()> {
     let proxy = world.proxy()?;
     let config = world.listen() + &proxy.before(&token.section("device"))? + &key_section("k", "device", "k");
     world.write("agent.toml", &config)?;
-    proxy.set("C_GenerateKeyPair 30 1500\n")?;
+    proxy.set("C_GenerateKeyPair 30 held\n")?;
     let failed = std::thread::scope(|scope| {
         let rotation = scope.spawn(|| operator::key(&world, &["rotate", "k"]));
         eventually("it makes the key", || Ok(proxy.injected("C_GenerateKeyPair") > 0))?;
         let begun = std::fs::read_to_string(world.path("agent.toml"))?;
         ensure!(begun.contains("next ="), "{begun}");
         world.write("agent.toml", begun + "\n# somebody else's\n")?;
+        proxy.set("")?;
         rotation.join().expect("it does not panic")
     })?;
     ensure!(!failed.status.success(), "{failed:?}");

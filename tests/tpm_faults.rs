@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::tpm_device::TpmDevice;
 use omsign_fixtures::write_private;
-use omsign_tests::agent::{freeze, signal};
+use omsign_tests::agent::{eventually, freeze, signal};
 use omsign_tests::lab::{AT_ONCE, HANG, Lab, SLOW, Sees, THREE_HANGS, nothing};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key};
@@ -159,7 +159,9 @@ fn tpm() -> anyhow::Result<()> {
             tool.args(["-Q", "-C", "o", "-c", "0x81000010"]);
         })
     };
-    rows_of_a_tpm(chip, &mut lab, take, |chip| chip.guarded_key("k", 0x8100_0010, AUTH).map(drop))
+    rows_of_a_tpm(chip, &mut lab, take, |chip| {
+        eventually("its key", || Ok(chip.put_back("k", 0x8100_0010).is_ok()))
+    })
 }
 
 /// A key that is loaded from a file, as `init tpm` makes it.

@@ -14,7 +14,10 @@ pub mod tpm_device;
 pub mod tpm_proxy;
 pub mod with;
 
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
 
@@ -43,15 +46,22 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
 /// Below those that the kernel gives to connections (`ip_local_port_range`): thousands of a TPM's linger in benchmarks.
 const PORTS: std::ops::Range<u16> = 12_000..32_000;
 
+/// The names of the ports that this process has.
+static HELD: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
+
 /// A port that is free, and so is the next one: swtpm's control channel and the virtual reader take that too.
 pub(crate) fn free_pair() -> anyhow::Result<u16> {
     let span = usize::from(PORTS.end - PORTS.start);
     let mut random = [0; 8];
     for _ in 0..1000 {
         openssl::rand::rand_bytes(&mut random).context("a random port")?;
-        let port = PORTS.start + u16::try_from(usize::from_le_bytes(random) % span)?;
+        let port = PORTS.start + (u16::try_from(usize::from_le_bytes(random) % span)? & !1);
+        // Another stand-in may not have bound its own yet. A name is nobody else's until this process ends (unix(7)).
+        let name = SocketAddr::from_abstract_name(format!("omsign-fixtures-port-{port}"))?;
+        let Ok(held) = UnixListener::bind_addr(&name) else { continue };
         let free = |port| std::net::TcpListener::bind(("127.0.0.1", port));
         if free(port).is_ok() && free(port + 1).is_ok() {
+            HELD.lock().unwrap_or_else(PoisonError::into_inner).push(held);
             return Ok(port);
         }
     }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -101,7 +101,9 @@ impl Agent {
     pub fn kill_hosts(&self) -> anyhow::Result<()> {
         let hosts = self.hosts()?;
         ensure!(!hosts.is_empty(), "no token has a process");
-        hosts.into_iter().try_for_each(|host| signal(host, Signal::KILL))
+        hosts.iter().try_for_each(|host| signal(*host, Signal::KILL))?;
+        // It takes note of their end after it has told the tokens' callers.
+        eventually("their end", || Ok(!self.hosts()?.iter().any(|host| hosts.contains(host))))
     }
 
     /// Stops it and waits for its end.
@@ -199,7 +201,8 @@ pub fn freeze(pid: u32) -> anyhow::Result<()> {
     signal(pid, Signal::STOP)?;
     eventually("a standstill", || {
         for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-            let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+            // One that ends just now is read no more.
+            let Ok(stat) = std::fs::read_to_string(thread?.path().join("stat")) else { continue };
             // The state follows the name in parentheses (proc_pid_stat(5)). One that has ended moves no more, and nobody
             // takes note of that while its parent stands still.
             if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 'Z', 'X'])) {
@@ -211,11 +214,9 @@ pub fn freeze(pid: u32) -> anyhow::Result<()> {
 }
 
 fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
-    let mut found = Vec::new();
-    for thread in Path::new(&format!("/proc/{pid}/task")).read_dir()? {
-        let text = std::fs::read_to_string(thread?.path().join("children"))?;
-        found.extend(text.split_whitespace().filter_map(|word| word.parse::<u32>().ok()));
-    }
+    // Its first thread starts them. Others come and go.
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let mut found: Vec<_> = text.split_whitespace().filter_map(|word| word.parse::<u32>().ok()).collect();
     found.sort_unstable();
     Ok(found)
 }

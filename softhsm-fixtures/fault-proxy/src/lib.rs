@@ -4,8 +4,8 @@
 //! * `OMSIGN_PROXY_MODULE`: path of the module behind it.
 //! * `OMSIGN_PROXY_LOG`: each wrapped call appends a line with its name, and one more, `C_Login failed a0`, when the module
 //!   behind refuses it, or `C_Login injected` when the control file has something for it.
-//! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds; `0` means
-//!   that the call goes through; in place of the CKR, `abort` and `segv` end the process, `C_GetSlotList none 0` is
+//! * `OMSIGN_PROXY_FAULTS`: lines `C_Sign 32 0` (function, CKR in hexadecimal, delay in milliseconds, or `held`: as long as
+//!   the line is there; `0` means that the call goes through; in place of the CKR, `abort` and `segv` end the process, `C_GetSlotList none 0` is
 //!   a module without slots, `C_GetTokenInfo last 0` a token that takes one wrong PIN more, and `C_GetTokenInfo blocked 0` one that takes none; `C_Login after 32` lets the call through and answers
 //!   this in its place; a line that ends in `once` counts for the first call of each process, one that ends in
 //!   `later` for all but the first two: a signature takes two, for its length and for itself). Read at every call, so
@@ -153,14 +153,21 @@ fn intercept(function: &str) -> Option<CK_RV> {
     let mut lines = faults.lines().map(str::split_whitespace);
     let mut fault = lines.find_map(|mut words| (words.next() == Some(function)).then_some(words))?;
     let answer = fault.next().filter(|answer| *answer != "after")?;
-    let delay = fault.next()?.parse().ok()?;
+    let delay = fault.next()?;
     match fault.next() {
         Some("once") if INJECTED.fetch_add(1, Ordering::Relaxed) > 0 => return None,
         Some("later") if INJECTED.fetch_add(1, Ordering::Relaxed) < 2 => return None,
         _ => {}
     }
     log(&format!("{function} injected"));
-    std::thread::sleep(Duration::from_millis(delay));
+    match delay.parse() {
+        Ok(delay) => std::thread::sleep(Duration::from_millis(delay)),
+        Err(_) => {
+            while is_told(&format!("{function} {answer} held")) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
     match answer {
         "abort" => std::process::abort(),
         // Rust's own handler takes the first one for a stack that may have overflowed, and steps aside.
