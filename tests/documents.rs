@@ -179,31 +179,6 @@ fn every_example_configuration_is_valid() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each line is a comment, a section, or a setting with a value; and what they start is there.
-#[test]
-fn systemd_units_start_what_there_is() -> anyhow::Result<()> {
-    let read = |name: &str| std::fs::read_to_string(project("hsm-config/systemd").join(name));
-    let (service, socket) = (read("omsign-agent.service")?, read("omsign-agent.socket")?);
-    for line in
-        service.lines().chain(socket.lines()).filter(|line| !line.is_empty() && !line.starts_with('#'))
-    {
-        let section = line.starts_with('[') && line.ends_with(']');
-        let setting = line.split_once('=').is_some_and(|(name, value)| {
-            !value.is_empty() && name.chars().all(|character| character.is_ascii_alphabetic())
-        });
-        ensure!(section || setting, "{line}");
-    }
-    let value =
-        |name: &str| service.lines().find_map(|line| line.strip_prefix(name)).context(name.to_owned());
-    let start: Vec<_> = value("ExecStart=/usr/bin/omsign-agent ")?.split_whitespace().collect();
-    let [command, "--config", _] = start[..] else { anyhow::bail!("{start:?}") };
-    let help = Command::new(built("omsign-agent")?).args([command, "--help"]).output()?;
-    ensure!(help.status.success() && String::from_utf8(help.stdout)?.contains("--config"));
-    // The socket's path is in a directory that would go with the service.
-    ensure!(socket.contains("ListenStream=/run/omsign/") && value("RuntimeDirectoryPreserve=")? == "yes");
-    Ok(())
-}
-
 /// The golden file is what `check-config` prints; every line of it was read by a person.
 #[test]
 fn every_mistake_in_a_configuration_is_reported() -> anyhow::Result<()> {
