@@ -165,6 +165,8 @@ pub fn agree_with_sha2(kernel: usize, blocks_at_once: &[usize], messages: &[Vec<
 
 #[cfg(test)]
 mod tests {
+    use std::hash::{BuildHasher as _, RandomState};
+
     use super::*;
 
     /// Each length around the borders of a block and of the padding, each number of streams, each kernel.
@@ -184,6 +186,31 @@ mod tests {
                     let cuts = [1 + length % 3, 7, 1 + length * streams % 5, 19];
                     agree_with_sha2(kernel, &cuts, &messages);
                 }
+            }
+        }
+    }
+
+    /// Messages of any length, cut anywhere, other ones in each run: `OMSIGN_SEED` chooses the same again.
+    #[test]
+    fn random_splits_agree_with_sha2() {
+        let chosen = std::env::var("OMSIGN_SEED").ok().and_then(|seed| seed.parse().ok());
+        let mut state: u64 = chosen.unwrap_or_else(|| RandomState::new().hash_one("a seed"));
+        eprintln!("OMSIGN_SEED={state}");
+        let mut random = || {
+            // splitmix64
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ (mixed >> 31)
+        };
+        let mut below = |bound: usize| usize::try_from(random() % bound as u64).expect("below a usize");
+        for kernel in 0..usable().len() {
+            for _ in 0..100 {
+                let (longest, cuts) = (1 + below(4000), 1 + below(12));
+                let cuts: Vec<_> = (0..cuts).map(|_| 1 + below(20)).collect();
+                let mut message = |_| (0..below(longest)).map(|_| below(256).to_le_bytes()[0]).collect();
+                let messages: Vec<Vec<u8>> = (0..=MOST_LANES).map(&mut message).collect();
+                agree_with_sha2(kernel, &cuts, &messages[..=below(MOST_LANES)]);
             }
         }
     }
