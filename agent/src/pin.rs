@@ -1,16 +1,26 @@
 //! Where a PIN comes from: read in the process that owns the token, and nowhere else but in `doctor`.
 
 use std::fs::Metadata;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::process::{Pid, Signal, kill_process_group};
+use zeroize::Zeroizing;
 
 use crate::config::PinSource;
+use crate::host::wire::{Class, Failure};
 use crate::secret::Pin;
 
 /// As long as a person may take to enter a PIN on a device. Most devices wait for half a minute or less.
 pub(crate) const BY_HAND: Duration = Duration::from_secs(90);
+
+/// No PIN is as long, in bytes.
+const LONGEST: usize = 4096;
 
 impl PinSource {
     /// Whether a person has to be there, so that nothing is opened with it again by itself.
@@ -26,10 +36,17 @@ impl PinSource {
             _ => format!("omsign agent unlock {token}"),
         }
     }
+
+    /// What it is that it could not be read: for an operator to mend or, where a command has to reach somebody else, what
+    /// may be well again by itself. No PIN was offered.
+    pub(crate) fn unread(&self, message: String) -> Failure {
+        let class = if matches!(self, Self::Command(_)) { Class::Gone } else { Class::Locked };
+        Failure { class, message }
+    }
 }
 
-/// Reads a PIN from its source. The error says what to do and never holds any part of the PIN.
-pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
+/// Reads a PIN from its source, which has this long. The error says what to do and never holds any part of the PIN.
+pub(crate) fn read_pin(source: &PinSource, limit: Duration) -> Result<Pin, String> {
     let empty = |what: String| format!("{what} is empty; put the PIN there");
     match source {
         PinSource::File(path) => {
@@ -50,6 +67,12 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
                 std::env::var(name).map_err(|_| format!("the environment variable {name} is not set"))?;
             Pin::new(value).ok_or_else(|| empty(format!("the environment variable {name}")))
         }
+        PinSource::Command(words) => {
+            let program = words.first().map(String::as_str).unwrap_or_default();
+            let wrong =
+                |what| format!("the PIN's command {program} {what}; run it as the agent's user to see why");
+            Pin::new(printed(words, limit).map_err(wrong)?).ok_or_else(|| wrong("prints nothing".into()))
+        }
         PinSource::Prompt => Err("it waits for its PIN: omsign agent unlock, with --ask-pin".into()),
         PinSource::Device => {
             Err("its PIN is entered on the device itself: omsign agent unlock, then enter it there".into())
@@ -58,12 +81,72 @@ pub(crate) fn read_pin(source: &PinSource) -> Result<Pin, String> {
     }
 }
 
-/// Whether a PIN source can be read, for `doctor`.
+/// Whether a PIN source can be read, for `doctor`. A command is run once, when the token is opened.
 pub(crate) fn check(source: &PinSource) -> Result<(), String> {
     match source {
-        PinSource::Prompt | PinSource::Device | PinSource::None => Ok(()),
-        source => read_pin(source).map(drop),
+        PinSource::Prompt | PinSource::Device | PinSource::None | PinSource::Command(_) => Ok(()),
+        source => read_pin(source, Duration::ZERO).map(drop),
     }
+}
+
+/// What a command prints, without one trailing newline. What it says on standard error may hold the PIN, too, and is not
+/// kept.
+fn printed(words: &[String], limit: Duration) -> Result<String, String> {
+    let (program, arguments) = words.split_first().ok_or("has no name")?;
+    let mut command = Command::new(program);
+    // A group of its own, which ends with it.
+    command.args(arguments).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(|error| format!("cannot be run: {error}"))?;
+    let ended = ended(&mut child, limit);
+    if let Ok(group) = child.id().try_into().map(Pid::from_raw)
+        && let Some(group) = group
+    {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    let failed = |error: io::Error| format!("cannot be read: {error}");
+    let status = match ended.map_err(failed)? {
+        Some(status) => status,
+        None => {
+            let _ = child.wait();
+            return Err(format!("took longer than {} s", limit.as_secs_f64()));
+        }
+    };
+    if !status.success() {
+        return Err(format!("ended with {status}"));
+    }
+    let mut text = Zeroizing::new(vec![0; LONGEST + 1]);
+    let length = match child.stdout.take() {
+        Some(mut stdout) => {
+            // What it left behind may keep its end open.
+            fcntl_setfl(&stdout, OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
+            match stdout.read(&mut text) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                read => read.map_err(failed)?,
+            }
+        }
+        None => 0,
+    };
+    if length > LONGEST {
+        return Err(format!("prints more than {LONGEST} bytes"));
+    }
+    let text = str::from_utf8(text.get(..length).unwrap_or_default());
+    Ok(without_newline(text.map_err(|_| "prints what is not UTF-8")?).to_owned())
+}
+
+/// How it ended, if it did within that time.
+fn ended(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    loop {
+        match child.try_wait()? {
+            None if begun.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
+            ended => return Ok(ended),
+        }
+    }
+}
+
+fn without_newline(text: &str) -> &str {
+    text.strip_suffix("\r\n").or_else(|| text.strip_suffix('\n')).unwrap_or(text)
 }
 
 /// Refuses a PIN file that anybody but its owner, who must be us or root, can read.
@@ -92,28 +175,54 @@ fn pin_file(path: &Path, check: fn(&Path, &Metadata) -> Result<(), String>) -> R
     // What is checked is what is read, whoever renames files meanwhile.
     let mut options = std::fs::OpenOptions::new();
     // A pipe would keep us waiting for somebody to write to it.
-    let not_waiting = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let not_waiting = OFlags::NONBLOCK.bits().cast_signed();
     let mut file = options.read(true).custom_flags(not_waiting).open(path).map_err(fail)?;
     let metadata = file.metadata().map_err(fail)?;
     if !metadata.is_file() {
         return Err(format!("the PIN file {shown} is not a regular file"));
     }
     check(path, &metadata)?;
-    let mut text = String::new();
+    let mut text = Zeroizing::new(String::new());
     file.read_to_string(&mut text).map_err(fail)?;
-    if text.ends_with('\n') {
-        text.pop();
-        if text.ends_with('\r') {
-            text.pop();
-        }
-    }
-    Ok(Pin::new(text))
+    Ok(Pin::new(without_newline(&text).to_owned()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    fn read(path: &Path) -> Result<Pin, String> {
+        read_pin(&PinSource::File(path.to_owned()), Duration::ZERO)
+    }
+
+    #[test]
+    fn what_a_command_prints() {
+        let limit = Duration::from_secs(60);
+        let run = |script: &str| {
+            let words = ["sh", "-c", script].map(str::to_owned).to_vec();
+            read_pin(&PinSource::Command(words), limit).map(|pin| pin.expose().to_owned())
+        };
+        assert_eq!(run("echo 1234; echo noise >&2"), Ok("1234".into()));
+        assert_eq!(run("printf ' 12\\n34 \\r\\n'"), Ok(" 12\n34 ".into()));
+        // What it leaves behind neither is waited for nor stays.
+        assert_eq!(run("sleep 1000 & echo 1234"), Ok("1234".into()));
+        for (script, expected) in [
+            ("true", "the PIN's command sh prints nothing; run it as the agent's user"),
+            ("echo; exit 3", "ended with exit status: 3"),
+            ("echo 431276; echo 431276 >&2; kill $$", "ended with signal: 15"),
+            ("printf '\\377'", "prints what is not UTF-8"),
+            ("head -c 5000 /dev/zero", "prints more than 4096 bytes"),
+        ] {
+            let error = run(script).expect_err(script);
+            assert!(error.contains(expected) && !error.contains("431276"), "{error}");
+        }
+        let missing = PinSource::Command(vec!["/nowhere/pin".into()]);
+        assert!(read_pin(&missing, limit).expect_err("missing").contains("/nowhere/pin cannot be run: "));
+        let slow = PinSource::Command(vec!["sleep".into(), "1000".into()]);
+        let error = read_pin(&slow, Duration::from_millis(20)).expect_err("slow");
+        assert!(error.contains("sleep took longer than 0.02 s"), "{error}");
+    }
 
     #[test]
     fn a_trailing_newline_is_not_part_of_the_pin() {
@@ -122,12 +231,12 @@ mod tests {
         for text in ["1234", "1234\n", "1234\r\n"] {
             std::fs::write(&path, text).expect("written");
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).expect("set");
-            assert_eq!(read_pin(&PinSource::File(path.clone())).expect(text).expose(), "1234");
+            assert_eq!(read(&path).expect(text).expose(), "1234");
         }
         std::fs::write(&path, " 12\n34 \n\n").expect("written");
-        assert_eq!(read_pin(&PinSource::File(path.clone())).expect("read").expose(), " 12\n34 \n");
+        assert_eq!(read(&path).expect("read").expose(), " 12\n34 \n");
         std::fs::write(&path, "\n").expect("written");
-        assert!(read_pin(&PinSource::File(path)).expect_err("empty").contains("is empty"));
+        assert!(read(&path).expect_err("empty").contains("is empty"));
     }
 
     #[test]
@@ -136,7 +245,7 @@ mod tests {
         let path = directory.path().join("pipe");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).expect("a pipe");
-        let error = read_pin(&PinSource::File(path)).expect_err("refused, at once");
+        let error = read(&path).expect_err("refused, at once");
         assert!(error.contains("is not a regular file"), "{error}");
     }
 
@@ -147,7 +256,7 @@ mod tests {
         std::fs::write(&path, "431276").expect("written");
         for mode in [0o640, 0o604, 0o620] {
             std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
-            let error = read_pin(&PinSource::File(path.clone())).expect_err("refused");
+            let error = read(&path).expect_err("refused");
             assert!(error.contains("chmod 600") && !error.contains("431276"), "{error}");
         }
     }

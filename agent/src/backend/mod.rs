@@ -105,7 +105,7 @@ fn new_pin(token: &config::Token, fresh: &Fresh) -> Result<Pin, Failure> {
     if fresh.puk.is_empty() {
         return Err(refused("it takes the security officer's PIN, or a card's PUK; none was given".into()));
     }
-    Pin::new(fresh.pin.clone()).map_or_else(|| read_pin(&token.pin).map_err(refused), Ok)
+    Pin::new(fresh.pin.clone()).map_or_else(|| read_pin(&token.pin, token.timeout).map_err(refused), Ok)
 }
 
 /// A PIN that everybody knows signs nothing.
@@ -137,7 +137,9 @@ fn pin_for(spec: &OpenSpec, given: Option<Pin>) -> Result<Option<Pin>, Failure> 
     match (given, &spec.token.pin) {
         (Some(pin), _) => Ok(Some(pin)),
         (None, PinSource::None) => Ok(None),
-        (None, source) => read_pin(source).map(Some).map_err(locked),
+        (None, source) => {
+            read_pin(source, spec.token.timeout).map(Some).map_err(|reason| source.unread(reason))
+        }
     }
 }
 

@@ -221,6 +221,9 @@ pub enum PinSource {
     Credential(String),
     /// `pin = { env = "…" }`: an environment variable of the agent.
     Env(String),
+    /// `pin = { command = ["…"] }`: what a program prints, run in the process of the token, where the configuration is. One
+    /// trailing newline is not part of the PIN. It has as long as any operation of the device.
+    Command(Vec<String>),
     /// `pin = "prompt"`: asked at start on the agent's terminal, or given with `omsign agent unlock`.
     Prompt,
     /// `pin = "device"`: entered on the device itself, on a reader's PIN pad or a Luna's PED, once an operator unlocks it.

@@ -214,7 +214,7 @@ fn selector(
 
 fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> {
     const EXAMPLES: &str = "{ file = \"release.pin\" }, { credential = \"release\" }, { env = \"RELEASE_PIN\" }, \
-                            \"prompt\", \"device\" or \"none\"";
+                            { command = [\"…\"] }, \"prompt\", \"device\" or \"none\"";
     if section.has_table("pin") {
         return secret(reader, section, "pin", EXAMPLES);
     }
@@ -227,7 +227,7 @@ fn pin(reader: &mut Reader<'_>, section: &mut Section<'_>) -> Option<PinSource> 
     }
 }
 
-/// `{ file }`, `{ credential }` or `{ env }`: where a secret is kept.
+/// `{ file }`, `{ credential }`, `{ env }` or `{ command }`: where a secret is kept.
 fn secret(
     reader: &mut Reader<'_>,
     section: &mut Section<'_>,
@@ -242,8 +242,9 @@ fn secret(
     let file = table.path(reader, "file").map(PinSource::File);
     let credential = table.string(reader, "credential").map(PinSource::Credential);
     let env = table.string(reader, "env").map(PinSource::Env);
+    let command = Some(table.strings(reader, "command")).filter(|words| !words.is_empty());
     table.finish(reader);
-    let mut given = [file, credential, env].into_iter().flatten();
+    let mut given = [file, credential, env, command.map(PinSource::Command)].into_iter().flatten();
     match (given.next(), given.next()) {
         (Some(one), None) => Some(one),
         _ => section.wrong(reader, name, format!("give exactly one source: {name} = {examples}")),

@@ -54,7 +54,11 @@ pub(super) fn log_in(
         Some(pin) => fit(&pin, profile)?,
         None if by_hand && info.protected_authentication_path() => Login::OnDevice,
         None if by_hand => return Err(locked(NO_PAD.into())),
-        None => fit(&read_pin(&spec.token.pin).map_err(locked)?, profile)?,
+        None => {
+            let source = &spec.token.pin;
+            let pin = read_pin(source, spec.token.timeout).map_err(|reason| source.unread(reason))?;
+            fit(&pin, profile)?
+        }
     };
     // The agent has to know before the token does: a module that hangs or crashes now may have counted a try.
     notify(Doing::LogsIn);

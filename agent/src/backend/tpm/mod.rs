@@ -25,7 +25,7 @@ use self::errors::{Code, classify, code, describe};
 use self::keys::Key;
 use super::{Device, Doing, Notify, Signer, gone, locked, open_keys, pin_for, refused, usable};
 use crate::algorithm::Content;
-use crate::config::{PinSource, Tcti};
+use crate::config::{self, PinSource, Tcti};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Failure, KeySpec, OpenSpec, Opened, Survey, SurveyedToken};
 use crate::pin::read_pin;
@@ -91,7 +91,7 @@ pub(super) fn open(
         flush_leftovers(&mut context)?;
     }
     let device = device(&mut context)?;
-    own(&mut context, &spec.token.owner_auth)?;
+    own(&mut context, &spec.token)?;
     let auth = authorization(&mut context, spec, pin)?;
     let offered = auth.is_some();
     if offered {
@@ -127,11 +127,11 @@ pub(super) fn open(
 
 /// Has the context show the owner hierarchy's value wherever that is asked for. A TPM counts no wrong ones (TPM 2.0
 /// Part 1, 19.8.3), and keys that need no owner sign without it.
-fn own(context: &mut Context, owner_auth: &PinSource) -> Result<(), Failure> {
-    if *owner_auth == PinSource::None {
+fn own(context: &mut Context, token: &config::Token) -> Result<(), Failure> {
+    if token.owner_auth == PinSource::None {
         return Ok(());
     }
-    let value = read_pin(owner_auth).and_then(|value| {
+    let value = read_pin(&token.owner_auth, token.timeout).and_then(|value| {
         let value = Auth::try_from(value.expose().as_bytes().to_vec());
         value.map_err(|_| "it is longer than a TPM takes".to_owned())
     });
