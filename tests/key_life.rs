@@ -323,12 +323,8 @@ fn on_two_tokens() -> anyhow::Result<()> {
 fn on_a_tpm_without_a_pin() -> anyhow::Result<()> {
     let world = World::new()?;
     let chip = SwTpm::create(&world.path("tpm"))?;
-    let section: String = chip
-        .section("tpm")
-        .lines()
-        .filter(|line| !line.starts_with("pin"))
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let section = chip.section("tpm");
+    let section: String = section.split_inclusive('\n').filter(|line| !line.starts_with("pin")).collect();
     let config = world.listen()
         + &section
         + &key_on("k", "tpm", "handle = \"0x81000020\"")

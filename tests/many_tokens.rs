@@ -49,7 +49,7 @@ fn twins() -> anyhow::Result<Twins> {
         + &right.before(&token_section("b", &second, &timeout()))?
         + &on_both();
     let agent = Agent::start(&world, &config)?;
-    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    world.until_ready()?;
     Ok(Twins { world, _beside: beside, first, second, left, right, agent })
 }
 
@@ -98,15 +98,10 @@ fn both_sign_and_one_is_enough() -> anyhow::Result<()> {
         left.set("C_Sign 30 0\n")?;
         sign_all(&world, 1000, 200).await?;
         left.set("")?;
-        eventually("both again", || Ok(world.status()?.matches(": ready").count() == 4))?;
+        world.until_ready()?;
         // One hangs: its process is stopped.
-        let before = right.calls("C_Sign");
-        let is_right = |host: &u32| {
-            let command = std::fs::read_to_string(format!("/proc/{host}/cmdline"));
-            command.is_ok_and(|command| command.contains("token b"))
-        };
-        freeze(agent.hosts()?.into_iter().find(is_right).context("its process")?)?;
-        let started = Instant::now();
+        let (before, started) = (right.calls("C_Sign"), Instant::now());
+        freeze(agent.host_of("b")?.context("its process")?)?;
         sign_all(&world, 2000, 64).await?;
         ensure!(started.elapsed() < SECOND * 20, "{:?}", started.elapsed());
         eventually("it is opened anew", || Ok(right.calls("C_Sign") > before))?;
@@ -238,7 +233,7 @@ fn one_of_them_hashes() -> anyhow::Result<()> {
         tokens += &token_section(name, &token, "");
     }
     let agent = Agent::start(&world, &(world.listen() + &tokens + &on_both()))?;
-    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    world.until_ready()?;
     let statement = b"{}".to_vec();
     let digest = openssl::sha::sha256(&pae(&statement));
     run(async {
@@ -282,7 +277,7 @@ fn both_get_the_next_key() -> anyhow::Result<()> {
     ensure!(next.as_bytes() == std::fs::read(first.public_key("k-2"))?, "{next}");
     signal(agent.pid(), Signal::HUP)?;
     eventually("the next key", || Ok(world.omsign_ok(&["keys", "export", "k", "--public-key"])? == next))?;
-    eventually("it is on both", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    world.until_ready()?;
     // By each of them.
     for number in 0..4 {
         let signature = format!("{number}.sig");

@@ -7,7 +7,7 @@ use omsign_fixtures::softhsm::{KeyType, Objects};
 use omsign_proto::v1::SignRequest;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
-use omsign_tests::agent::{Agent, SOON, eventually, freeze, signal};
+use omsign_tests::agent::{Agent, SOON, freeze, signal};
 use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
@@ -246,7 +246,7 @@ fn another_token_within_one_deadline() -> anyhow::Result<()> {
     let keys = key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]");
     let sections = proxy.before(&token_section("a", &first, ""))? + &token_section("b", &second, "");
     let _agent = Agent::start(&world, &(world.listen() + &sections + &keys))?;
-    eventually("both tokens", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    world.until_ready()?;
     run(async {
         let mut client = connect(world.path("agent.sock")).await?;
         proxy.set("C_Sign 0 60000 later\n")?;

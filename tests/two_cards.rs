@@ -70,7 +70,7 @@ fn a_key_on_both() -> anyhow::Result<()> {
     world.write("agent.toml", config.replace("\"9a\"", "\"9c\""))?;
     refuses(&world, &["generate", "k"], "a key that is made here can never be on second, too")?;
     let agent = Agent::start(&world, &config)?;
-    eventually("both", || Ok(world.status()?.matches(": ready").count() == 4))?;
+    world.until_ready()?;
     let public = public.display().to_string();
     let both_sign = || {
         let before = world.audit()?.len();

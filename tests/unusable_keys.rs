@@ -257,7 +257,7 @@ fn a_key_that_is_deleted_while_nobody_signs() -> anyhow::Result<()> {
     token.generate("other", KeyType::P256, Objects::Pair)?;
     let keys = key_section("k", "t", "k") + &key_section("other", "t", "other");
     let _agent = Agent::start(&world, &(world.listen() + &token_section("t", &token, "") + &keys))?;
-    eventually("both keys", || Ok(world.status()?.matches(": ready").count() == 3))?;
+    world.until_ready()?;
     token.delete("k")?;
     eventually("its end", || Ok(world.status()?.contains("key k: unusable: the token has no private key")))?;
     ensure!(world.status()?.contains("key other: ready"));

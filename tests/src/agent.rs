@@ -97,10 +97,24 @@ impl Agent {
         children(self.pid())
     }
 
+    /// The process of this token, if it has one.
+    pub fn host_of(&self, token: &str) -> anyhow::Result<Option<u32>> {
+        let name = format!("omsign-agent: token {token}\0");
+        let is_its = |host: &u32| {
+            std::fs::read_to_string(format!("/proc/{host}/cmdline")).is_ok_and(|line| line.starts_with(&name))
+        };
+        Ok(self.hosts()?.into_iter().find(is_its))
+    }
+
     /// Kills the processes of its tokens, of which there has to be one.
     pub fn kill_hosts(&self) -> anyhow::Result<()> {
         let hosts = self.hosts()?;
         ensure!(!hosts.is_empty(), "no token has a process");
+        self.kill(&hosts)
+    }
+
+    /// Kills processes of its tokens.
+    pub fn kill(&self, hosts: &[u32]) -> anyhow::Result<()> {
         hosts.iter().try_for_each(|host| signal(*host, Signal::KILL))?;
         // It takes note of their end after it has told the tokens' callers.
         eventually("their end", || Ok(!self.hosts()?.iter().any(|host| hosts.contains(host))))

@@ -11,10 +11,9 @@ use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::KeyType;
 use openssl::ecdsa::EcdsaSig;
 use openssl::pkey::PKey;
-use rustix::process::Signal;
 use tonic::Code;
 
-use crate::agent::{Agent, eventually, signal};
+use crate::agent::{Agent, eventually};
 use crate::client::{connect, request, sign};
 use crate::disk::{self, Filler};
 use crate::world::{World, key_section, token_section};
@@ -138,14 +137,7 @@ impl Lab {
 
     /// Kills the device's process, so that it has to be opened anew.
     pub fn kill_host(&self) -> anyhow::Result<()> {
-        for host in self.agent.hosts()? {
-            let name = std::fs::read_to_string(format!("/proc/{host}/cmdline")).unwrap_or_default();
-            if name.contains("token device") {
-                signal(host, Signal::KILL)?;
-                eventually("its end", || Ok(!self.agent.hosts()?.contains(&host)))?;
-            }
-        }
-        Ok(())
+        self.agent.kill(self.agent.host_of("device")?.as_slice())
     }
 
     /// Has something go wrong, looks at what it costs, and ends it. `within` is how long the first caller waits, at least

@@ -10,7 +10,7 @@ use omsign_fixtures::ca::{Ca, write_chain, write_key};
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, Objects, SoftHsm};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, eventually};
 
 /// A directory that is removed at the end.
 pub struct World {
@@ -110,6 +110,11 @@ impl World {
         let all = said.lines().all(|line| line.ends_with(": serving") || line.ends_with(": ready"));
         ensure!(ready == all && output.status.code() != Some(2), "{output:?}");
         Ok(said)
+    }
+
+    /// Waits until all that the agent has is ready.
+    pub fn until_ready(&self) -> anyhow::Result<()> {
+        eventually("readiness", || Ok(self.omsign(&["agent", "status"])?.status.success()))
     }
 
     /// Runs `omsign`, which must end with this status; returns its errors.
