@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use omsign_fixtures::softhsm::{KeyType, Objects};
-use omsign_proto::v1::SignRequest;
 use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
+use omsign_proto::v1::{RETRY_PUSHBACK, SignRequest};
 use omsign_tests::agent::{Agent, SOON, freeze, signal};
 use omsign_tests::client::{connect, request, run, sign};
 use omsign_tests::world::{World, key_section, token_section};
@@ -281,7 +281,13 @@ fn a_full_queue() -> anyhow::Result<()> {
         }
         let mut codes = Vec::new();
         while let Some(result) = waiting.join_next().await {
-            codes.push(result?.err().map(|status| status.code()));
+            let refused = result?.err();
+            if let Some(full) = refused.as_ref().filter(|status| status.code() == Code::ResourceExhausted) {
+                let soon = full.metadata().get(RETRY_PUSHBACK).context("when to come again")?;
+                let soon = soon.to_str()?.parse::<u64>()?;
+                ensure!((50..=10_000).contains(&soon), "{soon} ms");
+            }
+            codes.push(refused.map(|status| status.code()));
             // While the slow one has what it took.
             let id = 100 + codes.len() as u128;
             sign(&mut client, request("calm", id, &[7; 32]), Duration::from_secs(2)).await?;

@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use omsign_proto::v1::RETRY_PUSHBACK;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
@@ -28,6 +29,9 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// How long after the first of them the rest of those who were turned away is recorded.
 const REST: Duration = Duration::from_secs(60);
+
+/// When whoever finds a queue full is to come again, at least and at most.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
 
 /// The longest that questions about keys wait for a token that starts.
 pub(crate) const SETTLE: Duration = Duration::from_secs(5);
@@ -266,7 +270,12 @@ async fn tick(ticks: watch::Sender<u64>, waits: Arc<Notify>) {
 fn status(token: &str, error: &TokenError) -> Status {
     let message = format!("token {token}: {error}");
     match error {
-        TokenError::Full { .. } => Status::resource_exhausted(message),
+        TokenError::Full { soon, .. } => {
+            let mut status = Status::resource_exhausted(message);
+            let soon = u64::try_from(soon.clamp(&AGAIN.0, &AGAIN.1).as_millis()).unwrap_or(u64::MAX);
+            status.metadata_mut().insert(RETRY_PUSHBACK, soon.into());
+            status
+        }
         TokenError::Locked(_) | TokenError::Refused(_) => Status::failed_precondition(message),
         TokenError::Unavailable(_) => Status::unavailable(message),
         TokenError::Deadline => Status::deadline_exceeded(message),

@@ -9,7 +9,7 @@ pub use omsign_proto::v1::sign_request::Content;
 use omsign_proto::v1::sign_response::Event;
 use omsign_proto::v1::{
     GetKeyRequest, Key, KeyState, LARGEST_STATEMENT_BYTES, ListKeysRequest, ListTokensRequest,
-    LockTokenRequest, SignRequest, Token, UnlockTokenRequest,
+    LockTokenRequest, RETRY_PUSHBACK, SignRequest, Token, UnlockTokenRequest,
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -255,10 +255,10 @@ impl Agent {
                     if pause == PAUSES.0 {
                         waiting(&format!("{error}; asking again for {} s", patience.as_secs()));
                     }
+                    std::thread::sleep(error.retry_after().unwrap_or(pause).min(PAUSES.1));
                 }
                 done => return done,
             }
-            std::thread::sleep(pause);
             pause = (pause * 2).min(PAUSES.1);
         }
     }
@@ -332,6 +332,15 @@ fn within<T>(limit: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(limit);
     request
+}
+
+impl AgentError {
+    /// When the agent says to come again.
+    fn retry_after(&self) -> Option<Duration> {
+        let Self::Status(status) = self else { return None };
+        let said = status.metadata().get(RETRY_PUSHBACK)?.to_str().ok()?;
+        said.parse().ok().map(Duration::from_millis)
+    }
 }
 
 impl From<Status> for AgentError {

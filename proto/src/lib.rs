@@ -9,6 +9,9 @@ pub mod v1 {
     /// Longest `statement`, in bytes. Larger ones are for keys that sign digests.
     pub const LARGEST_STATEMENT_BYTES: usize = 15 << 20;
 
+    /// Where a status says when to come again, in milliseconds: what clients with a retry policy go by, too (gRPC A6).
+    pub const RETRY_PUSHBACK: &str = "grpc-retry-pushback-ms";
+
     /// The compiled descriptors, for the gRPC reflection service.
     pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/omsign.bin"));
 }

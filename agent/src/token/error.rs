@@ -1,5 +1,7 @@
 //! Failures as whoever asked a token is told of them.
 
+use std::time::Duration;
+
 use crate::host::wire::{Class, Failure};
 
 /// Why a token did not do what it was asked, by what the caller can do.
@@ -12,6 +14,8 @@ pub enum TokenError {
         waiting: usize,
         /// Whose they are, if not everybody's.
         whose: &'static str,
+        /// When half of them are answered, as fast as the device is.
+        soon: Duration,
     },
     /// An operator has to act.
     #[error("it is locked: {0}")]

@@ -101,7 +101,12 @@ pub(super) struct Place {
 
 impl Place {
     /// Takes one of so many, of which one caller has no more than half: nobody keeps the others out.
-    pub(super) fn take(queue: &Arc<Queue>, most: usize, caller: Option<&Caller>) -> Result<Self, TokenError> {
+    pub(super) fn take(
+        queue: &Arc<Queue>,
+        most: usize,
+        caller: Option<&Caller>,
+        soon: impl FnOnce() -> Duration,
+    ) -> Result<Self, TokenError> {
         let own = caller.map(|caller| {
             let mut of_each = queue.of_each();
             let own = of_each.entry(caller.clone()).or_default();
@@ -112,9 +117,9 @@ impl Place {
         // Dropped where it may not be taken.
         let place = Self { queue: Arc::clone(queue), caller: caller.cloned() };
         match own {
-            _ if all >= most => Err(TokenError::Full { waiting: all, whose: "" }),
+            _ if all >= most => Err(TokenError::Full { waiting: all, whose: "", soon: soon() }),
             Some(own) if own > most.div_ceil(2) => {
-                Err(TokenError::Full { waiting: own - 1, whose: " of this caller" })
+                Err(TokenError::Full { waiting: own - 1, whose: " of this caller", soon: soon() })
             }
             _ => Ok(place),
         }
@@ -360,7 +365,8 @@ mod tests {
     #[test]
     fn one_caller_leaves_room_for_others() {
         let queue = Arc::new(Queue::default());
-        let take = |caller: Option<u32>| Place::take(&queue, 4, caller.map(Caller::Uid).as_ref());
+        let take =
+            |caller: Option<u32>| Place::take(&queue, 4, caller.map(Caller::Uid).as_ref(), || Duration::ZERO);
         let of_one = [take(Some(1)).expect("room"), take(Some(1)).expect("room")];
         let full = take(Some(1)).err().expect("half of it").to_string();
         assert_eq!(full, "2 requests of this caller already wait for it");

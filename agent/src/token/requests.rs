@@ -174,6 +174,6 @@ impl Token {
     }
 
     fn queue(&self, caller: Option<&Caller>) -> Result<Place, TokenError> {
-        Place::take(&self.waiting, self.config.queue, caller)
+        Place::take(&self.waiting, self.config.queue, caller, || self.busy() / 2)
     }
 }
