@@ -23,7 +23,7 @@ use crate::algorithm::Content;
 use crate::audit::Entry;
 use crate::identity::Identity;
 use crate::intake::Held;
-use crate::key::token_to_proto;
+use crate::key::{KeyEntry, token_to_proto};
 use crate::policy::allowed;
 use crate::replay::{Begin, Follow, Step};
 use crate::secret::Pin;
@@ -135,7 +135,7 @@ impl AgentService for Service {
             context: request.context,
             _held: held,
         };
-        let mut follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
+        let follow = match self.0.replay.begin(&caller, id, &key.name, &authorised.digest_hex) {
             Begin::Conflict => {
                 return Err(Status::already_exists(
                     "this request_id was used for another key or digest; choose a new one",
@@ -152,41 +152,7 @@ impl AgentService for Service {
                 follow
             }
         };
-        let first = tokio::select! {
-            biased;
-            step = next(&mut follow) => match step {
-                Step::Done(outcome) => {
-                    let event = outcome.map(signed)?;
-                    return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
-                }
-                step => step,
-            },
-            () = self.0.patience() => Step::Working,
-        };
-        let queued = match key.state().0 {
-            KeyState::Starting => "the token is being opened",
-            _ => "the token is busy",
-        };
-        let (events, stream) = mpsc::channel(2);
-        tokio::spawn(async move {
-            let mut step = first;
-            loop {
-                let event = match step {
-                    Step::Working => Event::Queued(Queued { reason: queued.into() }),
-                    Step::Touch(message) => Event::Touch(Touch { message }),
-                    Step::Done(outcome) => {
-                        // A caller that hung up needs no answer.
-                        let _ = events.send(outcome.map(signed)).await;
-                        return;
-                    }
-                };
-                if events.send(Ok(SignResponse { event: Some(event) })).await.is_err() {
-                    return;
-                }
-                step = next(&mut follow).await;
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+        Ok(Response::new(self.told(follow, key).await?))
     }
 
     async fn list_tokens(
@@ -254,6 +220,45 @@ impl Service {
     ) -> Result<(), Status> {
         let entry = Entry { action, key: short(key), outcome: "denied", reason, ..Entry::about(caller) };
         self.0.turn_away(entry, deadline).await
+    }
+
+    /// What its caller is told of a request: at once where it is soon done.
+    async fn told(&self, mut follow: Follow, key: &KeyEntry) -> Result<Events, Status> {
+        let first = tokio::select! {
+            biased;
+            step = next(&mut follow) => match step {
+                Step::Done(outcome) => {
+                    let event = outcome.map(signed)?;
+                    return Ok(Box::pin(tokio_stream::once(Ok(event))));
+                }
+                step => step,
+            },
+            () = self.0.patience() => Step::Working,
+        };
+        let queued = match key.state().0 {
+            KeyState::Starting => "the token is being opened",
+            _ => "the token is busy",
+        };
+        let (events, stream) = mpsc::channel(2);
+        tokio::spawn(async move {
+            let mut step = first;
+            loop {
+                let event = match step {
+                    Step::Working => Event::Queued(Queued { reason: queued.into() }),
+                    Step::Touch(message) => Event::Touch(Touch { message }),
+                    Step::Done(outcome) => {
+                        // A caller that hung up needs no answer.
+                        let _ = events.send(outcome.map(signed)).await;
+                        return;
+                    }
+                };
+                if events.send(Ok(SignResponse { event: Some(event) })).await.is_err() {
+                    return;
+                }
+                step = next(&mut follow).await;
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(stream)))
     }
 
     /// A token for an operator to act on, and the rule that makes them one. All others are turned away.

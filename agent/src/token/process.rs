@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
+use tokio::net::unix::{ReadHalf, WriteHalf};
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
@@ -67,106 +68,10 @@ impl Process {
         commands: &mut mpsc::Receiver<Command>,
         look_again: Option<Duration>,
     ) -> (End, Option<Lost>) {
-        let (reader, mut writer) = self.socket.split();
+        let Self { child, socket, requests, timeout: limit, is_card } = self;
+        let (reader, mut writer) = socket.split();
         let mut reader = BufReader::new(reader);
-        let write = async {
-            let (mut batch, mut buffer) = (Vec::new(), Vec::new());
-            loop {
-                self.requests.recv_many(&mut batch, 64).await;
-                buffer.clear();
-                // Nobody waits for some of them any more: the device is spared those.
-                let wanted = batch.drain(..).filter(|request| host.is_wanted(request.id));
-                wanted.for_each(|request| wire::put(&mut buffer, &request));
-                if let Err(error) = writer.write_all(&buffer).await {
-                    return error;
-                }
-            }
-        };
-        let read = async {
-            loop {
-                let frame = wire::read_async(&mut reader).await?;
-                let answer: Answer = wire::decode(&frame)?;
-                if let Some(reason) = host.answered(answer) {
-                    return io::Result::Ok(reason);
-                }
-            }
-        };
-        let watch = async {
-            let mut tick =
-                interval((self.timeout / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
-            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                tick.tick().await;
-                if host.hangs(self.timeout) {
-                    // One that keeps a card in a transaction of its own.
-                    let holder = match self.is_card {
-                        // It asks the system for names, which may be far away.
-                        true => {
-                            let asked = tokio::task::spawn_blocking(card_holder);
-                            timeout(GRACE, asked).await.ok().and_then(Result::ok).unwrap_or_default()
-                        }
-                        false => String::new(),
-                    };
-                    let others = if holder.is_empty() { "" } else { "; what else uses cards" };
-                    let seconds = self.timeout.as_secs_f64();
-                    return format!(
-                        "an operation took longer than {seconds} s and was ended{others}{holder}"
-                    );
-                }
-            }
-        };
-        let (missing, opened) = (host.opened.keys.iter().any(Result::is_err), Instant::now());
-        let told = async {
-            loop {
-                match commands.recv().await {
-                    Some(Command::Unlock(login)) if missing => {
-                        let Some(login) = login.wanted() else { continue };
-                        drain(host).await;
-                        return End::Reopen(login);
-                    }
-                    Some(Command::Unlock(Login { done, .. }) | Command::Unblock(_, done)) => {
-                        let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
-                    }
-                    Some(Command::Lock(done)) => {
-                        // From here on nothing new is signed.
-                        host.window.close();
-                        token.lock.close(done).await;
-                        drain(host).await;
-                        return End::Lock;
-                    }
-                    // What an operator typed is not ours to offer again, and keys that are there need no look.
-                    Some(Command::LookAgain { deleted, looks })
-                        if look_again.is_none() || !(missing || deleted) =>
-                    {
-                        let _ = looks.send(!missing);
-                    }
-                    Some(Command::LookAgain { looks, .. }) => {
-                        let _ = looks.send(true);
-                        drain(host).await;
-                        return End::LookAgain;
-                    }
-                    Some(Command::Stop(stopped)) => return End::Stop(stopped),
-                    None => return End::Stop(oneshot::channel().0),
-                }
-            }
-        };
-        let mut next = look_again.unwrap_or(LOOK).min(LOOK);
-        let look_again = async {
-            match look_again.filter(|_| missing) {
-                Some(pause) => loop {
-                    tokio::time::sleep(next).await;
-                    next = (next * 2).min(LOOK);
-                    // Some modules show what is new only to a process that is.
-                    let anew = Instant::now() >= opened + pause;
-                    // Others are served meanwhile, and wait only where there is a reason.
-                    if token.finds_missing(host).await || anew && host.is_idle() {
-                        drain(host).await;
-                        return End::LookAgain;
-                    }
-                },
-                None => std::future::pending().await,
-            }
-        };
+        let read = read(&mut reader, host);
         tokio::pin!(read);
         let end = tokio::select! {
             biased;
@@ -178,16 +83,16 @@ impl Process {
                     return (End::Died(why), lost);
                 }
             },
-            error = write => End::Died(ended(&error)),
-            reason = watch => End::Died(reason),
-            end = told => end,
-            end = look_again => end,
+            error = write(&mut writer, requests, host) => End::Died(ended(&error)),
+            reason = hang(host, *limit, *is_card) => End::Died(reason),
+            end = told(token, host, commands, look_again.is_some()) => end,
+            end = found(token, host, look_again) => end,
         };
         host.window.close();
         // It is told to end, in peace where that may be. What it says until then counts, too.
         let why = match &end {
             End::Died(reason) => {
-                let _ = self.child.start_kill();
+                let _ = child.start_kill();
                 reason
             }
             _ => {
@@ -205,6 +110,110 @@ impl Process {
     /// is left to the system.
     pub(super) async fn bury(mut self) {
         let _ = timeout(GRACE, self.child.kill()).await;
+    }
+}
+
+/// Passes requests on, until that fails.
+async fn write(
+    writer: &mut WriteHalf<'_>,
+    requests: &mut mpsc::UnboundedReceiver<Request>,
+    host: &Host,
+) -> io::Error {
+    let (mut batch, mut buffer) = (Vec::new(), Vec::new());
+    loop {
+        requests.recv_many(&mut batch, 64).await;
+        buffer.clear();
+        // Nobody waits for some of them any more: the device is spared those.
+        let wanted = batch.drain(..).filter(|request| host.is_wanted(request.id));
+        wanted.for_each(|request| wire::put(&mut buffer, &request));
+        if let Err(error) = writer.write_all(&buffer).await {
+            return error;
+        }
+    }
+}
+
+/// Passes answers on, until one says that a PIN was refused: why.
+async fn read(reader: &mut BufReader<ReadHalf<'_>>, host: &Host) -> io::Result<String> {
+    loop {
+        let frame = wire::read_async(reader).await?;
+        let answer: Answer = wire::decode(&frame)?;
+        if let Some(reason) = host.answered(answer) {
+            return Ok(reason);
+        }
+    }
+}
+
+/// Waits until an operation takes longer than any may, and says so.
+async fn hang(host: &Host, limit: Duration, is_card: bool) -> String {
+    let mut tick = interval((limit / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !host.hangs(limit) {
+        tick.tick().await;
+    }
+    // One that keeps a card in a transaction of its own.
+    let holder = match is_card {
+        // It asks the system for names, which may be far away.
+        true => {
+            let asked = tokio::task::spawn_blocking(card_holder);
+            timeout(GRACE, asked).await.ok().and_then(Result::ok).unwrap_or_default()
+        }
+        false => String::new(),
+    };
+    let others = if holder.is_empty() { "" } else { "; what else uses cards" };
+    let seconds = limit.as_secs_f64();
+    format!("an operation took longer than {seconds} s and was ended{others}{holder}")
+}
+
+/// Waits until somebody tells it to end. Where it `may_look`, it may be opened again without anybody's PIN.
+async fn told(token: &Token, host: &Host, commands: &mut mpsc::Receiver<Command>, may_look: bool) -> End {
+    let missing = host.opened.keys.iter().any(Result::is_err);
+    loop {
+        match commands.recv().await {
+            Some(Command::Unlock(login)) if missing => {
+                let Some(login) = login.wanted() else { continue };
+                drain(host).await;
+                return End::Reopen(login);
+            }
+            Some(Command::Unlock(Login { done, .. }) | Command::Unblock(_, done)) => {
+                let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
+            }
+            Some(Command::Lock(done)) => {
+                // From here on nothing new is signed.
+                host.window.close();
+                token.lock.close(done).await;
+                drain(host).await;
+                return End::Lock;
+            }
+            // What an operator typed is not ours to offer again, and keys that are there need no look.
+            Some(Command::LookAgain { deleted, looks }) if !may_look || !(missing || deleted) => {
+                let _ = looks.send(!missing);
+            }
+            Some(Command::LookAgain { looks, .. }) => {
+                let _ = looks.send(true);
+                drain(host).await;
+                return End::LookAgain;
+            }
+            Some(Command::Stop(stopped)) => return End::Stop(stopped),
+            None => return End::Stop(oneshot::channel().0),
+        }
+    }
+}
+
+/// Waits until a key that was missing is there or, after `pause`, may be.
+async fn found(token: &Token, host: &Arc<Host>, pause: Option<Duration>) -> End {
+    let (missing, opened) = (host.opened.keys.iter().any(Result::is_err), Instant::now());
+    let Some(pause) = pause.filter(|_| missing) else { return std::future::pending().await };
+    let mut next = pause.min(LOOK);
+    loop {
+        tokio::time::sleep(next).await;
+        next = (next * 2).min(LOOK);
+        // Some modules show what is new only to a process that is.
+        let anew = Instant::now() >= opened + pause;
+        // Others are served meanwhile, and wait only where there is a reason.
+        if token.finds_missing(host).await || anew && host.is_idle() {
+            drain(host).await;
+            return End::LookAgain;
+        }
     }
 }
 
