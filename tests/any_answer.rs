@@ -12,13 +12,13 @@ use omsign_fixtures::softhsm::KeyType;
 use omsign_fixtures::swtpm::{AUTH, SwTpm};
 use omsign_fixtures::tpm_proxy::TpmProxy;
 use omsign_tests::agent::eventually;
-use omsign_tests::lab::{Lab, Sees, Tries};
+use omsign_tests::lab::{AT_ONCE, Lab, Sees, Tries};
 use omsign_tests::operator::does;
 use omsign_tests::world::{World, key};
 use tonic::Code;
 
 /// Nothing hangs here, and nobody waits for anything but a busy machine.
-const ANSWERED: Range<Duration> = Duration::ZERO..Duration::from_secs(10);
+const ANSWERED: Range<Duration> = AT_ONCE;
 
 /// When something goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,6 @@ fn trial(
     set: impl Fn(bool) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let sees = if when == When::Refused { Sees::Unusable } else { Sees::Anything };
-    lab.others = ANSWERED.end;
     let wrong = |lab: &Lab| {
         set(true)?;
         if when == When::Opened { lab.kill_host() } else { Ok(()) }

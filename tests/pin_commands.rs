@@ -85,3 +85,51 @@ fn what_it_prints_is_refused() -> anyhow::Result<()> {
     ensure!(!agent.log()?.contains("8142"));
     Ok(())
 }
+
+/// Whatever is wrong with it is said, and nothing that it printed.
+#[test]
+fn what_can_be_wrong_with_it() -> anyhow::Result<()> {
+    for (script, expected) in [
+        ("true", "prints nothing; run it as the agent's user to see why"),
+        ("echo; exit 3", "ended with exit status: 3"),
+        ("echo 431276; echo 431276 >&2; kill -9 $$", "ended with signal: 9"),
+        ("printf '\\377'", "prints what is not UTF-8"),
+        ("head -c 5000 /dev/zero", "prints more than 4096 bytes"),
+        ("head -c 500000 /dev/zero", "prints more than 4096 bytes"),
+    ] {
+        let (world, proxy, config) = desk(script)?;
+        let agent = Agent::start(&world, &config)?;
+        let errors = world.omsign_fails(2, &SIGN)?;
+        let log = agent.log()?;
+        ensure!(errors.contains("the PIN's command sh ") && errors.contains(expected), "{script}: {errors}");
+        ensure!(
+            !errors.contains("431276") && !log.contains("431276") && proxy.calls("C_Login") == 0,
+            "{log}"
+        );
+    }
+    let (world, _, config) = desk("")?;
+    let _agent = Agent::start(&world, &config.replace("\"sh\", \"./vault\"", "\"/nowhere/pin\""))?;
+    let errors = world.omsign_fails(2, &SIGN)?;
+    ensure!(errors.contains("the PIN's command /nowhere/pin ended with exit status: 2"), "{errors}");
+    Ok(())
+}
+
+/// What it starts ends with it, and all of it with the token's process.
+#[test]
+fn what_it_leaves_behind() -> anyhow::Result<()> {
+    let lasts = format!("sleep 1000 & echo $! >left; echo {PIN}\n");
+    let (world, _, config) = desk(&lasts)?;
+    let is_gone = || {
+        let pid = std::fs::read_to_string(world.path("left"))?;
+        anyhow::Ok(!pid.trim().is_empty() && !std::path::Path::new(&format!("/proc/{}", pid.trim())).exists())
+    };
+    let agent = Agent::start(&world, &config)?;
+    world.omsign_ok(&SIGN)?;
+    eventually("the end of what it left", is_gone)?;
+    world.write("vault", "echo $$ >left; exec sleep 1000\n")?;
+    std::fs::remove_file(world.path("left"))?;
+    agent.kill_hosts()?;
+    eventually("it runs", || Ok(world.path("left").exists() && !is_gone()?))?;
+    ensure!(agent.stop()?.success());
+    eventually("its end", is_gone)
+}

@@ -22,7 +22,7 @@ pub mod key_life;
 pub mod listen;
 pub mod log;
 pub mod operator;
-mod pin;
+pub mod pin;
 mod places;
 pub mod policy;
 mod public_key;

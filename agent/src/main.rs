@@ -12,7 +12,7 @@ use clap::{CommandFactory as _, Parser as _};
 use omsign_agent::config::Config;
 use omsign_agent::doctor::{self, Level};
 use omsign_agent::init::Init;
-use omsign_agent::{host, log, secret, serve};
+use omsign_agent::{host, log, pin, secret, serve};
 use rustix::termios::{OptionalActions, tcsetattr};
 
 use self::cli::{Cli, Command, ConfigFile};
@@ -33,6 +33,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::TokenHost => {
             log::start();
             host::run()?;
+        }
+        Command::PrintsPin { words } => {
+            let error = pin::become_command(&words);
+            return Err(error).context(format!("{words:?}"));
         }
         Command::Unlock { arguments } => anyhow::bail!(
             "that is a client's command: `omsign agent unlock {}`; a PIN that is blocked is set anew with `omsign-agent unblock`",

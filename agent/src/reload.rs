@@ -17,6 +17,7 @@ use crate::identity::Identity;
 use crate::listen::SocketFile;
 use crate::operator::{self, Reloaded};
 use crate::tls::Tls;
+use crate::token::Token;
 
 /// How long a configuration may take to be read, with its certificates and users.
 const LOAD: Duration = Duration::from_secs(30);
@@ -117,7 +118,8 @@ impl Reload {
         // A certificate may say now whose key it is.
         agent.setup().keys.values().for_each(|key| key.check());
         tracing::info!(closed = closed.len(), opened = new.len(), "the configuration is reloaded");
-        for token in new.iter().filter(|token| token.pin().is_by_hand()) {
+        let waits = |token: &&Arc<Token>| token.pin().is_by_hand() && token.locked_by_operator().is_none();
+        for token in new.iter().filter(waits) {
             let note = format!("is opened anew and waits for its PIN: {}", token.how_to_unlock());
             tracing::warn!(token = %token.name, "it {note}");
             notes.push(format!("token {} {note}", token.name));

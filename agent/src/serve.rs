@@ -300,8 +300,7 @@ pub fn is_in_the_foreground() -> bool {
 async fn ask_for_pins(tokens: Vec<Arc<Token>>) {
     let here = std::io::stdin().is_terminal() && is_in_the_foreground();
     for token in tokens.iter().filter(|token| token.pin().is_by_hand()) {
-        token.settled().await;
-        if token.is_locked_by_operator() {
+        if token.locked_by_operator().is_some() {
             continue;
         }
         if !here {

@@ -78,8 +78,8 @@ impl FaultProxy {
         count("C_OpenSession").saturating_sub(count("C_CloseSession"))
     }
 
-    /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds or `held`, which lasts until the next
-    /// ones are set (see the module's own source).
+    /// Sets the faults: lines of function, CKR in hexadecimal, delay in milliseconds or `held`, which lasts as long as
+    /// its line is among them (see the module's own source).
     pub fn set(&self, faults: &str) -> anyhow::Result<()> {
         // Renamed into place: the module may read at any moment.
         let new = self.faults.with_extension("new");

@@ -29,6 +29,9 @@ pub const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
 /// The user PIN of every token made here. Long enough to be searched for in logs.
 pub const PIN: &str = "user-pin-5714";
 
+/// The security officer's.
+pub const SO_PIN: &str = "so-pin-2406";
+
 /// What kind of key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyType {
@@ -87,16 +90,7 @@ impl SoftHsm {
     /// Makes a token of this label, empty, where none is.
     pub fn initialise(&self) -> anyhow::Result<()> {
         let mut init = Command::new("softhsm2-util");
-        init.args([
-            "--init-token",
-            "--free",
-            "--label",
-            &self.label,
-            "--so-pin",
-            "so-pin-2406",
-            "--pin",
-            PIN,
-        ]);
+        init.args(["--init-token", "--free", "--label", &self.label, "--so-pin", SO_PIN, "--pin", PIN]);
         let made =
             init.env("SOFTHSM2_CONF", self.config()).output().context("softhsm2-util (apt: softhsm2)")?;
         ensure!(made.status.success(), "softhsm2-util: {}", String::from_utf8_lossy(&made.stderr));

@@ -343,6 +343,9 @@ fn owner(config: &Config) -> Result<(Identity, &str, Audit), OperatorError> {
 async fn open(token: &Token, say: Say<'_>, ask: &dyn Fn(&str) -> Option<Pin>) -> Result<(), OperatorError> {
     let name = &token.name;
     let failed = |reason: String| OperatorError::Token { token: name.clone(), reason };
+    if let Some(locked) = token.locked_by_operator() {
+        return Err(failed(locked));
+    }
     if token.pin().is_by_hand() {
         let pin = match token.pin() {
             PinSource::Device => {

@@ -17,7 +17,7 @@ pub(super) struct Login {
     /// None: with the configured source read anew.
     pub(super) pin: Option<Pin>,
     pub(super) done: Outcome,
-    /// Whether it is also to end an operator's lock.
+    /// Whether it is to end an operator's lock, too.
     pub(super) lifts: bool,
     /// Gone when nobody waits for it any more.
     pub(super) waits: Weak<()>,

@@ -1,88 +1,145 @@
-//! A token that an operator locked: nobody signs with it, by this agent or the next, until an operator unlocks it.
+//! A device that an operator locked: nothing is signed with it, by this agent or one that is started again with the same log,
+//! until an operator unlocks it.
 
 use std::io;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
 
 use super::TokenError;
 use super::command::Outcome;
 use super::kept::Kept;
 use crate::audit;
+use crate::config;
 
 /// Whether one did.
 pub(super) struct Lock {
     file: Kept,
-    why: Mutex<Option<String>>,
-    /// Whoever did, and what they are told once the device is closed.
-    asked: Mutex<Vec<(Outcome, Result<(), TokenError>)>>,
+    state: Mutex<State>,
+    /// Of those who lock and unlock it, each is done with the file before the next one.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Why it is not opened, and since when it is not to be.
+    closed: Option<(String, Instant)>,
+    /// Who waits until the device is closed, too.
+    asked: Vec<Outcome>,
 }
 
 impl Lock {
-    /// Of the token of this name, in an audit log's directory.
-    pub(super) fn of(name: &str, directory: &Path) -> Self {
+    /// Of a token's device, in an audit log's directory. What was left there by an agent before this one counts from the
+    /// start; what cannot be read does not let it be opened.
+    pub(super) fn of(token: &config::Token, directory: &Path) -> Self {
+        let file = Kept::of_device(token, directory, "locked", "");
+        let closed = match file.read() {
+            Ok(None) => None,
+            // Nothing else of it is repeated.
+            Ok(Some(text)) => Some(match serde_json::from_str::<String>(&text) {
+                Ok(time) if humantime::parse_rfc3339(&time).is_ok() => since(&time),
+                _ => "an operator locked it".to_owned(),
+            }),
+            Err(error) => Some(format!(
+                "whether an operator locked it cannot be told: {}: {error}",
+                file.path().display()
+            )),
+        };
+        let closed = closed.map(|why| (why, Instant::now()));
         Self {
-            file: Kept::new(directory, format!("locked-{name}")),
-            why: Mutex::default(),
-            asked: Mutex::default(),
+            file,
+            state: Mutex::new(State { closed, asked: Vec::new() }),
+            turn: tokio::sync::Mutex::default(),
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why the token is not opened, if it is locked.
     pub(super) fn why(&self) -> Option<String> {
-        self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state().closed.as_ref().map(|(why, _)| why.clone())
     }
 
-    fn set(&self, why: Option<String>) {
-        *self.why.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    /// Whether it was locked already when somebody asked for something.
+    pub(super) fn was_closed_at(&self, asked: Instant) -> bool {
+        self.state().closed.as_ref().is_some_and(|(_, since)| *since <= asked)
     }
 
-    /// Learns what an operator told an agent before this one. What cannot be read does not let it be opened.
-    pub(super) async fn recall(&self) {
+    /// Locks it, from now on. The error: not for the next agent.
+    pub(super) async fn close(&self) -> Result<(), TokenError> {
+        let _turn = self.turn.lock().await;
+        let now = audit::now();
+        self.state().closed = Some((since(&now), Instant::now()));
+        self.keep(now).await
+    }
+
+    /// Goes on with a lock of a token whose place this one's takes.
+    pub(super) fn inherit(&self, other: &Self) {
+        if let Some(closed) = other.state().closed.clone() {
+            self.state().closed.get_or_insert(closed);
+        }
+    }
+
+    /// Has it kept for the next agent what is so in this one.
+    pub(super) async fn keep_on(&self) {
+        let _turn = self.turn.lock().await;
+        if self.why().is_some()
+            && let Err(error) = self.keep(audit::now()).await
+        {
+            tracing::error!(%error, "an operator's lock cannot be kept");
+        }
+    }
+
+    async fn keep(&self, now: String) -> Result<(), TokenError> {
         let file = self.file.clone();
-        let left = off_thread(move || file.read()).await;
-        let unknown = |error| {
-            Some(format!(
-                "whether an operator locked it cannot be told: {}: {error}",
-                self.file.path().display()
-            ))
-        };
-        self.set(left.unwrap_or_else(unknown));
-    }
-
-    /// Locks it; `asks` is answered when the device is closed, too.
-    pub(super) async fn close(&self, asks: Outcome) {
-        let why = format!("an operator locked it at {}", audit::now());
-        self.set(Some(why.clone()));
-        let file = self.file.clone();
-        let kept = off_thread(move || file.write(why.as_bytes())).await;
-        let kept = kept.map_err(|error| {
+        let kept = off_thread(move || file.write(&serde_json::to_vec(&now)?)).await;
+        kept.map_err(|error| {
             let place = self.file.path();
             let lost = "it is locked, but an agent that is started again would open it";
             TokenError::Unavailable(format!("{lost}: {}: {error}", place.display()))
-        });
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push((asks, kept));
+        })
+    }
+
+    /// Ends what was locked before somebody asked for that. The error: not for the next agent.
+    pub(super) async fn lift(&self, asked: Instant) -> Result<(), TokenError> {
+        let _turn = self.turn.lock().await;
+        if !self.was_closed_at(asked) {
+            return Ok(());
+        }
+        self.state().closed = None;
+        let file = self.file.clone();
+        off_thread(move || file.remove()).await.map_err(|error| {
+            let place = self.file.path();
+            let left = "it is unlocked, but an agent that is started again finds it locked; remove";
+            TokenError::Unavailable(format!("{left} {}: {error}", place.display()))
+        })
+    }
+
+    /// Whether it is locked: `asks` is answered once its device is closed. If it was unlocked since, at once.
+    pub(super) fn waits(&self, asks: Outcome) -> bool {
+        let mut state = self.state();
+        let closed = state.closed.is_some();
+        match closed {
+            true => state.asked.push(asks),
+            false => drop(asks.send(Ok(()))),
+        }
+        closed
     }
 
     /// The device is closed.
     pub(super) fn answer(&self) {
-        for (asks, kept) in self.asked.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for asks in self.state().asked.drain(..) {
             // An operator who hung up no longer waits for it.
-            let _ = asks.send(kept);
+            let _ = asks.send(Ok(()));
         }
     }
+}
 
-    /// Ends it.
-    pub(super) async fn lift(&self) {
-        if self.why().is_none() {
-            return;
-        }
-        self.set(None);
-        let file = self.file.clone();
-        if let Err(error) = off_thread(move || file.remove()).await {
-            let place = self.file.path();
-            tracing::error!(%error, place = %place.display(), "an agent that is started again finds the token locked");
-        }
-    }
+fn since(time: &str) -> String {
+    format!("an operator locked it at {time}")
 }
 
 async fn off_thread<T: Send + 'static>(

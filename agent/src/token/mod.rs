@@ -98,7 +98,7 @@ impl Token {
         let token = Arc::new(Self {
             name: name.to_owned(),
             refusals: Refusals::of(&config, audit),
-            lock: Lock::of(name, audit),
+            lock: Lock::of(&config, audit),
             config,
             keys,
             state: watch::Sender::new(State::Starting),
@@ -111,10 +111,13 @@ impl Token {
             refused_source: Mutex::default(),
             unanswered: AtomicBool::new(false),
         });
+        before.iter().for_each(|before| token.lock.inherit(&before.token.lock));
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
+            let inherits = !before.is_empty();
             for Before { token: before, has_heir } in before {
                 before.close().await;
+                supervised.lock.inherit(&before.lock);
                 // The same PIN is no other one, and the device may be the same, whatever it is called by now.
                 if !has_heir && before.config.pin == supervised.config.pin {
                     if let Some(reason) = before.refused_source() {
@@ -124,7 +127,9 @@ impl Token {
                     supervised.unanswered.fetch_or(unanswered, Ordering::Relaxed);
                 }
             }
-            supervised.lock.recall().await;
+            if inherits {
+                supervised.lock.keep_on().await;
+            }
             let refusals = supervised.refusals.clone();
             if let Some(reason) = tokio::task::spawn_blocking(move || refusals.kept()).await.ok().flatten() {
                 supervised.refuse_source(Some(reason));
@@ -153,14 +158,25 @@ impl Token {
         self.command(|done| Command::Unlock(Login { pin, done, lifts: false, waits, asked }), deadline).await
     }
 
-    /// Closes the device, and keeps it closed until an operator unlocks it. What has begun is finished.
+    /// Keeps the device closed from now on, until an operator unlocks it. What is with the device has some time to end.
     pub(crate) async fn lock(&self, deadline: Instant) -> Result<(), TokenError> {
-        self.command(Command::Lock, deadline).await
+        let kept = self.lock.close().await;
+        match self.command(Command::Lock, deadline).await {
+            Err(TokenError::Deadline) => {
+                let closes = "it is locked; its device is still at work, and is closed then";
+                Err(TokenError::Unavailable(closes.into()))
+            }
+            closed => closed.and(kept),
+        }
     }
 
-    /// Whether an operator locked it.
-    pub(crate) fn is_locked_by_operator(&self) -> bool {
-        self.lock.why().is_some()
+    /// Why it stays closed, if an operator locked it, and whatever else is known of its PIN.
+    pub(crate) fn locked_by_operator(&self) -> Option<String> {
+        let why = self.lock.why()?;
+        Some(match self.refused_source() {
+            Some(refused) => format!("{why}; {refused}"),
+            None => why,
+        })
     }
 
     /// Has the PIN of a token that is locked set anew; it stays locked.
@@ -174,7 +190,7 @@ impl Token {
         deadline: Instant,
     ) -> Result<(), TokenError> {
         let (done, outcome) = oneshot::channel();
-        let stopping = || TokenError::Unavailable("the agent is stopping".into());
+        let stopping = || TokenError::Unavailable("it was closed meanwhile; try again".into());
         let sent = timeout_at(deadline, self.commands.send(c(done)));
         sent.await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?;
         timeout_at(deadline, outcome).await.map_err(|_| TokenError::Deadline)?.map_err(|_| stopping())?

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::command::{Command, Login};
 use super::line::Host;
-use super::{LAST_REQUESTS, Token, TokenError};
+use super::{LAST_REQUESTS, State, Token, TokenError};
 use crate::backend::card_holder;
 use crate::host::wire::{self, Answer, Request};
 
@@ -178,11 +178,14 @@ async fn told(token: &Token, host: &Host, commands: &mut mpsc::Receiver<Command>
                 let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
             }
             Some(Command::Lock(done)) => {
-                // From here on nothing new is signed.
-                host.window.close();
-                token.lock.close(done).await;
-                drain(host).await;
-                return End::Lock;
+                if token.lock.waits(done) {
+                    // Those that wait are told, or go to another token; what is with the device has its time.
+                    host.window.close();
+                    let why = token.locked_by_operator().unwrap_or_default();
+                    token.state.send_replace(State::Locked(why));
+                    drain(host).await;
+                    return End::Lock;
+                }
             }
             // What an operator typed is not ours to offer again, and keys that are there need no look.
             Some(Command::LookAgain { deleted, looks }) if !may_look || !(missing || deleted) => {

@@ -6,10 +6,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::kept::Kept;
-use crate::config::{self, Device, PinSource};
+use crate::config::{self, PinSource};
 
 /// Where it is kept that a device refused what a source holds.
 #[derive(Clone)]
@@ -34,13 +33,7 @@ pub(super) struct Written(u64, u64, i64);
 impl Refusals {
     /// Of a token, in an audit log's directory.
     pub(crate) fn of(token: &config::Token, directory: &Path) -> Self {
-        let device = match &token.device {
-            // What is known of the module changes with omsign's version.
-            Device::Pkcs11 { module, select, .. } => format!("{module:?} {select:?} {:?}", token.env),
-            device => format!("{device:?}"),
-        };
-        let place = Sha256::digest(format!("{device} {:?}", token.pin));
-        let file = Kept::new(directory, format!("refused-pin-{}.json", hex::encode(place)));
+        let file = Kept::of_device(token, directory, "refused-pin", &format!(" {:?}", token.pin));
         Self { file, source: token.pin.clone() }
     }
 
@@ -70,7 +63,7 @@ impl Refusals {
             Ok(Some(refused)) if self.source_is_other(&refused) => None,
             Ok(Some(refused)) => Some(format!(
                 "{}; it is not offered again: {how}, then unlock it, or remove {}",
-                refused.reason,
+                refused.reason.replace(char::is_control, " "),
                 place.display()
             )),
         }

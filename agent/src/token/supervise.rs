@@ -15,6 +15,7 @@ use super::process::{End, Lost, Process};
 use super::{State, Token, TokenError};
 use crate::config::PinSource;
 use crate::host::wire::{Class, Failure, Opened};
+use crate::secret::Pin;
 
 /// The first pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -68,56 +69,80 @@ impl Supervisor {
     async fn open(&mut self, login: Option<Login>) -> Next {
         let token = Arc::clone(&self.token);
         let (pin, unlocks, lifts) = match login {
-            Some(Login { pin, done, lifts, .. }) => (pin, Some(done), lifts),
-            None => (None, None, false),
+            Some(Login { pin, done, lifts, asked, .. }) => (pin, Some(done), lifts.then_some(asked)),
+            None => (None, None, None),
         };
-        if lifts {
-            token.lock.lift().await;
-        }
         let by_operator = unlocks.is_some();
         // What an operator typed, or enters on the device, is not ours to offer again.
         let from_source = pin.is_none() && *token.pin() != PinSource::Device;
-        if from_source && by_operator {
-            token.refuse_source(None);
-        }
+        let refused = token.refused_source().filter(|_| from_source);
+        let unlocks_at = lifts.filter(|asked| token.lock.was_closed_at(*asked));
+        let closed = match (unlocks_at, &refused) {
+            // Whoever ends a lock may not know that the PIN was refused before that: it takes an unlock of its own.
+            (Some(asked), Some(refused)) => {
+                let ended = token.lock.lift(asked).await.err().map(|error| error.to_string());
+                Some(format!("{}; {refused}", ended.unwrap_or("an operator's lock has ended".into())))
+            }
+            (Some(_), None) => None,
+            (None, _) => token.locked_by_operator().or_else(|| refused.filter(|_| !by_operator)),
+        };
         let started = Instant::now();
-        let closed = token.lock.why().or_else(|| token.refused_source().filter(|_| from_source));
         let opening = match closed {
             Some(message) => Err(Failure { class: Class::Locked, message }),
-            None => {
-                token.state.send_replace(State::Starting);
-                let launched = launch(&token, pin, by_operator).await;
-                if let Err(Failure { class: Class::Locked, message }) = &launched
-                    && from_source
-                {
-                    self.refused = Some(Instant::now());
-                    token.refuse_source(Some(message.clone()));
-                }
-                launched
-            }
+            None => self.launch(pin, by_operator, from_source).await,
         };
-        match opening {
+        let failure = match opening {
             Ok((host, process)) => {
                 token.unanswered.store(false, Ordering::Relaxed);
-                warn_of_changed_keys(&token, &host.opened);
-                token.last_opened.send_replace(Some(host.opened.clone()));
-                let (device, sessions) = (&host.opened.device, host.opened.sessions);
-                tracing::info!(token = %token.name, %device, sessions, "token is ready");
-                let host = Arc::new(host);
-                token.state.send_replace(State::Ready(Arc::clone(&host)));
-                answer(unlocks, Ok(()));
-                self.live(host, process, from_source, started).await
-            }
-            Err(failure) => {
-                answer(unlocks, Err(failure.clone().into()));
-                // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
-                let asked = !by_operator && token.pin().is_by_hand() && token.last_opened.borrow().is_none();
-                if failure.class == Class::Locked && !asked {
-                    warn_of_lock(&token, &failure);
+                let lifted = match unlocks_at {
+                    Some(asked) => token.lock.lift(asked).await,
+                    None => Ok(()),
+                };
+                // Somebody may have locked it meanwhile.
+                if let Some(message) = token.locked_by_operator() {
+                    process.bury().await;
+                    Failure { class: Class::Locked, message }
+                } else {
+                    warn_of_changed_keys(&token, &host.opened);
+                    token.last_opened.send_replace(Some(host.opened.clone()));
+                    let (device, sessions) = (&host.opened.device, host.opened.sessions);
+                    tracing::info!(token = %token.name, %device, sessions, "token is ready");
+                    let host = Arc::new(host);
+                    token.state.send_replace(State::Ready(Arc::clone(&host)));
+                    answer(unlocks, lifted);
+                    return self.live(host, process, from_source, started).await;
                 }
-                Next::Rest(failure)
             }
+            Err(failure) => failure,
+        };
+        answer(unlocks, Err(failure.clone().into()));
+        // Of one that was never open whoever started it tells, or asks at the terminal: this line would be in the way.
+        let asked = !by_operator && token.pin().is_by_hand() && token.last_opened.borrow().is_none();
+        if failure.class == Class::Locked && !asked {
+            warn_of_lock(&token, &failure);
         }
+        Next::Rest(failure)
+    }
+
+    /// Starts a process that opens it.
+    async fn launch(
+        &mut self,
+        pin: Option<Pin>,
+        by_operator: bool,
+        from_source: bool,
+    ) -> Result<(Host, Process), Failure> {
+        if from_source {
+            self.token.refuse_source(None);
+        }
+        self.token.state.send_replace(State::Starting);
+        let launched = launch(&self.token, pin, by_operator).await;
+        if let Err(Failure { class: Class::Locked, message }) = &launched
+            && from_source
+        {
+            self.refused = Some(Instant::now());
+            self.token.refuse_source(Some(message.clone()));
+        }
+        launched
     }
 
     /// Has it sign until the process ends, however that comes.
@@ -147,7 +172,8 @@ impl Supervisor {
             failure = Some(Failure { class: Class::Locked, message: message.clone() });
         }
         // Requests that wait for this host must find the new state, so it is set before they are freed.
-        let locked = || token.lock.why().or_else(|| failure.as_ref().map(|failure| failure.message.clone()));
+        let locked =
+            || token.locked_by_operator().or_else(|| failure.as_ref().map(|failure| failure.message.clone()));
         let locked = if matches!(end, End::Stop(_)) { None } else { locked() };
         token.state.send_replace(locked.clone().map_or(State::Starting, State::Locked));
         host.fail_pending(match (&locked, &end) {
@@ -158,7 +184,6 @@ impl Supervisor {
             }
             _ => "the token is being closed",
         });
-        process.bury().await;
         if let Some(failure) = &failure {
             // Wherever this PIN came from, it is not the token's any more: not for the one that takes its place either, and
             // not for the next agent.
@@ -167,6 +192,7 @@ impl Supervisor {
                 token.keep_refusal(&failure.message, token.written().await).await;
             }
         }
+        process.bury().await;
         match (end, failure) {
             (End::Stop(stopped), _) => Next::Stop(stopped),
             (End::Lock, _) => Next::Open(None),
@@ -197,6 +223,10 @@ impl Supervisor {
     /// Waits until somebody acts or, where it is not locked, for a while.
     async fn rest(&mut self, failure: Failure) -> Next {
         let token = Arc::clone(&self.token);
+        let failure = match token.locked_by_operator() {
+            Some(message) => Failure { class: Class::Locked, message },
+            None => failure,
+        };
         let wake = if failure.class == Class::Locked {
             token.state.send_replace(State::Locked(failure.message));
             None
@@ -234,8 +264,9 @@ impl Supervisor {
                     None => {}
                 },
                 Some(Command::Lock(done)) => {
-                    token.lock.close(done).await;
-                    return Next::Open(None);
+                    if token.lock.waits(done) {
+                        return Next::Open(None);
+                    }
                 }
                 // Nobody waits for this one any more.
                 Some(Command::Unblock(_, done)) if done.is_closed() => {}

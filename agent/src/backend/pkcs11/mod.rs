@@ -27,9 +27,10 @@ use self::objects::{Found, find_key};
 use self::signer::Signer;
 use self::ways::Ways;
 use super::{Device, Notify, PROBE_EVERY, gone, locked, open_keys, refused};
-use crate::config::{ObjectSelector, Profile, TokenSelector};
+use crate::config::{ObjectSelector, PinSource, Profile, TokenSelector};
 use crate::host::task::{Done, Task};
 use crate::host::wire::{Class, Failure, Fresh, OpenSpec, Opened, Survey, SurveyedToken};
+use crate::pin::read_pin;
 use crate::secret::Pin;
 
 /// A token that is logged in.
@@ -67,6 +68,13 @@ pub(super) fn open(
     notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let heals = pin.is_none() && !spec.token.pin.is_by_hand();
+    // A program may take its time to print it, and others may open theirs meanwhile.
+    let pin = match &spec.token.pin {
+        source @ PinSource::Command(_) if pin.is_none() => {
+            Some(read_pin(source, spec.token.timeout).map_err(|reason| source.unread(reason))?)
+        }
+        _ => pin,
+    };
     // Until it is open.
     let _turn = turn::wait(profile);
     let pkcs11 = load(module)?;
