@@ -46,55 +46,15 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             anyhow::bail!("that is a client's command: `omsign agent lock {}`", arguments.join(" "))
         }
         Command::Status { .. } => anyhow::bail!("that is a client's command: `omsign agent status`"),
-        Command::Serve(file) => {
-            let config = load(&file)?;
-            log::start();
-            secret::harden_process();
-            may_open_many_files();
-            let runtime = runtime()?;
-            let terminal = rustix::termios::tcgetattr(rustix::stdio::stdin());
-            let served = runtime.block_on(serve::serve(config, &file.config));
-            // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
-            runtime.shutdown_background();
-            if let Ok(before) = terminal
-                && serve::is_in_the_foreground()
-            {
-                // What is typed next is seen again.
-                let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
-            }
-            served?;
-        }
+        Command::Serve(file) => serve(&file)?,
         Command::OneShot { uri } => {
             log::start();
             secret::harden_process();
             let socket = rustix::stdio::stdin().try_clone_to_owned()?;
             runtime()?.block_on(serve::one_shot(&uri, socket.into()))?;
         }
-        Command::Completions { shell } => {
-            let all = Cli::command();
-            let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
-            let shown = clap::Command::new("omsign-agent").subcommands(shown);
-            let mut shown = shown.version(env!("CARGO_PKG_VERSION")).args(all.get_arguments().cloned());
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut shown, "omsign-agent", &mut script);
-            std::io::stdout().write_all(&script)?;
-        }
-        Command::CheckConfig(file) => {
-            let config = match load(&file) {
-                // Found wrong, unless there is nothing to look at.
-                Err(mistakes) if file.config.is_file() => {
-                    commands::say(format_args!("error: {mistakes}"));
-                    return Ok(ExitCode::FAILURE);
-                }
-                loaded => loaded?,
-            };
-            let (tokens, keys) = (config.tokens.len(), config.keys.len());
-            writeln!(
-                std::io::stdout(),
-                "{}: no mistakes; {tokens} tokens, {keys} keys",
-                file.config.display()
-            )?;
-        }
+        Command::Completions { shell } => completions(shell)?,
+        Command::CheckConfig(file) => return check(&file),
         Command::Key { command, file } => {
             secret::harden_process();
             return commands::key(command, &file.config, || load(&file));
@@ -111,22 +71,67 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let directory = std::path::absolute(directory)?;
             commands::init(&Init { directory, apart, name, key_type, subject, wish: device })?;
         }
-        Command::Doctor { config: file, json } => {
-            secret::harden_process();
-            let config = load(&file)?;
-            let findings = runtime()?.block_on(doctor::examine(&config));
-            let healthy = findings.iter().all(|finding| finding.level != Level::Error);
-            let mut out = std::io::stdout().lock();
-            if json {
-                let report = serde_json::json!({ "healthy": healthy, "findings": findings });
-                writeln!(out, "{report}")?;
-            } else {
-                findings.iter().try_for_each(|finding| writeln!(out, "{finding}"))?;
-            }
-            return Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE });
-        }
+        Command::Doctor { config: file, json } => return doctor(&file, json),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn serve(file: &ConfigFile) -> anyhow::Result<()> {
+    let config = load(file)?;
+    log::start();
+    secret::harden_process();
+    may_open_many_files();
+    let runtime = runtime()?;
+    let terminal = rustix::termios::tcgetattr(rustix::stdio::stdin());
+    let served = runtime.block_on(serve::serve(config, &file.config));
+    // Somebody may still be asked for a PIN at the terminal, or a user database not answer.
+    runtime.shutdown_background();
+    if let Ok(before) = terminal
+        && serve::is_in_the_foreground()
+    {
+        // What is typed next is seen again.
+        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
+    }
+    Ok(served?)
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
+    let all = Cli::command();
+    let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    let shown = clap::Command::new("omsign-agent").subcommands(shown);
+    let mut shown = shown.version(env!("CARGO_PKG_VERSION")).args(all.get_arguments().cloned());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut shown, "omsign-agent", &mut script);
+    Ok(std::io::stdout().write_all(&script)?)
+}
+
+fn check(file: &ConfigFile) -> anyhow::Result<ExitCode> {
+    let config = match load(file) {
+        // Found wrong, unless there is nothing to look at.
+        Err(mistakes) if file.config.is_file() => {
+            commands::say(format_args!("error: {mistakes}"));
+            return Ok(ExitCode::FAILURE);
+        }
+        loaded => loaded?,
+    };
+    let (shown, tokens, keys) = (file.config.display(), config.tokens.len(), config.keys.len());
+    writeln!(std::io::stdout(), "{shown}: no mistakes; {tokens} tokens, {keys} keys")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn doctor(file: &ConfigFile, json: bool) -> anyhow::Result<ExitCode> {
+    secret::harden_process();
+    let config = load(file)?;
+    let findings = runtime()?.block_on(doctor::examine(&config));
+    let healthy = findings.iter().all(|finding| finding.level != Level::Error);
+    let mut out = std::io::stdout().lock();
+    if json {
+        let report = serde_json::json!({ "healthy": healthy, "findings": findings });
+        writeln!(out, "{report}")?;
+    } else {
+        findings.iter().try_for_each(|finding| writeln!(out, "{finding}"))?;
+    }
+    Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Reads the configuration. Its error is every mistake in it, a line each.
