@@ -1,4 +1,4 @@
-//! Devices that an operator locks: nothing is signed with them until one unlocks them, whoever starts the agent again.
+//! Tokens that an operator locks: nothing is signed with them until one unlocks them, whoever starts the agent again.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -23,16 +23,9 @@ fn refuses_to_sign(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where it is kept that a device is locked.
-fn kept(world: &World) -> anyhow::Result<Option<PathBuf>> {
-    let mut kept = Vec::new();
-    for entry in std::fs::read_dir(world.path("audit"))? {
-        let path = entry?.path();
-        let name = path.file_name().context("a name")?.to_string_lossy().into_owned();
-        kept.extend((name.starts_with("locked-") && name.ends_with(".json")).then_some(path));
-    }
-    ensure!(kept.len() < 2, "{kept:?}");
-    Ok(kept.pop())
+/// Where it is kept that it is locked.
+fn kept(world: &World) -> PathBuf {
+    world.path("audit/locked-t.json")
 }
 
 /// A token `t` with a key `k`, behind a proxy, and a model.
@@ -65,11 +58,8 @@ fn until_it_is_unlocked() -> anyhow::Result<()> {
     // As often as somebody says so, and by no key of it.
     world.omsign_ok(&LOCK)?;
     refuses(&world, &["csr", "k", "--subject", "CN=k"], "an operator locked it at 2")?;
-    // Neither another configuration nor another agent opens it, whatever the section is called.
-    world.write(
-        "agent.toml",
-        config.replace("[token.t]", "[token.u]").replace("\"t\"\nobject", "\"u\"\nobject"),
-    )?;
+    // Neither another configuration nor another agent opens it.
+    world.write("agent.toml", config.clone() + &key_section("more", "t", "k"))?;
     does(&world, &["reload"])?;
     refuses_to_sign(&world)?;
     world.write("agent.toml", config.replace("[token.t]\n", "[token.t]\nrequired = true\n"))?;
@@ -80,7 +70,7 @@ fn until_it_is_unlocked() -> anyhow::Result<()> {
     let agent = Agent::start(&world, &std::fs::read_to_string(world.path("agent.toml"))?)?;
     refuses_to_sign(&world)?;
     let said = world.omsign_ok(&UNLOCK)?;
-    ensure!(said == "token t is unlocked\n" && kept(&world)?.is_none(), "{said}");
+    ensure!(said == "token t is unlocked\n" && !kept(&world).exists(), "{said}");
     world.omsign_ok(&SIGN)?;
     ensure!(agent.stop()?.success());
     let _agent = Agent::start(&world, &config)?;
@@ -157,7 +147,7 @@ fn while_it_is_opened() -> anyhow::Result<()> {
     eventually("it opens", || Ok(proxy.injected("C_Initialize") > 0))?;
     std::thread::scope(|scope| {
         let locks = scope.spawn(|| world.omsign(&LOCK));
-        eventually("it is kept", || Ok(kept(&world)?.is_some()))?;
+        eventually("it is kept", || Ok(kept(&world).exists()))?;
         signal(agent.pid(), Signal::KILL)?;
         locks.join().map_err(|_| anyhow::anyhow!("a panic"))?
     })?;
@@ -171,11 +161,9 @@ fn while_it_is_opened() -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let unlocks = scope.spawn(|| world.omsign_fails(2, &UNLOCK));
         eventually("it opens", || Ok(proxy.calls("C_Initialize") > opened))?;
-        let before = std::fs::read(kept(&world)?.context("it is locked")?)?;
+        let before = std::fs::read(kept(&world))?;
         let locks = scope.spawn(|| world.omsign_ok(&LOCK));
-        let other = || {
-            anyhow::Ok(kept(&world)?.is_some_and(|kept| std::fs::read(kept).is_ok_and(|text| text != before)))
-        };
+        let other = || Ok(std::fs::read(kept(&world))? != before);
         let locked = eventually("it is locked once more", other);
         proxy.set("")?;
         locked?;
@@ -210,13 +198,13 @@ fn an_unlock_that_fails() -> anyhow::Result<()> {
     world.omsign_ok(&SIGN).map(drop)
 }
 
-/// To end a lock is not to offer a PIN again that was refused before.
+/// Whoever ends a lock is told first that the PIN was refused before; and no unlock that fails ends it.
 #[test]
 fn a_pin_that_was_refused_before() -> anyhow::Result<()> {
     let (world, proxy, config) = behind_proxy("")?;
     let pin = world.path("t/user.pin");
     omsign_fixtures::write_private(&pin, b"wrong-pin-8142\n")?;
-    let _agent = Agent::start(&world, &config)?;
+    let agent = Agent::start(&world, &config)?;
     eventually("it is refused", || Ok(world.status()?.contains("it refused the PIN")))?;
     world.omsign_ok(&LOCK)?;
     let errors = world.omsign_fails(2, &SIGN)?;
@@ -225,9 +213,14 @@ fn a_pin_that_was_refused_before() -> anyhow::Result<()> {
         "{errors}"
     );
     let errors = world.omsign_fails(2, &UNLOCK)?;
-    ensure!(errors.contains("an operator's lock has ended; it refused the PIN"), "{errors}");
-    ensure!(proxy.refused_pins() == 1 && kept(&world)?.is_none());
+    ensure!(errors.contains("before it was locked, it refused the PIN"), "{errors}");
+    ensure!(errors.contains("unlock it once more") && proxy.refused_pins() == 1, "{errors}");
+    world.omsign_fails(2, &UNLOCK)?;
+    ensure!(proxy.refused_pins() == 2);
+    ensure!(agent.stop()?.success());
     omsign_fixtures::write_private(&pin, PIN.as_bytes())?;
+    let _agent = Agent::start(&world, &config)?;
+    refuses_to_sign(&world)?;
     world.omsign_ok(&UNLOCK)?;
     world.omsign_ok(&SIGN).map(drop)
 }
@@ -235,15 +228,62 @@ fn a_pin_that_was_refused_before() -> anyhow::Result<()> {
 /// Whoever sets a PIN anew does that, and opens nothing.
 #[test]
 fn a_pin_that_is_set_anew() -> anyhow::Result<()> {
-    let (world, _proxy, config) = behind_proxy("")?;
+    let (world, proxy, config) = behind_proxy("")?;
+    let pin = world.path("t/user.pin");
+    omsign_fixtures::write_private(&pin, b"other-pin-8142\n")?;
     let _agent = Agent::start(&world, &config)?;
-    world.omsign_ok(&SIGN)?;
+    eventually("it is refused", || Ok(world.status()?.contains("it refused the PIN")))?;
     world.omsign_ok(&LOCK)?;
     let set = unblocking(&world, "t", &format!("{SO_PIN}\n"))?;
     ensure!(set.status.success(), "{set:?}");
     refuses_to_sign(&world)?;
     world.omsign_ok(&UNLOCK)?;
-    world.omsign_ok(&SIGN).map(drop)
+    world.omsign_ok(&SIGN)?;
+    ensure!(proxy.refused_pins() == 1);
+    Ok(())
+}
+
+/// Not even requests that came before, where they have not begun: neither those of a token whose place another one takes, nor
+/// those behind an operator's command.
+#[test]
+fn while_others_wait() -> anyhow::Result<()> {
+    let (world, proxy, config) = behind_proxy("timeout = \"40s\"\nsessions = 1")?;
+    let _agent = Agent::start(&world, &config)?;
+    world.omsign_ok(&SIGN)?;
+    proxy.set("C_Sign 0 held\n")?;
+    let signed = |world: &World| {
+        anyhow::Ok(world.audit()?.iter().filter(|entry| entry["outcome"] == "signed").count())
+    };
+    std::thread::scope(|scope| {
+        let sign = |number: usize| {
+            world.omsign(&["sign", "model", "--key", "k", "--signature", &format!("{number}.sig")])
+        };
+        let signs: Vec<_> = (0..12).map(|number| scope.spawn(move || sign(number))).collect();
+        eventually("one that takes its time", || Ok(proxy.injected("C_Sign") > 0))?;
+        let looks = scope.spawn(|| key(&world, &["list"]));
+        // It waits for those of before.
+        world.write("agent.toml", config.replace("40s", "41s"))?;
+        does(&world, &["reload"])?;
+        let locks = scope.spawn(|| world.omsign(&LOCK));
+        let locked = eventually("it is kept", || Ok(kept(&world).exists()));
+        proxy.set("")?;
+        locked?;
+        let ended: Vec<_> =
+            signs.into_iter().map(|signs| signs.join().map_err(|_| anyhow::anyhow!("a panic"))).collect();
+        for ended in ended {
+            let ended = ended??;
+            let errors = String::from_utf8_lossy(&ended.stderr);
+            ensure!(ended.status.success() || errors.contains("an operator locked it"), "{errors}");
+        }
+        let _ = looks.join().map_err(|_| anyhow::anyhow!("a panic"))?;
+        let locked = locks.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+        ensure!(locked.status.success(), "{locked:?}");
+        anyhow::Ok(())
+    })?;
+    // The first, and what was with the device.
+    let count = signed(&world)?;
+    ensure!(count < 10, "{count} were signed");
+    refuses_to_sign(&world)
 }
 
 /// A typed PIN opens it for whoever unlocks it, and not for whoever wants something else of it.
@@ -287,9 +327,7 @@ fn where_nothing_can_be_kept() -> anyhow::Result<()> {
     let world = World::new()?;
     let agent = world.agent_and_model()?;
     world.omsign_ok(&SIGN)?;
-    world.omsign_ok(&LOCK)?;
-    let lock = kept(&world)?.context("it is kept")?;
-    world.omsign_ok(&UNLOCK)?;
+    let lock = kept(&world);
     let in_the_way = lock.with_extension("json.new");
     std::fs::create_dir(&in_the_way)?;
     let errors = world.omsign_fails(2, &LOCK)?;

@@ -92,7 +92,7 @@ fn what_can_be_wrong_with_it() -> anyhow::Result<()> {
     for (script, expected) in [
         ("true", "prints nothing; run it as the agent's user to see why"),
         ("echo; exit 3", "ended with exit status: 3"),
-        ("echo 431276; echo 431276 >&2; kill -9 $$", "ended with signal: 9"),
+        ("echo 431276; echo 431276 >&2; kill -9 $$", "ended with exit status: 137"),
         ("printf '\\377'", "prints what is not UTF-8"),
         ("head -c 5000 /dev/zero", "prints more than 4096 bytes"),
         ("head -c 500000 /dev/zero", "prints more than 4096 bytes"),
@@ -114,22 +114,28 @@ fn what_can_be_wrong_with_it() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What it starts ends with it, and all of it with the token's process.
+/// What it starts ends with it, and all of it with the token's process, whatever ends that.
 #[test]
 fn what_it_leaves_behind() -> anyhow::Result<()> {
     let lasts = format!("sleep 1000 & echo $! >left; echo {PIN}\n");
     let (world, _, config) = desk(&lasts)?;
-    let is_gone = || {
-        let pid = std::fs::read_to_string(world.path("left"))?;
-        anyhow::Ok(!pid.trim().is_empty() && !std::path::Path::new(&format!("/proc/{}", pid.trim())).exists())
+    let left = || {
+        let text = std::fs::read_to_string(world.path("left")).unwrap_or_default();
+        text.split_once('\n').map(|(pid, _)| std::path::PathBuf::from(format!("/proc/{pid}")))
     };
     let agent = Agent::start(&world, &config)?;
     world.omsign_ok(&SIGN)?;
-    eventually("the end of what it left", is_gone)?;
-    world.write("vault", "echo $$ >left; exec sleep 1000\n")?;
+    eventually("the end of what it left", || Ok(left().is_some_and(|process| !process.exists())))?;
     std::fs::remove_file(world.path("left"))?;
+    world.write("vault", "sleep 1000 & echo $! >left; wait\n")?;
     agent.kill_hosts()?;
-    eventually("it runs", || Ok(world.path("left").exists() && !is_gone()?))?;
+    eventually("it runs", || Ok(left().is_some_and(|process| process.exists())))?;
+    let process = left();
+    agent.kill_hosts()?;
+    eventually("its end", || Ok(process.as_ref().is_some_and(|process| !process.exists())))?;
+    eventually("the next one runs", || {
+        Ok(left() != process && left().is_some_and(|process| process.exists()))
+    })?;
     ensure!(agent.stop()?.success());
-    eventually("its end", is_gone)
+    eventually("the end of all", || Ok(left().is_some_and(|process| !process.exists())))
 }

@@ -187,7 +187,10 @@ impl Agent {
         deadline: Instant,
     ) -> Result<(), Status> {
         let unlocked = token.unlock_for(waits, pin, deadline).await;
-        self.operated(("unlock", "unlocked"), token, unlocked, (identity, rule), deadline).await
+        let reason = unlocked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        let outcome = if unlocked.is_ok() { "unlocked" } else { "failed" };
+        self.operator_did(("unlock", outcome), token, &reason, (identity, rule), deadline).await?;
+        unlocked.map_err(|error| status(&token.name, &error))
     }
 
     /// Has a token locked for an operator, and records it.
@@ -197,25 +200,25 @@ impl Agent {
         by: (&Identity, &str),
         deadline: Instant,
     ) -> Result<(), Status> {
-        let locked = token.lock(deadline).await;
-        self.operated(("lock", "locked"), token, locked, by, deadline).await
+        let locked = token.lock().await;
+        let reason = locked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
+        // It is in force, whatever comes of it.
+        self.operator_did(("lock", "locked"), token, &reason, by, deadline).await?;
+        token.shut(deadline).await.and(locked).map_err(|error| status(&token.name, &error))
     }
 
-    /// Records what an operator had done to a token.
-    async fn operated(
+    /// Records what an operator did to a token.
+    async fn operator_did(
         &self,
-        (action, done): (&'static str, &'static str),
+        (action, outcome): (&'static str, &'static str),
         token: &Token,
-        result: Result<(), TokenError>,
+        reason: &str,
         (identity, rule): (&Identity, &str),
         deadline: Instant,
     ) -> Result<(), Status> {
-        let reason = result.as_ref().err().map(TokenError::to_string).unwrap_or_default();
-        let outcome = if result.is_ok() { done } else { "failed" };
         let (key, rule, about) = (&token.name, Some(rule), Entry::about(identity));
-        let entry = Entry { action, rule, key, outcome, reason: &reason, ..about };
-        self.record(&entry, deadline.max(Instant::now() + audit::PATIENCE)).await?;
-        result.map_err(|error| status(&token.name, &error))
+        let entry = Entry { action, rule, key, outcome, reason, ..about };
+        self.record(&entry, deadline.max(Instant::now() + audit::PATIENCE)).await
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) enum Command {
     },
     /// Checks a configuration file and reports every mistake in it
     CheckConfig(ConfigFile),
-    /// Becomes the command that prints a PIN: for the processes of tokens
+    /// Runs a command that prints a PIN: for the processes of tokens
     #[command(name = "pin-command", hide = true, disable_help_flag = true)]
     PrintsPin {
         #[arg(last = true)]

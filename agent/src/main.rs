@@ -35,8 +35,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             host::run()?;
         }
         Command::PrintsPin { words } => {
-            let error = pin::become_command(&words);
-            return Err(error).context(format!("{words:?}"));
+            return Ok(ExitCode::from(pin::run_command(&words).context("a PIN's command")?));
         }
         Command::Unlock { arguments } => anyhow::bail!(
             "that is a client's command: `omsign agent unlock {}`; a PIN that is blocked is set anew with `omsign-agent unblock`",

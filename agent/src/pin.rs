@@ -4,13 +4,13 @@ use std::ffi::OsString;
 use std::fs::Metadata;
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 use zeroize::Zeroizing;
 
 use crate::config::PinSource;
@@ -23,6 +23,10 @@ pub(crate) const BY_HAND: Duration = Duration::from_secs(90);
 /// No PIN is as long, in bytes, and so much is read at a time.
 const LONGEST: usize = 4096;
 const CHUNK: usize = 512;
+
+/// How long a command may take to end that is told to, and how often it is looked at.
+const GRACE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(5);
 
 impl PinSource {
     /// Whether a person has to be there, so that nothing is opened with it again by itself.
@@ -94,19 +98,21 @@ pub(crate) fn check(source: &PinSource) -> Result<(), String> {
 /// What a command prints, without one trailing newline. What it says on standard error may hold the PIN, too, and is not
 /// kept.
 fn printed(words: &[String], limit: Duration) -> Result<String, String> {
-    // It becomes the command, and ends with us, whatever ends us. In a group of its own, what it starts ends with it.
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("omsign-agent: a PIN's command").arg("pin-command").arg("--").args(words).process_group(0);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let failed = |error: io::Error| format!("cannot be run: {error}");
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("omsign-agent: a PIN's command").arg("pin-command").arg("--").args(words);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(failed)?;
+    // It lasts no longer than this end of a pipe, which goes with us.
+    let lasts = child.stdin.take();
     let mut text = Zeroizing::new(Vec::with_capacity(LONGEST + CHUNK));
     let ended = ended(&mut child, limit, &mut text);
-    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        let _ = kill_process_group(group, Signal::KILL);
+    drop(lasts);
+    // What does not even so is ended with it.
+    if !matches!(wait_within(&mut child, GRACE), Ok(Some(_))) {
+        let _ = child.kill();
+        let _ = child.wait();
     }
-    let _ = child.kill();
-    let _ = child.wait();
     let status = ended.map_err(failed)?;
     if text.len() > LONGEST {
         return Err(format!("prints more than {LONGEST} bytes"));
@@ -141,17 +147,43 @@ fn ended(child: &mut Child, limit: Duration, text: &mut Vec<u8>) -> io::Result<O
         if ended.is_some() || text.len() > LONGEST || begun.elapsed() >= limit {
             return Ok(ended);
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(PAUSE);
     }
 }
 
-/// Becomes a command that prints a PIN, and is killed when its parent ends. Returns why it did not.
-pub fn become_command(words: &[OsString]) -> io::Error {
-    let Some((program, arguments)) = words.split_first() else { return io::ErrorKind::InvalidInput.into() };
-    match set_parent_process_death_signal(Some(Signal::KILL)) {
-        Ok(()) => Command::new(program).args(arguments).exec(),
-        Err(error) => error.into(),
+/// Waits for its end, for so long.
+fn wait_within(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    loop {
+        match child.try_wait()? {
+            None if begun.elapsed() < limit => std::thread::sleep(PAUSE),
+            ended => return Ok(ended),
+        }
     }
+}
+
+/// Runs a command that prints a PIN, in a group of its own, which ends with it, or with whoever has the other end of our
+/// standard input. Returns its exit status, as a shell has it.
+pub fn run_command(words: &[OsString]) -> io::Result<u8> {
+    let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut command = Command::new(program);
+    let mut child = command.args(arguments).process_group(0).stdin(Stdio::null()).spawn()?;
+    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+    let end = move || {
+        let _ = kill_process_group(group, Signal::KILL);
+        // It may have left its group.
+        let _ = kill_process(group, Signal::KILL);
+    };
+    std::thread::spawn(move || {
+        // Nobody writes there.
+        let _ = io::stdin().read(&mut [0]);
+        end();
+    });
+    // Until it is waited for, its number is nobody else's.
+    waitid(WaitId::Pid(group), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+    end();
+    let status = child.wait()?;
+    Ok(u8::try_from(status.code().unwrap_or(128 + status.signal().unwrap_or_default())).unwrap_or(u8::MAX))
 }
 
 fn without_newline(text: &str) -> &str {

@@ -47,7 +47,10 @@ impl Unblock {
             token.unblock(self.secrets(), deadline).await?;
             match token.locked_by_operator() {
                 // The PIN is another one now, and that is all.
-                Some(_) => Ok(()),
+                Some(_) => {
+                    token.has_another_pin().await;
+                    Ok(())
+                }
                 None => token.unlock(Pin::new(self.pin.clone()), deadline).await,
             }
         };

@@ -8,9 +8,6 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, fstat, openat, renameat, unlinkat};
 use rustix::io::Errno;
-use sha2::{Digest as _, Sha256};
-
-use crate::config::{self, Device};
 
 /// More than any of them holds, in bytes.
 const LONGEST: u64 = 64 << 10;
@@ -24,15 +21,8 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// What is known of a token's device, whatever the section is called, and of `more`.
-    pub(super) fn of_device(token: &config::Token, directory: &Path, what: &str, more: &str) -> Self {
-        let device = match &token.device {
-            // What is known of the module changes with omsign's version.
-            Device::Pkcs11 { module, select, .. } => format!("{module:?} {select:?} {:?}", token.env),
-            device => format!("{device:?}"),
-        };
-        let place = Sha256::digest(format!("{device}{more}"));
-        Self { directory: directory.to_owned(), file: format!("{what}-{}.json", hex::encode(place)) }
+    pub(super) fn new(directory: &Path, file: String) -> Self {
+        Self { directory: directory.to_owned(), file }
     }
 
     /// Where it is.

@@ -79,7 +79,9 @@ pub struct Token {
     refused_source: Mutex<Option<String>>,
     /// Where that outlives this process.
     refusals: Refusals,
-    lock: Lock,
+    lock: Arc<Lock>,
+    /// Who waits until it is closed, since it is locked.
+    closing: Mutex<Vec<Outcome>>,
     /// A PIN was not answered, and the device may have counted it: the next process looks at the tries that are left first.
     unanswered: AtomicBool,
 }
@@ -95,10 +97,13 @@ impl Token {
         audit: &Path,
     ) -> Arc<Self> {
         let (commands, inbox) = mpsc::channel(8);
+        let same = before.iter().find(|before| before.token.name == name);
+        let lock = same.map_or_else(|| Arc::new(Lock::of(name, audit)), |same| Arc::clone(&same.token.lock));
         let token = Arc::new(Self {
             name: name.to_owned(),
             refusals: Refusals::of(&config, audit),
-            lock: Lock::of(&config, audit),
+            lock,
+            closing: Mutex::default(),
             config,
             keys,
             state: watch::Sender::new(State::Starting),
@@ -111,13 +116,10 @@ impl Token {
             refused_source: Mutex::default(),
             unanswered: AtomicBool::new(false),
         });
-        before.iter().for_each(|before| token.lock.inherit(&before.token.lock));
         let supervised = Arc::clone(&token);
         tokio::spawn(async move {
-            let inherits = !before.is_empty();
             for Before { token: before, has_heir } in before {
                 before.close().await;
-                supervised.lock.inherit(&before.lock);
                 // The same PIN is no other one, and the device may be the same, whatever it is called by now.
                 if !has_heir && before.config.pin == supervised.config.pin {
                     if let Some(reason) = before.refused_source() {
@@ -126,9 +128,6 @@ impl Token {
                     let unanswered = before.unanswered.load(Ordering::Relaxed);
                     supervised.unanswered.fetch_or(unanswered, Ordering::Relaxed);
                 }
-            }
-            if inherits {
-                supervised.lock.keep_on().await;
             }
             let refusals = supervised.refusals.clone();
             if let Some(reason) = tokio::task::spawn_blocking(move || refusals.kept()).await.ok().flatten() {
@@ -158,15 +157,36 @@ impl Token {
         self.command(|done| Command::Unlock(Login { pin, done, lifts: false, waits, asked }), deadline).await
     }
 
-    /// Keeps the device closed from now on, until an operator unlocks it. What is with the device has some time to end.
-    pub(crate) async fn lock(&self, deadline: Instant) -> Result<(), TokenError> {
-        let kept = self.lock.close().await;
-        match self.command(Command::Lock, deadline).await {
-            Err(TokenError::Deadline) => {
-                let closes = "it is locked; its device is still at work, and is closed then";
-                Err(TokenError::Unavailable(closes.into()))
-            }
-            closed => closed.and(kept),
+    /// Signs nothing more from now on, until an unlock has opened it. The error: not for the next agent.
+    pub(crate) async fn lock(&self) -> Result<(), TokenError> {
+        self.lock.close().await
+    }
+
+    /// Closes the device of one that is locked. What is with it has some time to end.
+    pub(crate) async fn shut(&self, deadline: Instant) -> Result<(), TokenError> {
+        let shut = self.command(Command::Lock, deadline).await;
+        let still = "it is locked; its device is still at work, and is closed then";
+        shut.map_err(|error| match error {
+            TokenError::Deadline => TokenError::Unavailable(still.into()),
+            error => error,
+        })
+    }
+
+    /// Whether it is locked: `asks` is answered once it is closed. If it was unlocked since, at once.
+    fn waits_to_close(&self, asks: Outcome) -> bool {
+        let locked = self.lock.why().is_some();
+        match locked {
+            true => self.closing.lock().unwrap_or_else(PoisonError::into_inner).push(asks),
+            false => drop(asks.send(Ok(()))),
+        }
+        locked
+    }
+
+    /// It is closed.
+    fn tell_closed(&self) {
+        for asks in self.closing.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // An operator who hung up no longer waits for it.
+            let _ = asks.send(Ok(()));
         }
     }
 
@@ -256,6 +276,12 @@ impl Token {
     async fn forget_refusal(&self) {
         let refusals = self.refusals.clone();
         let _ = tokio::task::spawn_blocking(move || refusals.forget()).await;
+    }
+
+    /// Its source holds another PIN now.
+    pub(crate) async fn has_another_pin(&self) {
+        self.refuse_source(None);
+        self.forget_refusal().await;
     }
 
     /// Whether it was closed.

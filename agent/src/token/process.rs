@@ -178,7 +178,7 @@ async fn told(token: &Token, host: &Host, commands: &mut mpsc::Receiver<Command>
                 let _ = done.send(Err(TokenError::Refused("it is not locked".into())));
             }
             Some(Command::Lock(done)) => {
-                if token.lock.waits(done) {
+                if token.waits_to_close(done) {
                     // Those that wait are told, or go to another token; what is with the device has its time.
                     host.window.close();
                     let why = token.locked_by_operator().unwrap_or_default();

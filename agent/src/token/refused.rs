@@ -6,9 +6,10 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::kept::Kept;
-use crate::config::{self, PinSource};
+use crate::config::{self, Device, PinSource};
 
 /// Where it is kept that a device refused what a source holds.
 #[derive(Clone)]
@@ -33,7 +34,13 @@ pub(super) struct Written(u64, u64, i64);
 impl Refusals {
     /// Of a token, in an audit log's directory.
     pub(crate) fn of(token: &config::Token, directory: &Path) -> Self {
-        let file = Kept::of_device(token, directory, "refused-pin", &format!(" {:?}", token.pin));
+        let device = match &token.device {
+            // What is known of the module changes with omsign's version.
+            Device::Pkcs11 { module, select, .. } => format!("{module:?} {select:?} {:?}", token.env),
+            device => format!("{device:?}"),
+        };
+        let place = Sha256::digest(format!("{device} {:?}", token.pin));
+        let file = Kept::new(directory, format!("refused-pin-{}.json", hex::encode(place)));
         Self { file, source: token.pin.clone() }
     }
 

@@ -142,6 +142,10 @@ impl Token {
             self.replaced(host, deadline).await?;
             return Ok(None);
         };
+        // It may have been locked while others were before this one.
+        if let Some(why) = self.locked_by_operator() {
+            return Err(TokenError::Locked(why));
+        }
         let held = Held { turn, _place: Arc::clone(place) };
         let answer = timeout_at(deadline, host.ask(asked, tell, held)).await;
         answer.map(Some).map_err(|_| TokenError::Deadline)
@@ -149,6 +153,9 @@ impl Token {
 
     /// The host, once it is ready.
     async fn ready(&self, deadline: Instant) -> Result<Arc<Host>, TokenError> {
+        if let Some(why) = self.locked_by_operator() {
+            return Err(TokenError::Locked(why));
+        }
         if let State::Ready(host) = &*self.state.borrow() {
             return Ok(Arc::clone(host));
         }

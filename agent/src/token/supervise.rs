@@ -13,7 +13,6 @@ use super::launch::{launch, unblock};
 use super::line::Host;
 use super::process::{End, Lost, Process};
 use super::{State, Token, TokenError};
-use crate::config::PinSource;
 use crate::host::wire::{Class, Failure, Opened};
 use crate::secret::Pin;
 
@@ -74,16 +73,15 @@ impl Supervisor {
         };
         let by_operator = unlocks.is_some();
         // What an operator typed, or enters on the device, is not ours to offer again.
-        let from_source = pin.is_none() && *token.pin() != PinSource::Device;
+        let from_source = pin.is_none() && !token.pin().is_by_hand();
         let refused = token.refused_source().filter(|_| from_source);
         let unlocks_at = lifts.filter(|asked| token.lock.was_closed_at(*asked));
         let closed = match (unlocks_at, &refused) {
-            // Whoever ends a lock may not know that the PIN was refused before that: it takes an unlock of its own.
-            (Some(asked), Some(refused)) => {
-                let ended = token.lock.lift(asked).await.err().map(|error| error.to_string());
-                Some(format!("{}; {refused}", ended.unwrap_or("an operator's lock has ended".into())))
-            }
-            (Some(_), None) => None,
+            // Whoever ends a lock may not know that the PIN was refused before that.
+            (Some(_), Some(refused)) if !token.lock.tells() => Some(format!(
+                "before it was locked, {refused}; unlock it once more, and that is offered again"
+            )),
+            (Some(_), _) => None,
             (None, _) => token.locked_by_operator().or_else(|| refused.filter(|_| !by_operator)),
         };
         let started = Instant::now();
@@ -238,7 +236,7 @@ impl Supervisor {
             self.pause = (self.pause * 2).min(PAUSES.1);
             Some(wake)
         };
-        token.lock.answer();
+        token.tell_closed();
         let wake = async {
             match wake {
                 Some(at) => sleep_until(at).await,
@@ -264,7 +262,7 @@ impl Supervisor {
                     None => {}
                 },
                 Some(Command::Lock(done)) => {
-                    if token.lock.waits(done) {
+                    if token.waits_to_close(done) {
                         return Next::Open(None);
                     }
                 }

@@ -55,7 +55,7 @@ pub(crate) enum AgentCommand {
     },
     /// Closes a token until it is unlocked, also for an agent that is started again; for operators
     ///
-    /// Nothing is signed with its device any more, and other programs find it free. What has begun has 20 seconds to end.
+    /// Nothing is signed with it any more, and other programs find its device free. What has begun has 20 seconds to end.
     Lock {
         /// The token's name
         token: String,

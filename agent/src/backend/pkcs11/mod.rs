@@ -68,17 +68,19 @@ pub(super) fn open(
     notify: Notify<'_>,
 ) -> Result<(Box<dyn Device>, Opened), Failure> {
     let heals = pin.is_none() && !spec.token.pin.is_by_hand();
-    // A program may take its time to print it, and others may open theirs meanwhile.
-    let pin = match &spec.token.pin {
-        source @ PinSource::Command(_) if pin.is_none() => {
-            Some(read_pin(source, spec.token.timeout).map_err(|reason| source.unread(reason))?)
-        }
-        _ => pin,
-    };
     // Until it is open.
-    let _turn = turn::wait(profile);
+    let turn = turn::wait(profile);
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
+    let (pin, _turn) = match &spec.token.pin {
+        source @ PinSource::Command(_) if pin.is_none() => {
+            // It is there. A program may take its time to print its PIN, and others may open theirs meanwhile.
+            drop(turn);
+            let printed = read_pin(source, spec.token.timeout).map_err(|reason| source.unread(reason))?;
+            (Some(printed), turn::wait(profile))
+        }
+        _ => (pin, turn),
+    };
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
     let sessions = ways::sessions(spec.token.sessions, info.max_session_count(), profile);
     let one_only = || refused("the token allows one session at a time; two are needed".into());
