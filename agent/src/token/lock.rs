@@ -72,10 +72,15 @@ impl Lock {
         self.closed().as_mut().is_some_and(|closed| std::mem::replace(&mut closed.told, true))
     }
 
-    /// Locks it, at once. The error: not for the next agent.
-    pub(super) async fn close(&self) -> Result<(), TokenError> {
+    /// Locks it: when.
+    pub(super) fn close(&self) -> String {
         let now = audit::now();
         *self.closed() = Some(Closed::now(since(&now)));
+        now
+    }
+
+    /// Has it locked for the next agent, too.
+    pub(super) async fn keep(&self, now: String) -> Result<(), TokenError> {
         let _turn = self.turn.lock().await;
         let file = self.file.clone();
         let kept = off_thread(move || file.write(&serde_json::to_vec(&now)?)).await;

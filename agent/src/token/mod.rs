@@ -159,7 +159,17 @@ impl Token {
 
     /// Signs nothing more from now on, until an unlock has opened it. The error: not for the next agent.
     pub(crate) async fn lock(&self) -> Result<(), TokenError> {
-        self.lock.close().await
+        let when = self.lock.close();
+        let why = self.locked_by_operator().unwrap_or_default();
+        // Its process, if it is at something else, is told later.
+        self.state.send_if_modified(|state| {
+            let open = matches!(state, State::Ready(_));
+            if open {
+                *state = State::Locked(why);
+            }
+            open
+        });
+        self.lock.keep(when).await
     }
 
     /// Closes the device of one that is locked. What is with it has some time to end.

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::command::{Command, Login};
 use super::line::Host;
-use super::{LAST_REQUESTS, State, Token, TokenError};
+use super::{LAST_REQUESTS, Token, TokenError};
 use crate::backend::card_holder;
 use crate::host::wire::{self, Answer, Request};
 
@@ -181,8 +181,6 @@ async fn told(token: &Token, host: &Host, commands: &mut mpsc::Receiver<Command>
                 if token.waits_to_close(done) {
                     // Those that wait are told, or go to another token; what is with the device has its time.
                     host.window.close();
-                    let why = token.locked_by_operator().unwrap_or_default();
-                    token.state.send_replace(State::Locked(why));
                     drain(host).await;
                     return End::Lock;
                 }
