@@ -108,7 +108,7 @@ fn printed(words: &[String], limit: Duration) -> Result<String, String> {
     let mut text = Zeroizing::new(Vec::with_capacity(LONGEST + CHUNK));
     let ended = ended(&mut child, limit, &mut text);
     drop(lasts);
-    // What does not even so is ended with it.
+    // What does not end even so is killed.
     if !matches!(wait_within(&mut child, GRACE), Ok(Some(_))) {
         let _ = child.kill();
         let _ = child.wait();
