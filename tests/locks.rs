@@ -8,6 +8,7 @@ use omsign_fixtures::built;
 use omsign_fixtures::fault_proxy::FaultProxy;
 use omsign_fixtures::softhsm::{KeyType, PIN, SO_PIN};
 use omsign_tests::agent::{Agent, eventually, signal};
+use omsign_tests::disk::{self, Filler};
 use omsign_tests::operator::{does, key, refuses, typing, unblocking};
 use omsign_tests::world::{World, key_section, token_section};
 use rustix::process::Signal;
@@ -90,7 +91,8 @@ fn of_two_tokens_the_other_one_signs() -> anyhow::Result<()> {
     let world = World::new()?;
     let ((first, second), proxy) = (world.twins()?, world.proxy()?);
     let both = key_section("k", "a", "k").replace("token = \"a\"", "token = [\"a\", \"b\"]");
-    let tokens = proxy.before(&token_section("a", &first, ""))? + &token_section("b", &second, "");
+    let tokens =
+        proxy.before(&token_section("a", &first, "timeout = \"40s\""))? + &token_section("b", &second, "");
     let _agent = Agent::start(&world, &(world.listen() + &tokens + &both))?;
     world.model()?;
     world.until_ready()?;
@@ -354,6 +356,27 @@ fn where_nothing_can_be_kept() -> anyhow::Result<()> {
     world.omsign_ok(&SIGN)?;
     ensure!(!lock.exists() && elsewhere.exists());
     Ok(())
+}
+
+/// It is in force also where that cannot be recorded, and ends as any other.
+#[test]
+fn where_it_cannot_be_recorded() -> anyhow::Result<()> {
+    let world = World::new()?;
+    let token = world.token("t", "k", KeyType::P256)?;
+    let config = world.listen() + &token_section("t", &token, "") + &key_section("k", "t", "k");
+    let agent = disk::start(&world, &config)?;
+    world.model()?;
+    world.omsign_ok(&SIGN)?;
+    let filler = Filler::fill(&world, &agent)?;
+    // Some more records have room where the last one ends.
+    while world.omsign(&SIGN)?.status.success() {}
+    let errors = world.omsign_fails(2, &LOCK)?;
+    ensure!(errors.contains("an agent that is started again would open it"), "{errors}");
+    ensure!(agent.hosts()?.is_empty(), "its process is left");
+    filler.remove()?;
+    refuses_to_sign(&world)?;
+    world.omsign_ok(&UNLOCK)?;
+    world.omsign_ok(&SIGN).map(drop)
 }
 
 /// Only operators do, and only what there is.

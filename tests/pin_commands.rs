@@ -121,21 +121,24 @@ fn what_it_leaves_behind() -> anyhow::Result<()> {
     let (world, _, config) = desk(&lasts)?;
     let left = || {
         let text = std::fs::read_to_string(world.path("left")).unwrap_or_default();
-        text.split_once('\n').map(|(pid, _)| std::path::PathBuf::from(format!("/proc/{pid}")))
+        text.split_once('\n').map(|(pid, _)| pid.to_owned())
     };
-    let agent = Agent::start(&world, &config)?;
+    // One that has ended may wait for whoever started it (proc_pid_stat(5)).
+    let runs = |pid: &str| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        stat.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z')))
+    };
+    let agent = Agent::start(&world, &config.replace("\"4s\"", "\"40s\""))?;
     world.omsign_ok(&SIGN)?;
-    eventually("the end of what it left", || Ok(left().is_some_and(|process| !process.exists())))?;
+    eventually("the end of what it left", || Ok(left().is_some_and(|pid| !runs(&pid))))?;
     std::fs::remove_file(world.path("left"))?;
     world.write("vault", "sleep 1000 & echo $! >left; wait\n")?;
     agent.kill_hosts()?;
-    eventually("it runs", || Ok(left().is_some_and(|process| process.exists())))?;
-    let process = left();
+    eventually("it runs", || Ok(left().is_some_and(|pid| runs(&pid))))?;
+    let first = left();
     agent.kill_hosts()?;
-    eventually("its end", || Ok(process.as_ref().is_some_and(|process| !process.exists())))?;
-    eventually("the next one runs", || {
-        Ok(left() != process && left().is_some_and(|process| process.exists()))
-    })?;
+    eventually("its end", || Ok(first.as_ref().is_some_and(|pid| !runs(pid))))?;
+    eventually("the next one runs", || Ok(left() != first && left().is_some_and(|pid| runs(&pid))))?;
     ensure!(agent.stop()?.success());
-    eventually("the end of all", || Ok(left().is_some_and(|process| !process.exists())))
+    eventually("the end of all", || Ok(left().is_some_and(|pid| !runs(&pid))))
 }

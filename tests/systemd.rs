@@ -80,7 +80,11 @@ fn the_system_calls_that_it_needs_are_allowed() -> anyhow::Result<()> {
     let card = VirtualPiv::create(&world.path("card"), 11_223_344)?;
     card.change_pin()?;
     card.generate("9a", "ECCP256", &[])?;
-    let tokens = token_section("hsm", &token, "") + &chip.section("tpm") + &card.section("card");
+    let file = format!("{{ file = \"{}\" }}", token.pin_file().display());
+    let printed = format!("{{ command = [\"cat\", \"{}\"] }}", token.pin_file().display());
+    let section = token_section("hsm", &token, "").replace(&file, &printed);
+    ensure!(section.contains("cat"), "{section}");
+    let tokens = section + &chip.section("tpm") + &card.section("card");
     let keys = key_section("hsm", "hsm", "k")
         + &key("tpm", "tpm", "handle = \"0x81000010\"")
         + &key("card", "card", "slot = \"9a\"");

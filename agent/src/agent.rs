@@ -203,8 +203,9 @@ impl Agent {
         let locked = token.lock().await;
         let reason = locked.as_ref().err().map(TokenError::to_string).unwrap_or_default();
         // It is in force, whatever comes of it.
-        self.operator_did(("lock", "locked"), token, &reason, by, deadline).await?;
-        token.shut(deadline).await.and(locked).map_err(|error| status(&token.name, &error))
+        let recorded = self.operator_did(("lock", "locked"), token, &reason, by, deadline).await;
+        let shut = token.shut(deadline).await.and(locked).map_err(|error| status(&token.name, &error));
+        shut.and(recorded)
     }
 
     /// Records what an operator did to a token.

@@ -25,7 +25,7 @@ const LONGEST: usize = 4096;
 const CHUNK: usize = 512;
 
 /// How long a command may take to end that is told to, and how often it is looked at.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(5);
 
 impl PinSource {
@@ -100,7 +100,8 @@ pub(crate) fn check(source: &PinSource) -> Result<(), String> {
 fn printed(words: &[String], limit: Duration) -> Result<String, String> {
     let failed = |error: io::Error| format!("cannot be run: {error}");
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("omsign-agent: a PIN's command").arg("pin-command").arg("--").args(words);
+    // Not of our group: what ends that at a terminal would end it before it ends the command.
+    command.arg0("omsign-agent: a PIN's command").arg("pin-command").arg("--").args(words).process_group(0);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(failed)?;
     // It lasts no longer than this end of a pipe, which goes with us.

@@ -29,7 +29,8 @@ pub(crate) struct Setup {
     pub(crate) config: Config,
     pub(crate) tokens: BTreeMap<String, Arc<Token>>,
     pub(crate) keys: BTreeMap<Arc<str>, Arc<KeyEntry>>,
-    /// Tokens of configurations before that are still being closed, or whose PIN was refused: one that comes back is theirs.
+    /// Tokens of configurations before that are still being closed, or locked, or whose PIN was refused: one that comes back is
+    /// theirs.
     retired: Vec<Before>,
 }
 
@@ -96,7 +97,11 @@ impl Setup {
         for Before { token: old, has_heir } in before.into_iter().flat_map(Self::ever) {
             let stays = tokens.get(&old.name).is_some_and(|stays| Arc::ptr_eq(stays, &old));
             let has_heir = has_heir || tokens.values().any(|token| old.has_heir_in(token));
-            if !stays && (!old.is_over() || (old.knows_of_its_pin() && !has_heir)) {
+            if !stays
+                && (!old.is_over()
+                    || (old.knows_of_its_pin() && !has_heir)
+                    || old.locked_by_operator().is_some())
+            {
                 retired.push(Before { token: old, has_heir });
             }
         }

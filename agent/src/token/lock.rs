@@ -23,7 +23,7 @@ struct Closed {
     why: String,
     /// An unlock that was asked for before does not end it.
     since: Instant,
-    /// An operator was told what is known of its PIN.
+    /// Somebody has tried to unlock it since.
     told: bool,
 }
 
@@ -67,7 +67,7 @@ impl Lock {
         self.closed().as_ref().is_some_and(|closed| closed.since <= asked)
     }
 
-    /// Whether whoever wants to unlock it was told before what is known of its PIN. They are now.
+    /// Whether somebody has tried to unlock it before, and knows of its PIN. They have now.
     pub(super) fn tells(&self) -> bool {
         self.closed().as_mut().is_some_and(|closed| std::mem::replace(&mut closed.told, true))
     }

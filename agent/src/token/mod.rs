@@ -174,12 +174,14 @@ impl Token {
 
     /// Closes the device of one that is locked. What is with it has some time to end.
     pub(crate) async fn shut(&self, deadline: Instant) -> Result<(), TokenError> {
-        let shut = self.command(Command::Lock, deadline).await;
-        let still = "it is locked; its device is still at work, and is closed then";
-        shut.map_err(|error| match error {
-            TokenError::Deadline => TokenError::Unavailable(still.into()),
-            error => error,
-        })
+        match self.command(Command::Lock, deadline).await {
+            Err(TokenError::Deadline) => {
+                let still = "it is locked; its device is still at work, and is closed then";
+                Err(TokenError::Unavailable(still.into()))
+            }
+            // Or another token of this name takes its place, which is locked as well.
+            _ => Ok(()),
+        }
     }
 
     /// Whether it is locked: `asks` is answered once it is closed. If it was unlocked since, at once.

@@ -169,7 +169,7 @@ async fn told(token: &Token, host: &Host, commands: &mut mpsc::Receiver<Command>
     let missing = host.opened.keys.iter().any(Result::is_err);
     loop {
         match commands.recv().await {
-            Some(Command::Unlock(login)) if missing => {
+            Some(Command::Unlock(login)) if missing || token.locked_by_operator().is_some() => {
                 let Some(login) = login.wanted() else { continue };
                 drain(host).await;
                 return End::Reopen(login);

@@ -76,9 +76,10 @@ impl Supervisor {
         let from_source = pin.is_none() && !token.pin().is_by_hand();
         let refused = token.refused_source().filter(|_| from_source);
         let unlocks_at = lifts.filter(|asked| token.lock.was_closed_at(*asked));
+        let told = from_source && unlocks_at.is_some() && token.lock.tells();
         let closed = match (unlocks_at, &refused) {
             // Whoever ends a lock may not know that the PIN was refused before that.
-            (Some(_), Some(refused)) if !token.lock.tells() => Some(format!(
+            (Some(_), Some(refused)) if !told => Some(format!(
                 "before it was locked, {refused}; unlock it once more, and that is offered again"
             )),
             (Some(_), _) => None,

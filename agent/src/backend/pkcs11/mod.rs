@@ -72,14 +72,17 @@ pub(super) fn open(
     let turn = turn::wait(profile);
     let pkcs11 = load(module)?;
     let (slot, info) = find_token(&pkcs11, select)?;
-    let (pin, _turn) = match &spec.token.pin {
-        source @ PinSource::Command(_) if pin.is_none() => {
-            // It is there. A program may take its time to print its PIN, and others may open theirs meanwhile.
+    let (pin, info, _turn) = match &spec.token.pin {
+        source @ PinSource::Command(_) if pin.is_none() && !info.user_pin_locked() => {
+            // A program may take its time to print it: others may open their tokens meanwhile, and what is known of the tries
+            // that are left may change.
             drop(turn);
             let printed = read_pin(source, spec.token.timeout).map_err(|reason| source.unread(reason))?;
-            (Some(printed), turn::wait(profile))
+            let turn = turn::wait(profile);
+            let info = pkcs11.get_token_info(slot).map_err(|error| classify("look at the token", &error))?;
+            (Some(printed), info, turn)
         }
-        _ => (pin, turn),
+        _ => (pin, info, turn),
     };
     let anchor = open_session(&pkcs11, slot, profile).map_err(|error| classify("open a session", &error))?;
     let sessions = ways::sessions(spec.token.sessions, info.max_session_count(), profile);
