@@ -34,8 +34,9 @@ use crate::server::{DEADLINE, Service};
 use crate::tls::Tls;
 use crate::token::{State, Token};
 
-/// The one key of a private agent.
+/// The one key of a private agent, and its token, whose name no section can have.
 const PRIVATE_KEY: &str = "key";
+const PRIVATE_TOKEN: &str = "key:";
 
 /// Why the agent does not run.
 #[derive(Debug, thiserror::Error)]
@@ -183,7 +184,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
     };
     let own = Rule { name: PRIVATE_RULE.into(), matches: Match::Uid(rustix::process::geteuid().as_raw()) };
     let key = Key {
-        tokens: vec![PRIVATE_KEY.into()],
+        tokens: vec![PRIVATE_TOKEN.into()],
         object,
         next: None,
         previous: Vec::new(),
@@ -197,7 +198,7 @@ fn private_config(uri: &str) -> Result<Config, ServeError> {
     Ok(Config {
         listen: Listen::default(),
         audit,
-        tokens: BTreeMap::from([(PRIVATE_KEY.to_owned(), token)]),
+        tokens: BTreeMap::from([(PRIVATE_TOKEN.to_owned(), token)]),
         keys: BTreeMap::from([(PRIVATE_KEY.to_owned(), key)]),
         operators: vec![own],
     })

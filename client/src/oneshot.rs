@@ -16,6 +16,9 @@ use crate::agent::{Agent, AgentError};
 /// The one key that a private agent has.
 pub const KEY: &str = "key";
 
+/// The one token that it is on. No section of a configuration can have this name, and what is kept of one is not its.
+pub const TOKEN: &str = "key:";
+
 /// A private agent. It ends with this value.
 pub struct PrivateAgent {
     /// The line to it. Dropped first: the agent ends when it is closed.
@@ -67,7 +70,7 @@ pub fn without_names(error: AgentError) -> AgentError {
         AgentError::KeyNotReady { reason, .. } => AgentError::Private(reason),
         AgentError::Status(status) => {
             let message = status.message();
-            AgentError::Private(message.strip_prefix("token key: ").unwrap_or(message).to_owned())
+            AgentError::Private(message.trim_start_matches(&format!("token {TOKEN}: ")).to_owned())
         }
         error => error,
     }

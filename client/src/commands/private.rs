@@ -41,7 +41,7 @@ pub(super) fn private_agent(uri: &str) -> Result<PrivateAgent, AgentError> {
         if pin.is_none() {
             report::say(format_args!("enter the PIN on the device"));
         }
-        agent.unlock(oneshot::KEY, pin).map_err(without_names)?;
+        agent.unlock(oneshot::TOKEN, pin).map_err(without_names)?;
     }
     Ok(private)
 }
